@@ -1,0 +1,140 @@
+"""Kernels compiled for every GPU that we serve, embedded in the plugin as one compressed image."""
+
+load("@rules_cc//cc:defs.bzl", "cc_library")
+
+# Code for the GPU itself. A suffix `a` (90a) is code for that one architecture, its PTX included.
+_ARCHS = ["80", "86", "89", "90", "100", "120"]
+
+# PTX that a newer driver compiles for a GPU that we have no code for.
+_PTX = ["80"]
+
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-ccbin=clang-19",
+    "--Werror=all-warnings",
+]
+
+def _compile(ctx, kind, arch):
+    """One action for one architecture, so that they run side by side and are cached one by one."""
+    target = ("sm_" if kind == "cubin" else "compute_") + arch
+    out = ctx.actions.declare_file("%s.%s.%s" % (ctx.label.name, target, kind))
+    arguments = ctx.actions.args()
+    arguments.add("-" + kind)
+    arguments.add("-arch=" + target)
+    arguments.add_all(_FLAGS)
+    arguments.add_all(ctx.attr.copts)
+    arguments.add_all(ctx.attr.defines, format_each = "-D%s")
+    arguments.add("-I.")
+    arguments.add("-o", out)
+    arguments.add(ctx.file.src)
+    ctx.actions.run(
+        executable = ctx.file._nvcc,
+        arguments = [arguments],
+        inputs = [ctx.file.src] + ctx.files.hdrs,
+        tools = [ctx.file._nvcc] + ctx.files._compiler,
+        outputs = [out],
+        mnemonic = "CudaCompile",
+        progress_message = "Compiling %s for %s" % (ctx.file.src.short_path, target),
+        use_default_shell_env = True,  # nvcc finds clang in PATH
+    )
+    return struct(kind = "elf" if kind == "cubin" else "ptx", sm = arch, file = out)
+
+def _fatbin_impl(ctx):
+    images = [_compile(ctx, "cubin", arch) for arch in ctx.attr.archs]
+    images += [_compile(ctx, "ptx", arch) for arch in ctx.attr.ptx]
+    out = ctx.actions.declare_file(ctx.label.name)
+    arguments = ctx.actions.args()
+    arguments.add("--create=" + out.path)
+    arguments.add_all(["-64", "--compress-all", "--compress-mode=size"])
+    arguments.add_all(["--image3=kind=%s,sm=%s,file=%s" % (i.kind, i.sm, i.file.path) for i in images])
+    ctx.actions.run(
+        executable = ctx.file._fatbinary,
+        arguments = [arguments],
+        inputs = [i.file for i in images],
+        outputs = [out],
+        mnemonic = "CudaFatbin",
+    )
+    return [DefaultInfo(files = depset([out]))]
+
+_fatbin = rule(
+    implementation = _fatbin_impl,
+    attrs = {
+        "archs": attr.string_list(),
+        "copts": attr.string_list(),
+        "defines": attr.string_list(),
+        "hdrs": attr.label_list(allow_files = True),
+        "ptx": attr.string_list(),
+        "src": attr.label(allow_single_file = [".cu"], mandatory = True),
+        "_compiler": attr.label(default = "@cuda//:compiler"),
+        "_fatbinary": attr.label(default = "@cuda//:bin/fatbinary", allow_single_file = True),
+        "_nvcc": attr.label(default = "@cuda//:bin/nvcc", allow_single_file = True),
+    },
+)
+
+def _embed_impl(ctx):
+    out = ctx.actions.declare_file(ctx.label.name + ".S")
+    ctx.actions.write(out, """\
+    .section .rodata.{symbol}, "a"
+    .balign 16
+    .globl {symbol}
+    .hidden {symbol}
+    .type {symbol}, %object
+{symbol}:
+    .incbin "{path}"
+    .size {symbol}, . - {symbol}
+    .section .note.GNU-stack, "", %progbits
+""".format(symbol = ctx.attr.symbol, path = ctx.file.fatbin.path))
+
+    # To Bazel, a file that the assembler reads is a header.
+    headers = cc_common.create_compilation_context(headers = depset([ctx.file.fatbin]))
+    return [DefaultInfo(files = depset([out])), CcInfo(compilation_context = headers)]
+
+_embed = rule(
+    implementation = _embed_impl,
+    attrs = {
+        # The host configuration keeps one copy for plain, sanitizer and release builds: kernels take minutes to compile.
+        "fatbin": attr.label(allow_single_file = True, cfg = "host", mandatory = True),
+        "symbol": attr.string(mandatory = True),
+    },
+)
+
+def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], copts = [], **kwargs):
+    """A cc_library with the symbol `const unsigned char NAME[]`: what cuModuleLoadData and cuLibraryLoadData take.
+
+    A fatbin holds one source, because the driver loads one image of it: the best for its GPU. Sources that are variants
+    of one template give other `defines`; each is a target, and a module, of its own. NAME.fatbin is the file.
+
+    Args:
+      name: the target and the symbol; hidden, so that only the plugin itself sees it.
+      src: the .cu file. Includes are relative to the root of the repository.
+      hdrs: the headers that it includes.
+      archs: the architectures to compile code for, such as ["90a"].
+      ptx: the architectures to add PTX for. Give [] where the source works on its own archs alone.
+      defines: macros, without -D.
+      copts: more flags for nvcc.
+      **kwargs: visibility, tags and the like for the cc_library.
+    """
+    _fatbin(
+        name = name + ".fatbin",
+        src = src,
+        hdrs = hdrs,
+        archs = archs,
+        copts = copts,
+        defines = defines,
+        ptx = ptx,
+        tags = ["manual"],  # built through _embed alone
+        visibility = kwargs.get("visibility"),
+    )
+    _embed(
+        name = name + ".embed",
+        fatbin = ":" + name + ".fatbin",
+        symbol = name,
+    )
+    cc_library(
+        name = name,
+        srcs = [name + ".embed"],
+        deps = [name + ".embed"],
+        **kwargs
+    )
