@@ -1,5 +1,6 @@
 /*
- * The contract between the core and a kernel. A kernel is one row of kernels.inc and one file of that name.
+ * The contract between the core and a kernel. A kernel is one row of kernels.inc and one file of
+ * that name.
  */
 #ifndef DLATTN_KERNEL_H_
 #define DLATTN_KERNEL_H_
@@ -9,8 +10,8 @@
 #include <stddef.h>
 
 /* CPU instruction sets, as rows ask for them. */
-#define CPU_AVX2 1u      /* AVX2 + FMA + F16C */
-#define CPU_AVX512 2u    /* AVX-512 F, BW, DQ, VL (and CPU_AVX2) */
+#define CPU_AVX2 1u   /* AVX2 + FMA + F16C */
+#define CPU_AVX512 2u /* AVX-512 F, BW, DQ, VL (and CPU_AVX2) */
 #define CPU_AVX512BF16 4u
 #define CPU_AVX512FP16 8u
 #define CPU_AMX_BF16 16u /* tiles permitted by the kernel */
@@ -18,9 +19,9 @@
 
 /* What a machine can do. plan_choose() is a pure function of this and the problem. */
 struct caps {
-    uint32_t cpu;              /* CPU_* */
-    int32_t threads;           /* of the built-in pool */
-    int32_t sm;                /* compute capability of the problem's GPU, 90 = 9.0; 0 = none */
+    uint32_t cpu;    /* CPU_* */
+    int32_t threads; /* of the built-in pool */
+    int32_t sm;      /* compute capability of the problem's GPU, 90 = 9.0; 0 = none */
     int32_t multiprocessors;
     int64_t shared_memory_bytes; /* most that one block may have */
     int64_t l2_bytes;
@@ -32,9 +33,9 @@ struct kernel;
 struct plan {
     const struct kernel *kernel;
     int32_t tile_q, tile_k;
-    int32_t splits;           /* parts of the key axis; 1 = whole */
-    int32_t threads;          /* CPU: workers that the workspace has room for */
-    int32_t variant;          /* the kernel's own choice among its compiled tiles */
+    int32_t splits;  /* parts of the key axis; 1 = whole */
+    int32_t threads; /* CPU: workers that the workspace has room for */
+    int32_t variant; /* the kernel's own choice among its compiled tiles */
     size_t workspace_bytes;
     size_t workspace_alignment;
 };
@@ -51,31 +52,41 @@ struct kernel {
     const char *name;
     enum backend backend;
     const char *arch;
-    uint32_t cpu_needs;      /* CPU_* bits, all needed */
-    int32_t sm_min, sm_max;  /* CUDA: inclusive range of compute capabilities */
-    uint32_t dtypes;         /* DTYPE_BIT()s */
+    uint32_t cpu_needs;     /* CPU_* bits, all needed */
+    int32_t sm_min, sm_max; /* CUDA: inclusive range of compute capabilities */
+    uint32_t dtypes;        /* DTYPE_BIT()s */
     int32_t max_head_dim, max_head_dim_v;
-    uint64_t features;       /* DLATTN_FEATURE_* */
+    uint64_t features;              /* DLATTN_FEATURE_* */
     const char *math, *accumulator; /* NULL: the problem's own */
     int32_t tile_q, tile_k;
-    /* Refines a plan whose kernel, tiles and threads are set: splits, variant, workspace. False: this row does not
-     * want the problem after all (too small, say), try the next. Pure. */
+    /* Refines a plan whose kernel, tiles and threads are set: splits, variant, workspace. False:
+     * this row does not want the problem after all (too small, say), try the next. Pure. */
     bool (*plan)(struct plan *plan, const struct problem *p, const struct caps *caps);
-    /* Runs (CPU) or enqueues (CUDA). Called with every check done and the workspace large enough. */
+    /* Runs (CPU) or enqueues (CUDA). Called with every check done and the workspace large enough.
+     */
     int32_t (*launch)(const struct plan *plan, const struct problem *p, const struct exec *exec);
 };
+
+/* NAME_plan() and NAME_launch() of every row. */
+#define KERNEL(name, ...)                                                                          \
+    bool name##_plan(struct plan *, const struct problem *, const struct caps *);                  \
+    int32_t name##_launch(const struct plan *, const struct problem *, const struct exec *);
+#include "kernels/kernels.inc"
+#undef KERNEL
 
 extern const struct kernel kernel_table[];
 extern const int32_t kernel_table_size;
 
-/* Runs body(ctx, worker) for worker in [0, workers), at the same time where there are threads; returns when all are
- * done. Workers take their tasks from an atomic counter of the kernel's own. (src/threads.c) */
+/* Runs body(ctx, worker) for worker in [0, workers), at the same time where there are threads;
+ * returns when all are done. Workers take their tasks from an atomic counter of the kernel's own.
+ * (src/threads.c) */
 void threads_run(const struct exec *exec, int32_t workers, dlattn_parallel_body body, void *ctx);
 
 /* Fails the call: records the message for last_error() and returns the status. (src/error.c) */
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-int32_t fail(int32_t status, const char *format, ...);
+int32_t
+fail(int32_t status, const char *format, ...);
 
 #endif /* DLATTN_KERNEL_H_ */

@@ -1,6 +1,6 @@
 /*
- * One attention problem, checked and normalised: all that a kernel needs to know, and nothing of DLPack.
- * Built by problem.c from what the caller handed over; every rule of the ABI holds for it.
+ * One attention problem, checked and normalised: all that a kernel needs to know, and nothing of
+ * DLPack. Built by problem.c from what the caller handed over; every rule of the ABI holds for it.
  */
 #ifndef DLATTN_PROBLEM_H_
 #define DLATTN_PROBLEM_H_
@@ -22,13 +22,15 @@ const char *dtype_name(enum dtype d);
 
 enum backend { BACKEND_CPU, BACKEND_CUDA };
 
-/* No bound on that side of the window: larger than any length, small enough that sums of a few do not overflow. */
+/* No bound on that side of the window: larger than any length, small enough that sums of a few do
+ * not overflow. */
 #define UNBOUNDED (INT64_C(1) << 60)
 
-/* A tensor as [B, H, L, D]. `data` has byte_offset added; strides are in elements; broadcast axes have stride 0.
- * Packed (varlen) tensors have a batch stride of 0 and start at row cu_seqlens[b]; a paged key or value has the
- * stride of a page in stride[0]. bias and mask are [B, H, Lq, Lk], lse is [B, H, Lq], alibi_slopes [B, H],
- * sinks [-, H], integer tensors [B] or [B, n] in stride[0] and stride[1]. Absent: data and strides zero. */
+/* A tensor as [B, H, L, D]. `data` has byte_offset added; strides are in elements; broadcast axes
+ * have stride 0. Packed (varlen) tensors have a batch stride of 0 and start at row cu_seqlens[b]; a
+ * paged key or value has the stride of a page in stride[0]. bias and mask are [B, H, Lq, Lk], lse
+ * is [B, H, Lq], alibi_slopes [B, H], sinks [-, H], integer tensors [B] or [B, n] in stride[0] and
+ * stride[1]. Absent: data and strides zero. */
 struct view {
     void *data;
     int64_t stride[4];
@@ -73,19 +75,22 @@ struct problem {
 
 /* Checks and normalises. `with_data` = false reads no data pointer (query and plan creation).
  * Returns a status; the message names the tensor, the axis and both values. */
-int32_t problem_build(struct problem *p, const dlattn_forward_desc *desc, const dlattn_tensors *tensors, bool with_data);
+int32_t problem_build(struct problem *p, const dlattn_forward_desc *desc,
+                      const dlattn_tensors *tensors, bool with_data);
 
-/* Host integer tensors (lengths, cu_seqlens, block_table) against the extents: for CPU problems, before anything is written. */
+/* Host integer tensors (lengths, cu_seqlens, block_table) against the extents: for CPU problems,
+ * before anything is written. */
 int32_t problem_check_values(const struct problem *p);
 
-/* True if a plan made for `a` can run `b`: everything equal but data pointers, alignment and the forced row. */
-bool problem_same(const struct problem *a, const struct problem *b);
+/* The first field in which two problems differ, alignment and data pointers apart; NULL if a plan
+ * made for one can run the other. */
+const char *problem_difference(const struct problem *a, const struct problem *b);
 
 /* One sequence of the batch. Query row i meets key j = i + diagonal. */
 struct sequence {
     int64_t q_start, k_start; /* first row in the packed tensors, else 0 */
-    int64_t q_rows;           /* rows of query and output that this sequence owns; all of them are written */
-    int64_t q_len, k_len;     /* rows and keys that take part */
+    int64_t q_rows; /* rows of query and output that this sequence owns; all of them are written */
+    int64_t q_len, k_len; /* rows and keys that take part */
     int64_t diagonal;
 };
 
@@ -93,7 +98,8 @@ struct sequence {
 struct sequence problem_sequence(const struct problem *p, int64_t b);
 
 /* Keys [lo, hi) that the windows leave to query row i; empty if lo >= hi. */
-static inline void visible_keys(const struct problem *p, const struct sequence *s, int64_t i, int64_t *lo, int64_t *hi) {
+static inline void visible_keys(const struct problem *p, const struct sequence *s, int64_t i,
+                                int64_t *lo, int64_t *hi) {
     int64_t first = i + s->diagonal - p->window_left, end = i + s->diagonal + p->window_right + 1;
     *lo = first > 0 ? first : 0;
     *hi = i >= s->q_len ? 0 : end < s->k_len ? end : s->k_len;

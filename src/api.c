@@ -1,0 +1,362 @@
+/* The exported table. A call copies the caller's structs into its own, builds the problem, chooses
+ * and launches. */
+#include "abi/dlattn.h"
+#include "src/caps.h"
+#include "src/dlpack.h"
+#include "src/error.h"
+#include "src/plan.h"
+#include "src/version.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct dlattn_plan {
+    struct plan choice;
+    struct problem problem;
+    dlattn_forward_desc desc;
+};
+
+/* ---- Structs that may be older or newer than this library
+ * ----------------------------------------------- */
+
+/* Copies the part that both sides know. `least` is the struct's size in ABI 1.0. */
+static int32_t copy_in(void *own, size_t own_size, size_t least, const void *theirs,
+                       const char *name) {
+    size_t size;
+    if (!theirs)
+        return fail(DLATTN_INVALID_ARGUMENT, "%s: is NULL", name);
+    memcpy(&size, theirs, sizeof size);
+    if (size < least)
+        return fail(DLATTN_INVALID_ARGUMENT, "%s: struct_size is %zu, must be at least %zu", name,
+                    size, least);
+    for (size_t i = own_size; i < size; i++) {
+        if (((const unsigned char *)theirs)[i])
+            return fail(
+                DLATTN_UNSUPPORTED,
+                "%s: byte %zu is not zero, this library (ABI %d.%d) knows only the first %zu", name,
+                i, DLATTN_ABI_MAJOR, DLATTN_ABI_MINOR, own_size);
+    }
+    memset(own, 0, own_size);
+    memcpy(own, theirs, size < own_size ? size : own_size);
+    return DLATTN_OK;
+}
+
+/* Checks an output struct before any work is done for it. */
+static int32_t check_out(const void *theirs, size_t least, const char *name) {
+    size_t size;
+    if (!theirs)
+        return fail(DLATTN_INVALID_ARGUMENT, "%s: is NULL", name);
+    memcpy(&size, theirs, sizeof size);
+    return size >= least ? DLATTN_OK
+                         : fail(DLATTN_INVALID_ARGUMENT,
+                                "%s: struct_size is %zu, must be at least %zu", name, size, least);
+}
+
+/* Fills as much of the caller's struct as both sides know; its struct_size stays. */
+static void copy_out(void *theirs, const void *own, size_t own_size) {
+    size_t size;
+    memcpy(&size, theirs, sizeof size);
+    memcpy((char *)theirs + sizeof size, (const char *)own + sizeof size,
+           (size < own_size ? size : own_size) - sizeof size);
+}
+
+#define COPY_IN(own, theirs) copy_in(&(own), sizeof(own), sizeof(own), theirs, #theirs)
+
+/* ---- Forward
+ * ------------------------------------------------------------------------------------------ */
+
+/* The problem of a call; `desc` is this library's own copy. */
+static int32_t build(struct problem *p, const dlattn_forward_desc *desc,
+                     const dlattn_tensors *tensors, bool with_data, struct caps *caps) {
+    dlattn_tensors t;
+    int32_t status = COPY_IN(t, tensors);
+    if (status == DLATTN_OK)
+        status = problem_build(p, desc, &t, with_data);
+    if (status == DLATTN_OK)
+        status = caps_get(caps, p->backend, p->device_id);
+    if (status == DLATTN_OK && p->threads == 0)
+        p->threads = caps->threads;
+    return status;
+}
+
+static int32_t choose(struct plan *plan, struct problem *p, const dlattn_forward_desc *desc,
+                      const dlattn_tensors *tensors, bool with_data) {
+    struct caps caps;
+    int32_t status = build(p, desc, tensors, with_data, &caps);
+    return status == DLATTN_OK ? plan_choose(plan, p, &caps) : status;
+}
+
+static int32_t check_workspace(const struct plan *plan, const dlattn_exec *e) {
+    if (plan->workspace_bytes == 0)
+        return DLATTN_OK;
+    if (!e->workspace || e->workspace_bytes < plan->workspace_bytes)
+        return fail(DLATTN_BUFFER_TOO_SMALL, "workspace: %zu bytes are given, kernel %s needs %zu",
+                    e->workspace ? e->workspace_bytes : 0, plan->kernel->name,
+                    plan->workspace_bytes);
+    if ((uintptr_t)e->workspace % plan->workspace_alignment)
+        return fail(DLATTN_INVALID_ARGUMENT, "workspace: address %p is not a multiple of %zu",
+                    e->workspace, plan->workspace_alignment);
+    return DLATTN_OK;
+}
+
+static int32_t read_exec(dlattn_exec *own, const dlattn_exec *exec) {
+    int32_t status = copy_in(own, sizeof *own, sizeof *own, exec, "exec");
+    if (status == DLATTN_OK && own->flags & ~DLATTN_TAKE_OWNERSHIP)
+        return fail(DLATTN_UNSUPPORTED,
+                    "exec.flags: 0x%llx has bits that this library does not know",
+                    (unsigned long long)own->flags);
+    return status;
+}
+
+static int32_t launch(const struct plan *plan, const struct problem *p, const dlattn_exec *exec) {
+    dlattn_exec e;
+    int32_t status = read_exec(&e, exec);
+    if (status == DLATTN_OK)
+        status = check_workspace(plan, &e);
+    if (status == DLATTN_OK)
+        status = problem_check_values(p);
+    if (status != DLATTN_OK || p->batch == 0 || p->heads_q == 0 || p->len_q == 0)
+        return status;
+    const struct exec run = {
+        .stream = e.stream,
+        .workspace = e.workspace,
+        .parallel_for = e.parallel_for,
+        .parallel_ctx = e.parallel_ctx,
+    };
+    return plan->kernel->launch(plan, p, &run);
+}
+
+static int32_t forward_query(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                             dlattn_sku *sku) {
+    dlattn_forward_desc d;
+    struct problem p;
+    struct plan plan;
+    dlattn_sku own;
+    int32_t status = check_out(sku, sizeof own, "sku");
+    if (status == DLATTN_OK)
+        status = COPY_IN(d, desc);
+    if (status == DLATTN_OK)
+        status = choose(&plan, &p, &d, tensors, false);
+    if (status != DLATTN_OK)
+        return status;
+    plan_describe(&plan, &p, &own);
+    copy_out(sku, &own, sizeof own);
+    return DLATTN_OK;
+}
+
+static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                       const dlattn_exec *exec) {
+    dlattn_forward_desc d;
+    struct problem p;
+    struct plan plan;
+    int32_t status = COPY_IN(d, desc);
+    if (status == DLATTN_OK)
+        status = choose(&plan, &p, &d, tensors, true);
+    return status == DLATTN_OK ? launch(&plan, &p, exec) : status;
+}
+
+/* ---- Managed tensors
+ * ----------------------------------------------------------------------------------- */
+
+static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
+                             const void *managed, const dlattn_exec *exec) {
+    struct managed_slots slots;
+    dlattn_tensors tensors;
+    dlattn_exec e;
+    int32_t status = copy_in(&slots, sizeof slots, sizeof slots, managed, "tensors");
+    if (status != DLATTN_OK)
+        return status;
+    status = read_exec(&e, exec);
+    if (status != DLATTN_OK)
+        return status;
+    status = managed_open(kind, &slots, &tensors);
+    if (status == DLATTN_OK)
+        status = forward(desc, &tensors, exec);
+    if (e.flags & DLATTN_TAKE_OWNERSHIP)
+        managed_release(kind, &slots);
+    return status;
+}
+
+static int32_t forward_managed(const dlattn_forward_desc *desc,
+                               const dlattn_managed_tensors *tensors, const dlattn_exec *exec) {
+    return forward_owned(MANAGED, desc, tensors, exec);
+}
+
+static int32_t forward_versioned(const dlattn_forward_desc *desc,
+                                 const dlattn_versioned_tensors *tensors, const dlattn_exec *exec) {
+    return forward_owned(MANAGED_VERSIONED, desc, tensors, exec);
+}
+
+/* ---- Plans
+ * -------------------------------------------------------------------------------------------- */
+
+static int32_t plan_create(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                           dlattn_plan **plan) {
+    dlattn_plan made;
+    if (!plan)
+        return fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
+    int32_t status = COPY_IN(made.desc, desc);
+    if (status == DLATTN_OK)
+        status = choose(&made.choice, &made.problem, &made.desc, tensors, false);
+    if (status != DLATTN_OK)
+        return status;
+    made.desc.kernel =
+        NULL; /* the choice is made, and the caller's string need not outlive this call */
+    made.desc.num_threads = made.problem.threads;
+    dlattn_plan *kept = malloc(sizeof *kept);
+    if (!kept)
+        return fail(DLATTN_OUT_OF_MEMORY, "plan: no memory for %zu bytes", sizeof *kept);
+    *kept = made;
+    *plan = kept;
+    return DLATTN_OK;
+}
+
+static void plan_destroy(dlattn_plan *plan) { free(plan); }
+
+/* The problem of these tensors under the plan's options, refused unless it is the one planned for.
+ */
+static int32_t plan_problem(const dlattn_plan *plan, const dlattn_tensors *tensors, bool with_data,
+                            struct problem *p) {
+    dlattn_tensors t;
+    if (!plan)
+        return fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
+    int32_t status = COPY_IN(t, tensors);
+    if (status == DLATTN_OK)
+        status = problem_build(p, &plan->desc, &t, with_data);
+    if (status != DLATTN_OK)
+        return status;
+    const char *difference = problem_difference(&plan->problem, p);
+    return difference ? fail(DLATTN_INVALID_ARGUMENT,
+                             "plan: was made for another problem, %s differs", difference)
+                      : DLATTN_OK;
+}
+
+static int32_t plan_can_run(const dlattn_plan *plan, const dlattn_tensors *tensors) {
+    struct problem p;
+    return plan_problem(plan, tensors, false, &p);
+}
+
+static int32_t plan_sku(const dlattn_plan *plan, dlattn_sku *sku) {
+    dlattn_sku own;
+    int32_t status = check_out(sku, sizeof own, "sku");
+    if (status == DLATTN_OK && !plan)
+        status = fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
+    if (status != DLATTN_OK)
+        return status;
+    plan_describe(&plan->choice, &plan->problem, &own);
+    copy_out(sku, &own, sizeof own);
+    return DLATTN_OK;
+}
+
+static int32_t plan_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                        const dlattn_exec *exec) {
+    struct problem p;
+    int32_t status = plan_problem(plan, tensors, true, &p);
+    if (status != DLATTN_OK)
+        return status;
+    const uint64_t unplanned = p.features & ~plan->choice.kernel->features;
+    if (unplanned == 0)
+        return launch(&plan->choice, &p, exec);
+
+    /* The plan was made for aligned tensors and its kernel takes no others: choose again, which
+     * costs no more. */
+    struct plan other;
+    struct caps caps;
+    status = caps_get(&caps, p.backend, p.device_id);
+    if (status == DLATTN_OK)
+        status = plan_choose(&other, &p, &caps);
+    return status == DLATTN_OK ? launch(&other, &p, exec) : status;
+}
+
+/* ---- Listings
+ * ------------------------------------------------------------------------------------------ */
+
+static int32_t kernel_count(void) { return kernel_table_size; }
+
+static const char *dtype_list(uint32_t dtypes) {
+    static const char *const lists[1 << DTYPE_COUNT] = {
+        "",         "f64",          "f32",          "f64 f32",          "f16",      "f64 f16",
+        "f32 f16",  "f64 f32 f16",  "bf16",         "f64 bf16",         "f32 bf16", "f64 f32 bf16",
+        "f16 bf16", "f64 f16 bf16", "f32 f16 bf16", "f64 f32 f16 bf16",
+    };
+    return lists[dtypes];
+}
+
+static bool available(const struct kernel *k) {
+    struct caps caps;
+    if (k->backend == BACKEND_CPU)
+        return kernel_available(k, caps_cpu());
+    for (int32_t id = 0; caps_get(&caps, BACKEND_CUDA, id) == DLATTN_OK; id++) {
+        if (kernel_available(k, &caps))
+            return true;
+    }
+    return false;
+}
+
+static int32_t kernel_info(int32_t index, dlattn_kernel_info *info) {
+    int32_t status = check_out(info, sizeof *info, "info");
+    if (status == DLATTN_OK && (index < 0 || index >= kernel_table_size))
+        status = fail(DLATTN_INVALID_ARGUMENT, "index: is %d, there are %d rows", index,
+                      kernel_table_size);
+    if (status != DLATTN_OK)
+        return status;
+    const struct kernel *k = &kernel_table[index];
+    const dlattn_kernel_info own = {
+        .name = k->name,
+        .operation = "forward",
+        .backend = k->backend == BACKEND_CPU ? "cpu" : "cuda",
+        .arch = k->arch,
+        .dtypes = dtype_list(k->dtypes),
+        .features = k->features,
+        .max_head_dim = k->max_head_dim,
+        .max_head_dim_v = k->max_head_dim_v,
+        .tile_q = k->tile_q,
+        .tile_k = k->tile_k,
+        .available = available(k),
+    };
+    copy_out(info, &own, sizeof own);
+    return DLATTN_OK;
+}
+
+static int32_t device_count(void) { return 1 + caps_gpu_count(); }
+
+static int32_t device_info(int32_t index, dlattn_device_info *info) {
+    dlattn_device_info own = {0};
+    int32_t status = check_out(info, sizeof own, "info");
+    if (status == DLATTN_OK && (index < 0 || index >= device_count()))
+        status = fail(DLATTN_INVALID_ARGUMENT, "index: is %d, there are %d devices", index,
+                      device_count());
+    if (status == DLATTN_OK)
+        status = caps_describe(index, &own);
+    if (status == DLATTN_OK)
+        copy_out(info, &own, sizeof own);
+    return status;
+}
+
+static const char *version(void) { return DLATTN_VERSION; }
+
+const dlattn_api *dlattn_get_api(uint32_t major) {
+    static const dlattn_api api = {
+        .struct_size = sizeof api,
+        .abi_major = DLATTN_ABI_MAJOR,
+        .abi_minor = DLATTN_ABI_MINOR,
+        .version = version,
+        .last_error = error_last,
+        .status_name = error_name,
+        .forward_query = forward_query,
+        .forward = forward,
+        .forward_managed = forward_managed,
+        .forward_versioned = forward_versioned,
+        .plan_create = plan_create,
+        .plan_destroy = plan_destroy,
+        .plan_can_run = plan_can_run,
+        .plan_sku = plan_sku,
+        .plan_run = plan_run,
+        .kernel_count = kernel_count,
+        .kernel_info = kernel_info,
+        .device_count = device_count,
+        .device_info = device_info,
+    };
+    return major == DLATTN_ABI_MAJOR ? &api : NULL;
+}

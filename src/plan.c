@@ -1,0 +1,148 @@
+#include "src/plan.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const struct {
+    uint64_t bit;
+    const char *name;
+} features[] = {
+    {DLATTN_FEATURE_CAUSAL, "causal"},
+    {DLATTN_FEATURE_WINDOW, "window"},
+    {DLATTN_FEATURE_SOFTCAP, "softcap"},
+    {DLATTN_FEATURE_BIAS, "bias"},
+    {DLATTN_FEATURE_MASK, "mask"},
+    {DLATTN_FEATURE_ALIBI, "alibi"},
+    {DLATTN_FEATURE_SINKS, "sinks"},
+    {DLATTN_FEATURE_LENGTHS, "lengths"},
+    {DLATTN_FEATURE_VARLEN, "varlen"},
+    {DLATTN_FEATURE_PAGED, "paged"},
+    {DLATTN_FEATURE_GQA, "gqa"},
+    {DLATTN_FEATURE_HEAD_DIM_V, "head_dim_v"},
+    {DLATTN_FEATURE_STRIDED, "strided"},
+    {DLATTN_FEATURE_INNER_STRIDE, "inner_stride"},
+    {DLATTN_FEATURE_UNALIGNED, "unaligned"},
+    {DLATTN_FEATURE_LSE, "lse"},
+};
+
+const char *feature_names(uint64_t bits, char *text, size_t size) {
+    size_t used = 0;
+    text[0] = '\0';
+    for (size_t i = 0; i < sizeof features / sizeof features[0] && used < size; i++) {
+        if (bits & features[i].bit)
+            used += (size_t)snprintf(text + used, size - used, "%s%s", used ? " " : "",
+                                     features[i].name);
+    }
+    return text;
+}
+
+bool kernel_available(const struct kernel *k, const struct caps *caps) {
+    if (k->backend == BACKEND_CPU)
+        return (k->cpu_needs & ~caps->cpu) == 0;
+    return caps->sm >= k->sm_min && caps->sm <= k->sm_max;
+}
+
+/* How far a row gets with a problem; the row that gets furthest is the nearest one. */
+enum fit {
+    OTHER_DEVICE,
+    OTHER_ROW,
+    NEEDS_MACHINE,
+    LACKS_DTYPE,
+    LACKS_HEAD_DIM,
+    LACKS_FEATURE,
+    DECLINES,
+    FITS
+};
+
+static enum fit fit(struct plan *plan, const struct kernel *k, const struct problem *p,
+                    const struct caps *caps) {
+    if (k->backend != p->backend)
+        return OTHER_DEVICE;
+    if (p->kernel && strcmp(p->kernel, k->name) != 0)
+        return OTHER_ROW;
+    if (!kernel_available(k, caps))
+        return NEEDS_MACHINE;
+    if (!(k->dtypes & DTYPE_BIT(p->dtype)))
+        return LACKS_DTYPE;
+    if (p->dim_qk > k->max_head_dim || p->dim_v > k->max_head_dim_v)
+        return LACKS_HEAD_DIM;
+    if (p->features & ~k->features)
+        return LACKS_FEATURE;
+    *plan = (struct plan){
+        .kernel = k,
+        .tile_q = k->tile_q,
+        .tile_k = k->tile_k,
+        .splits = 1,
+        .threads = p->threads,
+        .workspace_alignment = 64,
+    };
+    return k->plan(plan, p, caps) ? FITS : DECLINES;
+}
+
+static int32_t refuse(const struct problem *p, const struct kernel *nearest, enum fit how) {
+    const char *device = p->backend == BACKEND_CPU ? "the CPU" : "this GPU";
+    char missing[256];
+    switch (how) {
+    case OTHER_DEVICE:
+        return fail(DLATTN_UNSUPPORTED, "this build has no kernel for %s", device);
+    case OTHER_ROW:
+        return fail(DLATTN_INVALID_ARGUMENT, "kernel: there is no row \"%s\" for %s", p->kernel,
+                    device);
+    case NEEDS_MACHINE:
+        return fail(DLATTN_UNSUPPORTED, "no kernel for %s: %s needs %s", device, nearest->name,
+                    nearest->arch);
+    case LACKS_DTYPE:
+        return fail(DLATTN_UNSUPPORTED,
+                    "no kernel for %s on %s: the nearest, %s, does not take this dtype",
+                    dtype_name(p->dtype), device, nearest->name);
+    case LACKS_HEAD_DIM:
+        return fail(DLATTN_UNSUPPORTED,
+                    "no kernel on %s for head_dim %lld and head_dim_v %lld: the nearest, %s, goes "
+                    "up to %d and %d",
+                    device, (long long)p->dim_qk, (long long)p->dim_v, nearest->name,
+                    nearest->max_head_dim, nearest->max_head_dim_v);
+    case LACKS_FEATURE:
+        return fail(DLATTN_UNSUPPORTED,
+                    "no kernel on %s for this problem: the nearest, %s, lacks: %s", device,
+                    nearest->name,
+                    feature_names(p->features & ~nearest->features, missing, sizeof missing));
+    default:
+        return fail(DLATTN_UNSUPPORTED, "kernel %s declines this problem on %s", nearest->name,
+                    device);
+    }
+}
+
+int32_t plan_choose(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    const struct kernel *nearest = NULL;
+    enum fit best = OTHER_DEVICE;
+    for (int32_t i = 0; i < kernel_table_size; i++) {
+        enum fit how = fit(plan, &kernel_table[i], p, caps);
+        if (how == FITS)
+            return DLATTN_OK;
+        if (how > best) {
+            best = how;
+            nearest = &kernel_table[i];
+        }
+    }
+    return refuse(p, nearest, best);
+}
+
+void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku *sku) {
+    const struct kernel *k = plan->kernel;
+    sku->kernel = k->name;
+    sku->backend = k->backend == BACKEND_CPU ? "cpu" : "cuda";
+    sku->arch = k->arch;
+    sku->math = k->math ? k->math : dtype_name(p->dtype);
+    sku->accumulator = k->accumulator ? k->accumulator : p->dtype == DTYPE_F64 ? "f64" : "f32";
+    sku->features = p->features;
+    sku->workspace_bytes = plan->workspace_bytes;
+    sku->workspace_alignment = plan->workspace_alignment;
+    sku->contiguous = p->contiguous;
+    sku->deterministic = 1;
+    sku->bit_stable = 1;
+    sku->tile_q = plan->tile_q;
+    sku->tile_k = plan->tile_k;
+    sku->num_splits = plan->splits;
+    sku->num_threads = k->backend == BACKEND_CPU ? plan->threads : 0;
+    sku->reserved0 = 0;
+}

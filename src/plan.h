@@ -1,0 +1,20 @@
+/* Choosing a row of the kernel table. */
+#ifndef DLATTN_PLAN_H_
+#define DLATTN_PLAN_H_
+
+#include "kernels/kernel.h"
+
+/* The first row that accepts, with its numbers. Pure: any problem on any machine, no device is
+ * asked. When nothing accepts, the message names the nearest row and what it lacks. */
+int32_t plan_choose(struct plan *plan, const struct problem *p, const struct caps *caps);
+
+/* What a caller is told about a choice. `sku->struct_size` is left alone. */
+void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku *sku);
+
+/* True if a machine with these capabilities can run the row. */
+bool kernel_available(const struct kernel *k, const struct caps *caps);
+
+/* Names of feature bits, "causal softcap", into text[size]; returns text. */
+const char *feature_names(uint64_t features, char *text, size_t size);
+
+#endif /* DLATTN_PLAN_H_ */

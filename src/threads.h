@@ -1,0 +1,10 @@
+/* The built-in pool; kernels enter through threads_run() of kernels/kernel.h. */
+#ifndef DLATTN_THREADS_H_
+#define DLATTN_THREADS_H_
+
+#include <stdint.h>
+
+/* DLATTN_NUM_THREADS, or the cores that this process may use. */
+int32_t threads_default(void);
+
+#endif /* DLATTN_THREADS_H_ */
