@@ -43,8 +43,7 @@ extern "C" {
 #define DLATTN_ABI_MAJOR 1
 #define DLATTN_ABI_MINOR 0
 
-/* ---- Status
- * ------------------------------------------------------------------------------------------- */
+/* ---- Status ---------------------------------------------------------------------------------- */
 
 enum {
     DLATTN_OK = 0,
@@ -59,8 +58,7 @@ enum {
     DLATTN_INTERNAL = 8
 };
 
-/* ---- What to compute
- * ---------------------------------------------------------------------------------- */
+/* ---- What to compute ------------------------------------------------------------------------- */
 
 /* Where the diagonal lies when the lengths differ. It places causal, window and ALiBi alike. */
 enum {
@@ -159,8 +157,7 @@ typedef struct dlattn_versioned_tensors {
     DLATTN_TENSOR_SLOTS(struct DLManagedTensorVersioned *)
 } dlattn_versioned_tensors;
 
-/* ---- Where and with what to run it
- * -------------------------------------------------------------------- */
+/* ---- Where and with what to run it ----------------------------------------------------------- */
 
 /* Calls body(body_ctx, i) once for each i in [0, count), on any threads in any order; returns when
  * all are done. */
@@ -168,10 +165,8 @@ typedef void (*dlattn_parallel_body)(void *body_ctx, int64_t index);
 typedef void (*dlattn_parallel_for)(void *ctx, int64_t count, dlattn_parallel_body body,
                                     void *body_ctx);
 
-/* dlattn_exec.flags */
-#define DLATTN_TAKE_OWNERSHIP                                                                      \
-    UINT64_C(1) /* managed calls: run every deleter exactly once before returning, also on error   \
-                 */
+/* dlattn_exec.flags. Managed calls run every deleter exactly once before returning, also on error. */
+#define DLATTN_TAKE_OWNERSHIP UINT64_C(1)
 
 /* How one call runs. All zero: default stream, no workspace, the library's own threads. */
 typedef struct dlattn_exec {
@@ -186,8 +181,7 @@ typedef struct dlattn_exec {
     void *parallel_ctx;
 } dlattn_exec;
 
-/* ---- What was chosen
- * ---------------------------------------------------------------------------------- */
+/* ---- What was chosen ------------------------------------------------------------------------- */
 
 /* Bits of what a problem asks and a kernel has. */
 #define DLATTN_FEATURE_CAUSAL UINT64_C(0x1)
@@ -259,8 +253,7 @@ typedef struct dlattn_device_info {
     int64_t shared_memory_bytes; /* GPU: most shared memory of a block; CPU: 0 */
 } dlattn_device_info;
 
-/* ---- The table of functions
- * --------------------------------------------------------------------------- */
+/* ---- The table of functions ------------------------------------------------------------------ */
 
 /* A choice of kernel for one problem (shapes, strides, dtypes, options, device); immutable once
  * made. */

@@ -17,13 +17,13 @@ struct dlattn_plan {
     dlattn_forward_desc desc;
 };
 
-/* ---- Structs that may be older or newer than this library
- * ----------------------------------------------- */
+/* ---- Structs that may be older or newer than this library ------------------------------------ */
 
 /* Copies the part that both sides know. `least` is the struct's size in ABI 1.0. */
 static int32_t copy_in(void *own, size_t own_size, size_t least, const void *theirs,
                        const char *name) {
     size_t size;
+    memset(own, 0, own_size);
     if (!theirs)
         return fail(DLATTN_INVALID_ARGUMENT, "%s: is NULL", name);
     memcpy(&size, theirs, sizeof size);
@@ -37,7 +37,6 @@ static int32_t copy_in(void *own, size_t own_size, size_t least, const void *the
                 "%s: byte %zu is not zero, this library (ABI %d.%d) knows only the first %zu", name,
                 i, DLATTN_ABI_MAJOR, DLATTN_ABI_MINOR, own_size);
     }
-    memset(own, 0, own_size);
     memcpy(own, theirs, size < own_size ? size : own_size);
     return DLATTN_OK;
 }
@@ -63,8 +62,7 @@ static void copy_out(void *theirs, const void *own, size_t own_size) {
 
 #define COPY_IN(own, theirs) copy_in(&(own), sizeof(own), sizeof(own), theirs, #theirs)
 
-/* ---- Forward
- * ------------------------------------------------------------------------------------------ */
+/* ---- Forward --------------------------------------------------------------------------------- */
 
 /* The problem of a call; `desc` is this library's own copy. */
 static int32_t build(struct problem *p, const dlattn_forward_desc *desc,
@@ -156,8 +154,7 @@ static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *te
     return status == DLATTN_OK ? launch(&plan, &p, exec) : status;
 }
 
-/* ---- Managed tensors
- * ----------------------------------------------------------------------------------- */
+/* ---- Managed tensors ------------------------------------------------------------------------- */
 
 static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
                              const void *managed, const dlattn_exec *exec) {
@@ -188,8 +185,7 @@ static int32_t forward_versioned(const dlattn_forward_desc *desc,
     return forward_owned(MANAGED_VERSIONED, desc, tensors, exec);
 }
 
-/* ---- Plans
- * -------------------------------------------------------------------------------------------- */
+/* ---- Plans ----------------------------------------------------------------------------------- */
 
 static int32_t plan_create(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
                            dlattn_plan **plan) {
@@ -269,8 +265,7 @@ static int32_t plan_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
     return status == DLATTN_OK ? launch(&other, &p, exec) : status;
 }
 
-/* ---- Listings
- * ------------------------------------------------------------------------------------------ */
+/* ---- Listings -------------------------------------------------------------------------------- */
 
 static int32_t kernel_count(void) { return kernel_table_size; }
 

@@ -15,6 +15,6 @@ void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku 
 bool kernel_available(const struct kernel *k, const struct caps *caps);
 
 /* Names of feature bits, "causal softcap", into text[size]; returns text. */
-const char *feature_names(uint64_t features, char *text, size_t size);
+const char *feature_names(uint64_t bits, char *text, size_t size);
 
 #endif /* DLATTN_PLAN_H_ */

@@ -14,8 +14,7 @@ const char *dtype_name(enum dtype d) {
     return names[d];
 }
 
-/* ---- One tensor
- * --------------------------------------------------------------------------------------- */
+/* ---- One tensor ------------------------------------------------------------------------------ */
 
 /* A DLTensor that passed the checks which need no other tensor: axes in the caller's order. */
 struct tensor {
@@ -215,8 +214,7 @@ static int32_t check_writable(const struct tensor *t) {
             return status_;                                                                        \
     } while (0)
 
-/* ---- Options
- * ------------------------------------------------------------------------------------------ */
+/* ---- Options --------------------------------------------------------------------------------- */
 
 static int32_t check_window(const char *name, int64_t value) {
     if (value >= -1)
@@ -276,8 +274,7 @@ static int32_t read_desc(struct problem *p, const dlattn_forward_desc *d) {
     return DLATTN_OK;
 }
 
-/* ---- The call
- * ----------------------------------------------------------------------------------------- */
+/* ---- The call -------------------------------------------------------------------------------- */
 
 /* All tensors of a call, opened; an absent one has dl == NULL. */
 struct tensors {
@@ -572,8 +569,7 @@ int32_t problem_build(struct problem *p, const dlattn_forward_desc *desc,
     return DLATTN_OK;
 }
 
-/* ---- Values of integer tensors, in host memory
- * ---------------------------------------------------------- */
+/* ---- Values of integer tensors, in host memory ----------------------------------------------- */
 
 static int64_t int_at(const struct view *v, int64_t i, int64_t j) {
     int32_t value; /* DLPack promises no alignment */
@@ -660,8 +656,7 @@ struct sequence problem_sequence(const struct problem *p, int64_t b) {
     return s;
 }
 
-/* ---- Plans
- * -------------------------------------------------------------------------------------------- */
+/* ---- Plans ----------------------------------------------------------------------------------- */
 
 #define FIELD(name) {#name, offsetof(struct problem, name), sizeof(((struct problem *)0)->name)}
 #define STRIDES(name)                                                                              \

@@ -48,8 +48,7 @@ static void print_dim(int32_t dim) {
         printf("%d", dim);
 }
 
-/* ---- Text
- * --------------------------------------------------------------------------------------------- */
+/* ---- Text ------------------------------------------------------------------------------------ */
 
 static void text_head(const dlattn_api *api) {
     printf("dlattn %s, ABI %u.%u\n\nDevices\n", api->version(), api->abi_major, api->abi_minor);
@@ -77,8 +76,7 @@ static void text_kernel(const dlattn_kernel_info *k, bool first) {
     printf("\n");
 }
 
-/* ---- JSON
- * --------------------------------------------------------------------------------------------- */
+/* ---- JSON ------------------------------------------------------------------------------------ */
 
 /* Names in this table are plain ASCII; only a device's name could hold a quote. */
 static void json_string(const char *text) {
@@ -128,8 +126,7 @@ static void json_kernel(const dlattn_kernel_info *k, bool first) {
 
 static void json_tail(void) { printf("]}\n"); }
 
-/* ---- Markdown: the same on every machine, for docs/support.md
- * ------------------------------------------- */
+/* ---- Markdown: the same on every machine, for docs/support.md -------------------------------- */
 
 static void markdown_head(const dlattn_api *api) {
     printf("# Support matrix of dlattn %s (ABI %u.%u)\n\n"
@@ -162,8 +159,7 @@ static void markdown_kernel(const dlattn_kernel_info *k, bool first) {
     printf("\n");
 }
 
-/* ---- Main
- * --------------------------------------------------------------------------------------------- */
+/* ---- Main ------------------------------------------------------------------------------------ */
 
 static const struct format text = {text_head, text_device, text_between, text_kernel,
                                    print_nothing};
