@@ -2,7 +2,8 @@
 
 load("@rules_cc//cc:defs.bzl", "cc_library")
 
-# Code for the GPU itself. A suffix `a` (90a) is code for that one architecture, its PTX included.
+# Code for the GPU itself. Code for 80 also runs on 86 and 89, only less well tuned.
+# A suffix `a` (90a) is code for that one architecture, its PTX included.
 _ARCHS = ["80", "86", "89", "90", "100", "120"]
 
 # PTX that a newer driver compiles for a GPU that we have no code for.
@@ -110,7 +111,7 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], 
       name: the target and the symbol; hidden, so that only the plugin itself sees it.
       src: the .cu file. Includes are relative to the root of the repository.
       hdrs: the headers that it includes.
-      archs: the architectures to compile code for, such as ["90a"].
+      archs: the architectures to compile code for, such as ["90a"]; each is a compilation of its own.
       ptx: the architectures to add PTX for. Give [] where the source works on its own archs alone.
       defines: macros, without -D.
       copts: more flags for nvcc.
