@@ -1,0 +1,528 @@
+/*
+ * dlattn._core: from Python objects to one call of the plugin, for every framework that speaks
+ * DLPack.
+ *
+ * A call costs about a microsecond: tensors are read in place (through the framework's C exchange
+ * table where it has one, else through a capsule), the plan comes from a cache, and CPU workspace
+ * from the thread. Python's limited API alone is used, so one file serves CPython 3.10 and all
+ * later ones. All state below is guarded by the GIL, which is released while a kernel runs.
+ */
+#define _GNU_SOURCE
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include "abi/dlattn_loader.h"
+
+#include <pthread.h>
+
+static const dlattn_api *api;
+static PyObject *errors; /* dlattn._errors.BY_STATUS: exception classes, indexed by status */
+static PyObject *max_version_kw; /* {"max_version": (1, 3)} */
+static PyObject *str_dlpack, *str_stream, *str_max_version;
+
+enum { LIBRARY_NOT_FOUND = 0 }; /* status 0 is never an error, so its place in BY_STATUS is free */
+
+static PyObject *raise(int32_t status, const char *message) {
+    PyErr_SetString(PyTuple_GetItem(errors, status), message);
+    return NULL;
+}
+
+/* Opens the plugin at the first use, so that the package can be imported, and asked for help,
+ * without it. */
+static int open_library(void) {
+    char why[4096];
+    if (api)
+        return 0;
+    api = dlattn_open(why, sizeof why);
+    if (!api)
+        raise(LIBRARY_NOT_FOUND, why);
+    return api ? 0 : -1;
+}
+
+/* ---- Tensors --------------------------------------------------------------------------------- */
+
+enum {
+    MAX_AXES = 4,
+    OUTPUT = 3,
+    LSE = 4,
+    SLOTS = (sizeof(dlattn_tensors) - sizeof(size_t)) / sizeof(void *)
+};
+
+/* An argument while a call lasts. */
+struct argument {
+    DLTensor tensor;
+    PyObject *
+        capsule; /* keeps `tensor` alive; its own destructor runs the deleter, as nobody consumes it
+        */
+    int64_t shape[MAX_AXES], strides[MAX_AXES]; /* of a spec */
+};
+
+/* The exchange table of a type or NULL, remembered for the few types that a program uses. */
+static const DLPackExchangeAPI *exchange_of(PyTypeObject *type) {
+    static struct {
+        PyTypeObject *type;
+        const DLPackExchangeAPI *table;
+    } known[8];
+    static unsigned next;
+    for (int i = 0; i < 8; i++) {
+        if (known[i].type == type)
+            return known[i].table;
+    }
+    const DLPackExchangeAPIHeader *header = NULL;
+    PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
+    if (capsule)
+        header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    PyErr_Clear();
+    Py_XDECREF(capsule);
+    while (header && header->version.major != DLPACK_MAJOR_VERSION)
+        header = header->prev_api;
+    const DLPackExchangeAPI *table = (const DLPackExchangeAPI *)header;
+    if (table && !table->dltensor_from_py_object_no_sync)
+        table = NULL;
+    Py_INCREF(type);
+    Py_XDECREF(known[next].type);
+    known[next].type = type;
+    known[next].table = table;
+    next = (next + 1) % 8;
+    return table;
+}
+
+/* object.__dlpack__(max_version=..., stream=...), and the older form for those who do not know
+ * max_version. */
+static PyObject *export_capsule(PyObject *object, PyObject *stream) {
+    PyObject *capsule = NULL, *keywords = max_version_kw, *none = PyTuple_New(0);
+    PyObject *method = PyObject_GetAttr(object, str_dlpack);
+    if (!method) {
+        Py_XDECREF(none);
+        PyErr_Format(PyExc_TypeError,
+                     "%R has no __dlpack__: dlattn takes arrays of any DLPack framework",
+                     Py_TYPE(object));
+        return NULL;
+    }
+    Py_INCREF(keywords);
+    if (stream != Py_None) {
+        Py_DECREF(keywords);
+        keywords = PyDict_Copy(max_version_kw);
+        PyDict_SetItem(keywords, str_stream, stream);
+    }
+    capsule = PyObject_Call(method, none, keywords);
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyObject *older = PyDict_Copy(keywords);
+        PyErr_Clear();
+        PyDict_DelItem(older, str_max_version);
+        capsule = PyObject_Call(method, none, older);
+        Py_DECREF(older);
+    }
+    Py_DECREF(keywords);
+    Py_DECREF(method);
+    Py_DECREF(none);
+    return capsule;
+}
+
+static int open_capsule(struct argument *a, int slot) {
+    char message[128];
+    if (PyCapsule_IsValid(a->capsule, "dltensor")) {
+        const DLManagedTensor *m = PyCapsule_GetPointer(a->capsule, "dltensor");
+        a->tensor = m->dl_tensor;
+        return 0;
+    }
+    const DLManagedTensorVersioned *m = PyCapsule_GetPointer(a->capsule, "dltensor_versioned");
+    if (!m)
+        return -1;
+    if (m->version.major != DLPACK_MAJOR_VERSION) {
+        snprintf(message, sizeof message,
+                 "argument %d: DLPack major version is %u, dlattn reads %d", slot, m->version.major,
+                 DLPACK_MAJOR_VERSION);
+        raise(DLATTN_VERSION_MISMATCH, message);
+        return -1;
+    }
+    if (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY && (slot == OUTPUT || slot == LSE)) {
+        raise(DLATTN_INVALID_ARGUMENT,
+              slot == OUTPUT ? "output: is read-only" : "lse: is read-only");
+        return -1;
+    }
+    a->tensor = m->dl_tensor;
+    return 0;
+}
+
+/* A tensor without data: (shape, dtype code, bits, device type, device id); compact. */
+static int open_spec(struct argument *a, PyObject *spec) {
+    PyObject *shape;
+    int code, bits, device_type, device_id;
+    if (!PyArg_ParseTuple(spec, "O!iiii", &PyTuple_Type, &shape, &code, &bits, &device_type,
+                          &device_id))
+        return -1;
+    const Py_ssize_t axes = PyTuple_Size(shape);
+    if (axes > MAX_AXES) {
+        PyErr_Format(PyExc_ValueError, "a spec has %zd axes, at most %d are known", axes, MAX_AXES);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < axes; i++)
+        a->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
+    a->tensor = (DLTensor){
+        .device = {(DLDeviceType)device_type, device_id},
+        .ndim = (int32_t)axes,
+        .dtype = {(uint8_t)code, (uint8_t)bits, 1},
+        .shape = a->shape,
+    };
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int open_argument(struct argument *a, PyObject *object, int slot, PyObject *stream) {
+    if (PyTuple_Check(object))
+        return open_spec(a, object);
+    const DLPackExchangeAPI *exchange = exchange_of(Py_TYPE(object));
+    if (exchange)
+        return exchange->dltensor_from_py_object_no_sync(object, &a->tensor);
+    a->capsule = export_capsule(object, stream);
+    return a->capsule ? open_capsule(a, slot) : -1;
+}
+
+static void close_arguments(struct argument *a, int count) {
+    for (int i = 0; i < count; i++)
+        Py_XDECREF(a[i].capsule);
+}
+
+/* ---- Options --------------------------------------------------------------------------------- */
+
+/* Positions after the tensors; __init__.py has the same order. */
+enum {
+    SCALE = SLOTS,
+    SOFTCAP,
+    WINDOW_LEFT,
+    WINDOW_RIGHT,
+    CAUSAL,
+    ALIGNMENT,
+    MAX_SEQLEN_Q,
+    MAX_SEQLEN_K,
+    KERNEL,
+    NUM_THREADS,
+    STREAM,
+    ALLOCATE,
+    ARGUMENTS
+};
+
+static int read_desc(dlattn_forward_desc *d, PyObject *const *args, char *kernel, size_t size) {
+    *d = (dlattn_forward_desc){.struct_size = sizeof *d};
+    if (args[SCALE] != Py_None) {
+        d->scale = PyFloat_AsDouble(args[SCALE]);
+        d->flags |= DLATTN_EXACT_SCALE;
+    }
+    d->softcap = PyFloat_AsDouble(args[SOFTCAP]);
+    d->flags |= DLATTN_WINDOW; /* -1 is unbounded */
+    d->window_left = PyLong_AsLongLong(args[WINDOW_LEFT]);
+    d->window_right = PyLong_AsLongLong(args[WINDOW_RIGHT]);
+    d->causal = PyObject_IsTrue(args[CAUSAL]);
+    d->alignment = (int32_t)PyLong_AsLong(args[ALIGNMENT]);
+    d->max_seqlen_q = PyLong_AsLongLong(args[MAX_SEQLEN_Q]);
+    d->max_seqlen_k = PyLong_AsLongLong(args[MAX_SEQLEN_K]);
+    d->num_threads = (int32_t)PyLong_AsLong(args[NUM_THREADS]);
+    if (args[KERNEL] != Py_None) {
+        PyObject *bytes = PyUnicode_AsUTF8String(args[KERNEL]);
+        if (bytes)
+            snprintf(kernel, size, "%s", PyBytes_AsString(bytes));
+        Py_XDECREF(bytes);
+        d->kernel = kernel;
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* ---- Plans ----------------------------------------------------------------------------------- */
+
+enum { CACHE = 256, KEY_WORDS = 256, KERNEL_NAME = 128 };
+
+struct planned {
+    dlattn_plan *plan;
+    size_t workspace_bytes, workspace_alignment;
+    int users; /* the cache and the calls that are running */
+    size_t words;
+    uint64_t key[];
+};
+
+static struct planned *cache[CACHE];
+
+static void release_plan(struct planned *p) {
+    if (p && --p->users == 0) {
+        api->plan_destroy(p->plan);
+        free(p);
+    }
+}
+
+/* Everything that a plan depends on, as words; also whether addresses are aligned, since other
+ * kernels, with other workspace, take those that are not. */
+static size_t make_key(uint64_t *key, const dlattn_forward_desc *desc, const struct argument *a,
+                       const dlattn_tensors *tensors) {
+    const DLTensor *const *slots = (const DLTensor *const *)&tensors->query;
+    dlattn_forward_desc d = *desc;
+    size_t n = sizeof d / 8 + 1;
+    d.kernel = NULL;
+    memcpy(key, &d, sizeof d);
+    key[n - 1] = 0;
+    for (int i = 0; i < SLOTS; i++) {
+        if (!slots[i])
+            continue;
+        const DLTensor *t = &a[i].tensor;
+        const uint64_t aligned = ((uintptr_t)t->data + t->byte_offset) % 16 == 0;
+        const int axes = t->ndim < 0 ? 0 : t->ndim > MAX_AXES ? MAX_AXES : t->ndim;
+        key[sizeof d / 8] |= UINT64_C(1) << i;
+        key[n++] = (uint64_t)t->device.device_type << 32 | (uint32_t)t->device.device_id;
+        key[n++] = (uint64_t)t->dtype.code << 40 | (uint64_t)t->dtype.bits << 32 |
+                   (uint64_t)t->dtype.lanes << 16 | (uint64_t)(t->ndim & 0xff) << 8 | aligned << 1 |
+                   (t->strides != NULL);
+        for (int axis = 0; axis < axes; axis++) {
+            key[n++] = (uint64_t)t->shape[axis];
+            if (t->strides)
+                key[n++] = (uint64_t)t->strides[axis];
+        }
+    }
+    if (desc->kernel) {
+        memset(key + n, 0, KERNEL_NAME);
+        memcpy(key + n, desc->kernel, strlen(desc->kernel));
+        n += KERNEL_NAME / 8;
+    }
+    return n;
+}
+_Static_assert(sizeof(dlattn_forward_desc) / 8 + 1 + SLOTS * (2 + 2 * MAX_AXES) + KERNEL_NAME / 8 <=
+                   KEY_WORDS,
+               "the longest key fits");
+
+/* A plan that the caller releases, or NULL with an exception. */
+static struct planned *find_plan(const dlattn_forward_desc *desc, const struct argument *a,
+                                 const dlattn_tensors *tensors) {
+    uint64_t key[KEY_WORDS], hash = 0;
+    const size_t words = make_key(key, desc, a, tensors);
+    for (size_t i = 0; i < words; i++)
+        hash = (hash ^ key[i]) * UINT64_C(0x9e3779b97f4a7c15), hash ^= hash >> 29;
+    struct planned **slot = &cache[hash % CACHE], *p = *slot;
+    if (p && p->words == words && memcmp(p->key, key, words * sizeof *key) == 0) {
+        p->users++;
+        return p;
+    }
+
+    dlattn_plan *plan;
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    int32_t status = api->plan_create(desc, tensors, &plan);
+    if (status != DLATTN_OK) {
+        raise(status, api->last_error());
+        return NULL;
+    }
+    api->plan_sku(plan, &sku);
+    p = malloc(sizeof *p + words * sizeof *key);
+    if (!p) {
+        api->plan_destroy(plan);
+        PyErr_NoMemory();
+        return NULL;
+    }
+    *p = (struct planned){plan, sku.workspace_bytes, sku.workspace_alignment, 2, words};
+    memcpy(p->key, key, words * sizeof *key);
+    release_plan(*slot);
+    *slot = p;
+    return p;
+}
+
+/* ---- Workspace ------------------------------------------------------------------------------- */
+
+struct scratch {
+    size_t bytes;
+    void *memory;
+};
+
+static pthread_key_t scratch_key;
+
+static void free_scratch(void *scratch) {
+    free(((struct scratch *)scratch)->memory);
+    free(scratch);
+}
+
+/* CPU workspace of this thread, which grows and lives as long as the thread. */
+static void *thread_workspace(size_t bytes) {
+    struct scratch *s = pthread_getspecific(scratch_key);
+    if (!s) {
+        s = calloc(1, sizeof *s);
+        if (!s || pthread_setspecific(scratch_key, s) != 0)
+            return PyErr_NoMemory();
+    }
+    if (s->bytes < bytes) {
+        free(s->memory);
+        s->bytes = (bytes + 4095) / 4096 * 4096;
+        s->memory = aligned_alloc(4096, s->bytes);
+        if (!s->memory) {
+            s->bytes = 0;
+            return PyErr_NoMemory();
+        }
+    }
+    return s->memory;
+}
+
+/* GPU workspace from the framework's own allocator, which knows when the stream is done with it. */
+static void *device_workspace(size_t bytes, PyObject *const *args, PyObject **owner) {
+    struct argument a = {0};
+    *owner = PyObject_CallFunction(args[ALLOCATE], "On", args[0], (Py_ssize_t)bytes);
+    if (!*owner || open_argument(&a, *owner, SLOTS, args[STREAM]) != 0)
+        return NULL;
+    Py_XDECREF(a.capsule);
+    return (char *)a.tensor.data + a.tensor.byte_offset;
+}
+
+/* ---- Calls ----------------------------------------------------------------------------------- */
+
+struct call {
+    struct argument arguments[SLOTS];
+    dlattn_tensors tensors;
+    dlattn_forward_desc desc;
+    char kernel[KERNEL_NAME];
+};
+
+static int open_call(struct call *c, PyObject *const *args, Py_ssize_t count) {
+    const DLTensor **slots = (const DLTensor **)&c->tensors.query;
+    memset(c->arguments, 0, sizeof c->arguments);
+    c->tensors = (dlattn_tensors){.struct_size = sizeof c->tensors};
+    if (count != ARGUMENTS) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments, must be %d", count, ARGUMENTS);
+        return -1;
+    }
+    if (open_library() != 0 || read_desc(&c->desc, args, c->kernel, sizeof c->kernel) != 0)
+        return -1;
+    for (int i = 0; i < SLOTS; i++) {
+        if (args[i] == Py_None)
+            continue;
+        if (open_argument(&c->arguments[i], args[i], i, args[STREAM]) != 0)
+            return -1;
+        slots[i] = &c->arguments[i].tensor;
+    }
+    return 0;
+}
+
+/* The stream that the caller names, else the framework's current one, else the legacy default
+ * stream. */
+static int find_stream(void **stream, const DLTensor *query, PyObject *const *args) {
+    *stream = NULL;
+    if (args[STREAM] != Py_None) {
+        *stream = PyLong_AsVoidPtr(args[STREAM]);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    const DLPackExchangeAPI *exchange = exchange_of(Py_TYPE(args[0]));
+    if (!exchange)
+        return 0;
+    return exchange->current_work_stream(query->device.device_type, query->device.device_id,
+                                         stream);
+}
+
+static int run(struct call *c, PyObject *const *args, struct planned *p, PyObject **owner) {
+    dlattn_exec exec = {.struct_size = sizeof exec, .workspace_bytes = p->workspace_bytes};
+    const DLTensor *query = &c->arguments[0].tensor;
+    const int on_gpu =
+        query->device.device_type == kDLCUDA || query->device.device_type == kDLCUDAManaged;
+    if (on_gpu && find_stream(&exec.stream, query, args) != 0)
+        return -1;
+    if (p->workspace_bytes > 0) {
+        exec.workspace = on_gpu ? device_workspace(p->workspace_bytes, args, owner)
+                                : thread_workspace(p->workspace_bytes);
+        if (!exec.workspace)
+            return -1;
+    }
+    int32_t status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = api->plan_run(p->plan, &c->tensors, &exec);
+    Py_END_ALLOW_THREADS;
+    if (status != DLATTN_OK)
+        raise(status, api->last_error());
+    return status == DLATTN_OK ? 0 : -1;
+}
+
+/* forward(query, ..., allocate): computes into output and lse. */
+static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct call c;
+    PyObject *owner = NULL;
+    int status = open_call(&c, args, count);
+    (void)self;
+    if (status == 0) {
+        struct planned *p = find_plan(&c.desc, c.arguments, &c.tensors);
+        status = p ? run(&c, args, p, &owner) : -1;
+        release_plan(p);
+    }
+    Py_XDECREF(owner);
+    close_arguments(c.arguments, SLOTS);
+    if (status != 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* query(query, ..., allocate) -> what forward() would use; reads no data, so that tensors may be
+ * specs. */
+static PyObject *query(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    struct call c;
+    dlattn_sku s = {.struct_size = sizeof s};
+    int status = open_call(&c, args, count);
+    (void)self;
+    if (status == 0) {
+        const int32_t answer = api->forward_query(&c.desc, &c.tensors, &s);
+        if (answer != DLATTN_OK)
+            raise(answer, api->last_error());
+        status = answer == DLATTN_OK ? 0 : -1;
+    }
+    close_arguments(c.arguments, SLOTS);
+    if (status != 0)
+        return NULL;
+    return Py_BuildValue("sssssKnnNNNiiii", s.kernel, s.backend, s.arch, s.math, s.accumulator,
+                         (unsigned long long)s.features, (Py_ssize_t)s.workspace_bytes,
+                         (Py_ssize_t)s.workspace_alignment, PyBool_FromLong(s.contiguous),
+                         PyBool_FromLong(s.deterministic), PyBool_FromLong(s.bit_stable), s.tile_q,
+                         s.tile_k, s.num_splits, s.num_threads);
+}
+
+/* library() -> (path, version, (abi major, abi minor)) of the plugin that is in use. */
+static PyObject *library(PyObject *self, PyObject *none) {
+    Dl_info info = {0};
+    (void)self, (void)none;
+    if (open_library() != 0)
+        return NULL;
+    dladdr(api, &info);
+    return Py_BuildValue("ss(II)", info.dli_fname ? info.dli_fname : "", api->version(),
+                         api->abi_major, api->abi_minor);
+}
+
+/* kernels() -> one tuple for each row of the table, best first. */
+static PyObject *kernels(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    PyObject *rows = open_library() == 0 ? PyList_New(0) : NULL;
+    for (int32_t i = 0; rows && i < api->kernel_count(); i++) {
+        dlattn_kernel_info k = {.struct_size = sizeof k};
+        api->kernel_info(i, &k);
+        PyObject *row = Py_BuildValue("sssssKiiN", k.name, k.operation, k.backend, k.arch, k.dtypes,
+                                      (unsigned long long)k.features, k.max_head_dim,
+                                      k.max_head_dim_v, PyBool_FromLong(k.available));
+        if (!row || PyList_Append(rows, row) != 0)
+            Py_CLEAR(rows);
+        Py_XDECREF(row);
+    }
+    return rows;
+}
+
+static PyMethodDef methods[] = {
+    {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, NULL},
+    {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL, NULL},
+    {"library", library, METH_NOARGS, NULL},
+    {"kernels", kernels, METH_NOARGS, NULL},
+    {0},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "dlattn._core", .m_size = -1,
+                                    .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__core(void); /* Python looks for it by this name */
+PyMODINIT_FUNC PyInit__core(void) {
+    PyObject *package = PyImport_ImportModule("dlattn._errors");
+    errors = package ? PyObject_GetAttrString(package, "BY_STATUS") : NULL;
+    Py_XDECREF(package);
+    str_dlpack = PyUnicode_InternFromString("__dlpack__");
+    str_stream = PyUnicode_InternFromString("stream");
+    str_max_version = PyUnicode_InternFromString("max_version");
+    max_version_kw =
+        Py_BuildValue("{s(ii)}", "max_version", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
+    if (!errors || !max_version_kw)
+        return NULL;
+    if (pthread_key_create(&scratch_key, free_scratch) != 0)
+        return PyErr_NoMemory();
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,278 @@
+"""Attention for any DLPack array, computed by ``libdlattn.so.1``.
+
+``attention`` takes arrays of any framework that speaks DLPack. ``dlattn.jax`` and ``dlattn.torch``
+are drop-ins for the attention functions of those frameworks, with their transformations.
+
+The plugin is searched where ``DLATTN_LIBRARY`` says, else beside this package, else where the
+system looks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Literal, NamedTuple, Optional, TypeVar
+
+from . import _core
+from ._errors import (
+    BufferTooSmall,
+    DeviceError,
+    DeviceUnavailable,
+    Error,
+    InternalError,
+    InvalidArgument,
+    LibraryNotFound,
+    OutOfMemory,
+    Unsupported,
+    VersionMismatch,
+)
+
+__all__ = [
+    "BufferTooSmall",
+    "DeviceError",
+    "DeviceUnavailable",
+    "Error",
+    "InternalError",
+    "InvalidArgument",
+    "Kernel",
+    "Library",
+    "LibraryNotFound",
+    "OutOfMemory",
+    "Sku",
+    "Unsupported",
+    "VersionMismatch",
+    "attention",
+    "kernels",
+    "library",
+    "select",
+]
+
+Array = TypeVar("Array")
+Alignment = Literal["top_left", "bottom_right"]
+Window = tuple[Optional[int], Optional[int]]
+
+
+class Sku(NamedTuple):
+    """The kernel that a call gets, and what it guarantees (``dlattn_sku`` in dlattn.h)."""
+
+    kernel: str
+    backend: str
+    arch: str
+    math: str
+    accumulator: str
+    features: int
+    workspace_bytes: int
+    workspace_alignment: int
+    contiguous: bool
+    deterministic: bool
+    bit_stable: bool
+    tile_q: int
+    tile_k: int
+    num_splits: int
+    num_threads: int
+
+
+class Kernel(NamedTuple):
+    """One row of the plugin's kernel table (``dlattn_kernel_info`` in dlattn.h)."""
+
+    name: str
+    operation: str
+    backend: str
+    arch: str
+    dtypes: str
+    features: int
+    max_head_dim: int
+    max_head_dim_v: int
+    available: bool
+
+
+class Library(NamedTuple):
+    """The plugin that is in use."""
+
+    path: str
+    version: str
+    abi: tuple[int, int]
+
+
+def library() -> Library:
+    """The plugin that is in use; raises LibraryNotFound, which names the places searched."""
+    return Library(*_core.library())
+
+
+def kernels() -> list[Kernel]:
+    """The kernel table, best first."""
+    return [Kernel(*row) for row in _core.kernels()]
+
+
+def attention(
+    query: Array,
+    key: Any,
+    value: Any,
+    *,
+    causal: bool = False,
+    alignment: Alignment = "top_left",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: Window | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    query_lengths: Any = None,
+    key_lengths: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    block_table: Any = None,
+    out: Any = None,
+    lse: Any = None,
+    kernel: str | None = None,
+    num_threads: int = 0,
+    stream: int | None = None,
+) -> Array:
+    """``softmax(scale * query key^T + bias) value`` over the visible keys.
+
+    All arrays are of one framework and on one device, with any strides. E is float16, bfloat16,
+    float32 or float64.
+
+    query:  E ``[B, H, Lq, D]``; packed ``[total_q, H, D]`` with ``cu_seqlens_q``.
+    key:    E ``[B, H_kv, Lk, D]``; packed ``[total_k, H_kv, D]`` with ``cu_seqlens_k``; pages
+            ``[pages, H_kv, page_size, D]`` with ``block_table``. H is a multiple of H_kv.
+    value:  as ``key`` with its own last extent D_v.
+    causal: key j is visible to row i iff ``j <= i + offset``, where offset is 0
+            (``alignment="top_left"``) or ``Lk - Lq`` (``"bottom_right"``: the last row meets the
+            last key).
+    scale:  default ``1 / sqrt(D)``.
+    softcap: c > 0 caps logits at ``c * tanh(logit / c)``.
+    window: (left, right): keys from ``i + offset - left`` to ``i + offset + right`` are visible;
+            None is unbounded.
+    bias:   float32 or E, added to the logits; ``mask``: bool, True is visible. Each axis of ``[B,
+            H, Lq, Lk]`` may be 1.
+    alibi_slopes: float32 ``[H]`` or ``[B, H]``. ``sinks``: float32 ``[H]``, logits that carry no
+            value.
+    query_lengths, key_lengths: int32 ``[B]``; rows and keys from there on count as absent.
+    cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, where the packed sequences begin, the longest of
+            which has ``max_seqlen_q``, ``max_seqlen_k`` (default: all).
+    block_table: int32 ``[B, max_pages]``, page indices; needs ``key_lengths``.
+    out:    array to write instead of a new one. A row that sees no key becomes 0.
+    lse:    float32 or E ``[B, H, Lq]`` (packed: ``[H, total_q]``) to write log-sum-exp of the
+            logits to (natural logarithm; -inf for a row that sees no key).
+    kernel: name of the kernel to use (``kernels()``), default the best.
+    num_threads: CPU threads; default ``DLATTN_NUM_THREADS`` or the cores of the process.
+    stream: CUstream as an integer; default: the framework's current stream if it can be asked for
+            (PyTorch), else CUDA's legacy default stream. On a GPU the call returns at once; keep
+            inputs that the framework does not order by stream alive until the stream has run it.
+
+    Returns ``out``. JAX arrays cannot be written to and go through ``dlattn.jax.attention``.
+
+    Thread-safe; the GIL is released while a kernel runs. Raises InvalidArgument (a ValueError) or
+    Unsupported (a NotImplementedError) with the tensor's name and both values, LibraryNotFound (an
+    ImportError), or another Error.
+    """
+    framework = _FRAMEWORKS.get(type(query)) or _framework(type(query))
+    if out is None:
+        out = framework.empty(query, (*query.shape[:-1], value.shape[-1]))
+    left, right = window or (None, None)
+    _core.forward(
+        query,
+        key,
+        value,
+        out,
+        lse,
+        bias,
+        mask,
+        alibi_slopes,
+        sinks,
+        query_lengths,
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_table,
+        scale,
+        softcap,
+        -1 if left is None else left,
+        -1 if right is None else right,
+        causal,
+        ALIGNMENTS[alignment],
+        max_seqlen_q,
+        max_seqlen_k,
+        kernel,
+        num_threads,
+        stream,
+        framework.workspace,
+    )
+    return out
+
+
+def select(query: Any, key: Any, value: Any, **options: Any) -> Sku:
+    """The kernel that ``attention`` would use for these arrays and options; computes nothing."""
+    unknown = options.keys() - attention.__kwdefaults__.keys()
+    if unknown:
+        raise TypeError(f"select: attention has no argument {', '.join(sorted(unknown))}")
+    o = {**attention.__kwdefaults__, **options}
+    framework = _framework(type(query))
+    if o["out"] is None:
+        o["out"] = framework.empty(query, (*query.shape[:-1], value.shape[-1]))
+    left, right = o["window"] or (None, None)
+    o["window_left"] = -1 if left is None else left
+    o["window_right"] = -1 if right is None else right
+    o["alignment"] = ALIGNMENTS[o["alignment"]]
+    return Sku(*_core.query(query, key, value, *(o[name] for name in _ORDER), framework.workspace))
+
+
+# The arguments of _core after query, key and value.
+_ORDER = (
+    *("out", "lse", "bias", "mask", "alibi_slopes", "sinks", "query_lengths", "key_lengths"),
+    *("cu_seqlens_q", "cu_seqlens_k", "block_table", "scale", "softcap"),
+    *("window_left", "window_right", "causal", "alignment"),
+    *("max_seqlen_q", "max_seqlen_k", "kernel", "num_threads", "stream"),
+)
+ALIGNMENTS = {"top_left": 0, "bottom_right": 1}
+
+
+class _Framework(NamedTuple):
+    """How arrays of one type are made, on the device of an existing one."""
+
+    empty: Callable[[Any, tuple[int, ...]], Any]
+    workspace: Callable[[Any, int], Any]
+
+
+_FRAMEWORKS: dict[type, _Framework] = {}
+
+
+def _framework(kind: type) -> _Framework:
+    name = kind.__module__.partition(".")[0]
+    if name == "numpy":
+        import numpy as np
+
+        made = _Framework(lambda like, shape: np.empty(shape, like.dtype), _no_workspace)
+    elif name == "torch":
+        import torch
+
+        made = _Framework(
+            lambda like, shape: like.new_empty(shape),
+            lambda like, size: like.new_empty(size, dtype=torch.uint8),
+        )
+    elif hasattr(kind, "__array_namespace__"):
+        made = _Framework(_standard_empty, _standard_workspace)
+    else:
+        made = _Framework(_no_output, _no_workspace)
+    _FRAMEWORKS[kind] = made
+    return made
+
+
+def _standard_empty(like: Any, shape: tuple[int, ...]) -> Any:
+    """By the Python array API standard (CuPy and others)."""
+    return like.__array_namespace__().empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _standard_workspace(like: Any, size: int) -> Any:
+    xp = like.__array_namespace__()
+    return xp.empty(size, dtype=xp.uint8, device=like.device)
+
+
+def _no_output(like: Any, shape: tuple[int, ...]) -> Any:
+    raise TypeError(f"{type(like)} says not how such an array is made; give out=, of shape {shape}")
+
+
+def _no_workspace(like: Any, size: int) -> Any:
+    raise Unsupported(f"{type(like)} cannot allocate {size} bytes of workspace on its device")
