@@ -5,6 +5,7 @@
  */
 #include "kernels/element.h"
 #include "kernels/kernel.h"
+#include "kernels/ref/ref.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -62,8 +63,9 @@ static double logit(const struct problem *p, const struct sequence *s, int64_t b
 
 /* A key whose logit is -inf, by mask or by bias, is as invisible as one outside the window: its
  * value is never read into the sum. NaN in a visible key is kept, so that the caller sees it. */
-static void attend(const struct problem *p, const struct sequence *s, int64_t b, int64_t h,
-                   int64_t i, double *scores, double *sum) {
+void cpu_fwd_ref_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h,
+                     int64_t i, double *scratch) {
+    double *scores = scratch, *sum = scratch + p->len_k;
     int64_t lo, hi;
     double sink = -INFINITY, most, total;
     visible_keys(p, s, i, &lo, &hi);
@@ -102,7 +104,7 @@ static void attend(const struct problem *p, const struct sequence *s, int64_t b,
 static void worker(void *ctx, int64_t index) {
     struct call *c = ctx;
     const struct problem *p = c->p;
-    double *scores = (double *)(c->workspace + (size_t)index * c->scratch_bytes);
+    double *scratch = (double *)(c->workspace + (size_t)index * c->scratch_bytes);
     const int64_t rows = p->batch * p->heads_q * p->len_q;
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_row, 1, memory_order_relaxed)) < rows;) {
@@ -110,24 +112,25 @@ static void worker(void *ctx, int64_t index) {
                       b = n / p->len_q / p->heads_q;
         const struct sequence s = problem_sequence(p, b);
         if (i < s.q_rows)
-            attend(p, &s, b, h, i, scores, scores + p->len_k);
+            cpu_fwd_ref_row(p, &s, b, h, i, scratch);
     }
 }
 
 /* Per worker: one row of logits and one row of the output, in double. */
-static size_t scratch_bytes(const struct problem *p) {
+size_t cpu_fwd_ref_row_bytes(const struct problem *p) {
     return ((size_t)(p->len_k + p->dim_v) * sizeof(double) + 63) / 64 * 64;
 }
 
 bool cpu_fwd_ref_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
-    plan->workspace_bytes = scratch_bytes(p) * (size_t)plan->threads;
+    plan->workspace_bytes = cpu_fwd_ref_row_bytes(p) * (size_t)plan->threads;
     return true;
 }
 
 int32_t cpu_fwd_ref_launch(const struct plan *plan, const struct problem *p,
                            const struct exec *exec) {
-    struct call c = {.p = p, .workspace = exec->workspace, .scratch_bytes = scratch_bytes(p)};
+    struct call c = {
+        .p = p, .workspace = exec->workspace, .scratch_bytes = cpu_fwd_ref_row_bytes(p)};
     threads_run(exec, plan->threads, worker, &c);
     return DLATTN_OK;
 }

@@ -1,0 +1,332 @@
+/*
+ * The driver of every cpu_fwd row: work queue, blocks, key tiles, and what is done once for each row.
+ *
+ * A task is (batch, kv head, run of query rows of the head's group). Workers take tasks from one counter, last rows
+ * first, because causal rows grow heavier. Within a task each key tile is loaded once for all blocks. Tiles start
+ * at multiples of tile_k and blocks at multiples of `lanes` rows, so the sums of a row, and with them its bits, depend
+ * neither on the number of threads nor on the size of a task.
+ */
+#include "kernels/cpu/forward.h"
+#include "kernels/element.h"
+#include "kernels/ref/ref.h"
+
+#include <math.h>
+#include <stdatomic.h>
+
+#define LOG2_E 1.4426950408889634
+#define LN_2 0.6931471805599453
+
+struct call {
+    const struct forward_body *body;
+    const struct plan *plan;
+    const struct problem *p;
+    char *workspace;
+    size_t worker_bytes;
+    int64_t group; /* query heads of a kv head */
+    int64_t runs;  /* tasks of one kv head of one batch */
+    int64_t tasks;
+    _Atomic int64_t next_task;
+};
+
+/* One worker's share of the workspace. */
+struct scratch {
+    struct block *blocks;
+    float *scores;
+    float *extra;
+    float *key, *value;
+    float *rows; /* one block, row-major: on the way in or out */
+    const char **pointers;
+    double *exact;
+};
+
+static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static int64_t query_words(const struct forward_body *body, int64_t dim) {
+    return round_up((dim + body->elements_per_word - 1) / body->elements_per_word, body->word_step);
+}
+
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void *carve(char **at, int64_t bytes) {
+    void *piece = *at;
+    *at += round_up(bytes, 64);
+    return piece;
+}
+
+/* Lays a worker's scratch out from `base` (NULL to measure) and returns its bytes. */
+static size_t lay_out(struct scratch *w, char *base, const struct forward_body *body,
+                      const struct plan *plan, const struct problem *p) {
+    const int64_t lanes = body->lanes, tile_k = body->tile_k, blocks = plan->tile_q / lanes;
+    const int64_t words = query_words(body, p->dim_qk);
+    const int64_t row_words = round_up(words, 16), dim_v = round_up(p->dim_v, 16);
+    const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK);
+    char *at = base;
+    w->blocks = carve(&at, blocks * (int64_t)sizeof *w->blocks);
+    w->scores = carve(&at, tile_k * lanes * 4);
+    w->extra = carve(&at, extra ? tile_k * lanes * 4 : 0);
+    w->key = carve(&at, tile_k * row_words * 4);
+    w->value = carve(&at, tile_k / body->elements_per_word * dim_v * 4);
+    w->rows = carve(&at, lanes * most(most(row_words, dim_v), extra ? tile_k : 0) * 4);
+    w->pointers = carve(&at, 2 * tile_k * (int64_t)sizeof *w->pointers);
+    w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
+    for (int64_t n = 0; n < blocks; n++) {
+        float *query = carve(&at, row_words * lanes * 4), *output = carve(&at, dim_v * lanes * 4);
+        if (base) {
+            w->blocks[n].query = query;
+            w->blocks[n].output = output;
+        }
+    }
+    return (size_t)(at - base);
+}
+
+static char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l) {
+    return (char *)v->data +
+           (b * v->stride[0] + h * v->stride[1] + l * v->stride[2]) * dtype_bytes(dtype);
+}
+
+/* Keys or values [first, first + n) of a sequence; pages are looked up row by row. */
+static struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
+                           int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers) {
+    if (!(p->features & DLATTN_FEATURE_PAGED))
+        return (struct rows){.data = element_at(v, p->dtype, b, h, s->k_start + first),
+                             .stride = v->stride[2] * dtype_bytes(p->dtype)};
+    for (int32_t r = 0; r < n; r++) {
+        const int64_t j = first + r;
+        int32_t page;
+        memcpy(&page,
+               (const char *)p->block_table.data +
+                   (b * p->block_table.stride[0] + j / p->page_size * p->block_table.stride[1]) * 4,
+               sizeof page);
+        pointers[r] = element_at(v, p->dtype, page, h, j % p->page_size);
+    }
+    return (struct rows){.rows = pointers};
+}
+
+struct task {
+    const struct problem *p;
+    struct sequence s;
+    int64_t b, kv_head, group;
+    int64_t first_row, rows; /* of the group's rows, i * group + g */
+};
+
+static int64_t query_index(const struct task *t, int64_t row) { return row / t->group; }
+static int64_t query_head(const struct task *t, int64_t row) {
+    return t->kv_head * t->group + row % t->group;
+}
+
+/* The block of rows [first, first + count) of the task's group. */
+static void start_block(const struct call *c, const struct task *t, struct block *b, int64_t first,
+                        int32_t count, struct scratch *w) {
+    const struct problem *p = t->p;
+    const struct forward_body *body = c->body;
+    const char *rows[MAX_LANES];
+    b->rows = count;
+    b->vectors = (count + body->vector_lanes - 1) / body->vector_lanes;
+    b->fresh = true;
+    b->first = b->full_end = INT64_MAX;
+    b->end = b->full_first = 0;
+    for (int32_t lane = 0; lane < body->lanes; lane++) {
+        b->max[lane] = -INFINITY;
+        b->sum[lane] = b->slope[lane] = b->position[lane] = 0;
+        b->lo[lane] = 0; /* lanes out of use compute with a query of 0 and are never stored */
+        b->hi[lane] = INT64_MAX;
+        if (lane >= count)
+            continue;
+        const int64_t i = query_index(t, first + lane), h = query_head(t, first + lane);
+        visible_keys(p, &t->s, i, &b->lo[lane], &b->hi[lane]);
+        b->position[lane] = (float)(i + t->s.diagonal);
+        if (p->alibi_slopes.data)
+            b->slope[lane] = (float)load_element(p->alibi_slopes.data, DTYPE_F32,
+                                                 t->b * p->alibi_slopes.stride[0] +
+                                                     h * p->alibi_slopes.stride[1]);
+        rows[lane] = element_at(&p->query, p->dtype, t->b, h, t->s.q_start + i);
+        b->full_first = most(b->full_first, b->lo[lane]);
+        b->full_end = least(b->full_end, b->hi[lane]);
+        if (b->lo[lane] < b->hi[lane]) {
+            b->first = least(b->first, b->lo[lane]);
+            b->end = most(b->end, b->hi[lane]);
+        }
+    }
+    if (b->first >= b->end)
+        return;
+    body->pack_query(b->query, rows, count, p->dim_qk, p->dtype, w->rows);
+    memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * body->lanes * 4));
+}
+
+static const float *load_extra(const struct call *c, const struct task *t, int64_t first_row,
+                               const struct block *b, int64_t first_key, int32_t n,
+                               struct scratch *w) {
+    const struct problem *p = t->p;
+    if (!p->bias.data && !p->mask.data)
+        return NULL;
+    struct extra_row rows[MAX_LANES];
+    for (int32_t lane = 0; lane < b->rows; lane++) {
+        const int64_t i = query_index(t, first_row + lane), h = query_head(t, first_row + lane);
+        const int64_t m = t->b * p->mask.stride[0] + h * p->mask.stride[1] + i * p->mask.stride[2];
+        rows[lane].bias = p->bias.data ? element_at(&p->bias, p->bias_dtype, t->b, h, i) : NULL;
+        rows[lane].mask = p->mask.data ? (const uint8_t *)p->mask.data + m : NULL;
+    }
+    const struct extra_layout layout = {p->bias_dtype, p->bias.stride[3], p->mask.stride[3]};
+    c->body->load_extra(w->extra, rows, &layout, b->rows, first_key, n, w->rows);
+    return w->extra;
+}
+
+/* One key tile of one block: keys [first_key, first_key + n). */
+static void attend(const struct call *c, const struct task *t, struct block *b, int64_t first_row,
+                   const struct operand *key, const struct operand *value, int64_t first_key,
+                   int32_t n, struct scratch *w) {
+    const struct forward_body *body = c->body;
+    const struct problem *p = t->p;
+    float scale = (float)(p->scale * LOG2_E);
+    body->scores(w->scores, key, b, n, p->dim_qk);
+    /* A scale of 0 or below would turn a masked -inf into NaN or +inf. */
+    if (p->softcap > 0 || p->bias.data || p->mask.data || p->alibi_slopes.data || scale <= 0) {
+        const struct logit_rule rule = {
+            .scale = (float)p->scale,
+            .softcap = (float)p->softcap,
+            .alibi = p->alibi_slopes.data != NULL,
+            .extra = load_extra(c, t, first_row, b, first_key, n, w),
+        };
+        body->apply_rule(w->scores, &rule, b, first_key, n);
+        scale = 1;
+    }
+    if (first_key < b->full_first || first_key + n > b->full_end)
+        body->apply_bounds(w->scores, b, first_key, n);
+    body->softmax(w->scores, b, scale, n, p->dim_v);
+    body->accumulate(b, value, w->scores, n, p->dim_v);
+}
+
+static void store_lse(const struct task *t, int64_t row, float value) {
+    const struct view *v = &t->p->lse;
+    store_element(v->data, t->p->lse_dtype,
+                  t->b * v->stride[0] + query_head(t, row) * v->stride[1] +
+                      (t->s.q_start + query_index(t, row)) * v->stride[2],
+                  value);
+}
+
+/* Adds the sink, divides, stores. A row that is not finite although its sum is has met 0 * NaN or 0 * infinity: maybe
+ * from a masked key, whose value must not count. The reference finds out, value by value. */
+static void finish_block(const struct call *c, const struct task *t, struct block *b,
+                         int64_t first_row, struct scratch *w) {
+    const struct problem *p = t->p;
+    float factor[MAX_LANES];
+    char *rows[MAX_LANES];
+    bool not_finite[MAX_LANES];
+    for (int32_t lane = 0; lane < b->rows; lane++) {
+        const int64_t i = query_index(t, first_row + lane), h = query_head(t, first_row + lane);
+        float sum = b->sum[lane], max = b->max[lane], shrink = 1;
+        if (p->sinks.data) {
+            const float sink =
+                (float)(load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) * LOG2_E);
+            const float before = max;
+            max = before > sink ? before : sink;
+            shrink = before == -INFINITY ? 0 : exp2f(before - max);
+            sum = sum * shrink + (sink == -INFINITY ? 0 : exp2f(sink - max));
+        }
+        factor[lane] = sum == 0 ? 0 : shrink / sum;
+        rows[lane] = element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i);
+        if (p->lse.data) {
+            const float none = p->empty_lse_inf ? INFINITY : -INFINITY;
+            store_lse(t, first_row + lane,
+                      sum == 0 ? none : (float)(LN_2 * ((double)max + (double)log2f(sum))));
+        }
+    }
+    if (b->first >= b->end)
+        memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
+    c->body->store(b, factor, rows, p->dim_v, p->dtype, w->rows, not_finite);
+    for (int32_t lane = 0; lane < b->rows; lane++) {
+        if (not_finite[lane] && !isnan(b->sum[lane]))
+            cpu_fwd_ref_row(p, &t->s, t->b, query_head(t, first_row + lane),
+                            query_index(t, first_row + lane), w->exact);
+    }
+}
+
+static void run_task(const struct call *c, const struct task *t, struct scratch *w) {
+    const struct forward_body *body = c->body;
+    const struct problem *p = t->p;
+    const int32_t lanes = body->lanes, tile_k = body->tile_k;
+    const int64_t blocks = (t->rows + lanes - 1) / lanes;
+    int64_t first = INT64_MAX, end = 0;
+    for (int64_t n = 0; n < blocks; n++) {
+        struct block *b = &w->blocks[n];
+        start_block(c, t, b, t->first_row + n * lanes, (int32_t)least(lanes, t->rows - n * lanes),
+                    w);
+        first = least(first, b->first);
+        end = most(end, b->end);
+    }
+    for (int64_t k = first / tile_k * tile_k; k < end; k += tile_k) {
+        const int32_t loaded = (int32_t)least(tile_k, end - k);
+        const struct rows keys =
+            kv_rows(p, &p->key, &t->s, t->b, t->kv_head, k, loaded, w->pointers);
+        const struct rows values =
+            kv_rows(p, &p->value, &t->s, t->b, t->kv_head, k, loaded, w->pointers + tile_k);
+        const struct operand key = body->load_key(w->key, &keys, loaded, p->dim_qk, p->dtype);
+        const struct operand value =
+            body->load_value(w->value, &values, loaded, p->dim_v, p->dtype);
+        for (int64_t n = 0; n < blocks; n++) {
+            struct block *b = &w->blocks[n];
+            if (k + tile_k > b->first && k < b->end)
+                attend(c, t, b, t->first_row + n * lanes, &key, &value, k,
+                       (int32_t)least(loaded, b->end - k), w);
+        }
+    }
+    for (int64_t n = 0; n < blocks; n++)
+        finish_block(c, t, &w->blocks[n], t->first_row + n * lanes, w);
+}
+
+static void worker(void *ctx, int64_t index) {
+    struct call *c = ctx;
+    const struct problem *p = c->p;
+    struct scratch w;
+    lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, c->plan, p);
+    c->body->enter();
+    for (int64_t n;
+         (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < c->tasks;) {
+        const int64_t heads = p->batch * p->heads_kv, run = c->runs - 1 - n / heads;
+        struct task t = {.p = p,
+                         .b = n % heads / p->heads_kv,
+                         .kv_head = n % p->heads_kv,
+                         .group = c->group,
+                         .first_row = run * c->plan->tile_q};
+        t.s = problem_sequence(p, t.b);
+        t.rows = least(c->plan->tile_q, t.s.q_rows * t.group - t.first_row);
+        if (t.rows > 0)
+            run_task(c, &t, &w);
+    }
+    c->body->leave();
+}
+
+static int64_t runs_of(const struct problem *p, int64_t tile_q) {
+    return (p->len_q * (p->heads_q / p->heads_kv) + tile_q - 1) / tile_q;
+}
+
+/* A task takes as many rows as the table's tile says, fewer where that would leave threads without work. */
+bool forward_plan(struct plan *plan, const struct problem *p, const struct forward_body *body) {
+    const int64_t heads = p->batch * p->heads_kv,
+                  wanted = plan->threads == 1 ? 1 : 4 * plan->threads;
+    const int64_t rows = p->len_q * (p->heads_q / p->heads_kv);
+    while (plan->tile_q > body->lanes &&
+           (plan->tile_q / 2 >= rows || heads * runs_of(p, plan->tile_q) < wanted))
+        plan->tile_q /= 2;
+    plan->threads = (int32_t)most(1, least(plan->threads, heads * runs_of(p, plan->tile_q)));
+    struct scratch w;
+    plan->workspace_bytes = lay_out(&w, NULL, body, plan, p) * (size_t)plan->threads;
+    return true;
+}
+
+int32_t forward_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                       const struct forward_body *body) {
+    struct call c = {
+        .body = body,
+        .plan = plan,
+        .p = p,
+        .workspace = exec->workspace,
+        .worker_bytes = plan->workspace_bytes / (size_t)plan->threads,
+        .group = p->heads_q / p->heads_kv,
+        .runs = runs_of(p, plan->tile_q),
+    };
+    c.tasks = c.runs * p->batch * p->heads_kv;
+    threads_run(exec, plan->threads, worker, &c);
+    return DLATTN_OK;
+}

@@ -1,0 +1,120 @@
+/*
+ * Forward attention on the CPU: what the driver (forward.c) and the bodies, one for each instruction set
+ * (forward_template.h), agree on.
+ *
+ * A block is up to `lanes` query rows, one in each vector lane: (query row i, head g of the kv head's group) is lane
+ * i * group + g of the block's run of rows. Scores are kept transposed, [key][lane], and so is the output,
+ * [d_v][lane]. Then both products have one shape,
+ *
+ *     scores[key][lane] = sum over d    of key[key][d]     * query[d][lane]
+ *     output[d_v][lane] += sum over keys of value[key][d_v] * weight[key][lane]
+ *
+ * a scalar of the left operand, broadcast from memory, times vectors of the right one: keys and values are read as
+ * they lie, row-major, and need no packing but for their dtype; maximum, sum and masks of softmax need no
+ * operation across lanes; the query is transposed once for all keys, the output once at the end.
+ *
+ * Operands are arrays of 32-bit words: one f32, or two bf16 that follow each other along the summed axis.
+ */
+#ifndef DLATTN_CPU_FORWARD_H_
+#define DLATTN_CPU_FORWARD_H_
+
+#include "kernels/kernel.h"
+
+enum { MAX_LANES = 64, MAX_TILE_K = 256 };
+
+/* In the extra logits of a tile: the boolean mask hides this key. A NaN that no program makes. */
+#define HIDDEN_BITS UINT32_C(0xffd1a77e)
+
+/* One operand of a product: `words` may point into the caller's tensor and is not aligned. */
+struct operand {
+    const float *words;
+    int64_t stride; /* words from row to row */
+};
+
+/* Rows of a tensor: row r at data + r * stride bytes if `rows` is NULL (they lie evenly), else at rows[r]. */
+struct rows {
+    const char *data;
+    int64_t stride;
+    const char *const *rows;
+};
+
+static inline const void *row_at(const struct rows *r, int64_t index) {
+    return r->rows ? r->rows[index] : r->data + index * r->stride;
+}
+
+struct block {
+    float *query;                 /* [words][lanes] */
+    float *output;                /* [d_v, padded][lanes], not yet divided by sum */
+    int32_t rows;                 /* lanes in use */
+    int32_t vectors;              /* vectors that cover them */
+    bool fresh;                   /* output and sum are still 0 */
+    int64_t first, end;           /* keys that some lane sees */
+    int64_t full_first, full_end; /* keys that every lane sees */
+    int64_t lo[MAX_LANES], hi[MAX_LANES];
+    float position[MAX_LANES]; /* key on the diagonal */
+    float slope[MAX_LANES];
+    float max[MAX_LANES]; /* log2 of the scale of sum and output; -inf before the first key */
+    float sum[MAX_LANES];
+};
+
+/* logit = softcap(scale * score) + extra - slope * |position - key|, in units of log2(e). */
+struct logit_rule {
+    float scale, softcap;
+    bool alibi;
+    const float *extra; /* [key][lane]: bias or HIDDEN, or NULL */
+};
+
+/* Where the extra logits of a lane lie: strides in elements along the keys; absent ones are NULL. */
+struct extra_row {
+    const char *bias;
+    const uint8_t *mask;
+};
+struct extra_layout {
+    enum dtype bias_dtype;
+    int64_t bias_stride, mask_stride;
+};
+
+struct forward_body {
+    int32_t lanes;
+    int32_t vector_lanes;
+    int32_t tile_k;
+    int32_t elements_per_word; /* 1: f32, 2: bf16 */
+    int32_t word_step;         /* words of a query row are padded with 0 to a multiple of this */
+    int32_t key_step;          /* keys of a tile are padded with weight 0 to a multiple of this */
+
+    /* A worker's set-up and clean-up. */
+    void (*enter)(void);
+    void (*leave)(void);
+    /* to[word][lane] = query row, `rows` of them, other lanes 0; scratch: lanes * padded row words. */
+    void (*pack_query)(float *to, const char *const *rows, int32_t count, int64_t dim,
+                       enum dtype dtype, float *scratch);
+    /* n rows of keys or values as operands: in place where they can be used so, else in `to`. */
+    struct operand (*load_key)(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                               enum dtype dtype);
+    struct operand (*load_value)(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                 enum dtype dtype);
+    void (*scores)(float *s, const struct operand *key, const struct block *b, int32_t n,
+                   int64_t dim);
+    /* extra[key][lane] from the bias and mask rows of each lane. */
+    void (*load_extra)(float *extra, const struct extra_row *rows,
+                       const struct extra_layout *layout, int32_t count, int64_t first_key,
+                       int32_t n, float *scratch);
+    void (*apply_rule)(float *s, const struct logit_rule *rule, const struct block *b,
+                       int64_t first_key, int32_t n);
+    /* -inf for keys outside [lo, hi) of their lane. */
+    void (*apply_bounds)(float *s, const struct block *b, int64_t first_key, int32_t n);
+    /* s -> weights 2^(scale * s - max), as words of the second product; brings max, sum and output along. */
+    void (*softmax)(float *s, struct block *b, float scale, int32_t n, int64_t dim_v);
+    void (*accumulate)(const struct block *b, const struct operand *value, const float *weights,
+                       int32_t n, int64_t dim_v);
+    /* rows[lane][d] = output * factor[lane], rounded to dtype; not_finite[lane] says what came out.
+     * scratch: lanes * padded d_v. */
+    void (*store)(const struct block *b, const float *factor, char *const *rows, int64_t dim_v,
+                  enum dtype dtype, float *scratch, bool *not_finite);
+};
+
+bool forward_plan(struct plan *plan, const struct problem *p, const struct forward_body *body);
+int32_t forward_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                       const struct forward_body *body);
+
+#endif /* DLATTN_CPU_FORWARD_H_ */

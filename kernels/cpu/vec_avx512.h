@@ -1,0 +1,122 @@
+/* Sixteen floats at a time: the vocabulary of the templates, in AVX-512 (F, BW, DQ, VL). */
+#ifndef DLATTN_VEC_AVX512_H_
+#define DLATTN_VEC_AVX512_H_
+
+#include "kernels/element.h"
+
+#include <immintrin.h>
+
+#ifndef VEC_TARGET
+#define VEC_TARGET "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"
+#endif
+#define VEC_FN __attribute__((target(VEC_TARGET)))
+#define VEC_INLINE __attribute__((target(VEC_TARGET), always_inline)) static inline
+
+enum { VEC_LANES = 16 };
+
+typedef __m512 vec;
+typedef __mmask16 vec_mask;
+
+VEC_INLINE vec vec_set(float x) { return _mm512_set1_ps(x); }
+VEC_INLINE vec vec_load(const float *p) { return _mm512_loadu_ps(p); }
+VEC_INLINE void vec_store(float *p, vec x) { _mm512_storeu_ps(p, x); }
+VEC_INLINE vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+VEC_INLINE vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+VEC_INLINE vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+VEC_INLINE vec vec_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+VEC_INLINE vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+VEC_INLINE vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+VEC_INLINE vec vec_fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }
+VEC_INLINE vec vec_abs(vec x) { return _mm512_abs_ps(x); }
+VEC_INLINE vec vec_sign_of(vec magnitude, vec sign) {
+    const vec bit = _mm512_set1_ps(-0.0f);
+    return _mm512_or_ps(magnitude, _mm512_and_ps(sign, bit));
+}
+VEC_INLINE vec_mask vec_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+VEC_INLINE vec_mask vec_equal(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+VEC_INLINE vec_mask vec_is_nan(vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+VEC_INLINE vec_mask vec_and(vec_mask a, vec_mask b) { return a & b; }
+VEC_INLINE vec_mask vec_same_bits(vec a, uint32_t bits) {
+    return _mm512_cmpeq_epi32_mask(_mm512_castps_si512(a), _mm512_set1_epi32((int)bits));
+}
+/* mask ? b : a */
+VEC_INLINE vec vec_blend(vec a, vec b, vec_mask mask) { return _mm512_mask_blend_ps(mask, a, b); }
+VEC_INLINE uint32_t vec_mask_bits(vec_mask mask) { return mask; }
+VEC_INLINE float vec_sum(vec x) { return _mm512_reduce_add_ps(x); }
+
+/* 2^floor(x) * y; x = -inf gives 0. */
+VEC_INLINE vec vec_scale_floor(vec y, vec x) { return _mm512_scalef_ps(y, x); }
+/* x - floor(x); 0 for -inf, NaN for NaN. */
+VEC_INLINE vec vec_fraction(vec x) {
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+
+/* Elements of another dtype, n of them (1 .. 16); absent ones are 0 and are not read. */
+VEC_INLINE vec vec_load_f32(const void *p, int64_t n) {
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+VEC_INLINE vec vec_load_f16(const void *p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+}
+VEC_INLINE vec vec_load_bf16(const void *p, int64_t n) {
+    const __m256i half = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+VEC_INLINE void vec_store_f32(void *p, vec x, int64_t n) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
+}
+VEC_INLINE void vec_store_f16(void *p, vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1),
+                             _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* Round to nearest even; NaN stays a quiet NaN. */
+VEC_INLINE __m512i vec_round_bf16(vec x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), vec_is_nan(x),
+                                 _mm512_set1_epi32(0x7fc0));
+}
+VEC_INLINE void vec_store_bf16(void *p, vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1),
+                             _mm512_cvtepi32_epi16(vec_round_bf16(x)));
+}
+
+/* 16 x 16 words: to[c][r] = from[r][c], strides in words. */
+VEC_INLINE void vec_transpose(float *to, int64_t to_stride, const float *from,
+                              int64_t from_stride) {
+    __m512 a[16], b[16];
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 16; i++)
+        a[i] = _mm512_loadu_ps(from + i * from_stride);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    /* a[4 g + c] holds, in 128-bit lane q, column 4 q + c of rows 4 g .. 4 g + 3. */
+#pragma clang loop unroll(full)
+    for (int c = 0; c < 4; c++) {
+        b[c] = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);
+        b[4 + c] = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+        b[8 + c] = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+        b[12 + c] = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    }
+#pragma clang loop unroll(full)
+    for (int c = 0; c < 4; c++) {
+        _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(b[c], b[8 + c], 0x88));
+        _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(b[c], b[8 + c], 0xdd));
+        _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(b[4 + c], b[12 + c], 0x88));
+        _mm512_storeu_ps(to + (12 + c) * to_stride,
+                         _mm512_shuffle_f32x4(b[4 + c], b[12 + c], 0xdd));
+    }
+}
+
+#endif /* DLATTN_VEC_AVX512_H_ */
