@@ -1,0 +1,197 @@
+/*
+ * The one loop: every CPU row of the table, on every shape and every feature, against the reference. A row that is added to
+ * kernels.inc is tested without a change here.
+ */
+#define _POSIX_C_SOURCE 200112L /* setenv */
+#include "tests/support/check.h"
+
+#include <criterion/criterion.h>
+#include <criterion/new/assert.h>
+#include <criterion/parameterized.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { RANDOM_CASES = 120, SHOWN_FAILURES = 8 };
+
+/* What one test process checks: a row, or what the library chooses when it may use only some instruction sets. */
+struct job {
+    char kernel[64]; /* "" = the library's choice */
+    char cpu[64];    /* DLATTN_CPU; "all" = not set */
+    enum element element;
+};
+
+struct loop {
+    struct subject subject;
+    const struct job *job;
+    int checked, declined, failed;
+    uint64_t covered; /* DLATTN_FEATURE_* of the cases that ran */
+    uint64_t seed;
+};
+
+static void check(struct loop *loop, const struct shape *shape, const struct features *features) {
+    struct verdict v;
+    const struct test_case c = {*shape, *features, loop->job->element, loop->seed++};
+    check_case(&v, &loop->subject, &c);
+    loop->checked += v.outcome != DECLINED;
+    loop->declined += v.outcome == DECLINED;
+    loop->failed += v.outcome == FAILED;
+    loop->covered |= v.outcome == PASSED ? v.sku.features : 0;
+    if (v.outcome == FAILED && loop->failed <= SHOWN_FAILURES)
+        fprintf(stderr, "%s (DLATTN_CPU %s): %s\n", v.sku.kernel ? v.sku.kernel : loop->job->kernel,
+                loop->job->cpu, v.text);
+}
+
+static const struct features *features_named(const char *name) {
+    for (int i = 0; i < feature_set_count; i++) {
+        if (strcmp(feature_sets[i].name, name) == 0)
+            return &feature_sets[i];
+    }
+    abort();
+}
+
+/* Every shape, plain and causal. */
+static void loop_shapes(struct loop *loop) {
+    for (int i = 0; i < check_shape_count; i++) {
+        check(loop, &check_shapes[i], features_named("lse"));
+        check(loop, &check_shapes[i], features_named("causal_bottom_right"));
+    }
+}
+
+/* Rows and keys one below, at and above a tile and two of them. */
+static void loop_tiles(struct loop *loop, int64_t tile_q, int64_t tile_k) {
+    static const char *const sets[] = {"lse", "causal_lse", "lengths_causal"};
+    for (int64_t n = 0; n < 36; n++) {
+        const int64_t times_q = 1 + n / 3 % 2, times_k = 1 + n / 6 % 2;
+        const struct shape s = {
+            1, 2, 1, tile_q * times_q + n % 3 - 1, tile_k * times_k + n / 12 - 1, 32, 32};
+        check(loop, &s, features_named(sets[n % 7 % 3]));
+    }
+}
+
+/* Every feature: keys beyond one tile, groups, one row, an odd head dim. */
+static void loop_features(struct loop *loop) {
+    static const struct shape shapes[] = {
+        {2, 4, 2, 37, 75, 64, 64},
+        {1, 2, 2, 70, 70, 32, 32},
+        {3, 4, 1, 1, 90, 64, 64},
+        {2, 2, 1, 13, 6, 20, 12},
+    };
+    for (int i = 0; i < feature_set_count; i++) {
+        for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
+            check(loop, &shapes[s], &feature_sets[i]);
+    }
+}
+
+static void loop_random(struct loop *loop) {
+    for (uint64_t n = 0; n < RANDOM_CASES; n++) {
+        const struct features f = features_random(n);
+        const int64_t groups = 1 << random_below(n, 50, 3), heads_kv = 1 + random_below(n, 51, 2);
+        const int64_t dim = 1 + random_below(n, 52, 80);
+        const struct shape s = {1 + random_below(n, 53, 3),
+                                heads_kv * groups,
+                                heads_kv,
+                                1 + random_below(n, 54, 50),
+                                1 + random_below(n, 55, 150),
+                                dim,
+                                random_below(n, 56, 3) ? dim : 1 + random_below(n, 57, 80)};
+        check(loop, &s, &f);
+    }
+}
+
+/* ---- Jobs ------------------------------------------------------------------------------------------------- */
+
+static bool lists(const char *dtypes, enum element e) {
+    char padded[128], wanted[16];
+    snprintf(padded, sizeof padded, " %s ", dtypes);
+    snprintf(wanted, sizeof wanted, " %s ", element_name(e));
+    return strstr(padded, wanted) != NULL;
+}
+
+static dlattn_kernel_info kernel_info(const dlattn_api *api, int32_t row) {
+    dlattn_kernel_info info = {.struct_size = sizeof info};
+    cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
+    return info;
+}
+
+static struct job *add_job(struct job *job, const char *kernel, const char *cpu, enum element e) {
+    snprintf(job->kernel, sizeof job->kernel, "%s", kernel);
+    snprintf(job->cpu, sizeof job->cpu, "%s", cpu);
+    job->element = e;
+    return job + 1;
+}
+
+static dlattn_kernel_info find_kernel(const dlattn_api *api, const char *name) {
+    for (int32_t row = 0; row < api->kernel_count(); row++) {
+        const dlattn_kernel_info info = kernel_info(api, row);
+        if (strcmp(info.name, name) == 0)
+            return info;
+    }
+    cr_fatal("no row %s", name);
+}
+
+static void free_jobs(struct criterion_test_params *params) { cr_free(params->params); }
+
+ParameterizedTestParameters(kernels, row) {
+    const dlattn_api *api = test_api();
+    struct job *jobs = cr_malloc(4 * sizeof *jobs * (size_t)api->kernel_count()), *end = jobs;
+    for (int32_t row = 0; row < api->kernel_count(); row++) {
+        dlattn_kernel_info info = {.struct_size = sizeof info};
+        api->kernel_info(row, &info);
+        for (enum element e = F64; e <= BF16; e++) {
+            if (strcmp(info.backend, "cpu") == 0 && lists(info.dtypes, e))
+                end = add_job(end, info.name, "all", e);
+        }
+    }
+    return cr_make_param_array(struct job, jobs, (size_t)(end - jobs), free_jobs);
+}
+
+ParameterizedTest(struct job *job, kernels, row) {
+    struct loop loop = {.subject = {.api = test_api(), .place = &place_cpu, .kernel = job->kernel},
+                        .job = job,
+                        .seed = 1};
+    const dlattn_kernel_info info = find_kernel(loop.subject.api, job->kernel);
+    if (!info.available)
+        cr_skip_test("%s needs %s", info.name, info.arch);
+    loop_shapes(&loop);
+    loop_tiles(&loop, info.tile_q, info.tile_k);
+    loop_features(&loop);
+    loop_random(&loop);
+    fprintf(stderr, "%s %s: %d cases, %d declined\n", info.name, element_name(job->element),
+            loop.checked, loop.declined);
+    cr_expect(eq(int, loop.failed, 0), "%s: %d of %d cases failed", info.name, loop.failed,
+              loop.checked);
+    cr_expect(eq(ulong, loop.covered & info.features, info.features),
+              "%s claims features that no case reached: 0x%llx", info.name,
+              (unsigned long long)(info.features & ~loop.covered));
+}
+
+/* The library's own choice on lesser machines: DLATTN_CPU takes instruction sets away. */
+ParameterizedTestParameters(kernels, choice) {
+    static const char *const sets[] = {"all",
+                                       "",
+                                       "avx2",
+                                       "avx2,avx512",
+                                       "avx2,avx512,avx512bf16",
+                                       "avx2,avx512,avx512bf16,avx512fp16,amx_bf16"};
+    enum { SETS = sizeof sets / sizeof sets[0] };
+    struct job *jobs = cr_malloc(4 * SETS * sizeof *jobs), *end = jobs;
+    for (size_t i = 0; i < SETS; i++) {
+        for (enum element e = F64; e <= BF16; e++)
+            end = add_job(end, "", sets[i], e);
+    }
+    return cr_make_param_array(struct job, jobs, (size_t)(end - jobs), free_jobs);
+}
+
+ParameterizedTest(struct job *job, kernels, choice) {
+    if (strcmp(job->cpu, "all") != 0)
+        setenv("DLATTN_CPU", job->cpu, 1);
+    struct loop loop = {
+        .subject = {.api = test_api(), .place = &place_cpu}, .job = job, .seed = 5000};
+    loop_shapes(&loop);
+    for (int i = 0; i < feature_set_count; i++)
+        check(&loop, &check_shapes[(i * 7 + 5) % check_shape_count], &feature_sets[i]);
+    cr_expect(eq(int, loop.failed, 0), "%d of %d cases failed", loop.failed, loop.checked);
+    cr_expect(eq(int, loop.declined, 0));
+}

@@ -1,0 +1,539 @@
+#include "tests/support/call.h"
+
+#include <assert.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const struct shape check_shapes[] = {
+#define CHECK(...) {__VA_ARGS__},
+#include "tests/shapes.inc"
+#undef CHECK
+};
+const int check_shape_count = sizeof check_shapes / sizeof check_shapes[0];
+
+const struct features feature_sets[] = {
+#define FEATURES(name_, ...) {.name = name_, __VA_ARGS__},
+#include "tests/support/features.inc"
+#undef FEATURES
+};
+const int feature_set_count = sizeof feature_sets / sizeof feature_sets[0];
+
+const char *slot_name(enum slot slot) {
+    static const char *const names[SLOTS] = {
+        "query",       "key",          "value",        "output",      "lse",
+        "bias",        "mask",         "alibi_slopes", "sinks",       "query_lengths",
+        "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table",
+    };
+    return names[slot];
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- Chance ----------------------------------------------------------------------------------------------- */
+
+/* The finaliser of splitmix64 (Steele, Lea, Flood 2014). */
+uint64_t random_bits(uint64_t seed, uint64_t n) {
+    uint64_t x = seed * UINT64_C(0x9e3779b97f4a7c15) + n * UINT64_C(0xd1342543de82ef95) + 1;
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+int64_t random_below(uint64_t seed, uint64_t n, int64_t below) {
+    return below > 0 ? (int64_t)(random_bits(seed, n) % (uint64_t)below) : 0;
+}
+
+/* The sum of four uniform numbers, scaled to variance 1: near enough to normal, and cheap. */
+double random_normal(uint64_t seed, uint64_t n) {
+    const uint64_t bits = random_bits(seed, n);
+    double sum = -2;
+    for (int i = 0; i < 4; i++)
+        sum += (double)(bits >> 16 * i & 0xffff) / 65536;
+    return sum * 1.7320508075688772;
+}
+
+/* Seeds of what is drawn for a case, apart from the elements of slot s, which use seed + s. */
+enum {
+    DRAW_ROWS = 100,
+    DRAW_KEYS,
+    DRAW_Q_LENGTHS,
+    DRAW_K_LENGTHS,
+    DRAW_PAGES,
+    DRAW_POISON,
+    DRAW_NAN,
+    DRAW_MAX
+};
+
+static uint64_t draw(const struct call *c, uint64_t what) {
+    return c->made_from.seed * 1009 + what;
+}
+
+/* ---- Lengths ---------------------------------------------------------------------------------------------- */
+
+/* From 0 to `most`; one entry of the batch has all. */
+static int64_t draw_length(const struct call *c, uint64_t what, int64_t b, int64_t most) {
+    const int64_t full = random_below(draw(c, what), 1000, c->made_from.shape.batch);
+    return b == full ? most : random_below(draw(c, what), (uint64_t)b, most + 1);
+}
+
+static void set_spans(struct call *c) {
+    const struct shape *s = &c->made_from.shape;
+    const struct features *f = &c->made_from.features;
+    int64_t q_start = 0, k_start = 0;
+    assert(s->batch <= MAX_BATCH);
+    for (int64_t b = 0; b < s->batch; b++) {
+        struct span *own = &c->span[b];
+        own->q_start = q_start;
+        own->k_start = k_start;
+        own->q_len = own->q_rows = f->varlen_q ? draw_length(c, DRAW_ROWS, b, s->len_q) : s->len_q;
+        own->k_len = own->k_rows = f->varlen_k ? draw_length(c, DRAW_KEYS, b, s->len_k) : s->len_k;
+        if (f->query_lengths)
+            own->q_len = least(own->q_rows, draw_length(c, DRAW_Q_LENGTHS, b, s->len_q));
+        if (f->key_lengths || f->page_size)
+            own->k_len = least(own->k_rows, draw_length(c, DRAW_K_LENGTHS, b, s->len_k));
+        own->diagonal = f->bottom_right ? own->k_len - own->q_len : 0;
+        q_start += f->varlen_q ? own->q_rows : 0;
+        k_start += f->varlen_k ? own->k_rows : 0;
+    }
+    c->extent_q = s->len_q;
+    c->extent_k =
+        f->page_size ? (s->len_k + f->page_size - 1) / f->page_size * f->page_size : s->len_k;
+    /* Without a stated maximum any sequence may be as long as all of them together. */
+    if (f->varlen_q && random_below(draw(c, DRAW_MAX), 0, 2))
+        c->extent_q = q_start;
+    else if (f->varlen_q)
+        c->desc.max_seqlen_q = s->len_q;
+    if (f->varlen_k && random_below(draw(c, DRAW_MAX), 1, 2))
+        c->extent_k = k_start;
+    else if (f->varlen_k)
+        c->desc.max_seqlen_k = s->len_k;
+}
+
+/* ---- Tensors ---------------------------------------------------------------------------------------------- */
+
+static enum layout layout_of(const struct call *c, enum slot slot) {
+    static const enum layout mixed[SLOTS] = {
+        [QUERY] = HEADS_INNER, [KEY] = SLICED, [VALUE] = ODD, [OUTPUT] = HEADS_INNER, [LSE] = ODD,
+        [BIAS] = INNER_2,      [MASK] = ODD,   [SINKS] = ODD, [KEY_LENGTHS] = ODD,
+    };
+    const enum layout all = c->made_from.features.layout;
+    return all == MIXED ? mixed[slot] : all;
+}
+
+static void make(struct call *c, enum slot slot, enum element e, int ndim, const int64_t *shape,
+                 unsigned broadcast) {
+    const bool output = slot == OUTPUT || slot == LSE;
+    tensor_make(&c->tensor[slot], e, ndim, shape, layout_of(c, slot), broadcast,
+                output ? OUTPUT_FILL : GAP_FILL);
+    c->has[slot] = true;
+}
+
+static void make_main(struct call *c) {
+    const struct shape *s = &c->made_from.shape;
+    const struct features *f = &c->made_from.features;
+    const enum element e = c->made_from.element;
+    const int64_t total_q =
+        s->batch ? c->span[s->batch - 1].q_start + c->span[s->batch - 1].q_rows : 0;
+    const int64_t total_k =
+        s->batch ? c->span[s->batch - 1].k_start + c->span[s->batch - 1].k_rows : 0;
+    const int64_t pages = f->page_size ? s->batch * (c->extent_k / f->page_size) + 2 : 0;
+    const unsigned heads = f->broadcast_heads ? 2 : 0; /* axis 1 in every form */
+
+    if (f->varlen_q) {
+        make(c, QUERY, e, 3, (int64_t[]){total_q, s->heads_q, s->dim_qk}, 0);
+        make(c, OUTPUT, e, 3, (int64_t[]){total_q, s->heads_q, s->dim_v}, 0);
+    } else {
+        make(c, QUERY, e, 4, (int64_t[]){s->batch, s->heads_q, s->len_q, s->dim_qk}, 0);
+        make(c, OUTPUT, e, 4, (int64_t[]){s->batch, s->heads_q, s->len_q, s->dim_v}, 0);
+    }
+    if (f->varlen_k) {
+        make(c, KEY, e, 3, (int64_t[]){total_k, s->heads_kv, s->dim_qk}, heads);
+        make(c, VALUE, e, 3, (int64_t[]){total_k, s->heads_kv, s->dim_v}, heads);
+    } else {
+        const int64_t outer = f->page_size ? pages : s->batch,
+                      length = f->page_size ? f->page_size : s->len_k;
+        make(c, KEY, e, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_qk}, heads);
+        make(c, VALUE, e, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_v}, heads);
+    }
+    if (f->lse) {
+        const enum element le = f->lse == LSE_ELEMENT ? e : F32;
+        if (f->varlen_q)
+            make(c, LSE, le, 2, (int64_t[]){s->heads_q, total_q}, 0);
+        else
+            make(c, LSE, le, 3, (int64_t[]){s->batch, s->heads_q, s->len_q}, 0);
+    }
+}
+
+static void make_broadcast(struct call *c, enum slot slot, enum element e, unsigned axes) {
+    const int64_t full[4] = {c->made_from.shape.batch, c->made_from.shape.heads_q, c->extent_q,
+                             c->extent_k};
+    int64_t shape[4];
+    unsigned broadcast = 0;
+    for (int axis = 0; axis < 4; axis++) {
+        const bool spans = axes >> axis & 1, expanded = c->made_from.features.expanded;
+        shape[axis] = spans || expanded ? full[axis] : 1;
+        broadcast |= !spans && expanded ? 1u << axis : 0;
+    }
+    make(c, slot, e, 4, shape, broadcast);
+}
+
+static void make_rest(struct call *c) {
+    const struct shape *s = &c->made_from.shape;
+    const struct features *f = &c->made_from.features;
+    const int64_t batch[] = {s->batch}, heads[] = {s->heads_q}, both[] = {s->batch, s->heads_q},
+                  ends[] = {s->batch + 1};
+    if (f->bias)
+        make_broadcast(c, BIAS, f->bias_element ? c->made_from.element : F32, f->bias);
+    if (f->mask)
+        make_broadcast(c, MASK, U8, f->mask);
+    if (f->alibi)
+        make(c, ALIBI_SLOPES, F32, f->alibi, f->alibi == 2 ? both : heads, 0);
+    if (f->sinks)
+        make(c, SINKS, F32, 1, heads, 0);
+    if (f->query_lengths)
+        make(c, QUERY_LENGTHS, I32, 1, batch, 0);
+    if (f->key_lengths || f->page_size)
+        make(c, KEY_LENGTHS, I32, 1, batch, 0);
+    if (f->varlen_q)
+        make(c, CU_SEQLENS_Q, I32, 1, ends, 0);
+    if (f->varlen_k)
+        make(c, CU_SEQLENS_K, I32, 1, ends, 0);
+    if (f->page_size)
+        make(c, BLOCK_TABLE, I32, 2, (int64_t[]){s->batch, c->extent_k / f->page_size}, 0);
+}
+
+/* ---- Values ----------------------------------------------------------------------------------------------- */
+
+static double mask_value(const struct call *c, uint64_t n, const int64_t index[4]) {
+    if (c->made_from.features.mask_rows &&
+        random_below(draw(c, MASK), 1000000 + (uint64_t)index[2], 3) == 0)
+        return 0;
+    return random_below(draw(c, MASK), n, 4) != 0 ? (double)(1 + n % 255) : 0;
+}
+
+static double value_of(const struct call *c, enum slot slot, uint64_t n, const int64_t index[4]) {
+    const struct features *f = &c->made_from.features;
+    const double x = random_normal(draw(c, slot), n);
+    switch (slot) {
+    case QUERY:
+        return f->logits != 0 ? x * f->logits : x;
+    case BIAS:
+        return f->bias_holes && n % 7 == 3 ? -INFINITY : x;
+    case MASK:
+        return mask_value(c, n, index);
+    case ALIBI_SLOPES:
+        return ldexp(1, -(int)(1 + n % 8));
+    default:
+        return x;
+    }
+}
+
+static void fill_floats(struct call *c) {
+    int64_t index[4];
+    for (int slot = 0; slot < QUERY_LENGTHS; slot++) {
+        struct tensor *t = &c->tensor[slot];
+        if (!c->has[slot] || slot == OUTPUT || slot == LSE)
+            continue;
+        for (int64_t n = 0, count = tensor_count(t); n < count; n++) {
+            tensor_unravel(t, n, index);
+            tensor_set(t, index, value_of(c, (enum slot)slot, (uint64_t)n, index));
+        }
+    }
+}
+
+static void set_integer(struct call *c, enum slot slot, int64_t i, int64_t j, int64_t value) {
+    if (c->has[slot])
+        tensor_set(&c->tensor[slot], (int64_t[4]){i, j}, (double)value);
+}
+
+static int64_t common_divisor(int64_t a, int64_t b) {
+    return b == 0 ? a : common_divisor(b, a % b);
+}
+
+static void fill_integers(struct call *c) {
+    const struct features *f = &c->made_from.features;
+    const int64_t batch = c->made_from.shape.batch;
+    set_integer(c, CU_SEQLENS_Q, 0, 0, 0);
+    set_integer(c, CU_SEQLENS_K, 0, 0, 0);
+    for (int64_t b = 0; b < batch; b++) {
+        const struct span *s = &c->span[b];
+        /* Lengths may exceed what a packed sequence owns; the lesser of the two counts. */
+        set_integer(c, QUERY_LENGTHS, b, 0,
+                    s->q_len == s->q_rows ? c->made_from.shape.len_q : s->q_len);
+        set_integer(c, KEY_LENGTHS, b, 0,
+                    f->varlen_k && s->k_len == s->k_rows ? c->made_from.shape.len_k : s->k_len);
+        set_integer(c, CU_SEQLENS_Q, b + 1, 0, s->q_start + s->q_rows);
+        set_integer(c, CU_SEQLENS_K, b + 1, 0, s->k_start + s->k_rows);
+    }
+    if (!f->page_size)
+        return;
+    /* A page per entry in shuffled order; entries past the length point nowhere. */
+    const int64_t columns = c->extent_k / f->page_size, pages = c->tensor[KEY].shape[0];
+    const int64_t first = random_below(draw(c, DRAW_PAGES), 0, pages);
+    int64_t step = 1 + random_below(draw(c, DRAW_PAGES), 1, pages);
+    while (common_divisor(step, pages) != 1) /* so that the walk below visits each page once */
+        step--;
+    for (int64_t n = 0; n < batch * columns; n++) {
+        const int64_t b = n / columns, column = n % columns;
+        const bool used = column * f->page_size < c->span[b].k_len;
+        set_integer(c, BLOCK_TABLE, b, column, used ? (first + n * step) % pages : 0x7ffffff0);
+    }
+}
+
+static double poison(const struct call *c, uint64_t n) {
+    static const double kinds[] = {NAN, INFINITY, -INFINITY};
+    return kinds[random_below(draw(c, DRAW_POISON), n, 3)];
+}
+
+static void poison_row(struct call *c, enum slot slot, int64_t index[4]) {
+    struct tensor *t = &c->tensor[slot];
+    const int last = t->dl.ndim - 1;
+    for (index[last] = 0; index[last] < t->shape[last]; index[last]++)
+        tensor_set(t, index, poison(c, (uint64_t)index[last]));
+}
+
+/* Heads of key and value that are memory of their own. */
+static int64_t own_heads(const struct call *c) {
+    return c->made_from.features.broadcast_heads ? least(1, c->made_from.shape.heads_kv)
+                                                 : c->made_from.shape.heads_kv;
+}
+
+static bool key_seen(const struct call *c, int64_t b, int64_t g, int64_t j) {
+    const int64_t heads = c->made_from.shape.heads_q / own_heads(c);
+    for (int64_t h = g * heads; h < (g + 1) * heads; h++) {
+        for (int64_t i = 0; i < c->span[b].q_len; i++) {
+            if (call_sees(c, b, h, i, j))
+                return true;
+        }
+    }
+    return false;
+}
+
+/* Pages and page tails that no sequence owns. */
+static void poison_pages(struct call *c) {
+    const struct tensor *key = &c->tensor[KEY];
+    const int64_t size = c->made_from.features.page_size, keys = size ? key->shape[0] * size : 0;
+    bool *owned = calloc((size_t)keys + 1, sizeof *owned);
+    int64_t index[4];
+    assert(owned);
+    for (int64_t b = 0; size && b < c->made_from.shape.batch; b++) {
+        for (int64_t j = 0; j < c->span[b].k_len; j++) {
+            call_row(c, KEY, b, 0, j, index);
+            owned[index[0] * size + index[2]] = true;
+        }
+    }
+    for (int64_t n = 0; n < keys; n++) {
+        for (int64_t g = 0; g < key->shape[1] && !owned[n]; g++) {
+            poison_row(c, KEY, (int64_t[4]){n / size, g, n % size});
+            poison_row(c, VALUE, (int64_t[4]){n / size, g, n % size});
+        }
+    }
+    free(owned);
+}
+
+static void poison_unseen(struct call *c) {
+    const struct shape *s = &c->made_from.shape;
+    const bool paged = c->made_from.features.page_size != 0;
+    int64_t index[4];
+    for (int64_t b = 0; b < s->batch && s->heads_q; b++) {
+        const struct span *own = &c->span[b];
+        for (int64_t n = 0; n < own_heads(c) * own->k_rows; n++) {
+            const int64_t g = n / own->k_rows, j = n % own->k_rows;
+            if ((paged && j >= own->k_len) || key_seen(c, b, g, j))
+                continue;
+            call_row(c, KEY, b, g, j, index);
+            poison_row(c, KEY, index);
+            call_row(c, VALUE, b, g, j, index);
+            poison_row(c, VALUE, index);
+        }
+        for (int64_t n = 0; n < s->heads_q * (own->q_rows - own->q_len); n++) {
+            call_row(c, QUERY, b, n % s->heads_q, own->q_len + n / s->heads_q, index);
+            poison_row(c, QUERY, index);
+        }
+    }
+    poison_pages(c);
+}
+
+/* NaN in one element that takes part, if chance finds one. */
+static void set_nan(struct call *c) {
+    static const enum slot slots[] = {[NAN_QUERY] = QUERY, [NAN_KEY] = KEY, [NAN_VALUE] = VALUE};
+    const struct shape *s = &c->made_from.shape;
+    if (c->made_from.features.nan == NO_NAN || s->batch == 0 || s->heads_q == 0)
+        return;
+    const enum slot slot = slots[c->made_from.features.nan];
+    const int64_t heads = slot == QUERY ? s->heads_q : own_heads(c);
+    for (uint64_t attempt = 0; attempt < 100; attempt += 4) {
+        int64_t index[4];
+        const int64_t b = random_below(draw(c, DRAW_NAN), attempt, s->batch);
+        const int64_t h = random_below(draw(c, DRAW_NAN), attempt + 1, heads);
+        const int64_t l =
+            random_below(draw(c, DRAW_NAN), attempt + 2, slot == QUERY ? s->len_q : s->len_k);
+        if (slot == QUERY ? l >= c->span[b].q_len : !key_seen(c, b, h, l))
+            continue;
+        call_row(c, slot, b, h, l, index);
+        const int last = c->tensor[slot].dl.ndim - 1;
+        index[last] = random_below(draw(c, DRAW_NAN), attempt + 3, c->tensor[slot].shape[last]);
+        tensor_set(&c->tensor[slot], index, NAN);
+        return;
+    }
+}
+
+/* ---- The call --------------------------------------------------------------------------------------------- */
+
+static void set_desc(struct call *c) {
+    const struct features *f = &c->made_from.features;
+    c->desc.struct_size = sizeof c->desc;
+    c->desc.flags = (f->window ? DLATTN_WINDOW : 0) | (f->exact_scale ? DLATTN_EXACT_SCALE : 0) |
+                    (f->empty_lse_inf ? DLATTN_EMPTY_LSE_INF : 0);
+    c->desc.scale = f->scale;
+    c->desc.softcap = f->softcap;
+    c->desc.window_left = f->window_left;
+    c->desc.window_right = f->window_right;
+    c->desc.causal = f->causal;
+    c->desc.alignment = f->bottom_right ? DLATTN_ALIGN_BOTTOM_RIGHT : DLATTN_ALIGN_TOP_LEFT;
+}
+
+void call_make(struct call *c, const struct test_case *from) {
+    memset(c, 0, sizeof *c);
+    c->made_from = *from;
+    set_desc(c);
+    set_spans(c);
+    make_main(c);
+    make_rest(c);
+    fill_floats(c);
+    fill_integers(c);
+    poison_unseen(c);
+    set_nan(c);
+}
+
+void call_free(struct call *c) {
+    for (int slot = 0; slot < SLOTS; slot++) {
+        if (c->has[slot])
+            tensor_free(&c->tensor[slot]);
+    }
+}
+
+void call_upcast(struct call *wide, const struct call *from) {
+    memset(wide, 0, sizeof *wide);
+    wide->made_from = from->made_from;
+    wide->desc = from->desc;
+    memcpy(wide->span, from->span, sizeof wide->span);
+    wide->extent_q = from->extent_q;
+    wide->extent_k = from->extent_k;
+    wide->made_from.features.layout = COMPACT;
+    for (int slot = 0; slot < SLOTS; slot++) {
+        const struct tensor *t = &from->tensor[slot];
+        const enum element e = slot < MASK ? F64 : t->element;
+        int64_t index[4];
+        if (!from->has[slot])
+            continue;
+        make(wide, (enum slot)slot, e, t->dl.ndim, t->shape, 0);
+        for (int64_t n = 0, count = tensor_count(t); n < count; n++) {
+            tensor_unravel(t, n, index);
+            tensor_set(&wide->tensor[slot], index, tensor_get(t, index));
+        }
+    }
+}
+
+dlattn_tensors call_tensors(const struct call *c) {
+    const DLTensor *slots[SLOTS] = {0};
+    dlattn_tensors tensors = {.struct_size = sizeof tensors};
+    for (int slot = 0; slot < SLOTS; slot++)
+        slots[slot] = c->has[slot] ? &c->tensor[slot].dl : NULL;
+    _Static_assert(sizeof slots + offsetof(dlattn_tensors, query) == sizeof tensors,
+                   "a pointer for each slot");
+    memcpy((char *)&tensors + offsetof(dlattn_tensors, query), slots, sizeof slots);
+    return tensors;
+}
+
+void call_use_images(struct call *c) {
+    for (int slot = 0; slot < SLOTS; slot++) {
+        struct tensor *t = &c->tensor[slot];
+        if (!c->has[slot])
+            continue;
+        t->dl.device = (DLDevice){kDLCPU, 0};
+        t->dl.data = t->image + t->first;
+        t->dl.byte_offset = 0;
+    }
+}
+
+bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j) {
+    const struct features *f = &c->made_from.features;
+    const struct span *s = &c->span[b];
+    const int64_t key = i + s->diagonal;
+    if (i >= s->q_len || j >= s->k_len || (f->causal && j > key))
+        return false;
+    if (f->window && ((f->window_left >= 0 && j < key - f->window_left) ||
+                      (f->window_right >= 0 && j > key + f->window_right)))
+        return false;
+    if (!c->has[MASK])
+        return true;
+    const int64_t *shape = c->tensor[MASK].shape;
+    const int64_t index[4] = {shape[0] > 1 ? b : 0, shape[1] > 1 ? h : 0, shape[2] > 1 ? i : 0,
+                              shape[3] > 1 ? j : 0};
+    return tensor_get(&c->tensor[MASK], index) != 0;
+}
+
+void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
+              int64_t index[4]) {
+    const struct span *s = &c->span[b];
+    const bool of_query = slot == QUERY || slot == OUTPUT;
+    memset(index, 0, 4 * sizeof *index);
+    index[0] = b;
+    index[1] = h;
+    index[2] = l;
+    if (c->tensor[slot].dl.ndim == 3) {
+        index[0] = (of_query ? s->q_start : s->k_start) + l;
+        index[2] = 0;
+    } else if (!of_query && c->has[BLOCK_TABLE]) {
+        const int64_t size = c->made_from.features.page_size;
+        index[0] = (int64_t)tensor_get(&c->tensor[BLOCK_TABLE], (int64_t[4]){b, l / size});
+        index[2] = l % size;
+    }
+}
+
+/* ---- Names and combinations ------------------------------------------------------------------------------- */
+
+void case_print(const struct test_case *c, char *text, size_t size) {
+    const struct shape *s = &c->shape;
+    snprintf(text, size, "%s B%lld H%lld/%lld Lq%lld Lk%lld D%lld/%lld %s %s seed %llu",
+             element_name(c->element), (long long)s->batch, (long long)s->heads_q,
+             (long long)s->heads_kv, (long long)s->len_q, (long long)s->len_k, (long long)s->dim_qk,
+             (long long)s->dim_v, c->features.name, layout_name(c->features.layout),
+             (unsigned long long)c->seed);
+}
+
+struct features features_random(uint64_t seed) {
+    uint64_t n = 0;
+#define ONE_IN(k) (random_below(seed, n++, k) == 0)
+    struct features f = {.name = "random"};
+    f.causal = ONE_IN(2);
+    f.bottom_right = ONE_IN(2);
+    f.window = ONE_IN(3);
+    f.window_left = random_below(seed, n++, 60) - 1;
+    f.window_right = random_below(seed, n++, 60) - 1;
+    f.softcap = ONE_IN(4) ? 1 + (double)random_below(seed, n++, 20) : 0;
+    f.lse = random_below(seed, n++, 3);
+    f.empty_lse_inf = ONE_IN(3);
+    f.layout = (enum layout)random_below(seed, n++, LAYOUTS);
+    f.broadcast_heads = ONE_IN(6);
+    f.query_lengths = ONE_IN(5);
+    f.key_lengths = ONE_IN(3);
+    if (ONE_IN(3))
+        return f; /* what nearly every row has */
+    f.bias = ONE_IN(3) ? 1 + (unsigned)random_below(seed, n++, 16) : 0;
+    f.mask = ONE_IN(3) ? 1 + (unsigned)random_below(seed, n++, 16) : 0;
+    f.bias_element = ONE_IN(2);
+    f.bias_holes = ONE_IN(3);
+    f.expanded = ONE_IN(4);
+    f.mask_rows = ONE_IN(3);
+    f.alibi = ONE_IN(4) ? 1 + (int)random_below(seed, n++, 2) : 0;
+    f.sinks = ONE_IN(4);
+    f.varlen_q = ONE_IN(4);
+    f.page_size = ONE_IN(5) ? 1 + random_below(seed, n++, 20) : 0;
+    f.varlen_k = !f.page_size && ONE_IN(4);
+#undef ONE_IN
+    return f;
+}

@@ -1,0 +1,274 @@
+#include "dlattn_loader.h"
+
+#include "tests/support/check.h"
+
+#include <assert.h>
+#include <math.h>
+#include <stdarg.h>
+
+const dlattn_api *test_api(void) {
+    char why[4096];
+    const dlattn_api *api = dlattn_open(why, sizeof why);
+    if (!api) {
+        fprintf(stderr, "%s", why);
+        exit(1);
+    }
+    return api;
+}
+
+__attribute__((format(printf, 3, 4))) static void say(struct verdict *v, enum outcome outcome,
+                                                      const char *format, ...) {
+    const size_t used = strlen(v->text);
+    va_list args;
+    v->outcome = outcome;
+    va_start(args, format);
+    vsnprintf(v->text + used, sizeof v->text - used, format, args);
+    va_end(args);
+}
+
+/* ---- Running ---------------------------------------------------------------------------------------------- */
+
+/* A run of the subject: what it starts from, and what came back. */
+struct run {
+    unsigned char fill; /* of outputs before the call */
+    enum side side;
+    int32_t threads;
+    bool planned;                  /* through a plan */
+    struct block block[SLOTS + 1]; /* the last is the workspace */
+};
+
+static bool is_output(int slot) { return slot == OUTPUT || slot == LSE; }
+
+static void put(struct call *c, const struct place *place, struct run *run) {
+    for (int slot = 0; slot < SLOTS; slot++) {
+        struct tensor *t = &c->tensor[slot];
+        if (!c->has[slot])
+            continue;
+        if (is_output(slot))
+            tensor_fill(t, run->fill);
+        run->block[slot] = place->take(t->bytes, t->alignment, run->side);
+        place->store(&run->block[slot], t->image);
+        /* byte_offset must be added before anything is read: `data` itself points outside. */
+        t->dl.device = place->device;
+        t->dl.byte_offset = 4096 + t->first;
+        t->dl.data = run->block[slot].data - 4096;
+    }
+}
+
+/* Brings everything back; false, with a text, if a byte changed that had to stay. */
+static bool take_back(struct verdict *v, struct call *c, const struct place *place,
+                      struct run *run) {
+    bool good = true;
+    for (int slot = 0; slot < SLOTS; slot++) {
+        struct tensor *t = &c->tensor[slot];
+        size_t at = 0;
+        if (!c->has[slot])
+            continue;
+        unsigned char *before = malloc(t->bytes + 1);
+        assert(before);
+        memcpy(before, t->image, t->bytes);
+        if (!place->fetch(&run->block[slot], t->image)) {
+            say(v, FAILED, "; %s: memory around it was written", slot_name((enum slot)slot));
+            good = false;
+        }
+        if (!is_output(slot) && memcmp(before, t->image, t->bytes) != 0) {
+            say(v, FAILED, "; %s: an input was written", slot_name((enum slot)slot));
+            good = false;
+        }
+        if (is_output(slot) && !tensor_gaps_hold(t, run->fill, &at)) {
+            say(v, FAILED, "; %s: byte %zu, between its elements, was written",
+                slot_name((enum slot)slot), at);
+            good = false;
+        }
+        free(before);
+        place->give(&run->block[slot]);
+    }
+    return good;
+}
+
+static int32_t launch(const struct subject *s, const dlattn_forward_desc *desc,
+                      const dlattn_tensors *tensors, const dlattn_exec *exec, bool planned) {
+    if (s->forward)
+        return s->forward(desc, tensors, exec);
+    if (!planned)
+        return s->api->forward(desc, tensors, exec);
+    dlattn_plan *plan;
+    int32_t status = s->api->plan_create(desc, tensors, &plan);
+    if (status != DLATTN_OK)
+        return status;
+    status = s->api->plan_can_run(plan, tensors);
+    if (status == DLATTN_OK)
+        status = s->api->plan_run(plan, tensors, exec);
+    s->api->plan_destroy(plan);
+    return status;
+}
+
+/* Runs the subject on placed tensors; the images hold the results. */
+static void run_subject(struct verdict *v, const struct subject *s, struct call *c,
+                        struct run *run) {
+    dlattn_forward_desc desc = c->desc;
+    dlattn_exec exec = {.struct_size = sizeof exec};
+    desc.kernel = s->kernel;
+    desc.num_threads = run->threads;
+    put(c, s->place, run);
+    const dlattn_tensors tensors = call_tensors(c);
+    v->sku.struct_size = sizeof v->sku;
+    int32_t status = s->api->forward_query(&desc, &tensors, &v->sku);
+    struct block workspace = {0};
+    if (status == DLATTN_OK) {
+        workspace = s->place->take(v->sku.workspace_bytes, v->sku.workspace_alignment, run->side);
+        exec.workspace = workspace.data;
+        exec.workspace_bytes = v->sku.workspace_bytes;
+        status = launch(s, &desc, &tensors, &exec, run->planned);
+    }
+    if (status == DLATTN_UNSUPPORTED && s->kernel)
+        say(v, DECLINED, ": %s", s->api->last_error());
+    else if (status != DLATTN_OK)
+        say(v, FAILED, ": %s: %s", s->api->status_name(status), s->api->last_error());
+    if (status == DLATTN_OK && s->place->wait)
+        s->place->wait();
+    take_back(v, c, s->place, run);
+    if (!workspace.data)
+        return;
+    void *scratch = malloc(workspace.bytes + 1);
+    assert(scratch);
+    if (!s->place->fetch(&workspace, scratch))
+        say(v, FAILED, "; memory around the workspace was written");
+    free(scratch);
+    s->place->give(&workspace);
+}
+
+/* ---- Comparing -------------------------------------------------------------------------------------------- */
+
+/* Twice the naive error and twice the rounding of a sum near 0.3, three times with softcap (the rule of FlashAttention's
+ * tests); maxima over the finite elements. */
+static double output_bound(const struct tensor *ref, const struct tensor *naive, enum element e,
+                           bool softcap) {
+    double error = 0, rounding = 0;
+    for (int64_t n = 0, count = tensor_count(ref); n < count; n++) {
+        int64_t index[4];
+        tensor_unravel(ref, n, index);
+        const double want = tensor_get(ref, index), plain = tensor_get(naive, index);
+        if (!isfinite(want) || !isfinite(plain))
+            continue;
+        const double near = element_round(e, element_round(e, want + 0.3) - 0.3);
+        error = fmax(error, fabs(plain - want));
+        rounding = fmax(rounding, fabs(near - want));
+    }
+    return (softcap ? 3 : 2) * error + 2 * rounding;
+}
+
+/* 1e-5 of the value for f32 sums, 1e-12 for f64, and the rounding of the type it is stored in. */
+static double lse_bound(double want, enum element stored, enum element computed) {
+    const double size = fmax(1, fabs(want));
+    return size * ((computed == F64 ? 1e-12 : 1e-5) + element_epsilon(stored));
+}
+
+static bool alike(double got, double want) {
+    return isnan(want) ? isnan(got) : isinf(want) ? got == want : isfinite(got);
+}
+
+/* Elements of an output against the reference. bound < 0: each element has its own, as an lse. */
+static void compare(struct verdict *v, const struct call *c, const struct call *ref, enum slot slot,
+                    double bound) {
+    const struct tensor *got = &c->tensor[slot], *want = &ref->tensor[slot];
+    double worst = -1, worst_got = 0, worst_want = 0, worst_bound = 0;
+    int64_t at[4] = {0}, index[4] = {0};
+    for (int64_t n = 0, count = tensor_count(got); n < count; n++) {
+        tensor_unravel(got, n, index);
+        const double g = tensor_get(got, index), exact = tensor_get(want, index);
+        const double w = isfinite(exact) && !isfinite(element_round(got->element, exact))
+                             ? element_round(got->element, exact)
+                             : exact;
+        const double limit = bound < 0 ? lse_bound(w, got->element, c->made_from.element) : bound;
+        const double excess = !alike(g, w) ? INFINITY : !isfinite(w) ? 0 : fabs(g - w) / limit;
+        if (excess > 1 && excess > worst) {
+            worst = excess;
+            worst_got = g;
+            worst_want = w;
+            worst_bound = limit;
+            memcpy(at, index, sizeof at);
+        }
+    }
+    if (worst > 1)
+        say(v, FAILED,
+            "; %s[%lld, %lld, %lld, %lld] is %.9g, must be %.9g within %.3g (seen: %.3g)",
+            slot_name(slot), (long long)at[0], (long long)at[1], (long long)at[2], (long long)at[3],
+            worst_got, worst_want, worst_bound, fabs(worst_got - worst_want));
+}
+
+/* The outputs of the first run against those that the images hold now. */
+static void compare_runs(struct verdict *v, const struct call *c, const struct call *first,
+                         int32_t threads) {
+    for (int slot = OUTPUT; slot <= LSE; slot++) {
+        const struct tensor *a = &first->tensor[slot], *b = &c->tensor[slot];
+        int64_t index[4] = {0};
+        for (int64_t n = 0, count = c->has[slot] ? tensor_count(b) : 0; n < count; n++) {
+            tensor_unravel(b, n, index);
+            const double x = tensor_get(a, index), y = tensor_get(b, index);
+            if (memcmp(&x, &y, sizeof x) == 0)
+                continue;
+            say(v, FAILED,
+                "; %s[%lld, %lld, %lld, %lld] was %.9g, is %.9g in a second run with %d threads",
+                slot_name((enum slot)slot), (long long)index[0], (long long)index[1],
+                (long long)index[2], (long long)index[3], x, y, threads);
+            break;
+        }
+    }
+}
+
+static bool run_reference(struct verdict *v, const dlattn_api *api, struct call *ref) {
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    dlattn_exec exec = {.struct_size = sizeof exec};
+    ref->desc.kernel = "cpu_fwd_ref";
+    call_use_images(ref);
+    const dlattn_tensors tensors = call_tensors(ref);
+    int32_t status = api->forward_query(&ref->desc, &tensors, &sku);
+    if (status == DLATTN_OK) {
+        exec.workspace_bytes = sku.workspace_bytes + 64;
+        exec.workspace = aligned_alloc(64, (exec.workspace_bytes + 63) / 64 * 64);
+        status = api->forward(&ref->desc, &tensors, &exec);
+        free(exec.workspace);
+    }
+    if (status != DLATTN_OK)
+        say(v, FAILED, "; the reference failed: %s", api->last_error());
+    return status == DLATTN_OK;
+}
+
+void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which) {
+    struct call first, second, ref, naive;
+    struct run one = {.fill = OUTPUT_FILL, .side = which->seed & 1 ? AT_END : AT_BEGIN};
+    struct run two = {.fill = 0x5a,
+                      .side = which->seed & 1 ? AT_BEGIN : AT_END,
+                      .threads = 1 + which->seed % 3,
+                      .planned = true};
+    *v = (struct verdict){.outcome = PASSED};
+    case_print(which, v->text, sizeof v->text);
+    call_make(&first, which);
+    run_subject(v, subject, &first, &one);
+    if (v->outcome != PASSED) {
+        call_free(&first);
+        return;
+    }
+    call_make(&second, which);
+    run_subject(v, subject, &second, &two);
+    if (v->outcome == PASSED)
+        compare_runs(v, &second, &first, two.threads);
+    call_free(&second);
+
+    call_upcast(&ref, &first);
+    call_upcast(&naive, &first);
+    if (run_reference(v, subject->api, &ref)) {
+        naive_forward(&naive, which->element);
+        if (which->element == F64)
+            compare(v, &naive, &ref, OUTPUT, 1e-11); /* the yardstick itself */
+        compare(v, &first, &ref, OUTPUT,
+                output_bound(&ref.tensor[OUTPUT], &naive.tensor[OUTPUT], which->element,
+                             which->features.softcap > 0));
+        if (first.has[LSE])
+            compare(v, &first, &ref, LSE, -1);
+    }
+    call_free(&naive);
+    call_free(&ref);
+    call_free(&first);
+}
