@@ -2,6 +2,7 @@
  * and launches. */
 #include "abi/dlattn.h"
 #include "src/caps.h"
+#include "src/cuda_driver.h"
 #include "src/dlpack.h"
 #include "src/error.h"
 #include "src/plan.h"
@@ -115,6 +116,10 @@ static int32_t launch(const struct plan *plan, const struct problem *p, const dl
     if (status == DLATTN_OK)
         status = problem_check_values(p);
     if (status != DLATTN_OK || p->batch == 0 || p->heads_q == 0 || p->len_q == 0)
+        return status;
+    if (p->backend == BACKEND_CUDA)
+        status = cuda_check_pointers(p, e.workspace);
+    if (status != DLATTN_OK)
         return status;
     const struct exec run = {
         .stream = e.stream,

@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "src/caps.h"
+#include "src/cuda_driver.h"
 #include "src/threads.h"
 
 #include <cpuid.h>
@@ -113,11 +114,10 @@ int32_t caps_get(struct caps *caps, enum backend backend, int32_t device_id) {
     *caps = *caps_cpu();
     if (backend == BACKEND_CPU)
         return DLATTN_OK;
-    return fail(DLATTN_DEVICE_UNAVAILABLE, "CUDA device %d: this build has no CUDA backend",
-                device_id);
+    return cuda_caps(caps, device_id);
 }
 
-int32_t caps_gpu_count(void) { return 0; }
+int32_t caps_gpu_count(void) { return cuda_device_count(); }
 
 /* The brand string, CPUID leaves 0x80000002 to 0x80000004. */
 static void cpu_name(char name[128]) {
@@ -134,7 +134,7 @@ static void cpu_name(char name[128]) {
 
 int32_t caps_describe(int32_t index, dlattn_device_info *info) {
     if (index != 0)
-        return fail(DLATTN_INVALID_ARGUMENT, "device %d: there is only the CPU", index);
+        return cuda_describe(index - 1, info);
     info->device_type = kDLCPU;
     info->multiprocessors = caps_cpu()->threads;
     cpu_name(info->name);

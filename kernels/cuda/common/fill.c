@@ -1,0 +1,80 @@
+#include "kernels/cuda/common/fill.h"
+
+bool fwd_fits(const struct problem *p) {
+    return p->len_q <= FWD_MAX_LENGTH && p->len_k <= FWD_MAX_LENGTH &&
+           p->page_size <= FWD_MAX_LENGTH && p->max_pages <= INT32_MAX && p->batch <= INT32_MAX &&
+           p->heads_q <= INT32_MAX && p->batch * p->heads_q <= INT32_MAX;
+}
+
+static struct fwd_view view(const struct view *v) {
+    return (struct fwd_view){v->data, {v->stride[0], v->stride[1], v->stride[2], v->stride[3]}};
+}
+
+/* `inner`: extent of the last axis. */
+static bool aligned(const struct view *v, int64_t bytes, int64_t inner) {
+    const int64_t strides = v->stride[0] | v->stride[1] | v->stride[2];
+    return (uintptr_t)v->data % 16 == 0 && strides * bytes % 16 == 0 &&
+           (inner == 1 || v->stride[3] == 1);
+}
+
+static int32_t window(int64_t keys) {
+    return keys < FWD_MAX_LENGTH ? (int32_t)keys : FWD_UNBOUNDED;
+}
+
+/* Heads whose keys and values together fill about half of an Ampere L2 (40 MB): with a causal mask the blocks of such
+ * a section run longest first, which evens out the end of the grid, and still find their keys in the cache. */
+static int32_t section(const struct problem *p) {
+    const int64_t head_bytes = p->len_k * (p->dim_qk + p->dim_v) * dtype_bytes(p->dtype);
+    const int64_t heads =
+        head_bytes > 0 ? (INT64_C(24) << 20) / head_bytes * (p->heads_q / p->heads_kv) : 1;
+    const int64_t all = p->batch * p->heads_q;
+    return (int32_t)(heads < 1 ? 1 : heads > all ? all : heads);
+}
+
+void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks) {
+    const int64_t bytes = dtype_bytes(p->dtype);
+    const bool causal = p->window_right != UNBOUNDED;
+    *params = (struct fwd_params){
+        .query = view(&p->query),
+        .key = view(&p->key),
+        .value = view(&p->value),
+        .output = view(&p->output),
+        .lse = view(&p->lse),
+        .bias = view(&p->bias),
+        .mask = view(&p->mask),
+        .alibi_slopes = view(&p->alibi_slopes),
+        .sinks = view(&p->sinks),
+        .query_lengths = view(&p->query_lengths),
+        .key_lengths = view(&p->key_lengths),
+        .cu_seqlens_q = view(&p->cu_seqlens_q),
+        .cu_seqlens_k = view(&p->cu_seqlens_k),
+        .block_table = view(&p->block_table),
+        .total_q = p->total_q,
+        .total_k = p->total_k,
+        .pages = p->pages,
+        .batch = (int32_t)p->batch,
+        .heads_q = (int32_t)p->heads_q,
+        .group = (int32_t)(p->heads_q / p->heads_kv),
+        .len_q = (int32_t)p->len_q,
+        .len_k = (int32_t)p->len_k,
+        .dim_qk = (int32_t)p->dim_qk,
+        .dim_v = (int32_t)p->dim_v,
+        .page_size = (int32_t)p->page_size,
+        .max_pages = (int32_t)p->max_pages,
+        .window_left = window(p->window_left),
+        .window_right = window(p->window_right),
+        .flags = (aligned(&p->query, bytes, p->dim_qk) ? FWD_ALIGNED_QUERY : 0) |
+                 (aligned(&p->key, bytes, p->dim_qk) ? FWD_ALIGNED_KEY : 0) |
+                 (aligned(&p->value, bytes, p->dim_v) ? FWD_ALIGNED_VALUE : 0) |
+                 (aligned(&p->output, bytes, p->dim_v) ? FWD_ALIGNED_OUTPUT : 0) |
+                 (p->bottom_right ? FWD_BOTTOM_RIGHT : 0) |
+                 (p->empty_lse_inf ? FWD_EMPTY_LSE_INF : 0) |
+                 (p->lse_dtype == DTYPE_F32 ? FWD_LSE_F32 : 0) |
+                 (p->bias_dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0),
+        .row_blocks = (int32_t)((p->len_q + tile_q - 1) / tile_q),
+        .section = causal ? section(p) : 1,
+        .scale = p->scale,
+        .softcap = p->softcap,
+    };
+    *blocks = params->row_blocks * p->batch * p->heads_q;
+}

@@ -1,0 +1,49 @@
+/*
+ * What a forward kernel gets, by value. Shared by the C side, which fills it, and CUDA C++.
+ */
+#ifndef DLATTN_CUDA_PARAMS_H_
+#define DLATTN_CUDA_PARAMS_H_
+
+#include <stdint.h>
+
+/* `struct view` of problem.h: strides in elements, absent: NULL. */
+struct fwd_view {
+    void *data;
+    int64_t stride[4];
+};
+
+/* fwd_params.flags */
+enum {
+    FWD_ALIGNED_QUERY = 1, /* base and strides are multiples of 16 bytes, innermost stride 1 */
+    FWD_ALIGNED_KEY = 2,
+    FWD_ALIGNED_VALUE = 4,
+    FWD_ALIGNED_OUTPUT = 8,
+    FWD_BOTTOM_RIGHT = 16,
+    FWD_EMPTY_LSE_INF = 32,
+    FWD_LSE_F32 = 64,
+    FWD_BIAS_F32 = 128,
+    FWD_LONGEST_FIRST =
+        256, /* blocks of one head from its last row to its first: causal work shrinks to the end */
+};
+
+/* Lengths, and with them sums of a row, a diagonal and a window, stay inside an int. */
+enum { FWD_MAX_LENGTH = 1 << 28, FWD_UNBOUNDED = 1 << 29 };
+
+struct fwd_params {
+    struct fwd_view query, key, value, output, lse, bias, mask, alibi_slopes, sinks;
+    struct fwd_view query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table;
+    int64_t total_q, total_k; /* rows of packed tensors */
+    int64_t pages;
+    int32_t batch, heads_q, group; /* query heads of one kv head */
+    int32_t len_q, len_k;          /* most rows and keys of one sequence */
+    int32_t dim_qk, dim_v;
+    int32_t page_size, max_pages;
+    int32_t window_left, window_right; /* FWD_UNBOUNDED: none; causal is window_right 0 */
+    int32_t flags;
+    int32_t row_blocks; /* blocks that share one head */
+    int32_t section;    /* heads whose blocks are interleaved, so that their keys stay in L2 */
+    double scale;
+    double softcap; /* 0 = none */
+};
+
+#endif /* DLATTN_CUDA_PARAMS_H_ */

@@ -1,0 +1,98 @@
+// The few instructions that C++ has no name for. Addresses of shared memory are 32-bit.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+// 16 bytes from global to shared memory, of which the first `bytes` are read and the others become zero.
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most N of this thread's committed groups are under way.
+template <int N>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrix(uint32_t (&r)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from));
+}
+
+// 2^x; -inf gives 0, NaN stays NaN.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+template <typename E>
+struct Element; // the two 16-bit types
+
+template <>
+struct Element<__half> {
+    static constexpr uint32_t one = 0x3c00, exponent = 0x7c00, exponent_step = 0x0400;
+    __device__ __forceinline__ static uint32_t pack(float low, float high) {
+        uint32_t r;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+        return r;
+    }
+    __device__ __forceinline__ static float widen(uint16_t bits) {
+        return __half2float(__ushort_as_half(bits));
+    }
+    // c[16, 8] += a[16, 16] b[16, 8]
+    __device__ __forceinline__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+                     "{%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+template <>
+struct Element<__nv_bfloat16> {
+    static constexpr uint32_t one = 0x3f80, exponent = 0x7f80, exponent_step = 0x0080;
+    __device__ __forceinline__ static uint32_t pack(float low, float high) {
+        uint32_t r;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+        return r;
+    }
+    __device__ __forceinline__ static float widen(uint16_t bits) {
+        return __uint_as_float((uint32_t)bits << 16);
+    }
+    __device__ __forceinline__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+                     "{%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+// All ones in each half of a pair that is Inf or NaN.
+template <typename E>
+__device__ __forceinline__ uint32_t not_finite(uint32_t pair) {
+    const uint32_t exponents = Element<E>::exponent * 0x10001,
+                   step = Element<E>::exponent_step * 0x10001;
+    uint32_t mask; // a full exponent carries into the sign, which prmt spreads
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"((pair & exponents) + step));
+    return mask;
+}

@@ -1,0 +1,70 @@
+/* Forward attention for f16 and bf16 on the tensor cores of any GPU since Ampere. See docs/cuda-sm80.md. */
+#include "kernels/cuda/common/fill.h"
+#include "src/cuda_driver.h"
+
+#include <math.h>
+
+extern const unsigned char cuda_fwd_sm80_image[];
+
+static struct cuda_module module = {.image = cuda_fwd_sm80_image};
+
+#define INSTANCE(tile, warps, bytes)                                                               \
+    {.module = &module,                                                                            \
+     .name = "cuda_fwd_sm80_" tile,                                                                \
+     .threads = (warps) * 32,                                                                      \
+     .shared_memory_bytes = (bytes)}
+
+/* One compiled tile, for both element types. */
+struct tile {
+    int32_t dim_qk, dim_v, rows, keys;
+    bool extras;
+    struct cuda_kernel f16, bf16;
+};
+
+#define TILE(D, DV, WARPS, MT, BN, STAGES, MINB, EXTRAS)                                           \
+    {D,                                                                                            \
+     DV,                                                                                           \
+     (WARPS) * (MT) * 16,                                                                          \
+     BN,                                                                                           \
+     EXTRAS,                                                                                       \
+     INSTANCE("f16_" #D "_" #DV "_" #BN "_" #EXTRAS, WARPS,                                        \
+              TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES)),                                    \
+     INSTANCE("bf16_" #D "_" #DV "_" #BN "_" #EXTRAS, WARPS,                                       \
+              TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES))},
+static struct tile tiles[] = {
+#include "kernels/cuda/sm80/tiles.inc"
+};
+enum { TILES = sizeof tiles / sizeof tiles[0] };
+
+static bool needs_extras(const struct problem *p) {
+    const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
+                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED;
+    return p->features & extras || !(p->scale > 0);
+}
+
+bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    const bool extras = needs_extras(p);
+    if (!fwd_fits(p))
+        return false;
+    for (int32_t i = 0; i < TILES; i++) {
+        const struct tile *t = &tiles[i];
+        if (t->dim_qk < p->dim_qk || t->dim_v < p->dim_v || t->extras < extras ||
+            t->f16.shared_memory_bytes > caps->shared_memory_bytes)
+            continue;
+        plan->variant = i;
+        plan->tile_q = t->rows;
+        plan->tile_k = t->keys;
+        return true;
+    }
+    return false;
+}
+
+int32_t cuda_fwd_sm80_launch(const struct plan *plan, const struct problem *p,
+                             const struct exec *exec) {
+    struct tile *t = &tiles[plan->variant];
+    struct fwd_params params;
+    int64_t blocks;
+    fwd_fill(&params, p, plan->tile_q, &blocks);
+    return cuda_launch(p->dtype == DTYPE_F16 ? &t->f16 : &t->bf16, p->device_id, blocks,
+                       exec->stream, &params);
+}

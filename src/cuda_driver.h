@@ -1,0 +1,63 @@
+/*
+ * The CUDA driver, opened at run time: the plugin links nothing of CUDA, and a machine without it is one without GPUs.
+ * The types of cuda.h that rows need are declared here under the names that NVIDIA's documentation uses.
+ * Every function may be called from any thread. After a kernel's first launch on a device nothing here locks,
+ * allocates or synchronises, so a launch may be captured into a graph.
+ */
+#ifndef DLATTN_CUDA_DRIVER_H_
+#define DLATTN_CUDA_DRIVER_H_
+
+#include "kernels/kernel.h"
+
+#include <stdatomic.h>
+
+enum { CUDA_MAX_DEVICES = 64 };
+
+/* Embedded code (a cuda_fatbin of Bazel), loaded when its first kernel is launched. Static storage. */
+struct cuda_module {
+    const unsigned char *image;
+    _Atomic(void *) library; /* CUlibrary */
+};
+
+/* One __global__ function and the launch shape it was compiled for. Static storage, zeroes at the end. */
+struct cuda_kernel {
+    struct cuda_module *module;
+    const char *name;
+    int32_t threads;
+    int32_t shared_memory_bytes;
+    _Atomic(void *) function; /* CUkernel: one handle for all contexts and devices */
+    _Atomic uint64_t ready;   /* devices whose shared memory limit has been raised for it */
+};
+
+/* GPUs of this machine; 0 without a driver. */
+int32_t cuda_device_count(void);
+
+/* Fills the GPU part of *caps. Fails without a driver, with one that is too old, and if there is no such device. */
+int32_t cuda_caps(struct caps *caps, int32_t device);
+
+/* Name, arch and sizes of a GPU. */
+int32_t cuda_describe(int32_t device, dlattn_device_info *info);
+
+/* Fails unless every tensor of the problem, and the workspace if there is one, lies on the problem's device.
+ * Asks the driver, reads no data: about 0.1 microseconds for each tensor. */
+int32_t cuda_check_pointers(const struct problem *p, const void *workspace);
+
+/* Enqueues `kernel` with one by-value struct as its only parameter, in the caller's context if that is on `device`,
+ * else in the device's primary context. `stream` keeps CUDA's special values 0, 1 and 2. */
+int32_t cuda_launch(struct cuda_kernel *kernel, int32_t device, int64_t blocks, void *stream,
+                    void *params);
+
+/* Waits for a stream: only where the ABI says that a call does. */
+int32_t cuda_synchronize(int32_t device, void *stream);
+
+/* A tensor map for the copy engine of sm_90 (CUtensorMap, 128 bytes, 64-byte aligned): a tile of a 16-bit tensor of
+ * `rank` axes, innermost first. `stride` has rank - 1 entries in bytes. Swizzle: bytes, 0, 32, 64 or 128. Pure.
+ * Elements outside the extents read as zero. */
+struct cuda_tensor_map {
+    _Alignas(64) uint64_t opaque[16];
+};
+int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,
+                        uint32_t rank, const uint64_t *extent, const uint64_t *stride,
+                        const uint32_t *box, int32_t swizzle);
+
+#endif /* DLATTN_CUDA_DRIVER_H_ */
