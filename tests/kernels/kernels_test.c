@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { RANDOM_CASES = 120, SHOWN_FAILURES = 8 };
+enum { RANDOM_CASES = 100, SHOWN_FAILURES = 8 };
 
 /* What one test process checks: a row, or what the library chooses when it may use only some instruction sets. */
 struct job {
@@ -70,17 +70,17 @@ static void loop_tiles(struct loop *loop, int64_t tile_q, int64_t tile_k) {
     }
 }
 
-/* Every feature: keys beyond one tile, groups, one row, an odd head dim. */
+/* Every feature, on a shape with keys beyond one tile and groups, and on one of decoding, squares or odd head dims. */
 static void loop_features(struct loop *loop) {
     static const struct shape shapes[] = {
         {2, 4, 2, 37, 75, 64, 64},
-        {1, 2, 2, 70, 70, 32, 32},
         {3, 4, 1, 1, 90, 64, 64},
+        {1, 2, 2, 70, 70, 32, 32},
         {2, 2, 1, 13, 6, 20, 12},
     };
     for (int i = 0; i < feature_set_count; i++) {
-        for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
-            check(loop, &shapes[s], &feature_sets[i]);
+        check(loop, &shapes[0], &feature_sets[i]);
+        check(loop, &shapes[1 + i % 3], &feature_sets[i]);
     }
 }
 
@@ -169,12 +169,7 @@ ParameterizedTest(struct job *job, kernels, row) {
 
 /* The library's own choice on lesser machines: DLATTN_CPU takes instruction sets away. */
 ParameterizedTestParameters(kernels, choice) {
-    static const char *const sets[] = {"all",
-                                       "",
-                                       "avx2",
-                                       "avx2,avx512",
-                                       "avx2,avx512,avx512bf16",
-                                       "avx2,avx512,avx512bf16,avx512fp16,amx_bf16"};
+    static const char *const sets[] = {"all", "", "avx2", "avx2,avx512"};
     enum { SETS = sizeof sets / sizeof sets[0] };
     struct job *jobs = cr_malloc(4 * SETS * sizeof *jobs), *end = jobs;
     for (size_t i = 0; i < SETS; i++) {

@@ -231,15 +231,13 @@ static double value_of(const struct call *c, enum slot slot, uint64_t n, const i
 }
 
 static void fill_floats(struct call *c) {
-    int64_t index[4];
     for (int slot = 0; slot < QUERY_LENGTHS; slot++) {
         struct tensor *t = &c->tensor[slot];
         if (!c->has[slot] || slot == OUTPUT || slot == LSE)
             continue;
-        for (int64_t n = 0, count = tensor_count(t); n < count; n++) {
-            tensor_unravel(t, n, index);
+        int64_t index[4] = {0};
+        for (int64_t n = 0, count = tensor_count(t); n < count; n++, tensor_next(t, index))
             tensor_set(t, index, value_of(c, (enum slot)slot, (uint64_t)n, index));
-        }
     }
 }
 
@@ -426,14 +424,12 @@ void call_upcast(struct call *wide, const struct call *from) {
     for (int slot = 0; slot < SLOTS; slot++) {
         const struct tensor *t = &from->tensor[slot];
         const enum element e = slot < MASK ? F64 : t->element;
-        int64_t index[4];
+        int64_t index[4] = {0};
         if (!from->has[slot])
             continue;
         make(wide, (enum slot)slot, e, t->dl.ndim, t->shape, 0);
-        for (int64_t n = 0, count = tensor_count(t); n < count; n++) {
-            tensor_unravel(t, n, index);
+        for (int64_t n = tensor_count(t); n > 0; n--, tensor_next(t, index))
             tensor_set(&wide->tensor[slot], index, tensor_get(t, index));
-        }
     }
 }
 

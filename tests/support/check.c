@@ -145,9 +145,8 @@ static void run_subject(struct verdict *v, const struct subject *s, struct call 
 static double output_bound(const struct tensor *ref, const struct tensor *naive, enum element e,
                            bool softcap) {
     double error = 0, rounding = 0;
-    for (int64_t n = 0, count = tensor_count(ref); n < count; n++) {
-        int64_t index[4];
-        tensor_unravel(ref, n, index);
+    int64_t index[4] = {0};
+    for (int64_t n = tensor_count(ref); n > 0; n--, tensor_next(ref, index)) {
         const double want = tensor_get(ref, index), plain = tensor_get(naive, index);
         if (!isfinite(want) || !isfinite(plain))
             continue;
@@ -174,8 +173,7 @@ static void compare(struct verdict *v, const struct call *c, const struct call *
     const struct tensor *got = &c->tensor[slot], *want = &ref->tensor[slot];
     double worst = -1, worst_got = 0, worst_want = 0, worst_bound = 0;
     int64_t at[4] = {0}, index[4] = {0};
-    for (int64_t n = 0, count = tensor_count(got); n < count; n++) {
-        tensor_unravel(got, n, index);
+    for (int64_t n = tensor_count(got); n > 0; n--, tensor_next(got, index)) {
         const double g = tensor_get(got, index), exact = tensor_get(want, index);
         const double w = isfinite(exact) && !isfinite(element_round(got->element, exact))
                              ? element_round(got->element, exact)
@@ -203,8 +201,7 @@ static void compare_runs(struct verdict *v, const struct call *c, const struct c
     for (int slot = OUTPUT; slot <= LSE; slot++) {
         const struct tensor *a = &first->tensor[slot], *b = &c->tensor[slot];
         int64_t index[4] = {0};
-        for (int64_t n = 0, count = c->has[slot] ? tensor_count(b) : 0; n < count; n++) {
-            tensor_unravel(b, n, index);
+        for (int64_t n = c->has[slot] ? tensor_count(b) : 0; n > 0; n--, tensor_next(b, index)) {
             const double x = tensor_get(a, index), y = tensor_get(b, index);
             if (memcmp(&x, &y, sizeof x) == 0)
                 continue;

@@ -49,13 +49,31 @@ static double from_bf16(uint16_t half) {
 
 static void store(enum element e, unsigned char *at, double x) {
     const float single = (float)x;
-    const _Float16 half = (_Float16)x;
-    const uint16_t brain = to_bf16(x);
-    const int32_t integer = e == I32 ? (int32_t)x : 0;
-    const uint8_t byte = e == U8 ? (uint8_t)x : 0;
-    const void *const from[] = {[F64] = &x,      [F32] = &single,  [F16] = &half,
-                                [BF16] = &brain, [I32] = &integer, [U8] = &byte};
-    memcpy(at, from[e], element_bytes(e));
+    _Float16 half;
+    uint16_t brain;
+    int32_t integer;
+    switch (e) {
+    case F64:
+        memcpy(at, &x, sizeof x);
+        break;
+    case F32:
+        memcpy(at, &single, sizeof single);
+        break;
+    case F16:
+        half = (_Float16)x;
+        memcpy(at, &half, sizeof half);
+        break;
+    case BF16:
+        brain = to_bf16(x);
+        memcpy(at, &brain, sizeof brain);
+        break;
+    case I32:
+        integer = (int32_t)x;
+        memcpy(at, &integer, sizeof integer);
+        break;
+    default:
+        *at = (unsigned char)x;
+    }
 }
 
 static double load(enum element e, const unsigned char *at) {
@@ -181,10 +199,11 @@ int64_t tensor_count(const struct tensor *t) {
     return n;
 }
 
-void tensor_unravel(const struct tensor *t, int64_t n, int64_t index[4]) {
+void tensor_next(const struct tensor *t, int64_t index[4]) {
     for (int axis = t->dl.ndim - 1; axis >= 0; axis--) {
-        index[axis] = n % t->shape[axis];
-        n /= t->shape[axis];
+        if (++index[axis] < t->shape[axis])
+            return;
+        index[axis] = 0;
     }
 }
 
@@ -206,11 +225,9 @@ void tensor_set(struct tensor *t, const int64_t index[4], double value) {
 bool tensor_gaps_hold(const struct tensor *t, unsigned char fill, size_t *at) {
     unsigned char *element = calloc(t->bytes + 1, 1);
     assert(element);
-    int64_t index[4];
-    for (int64_t n = tensor_count(t); n-- > 0;) {
-        tensor_unravel(t, n, index);
+    int64_t index[4] = {0};
+    for (int64_t n = tensor_count(t); n-- > 0; tensor_next(t, index))
         memset(element + byte_of(t, index), 1, element_bytes(t->element));
-    }
     bool hold = true;
     for (*at = 0; *at < t->bytes && hold; *at += hold)
         hold = element[*at] || t->image[*at] == fill;

@@ -53,8 +53,8 @@ void tensor_free(struct tensor *t);
 void tensor_fill(struct tensor *t, unsigned char fill);
 
 int64_t tensor_count(const struct tensor *t);
-/* Indices of element n in row-major order. */
-void tensor_unravel(const struct tensor *t, int64_t n, int64_t index[4]);
+/* The next index in row-major order; starts from all zeros. */
+void tensor_next(const struct tensor *t, int64_t index[4]);
 double tensor_get(const struct tensor *t, const int64_t index[4]);
 void tensor_set(struct tensor *t, const int64_t index[4], double value);
 
