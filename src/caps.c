@@ -17,7 +17,7 @@ static const struct {
 } sets[] = {
     {CPU_AVX2, "avx2"},
     {CPU_AVX512, "avx512"},
-    {CPU_AVX512BF16, "avx512bf16"},
+    {CPU_AVX512BF16 | CPU_FAST_AVX512BF16, "avx512bf16"},
     {CPU_AVX512FP16, "avx512fp16"},
     {CPU_AMX_BF16, "amx_bf16"},
     {CPU_AMX_FP16, "amx_fp16"},
@@ -52,6 +52,12 @@ static bool amx_permitted(void) {
 
 static bool all(uint32_t reg, uint32_t mask) { return (reg & mask) == mask; }
 
+static bool is_amd(void) {
+    uint32_t a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx &&
+           d == signature_AMD_edx;
+}
+
 static uint32_t detect(void) {
     uint32_t a, b, c, d, c1, b7, d7, a71, found = 0;
     if (!__get_cpuid(1, &a, &b, &c1, &d) || !all(c1, bit_OSXSAVE | bit_FMA | bit_F16C))
@@ -70,7 +76,7 @@ static uint32_t detect(void) {
     const uint32_t avx512_fp16 = 1u << 23, amx_bf16 = 1u << 22,
                    amx_tile = 1u << 24; /* leaf 7.0 edx */
     if (all(a71, avx512_bf16))
-        found |= CPU_AVX512BF16;
+        found |= CPU_AVX512BF16 | (is_amd() ? CPU_FAST_AVX512BF16 : 0);
     if (all(d7, avx512_fp16))
         found |= CPU_AVX512FP16;
     if (all(d7, amx_bf16 | amx_tile) && (saved & 0x60000) == 0x60000 && amx_permitted())

@@ -122,7 +122,8 @@ static void start_block(const struct call *c, const struct task *t, struct block
     const struct forward_body *body = c->body;
     const char *rows[MAX_LANES];
     b->rows = count;
-    b->vectors = (count + body->vector_lanes - 1) / body->vector_lanes;
+    for (b->vectors = 1; b->vectors * body->vector_lanes < count;)
+        b->vectors *= 2;
     b->fresh = true;
     b->first = b->full_end = INT64_MAX;
     b->end = b->full_first = 0;
@@ -150,7 +151,7 @@ static void start_block(const struct call *c, const struct task *t, struct block
     }
     if (b->first >= b->end)
         return;
-    body->pack_query(b->query, rows, count, p->dim_qk, p->dtype, w->rows);
+    body->pack_query(b, rows, p->dim_qk, p->dtype, w->rows);
     memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * body->lanes * 4));
 }
 
@@ -168,7 +169,7 @@ static const float *load_extra(const struct call *c, const struct task *t, int64
         rows[lane].mask = p->mask.data ? (const uint8_t *)p->mask.data + m : NULL;
     }
     const struct extra_layout layout = {p->bias_dtype, p->bias.stride[3], p->mask.stride[3]};
-    c->body->load_extra(w->extra, rows, &layout, b->rows, first_key, n, w->rows);
+    c->body->load_extra(w->extra, rows, &layout, b, first_key, n, w->rows);
     return w->extra;
 }
 

@@ -85,8 +85,8 @@ struct forward_body {
     /* A worker's set-up and clean-up. */
     void (*enter)(void);
     void (*leave)(void);
-    /* to[word][lane] = query row, `rows` of them, other lanes 0; scratch: lanes * padded row words. */
-    void (*pack_query)(float *to, const char *const *rows, int32_t count, int64_t dim,
+    /* b->query[word][lane] = query row; unused lanes of b->vectors are 0. scratch: lanes * padded row. */
+    void (*pack_query)(const struct block *b, const char *const *rows, int64_t dim,
                        enum dtype dtype, float *scratch);
     /* n rows of keys or values as operands: in place where they can be used so, else in `to`. */
     struct operand (*load_key)(float *to, const struct rows *rows, int32_t n, int64_t dim,
@@ -97,7 +97,7 @@ struct forward_body {
                    int64_t dim);
     /* extra[key][lane] from the bias and mask rows of each lane. */
     void (*load_extra)(float *extra, const struct extra_row *rows,
-                       const struct extra_layout *layout, int32_t count, int64_t first_key,
+                       const struct extra_layout *layout, const struct block *b, int64_t first_key,
                        int32_t n, float *scratch);
     void (*apply_rule)(float *s, const struct logit_rule *rule, const struct block *b,
                        int64_t first_key, int32_t n);

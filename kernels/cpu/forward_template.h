@@ -1,60 +1,18 @@
 /*
- * The body of a cpu_fwd row, over the vectors of vec_*.h. The including file defines
+ * What the bodies of all cpu_fwd rows share, over the vectors of vec_*.h. A row's file defines
  *     VECTORS    vectors of a block: VECTORS * VEC_LANES query rows
  *     TILE_K     keys of a tile
- *     PAIRS      1: an operand word is two bf16 (needs dot_pairs and pack_pairs), 0: one f32
- *     NAME       the row
- * and, with its own matrix unit, OWN_PRODUCTS and the functions named there.
+ *     PAIRS      1: an operand word is two bf16 (needs vec_bf16.h), 0: one f32
+ *     WORD_STEP, KEY_STEP   see struct forward_body
+ * and includes, after this file, forward_f32.h or forward_pairs.h (operands), forward_products.h or its own products,
+ * and forward_row.h.
  */
 #include "kernels/cpu/forward.h"
+#include "kernels/cpu/vec_math.h"
 
 #include <math.h>
 
-enum { LANES = VECTORS * VEC_LANES, ROW_TILE = 6 };
-
-/* ---- Rows of any dtype ------------------------------------------------------------------------------------------ */
-
-VEC_INLINE vec load_some(const void *p, enum dtype dtype, int64_t n) {
-    return dtype == DTYPE_F32   ? vec_load_f32(p, n)
-           : dtype == DTYPE_F16 ? vec_load_f16(p, n)
-                                : vec_load_bf16(p, n);
-}
-
-VEC_INLINE void store_some(void *p, vec x, enum dtype dtype, int64_t n) {
-    if (dtype == DTYPE_F32)
-        vec_store_f32(p, x, n);
-    else if (dtype == DTYPE_F16)
-        vec_store_f16(p, x, n);
-    else
-        vec_store_bf16(p, x, n);
-}
-
-VEC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
-
-/* to[0 .. padded) = from[0 .. n) as f32, then zeros; padded is n rounded up to whole vectors. */
-VEC_INLINE void widen_as(float *to, const char *from, int64_t n, enum dtype dtype, int64_t bytes) {
-    for (int64_t d = 0; d < n; d += VEC_LANES)
-        vec_store(to + d, load_some(from + d * bytes, dtype, at_most(n - d, VEC_LANES)));
-}
-
-VEC_FN static void widen(float *to, const char *from, int64_t n, enum dtype dtype) {
-    if (dtype == DTYPE_F32)
-        widen_as(to, from, n, DTYPE_F32, 4);
-    else if (dtype == DTYPE_F16)
-        widen_as(to, from, n, DTYPE_F16, 2);
-    else
-        widen_as(to, from, n, DTYPE_BF16, 2);
-}
-
-VEC_FN static void narrow(char *to, const float *from, int64_t n, enum dtype dtype) {
-    for (int64_t d = 0; d < n; d += VEC_LANES)
-        store_some(to + d * dtype_bytes(dtype), vec_load(from + d), dtype,
-                   at_most(n - d, VEC_LANES));
-}
-
-static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-/* ---- Operands --------------------------------------------------------------------------------------------------- */
+enum { LANES = VECTORS * VEC_LANES };
 
 /* to[column][row] of from[row][column], a block's lanes of rows; columns are padded to whole vectors. */
 VEC_FN static void transpose_in(float *to, const float *from, int64_t stride, int64_t columns,
@@ -64,215 +22,7 @@ VEC_FN static void transpose_in(float *to, const float *from, int64_t stride, in
             vec_transpose(to + c * LANES + r, LANES, from + r * stride + c, stride);
 }
 
-#if PAIRS
-#ifndef WORD_STEP
-#define WORD_STEP 1
-#define KEY_STEP 2
-#endif
-
-/* One row of bf16, its words padded with zeros to whole vectors. */
-static void copy_pairs(float *to, const void *from, int64_t dim) {
-    const int64_t words = padded((dim + 1) / 2, 16);
-    memset((char *)to + dim * 2, 0, (size_t)(words * 4 - dim * 2));
-    memcpy(to, from, (size_t)dim * 2);
-}
-
-VEC_FN static void pack_query(float *to, const char *const *rows, int32_t count, int64_t dim,
-                              enum dtype dtype, float *scratch) {
-    (void)dtype;
-    const int64_t stride = padded((dim + 1) / 2, 16), lanes = padded(count, VEC_LANES);
-    memset(scratch, 0, (size_t)(lanes * stride * 4));
-    for (int32_t r = 0; r < count; r++)
-        copy_pairs(scratch + r * stride, rows[r], dim);
-    transpose_in(to, scratch, stride, stride, lanes);
-}
-
-static struct operand load_key(float *to, const struct rows *rows, int32_t n, int64_t dim,
-                               enum dtype dtype) {
-    (void)dtype;
-    if (!rows->rows && dim % (2 * WORD_STEP) == 0 && rows->stride % 4 == 0 && n % KEY_ROWS == 0)
-        return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
-    const int64_t stride = padded((dim + 1) / 2, 16);
-    for (int32_t r = 0; r < n; r++)
-        copy_pairs(to + r * stride, row_at(rows, r), dim);
-    memset(to + n * stride, 0, (size_t)((padded(n, KEY_ROWS) - n) * stride * 4));
-    return (struct operand){to, stride};
-}
-#else
-#define WORD_STEP 1
-#define KEY_STEP 1
-
-VEC_FN static void pack_query(float *to, const char *const *rows, int32_t count, int64_t dim,
-                              enum dtype dtype, float *scratch) {
-    const int64_t stride = padded(dim, 16), lanes = padded(count, VEC_LANES);
-    memset(scratch, 0, (size_t)(lanes * stride * 4));
-    for (int32_t r = 0; r < count; r++)
-        widen(scratch + r * stride, rows[r], dim, dtype);
-    transpose_in(to, scratch, stride, stride, lanes);
-}
-
-static struct operand load_rows(float *to, const struct rows *rows, int32_t n, int64_t dim,
-                                enum dtype dtype) {
-    if (dtype == DTYPE_F32 && !rows->rows && rows->stride % 4 == 0)
-        return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
-    const int64_t stride = padded(dim, 16);
-    for (int32_t r = 0; r < n; r++)
-        widen(to + r * stride, row_at(rows, r), dim, dtype);
-    return (struct operand){to, stride};
-}
-#endif
-
-/* ---- Products --------------------------------------------------------------------------------------------------- */
-
-#ifndef OWN_PRODUCTS
-
-/* acc + word * x: the word of an operand, broadcast, which need not be aligned. */
-VEC_INLINE vec dot(vec acc, const float *word, vec x) {
-    float w;
-    memcpy(&w, word, sizeof w);
-#if PAIRS
-    return dot_pairs(acc, vec_set(w), x);
-#else
-    return vec_fma(vec_set(w), x, acc);
-#endif
-}
-
-/* c[row][lane] (+)= sum over steps of a[row * row_stride + step * step_stride] * b[step][lane].
- * With `rows` and `vectors` constant the sums stay in rows * vectors registers. */
-VEC_INLINE void product_tile(float *c, const float *a, int64_t row_stride, int64_t step_stride,
-                             const float *b, int64_t steps, int rows, int vectors, bool add) {
-    vec acc[ROW_TILE][VECTORS];
-#pragma clang loop unroll(full)
-    for (int r = 0; r < rows; r++)
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++)
-            acc[r][v] = add ? vec_load(c + r * LANES + v * VEC_LANES) : vec_set(0);
-    for (int64_t s = 0; s < steps; s++) {
-        vec x[VECTORS];
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++)
-            x[v] = vec_load(b + s * LANES + v * VEC_LANES);
-#pragma clang loop unroll(full)
-        for (int r = 0; r < rows; r++)
-#pragma clang loop unroll(full)
-            for (int v = 0; v < vectors; v++)
-                acc[r][v] = dot(acc[r][v], a + r * row_stride + s * step_stride, x[v]);
-    }
-#pragma clang loop unroll(full)
-    for (int r = 0; r < rows; r++)
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++)
-            vec_store(c + r * LANES + v * VEC_LANES, acc[r][v]);
-}
-
-VEC_INLINE void product_rows(float *c, const float *a, int64_t row_stride, int64_t step_stride,
-                             const float *b, int64_t steps, int rows, int vectors, bool add) {
-#define CASE(n)                                                                                    \
-    case n:                                                                                        \
-        product_tile(c, a, row_stride, step_stride, b, steps, n, vectors, add);                    \
-        break
-    switch (rows) {
-        CASE(1);
-        CASE(2);
-        CASE(3);
-        CASE(4);
-        CASE(5);
-        CASE(6);
-    }
-#undef CASE
-}
-
-/* All rows: tiles of six, and the last seven to eleven shared by two, so that no tile is too small to hide the
- * latency of its sums. */
-VEC_INLINE void product(float *c, const float *a, int64_t row_stride, int64_t step_stride,
-                        const float *b, int64_t steps, int64_t rows, int vectors, bool add) {
-    while (rows > 0) {
-        const int n = rows >= 2 * ROW_TILE ? ROW_TILE
-                      : rows > ROW_TILE    ? (int)(rows + 1) / 2
-                                           : (int)rows;
-        product_rows(c, a, row_stride, step_stride, b, steps, n, vectors, add);
-        c += n * LANES;
-        a += n * row_stride;
-        rows -= n;
-    }
-}
-
-VEC_INLINE void scores_of(float *s, const struct operand *key, const float *query, int64_t words,
-                          int64_t n, int vectors) {
-    product(s, key->words, key->stride, 1, query, words, n, vectors, false);
-}
-
-VEC_INLINE void accumulate_of(float *o, const struct operand *value, const float *weights,
-                              int64_t steps, int64_t dim_v, int vectors) {
-    product(o, value->words, 1, value->stride, weights, steps, dim_v, vectors, true);
-}
-
-VEC_FN static void scores(float *s, const struct operand *key, const struct block *b, int32_t n,
-                          int64_t dim) {
-    const int64_t words = PAIRS ? (dim + 1) / 2 : dim;
-    if (b->vectors == 1)
-        scores_of(s, key, b->query, words, n, 1);
-    else if (b->vectors == 2 && VECTORS > 2)
-        scores_of(s, key, b->query, words, n, 2);
-    else
-        scores_of(s, key, b->query, words, n, VECTORS);
-}
-
-VEC_FN static void accumulate(const struct block *b, const struct operand *value,
-                              const float *weights, int32_t n, int64_t dim_v) {
-    const int64_t steps = PAIRS ? (n + 1) / 2 : n;
-    if (b->vectors == 1)
-        accumulate_of(b->output, value, weights, steps, dim_v, 1);
-    else if (b->vectors == 2 && VECTORS > 2)
-        accumulate_of(b->output, value, weights, steps, dim_v, 2);
-    else
-        accumulate_of(b->output, value, weights, steps, dim_v, VECTORS);
-}
-
-#if PAIRS
-/* Words (value[2 j][d], value[2 j + 1][d]); an absent last key is 0. */
-VEC_FN static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
-                                        enum dtype dtype) {
-    (void)dtype;
-    const int64_t stride = padded(dim, 16);
-    for (int32_t r = 0; r < n; r += 2)
-        pair_rows(to + r / 2 * stride, row_at(rows, r), r + 1 < n ? row_at(rows, r + 1) : NULL,
-                  dim);
-    return (struct operand){to, stride};
-}
-#endif
-
-static void enter(void) {}
-static void leave(void) {}
-
-#endif /* OWN_PRODUCTS */
-
 /* ---- Logits ----------------------------------------------------------------------------------------------------- */
-
-/* 2^x to 1 ulp of f32, minimax on [0, 1). */
-VEC_INLINE vec exp2_of(vec x) {
-    const vec f = vec_fraction(x);
-    vec y = vec_fma(vec_set(0.000217022534f), f, vec_set(0.00124396884f));
-    y = vec_fma(y, f, vec_set(0.00967884064f));
-    y = vec_fma(y, f, vec_set(0.0554833412f));
-    y = vec_fma(y, f, vec_set(0.24022983f));
-    y = vec_fma(y, f, vec_set(0.693147004f));
-    y = vec_fma(y, f, vec_set(1));
-    return vec_scale_floor(y, x);
-}
-
-/* tanh: the Taylor series below 1/4, where 1 - e would cancel; else (1 - e) / (1 + e) with e = exp(-2 |x|). */
-VEC_INLINE vec tanh_of(vec x) {
-    const vec square = vec_mul(x, x), size = vec_abs(x);
-    vec y = vec_fma(vec_set(-1382.0f / 155925), square, vec_set(62.0f / 2835));
-    y = vec_fma(y, square, vec_set(-17.0f / 315));
-    y = vec_fma(y, square, vec_set(2.0f / 15));
-    y = vec_fma(y, square, vec_set(-1.0f / 3));
-    y = vec_fma(vec_mul(y, square), x, x);
-    const vec e = exp2_of(vec_mul(size, vec_set(-2.8853900818f)));
-    const vec big = vec_div(vec_sub(vec_set(1), e), vec_add(vec_set(1), e));
-    return vec_blend(y, vec_sign_of(big, x), vec_greater(size, vec_set(0.25f)));
-}
 
 VEC_INLINE vec load_strided(const char *p, enum dtype dtype, int64_t stride, int64_t n) {
     if (stride == 1)
@@ -292,12 +42,12 @@ VEC_INLINE vec hide(vec x, const uint8_t *mask, int64_t stride, int64_t n) {
 }
 
 VEC_FN static void load_extra(float *extra, const struct extra_row *rows,
-                              const struct extra_layout *layout, int32_t count, int64_t first_key,
-                              int32_t n, float *scratch) {
-    const int64_t stride = padded(n, VEC_LANES), lanes = padded(count, VEC_LANES);
+                              const struct extra_layout *layout, const struct block *b,
+                              int64_t first_key, int32_t n, float *scratch) {
+    const int64_t stride = padded(n, VEC_LANES), lanes = b->vectors * VEC_LANES;
     const int64_t bytes = dtype_bytes(layout->bias_dtype);
-    memset(scratch + count * stride, 0, (size_t)((lanes - count) * stride * 4));
-    for (int32_t r = 0; r < count; r++) {
+    memset(scratch + b->rows * stride, 0, (size_t)((lanes - b->rows) * stride * 4));
+    for (int32_t r = 0; r < b->rows; r++) {
         for (int64_t j = 0; j < n; j += VEC_LANES) {
             const int64_t some = at_most(n - j, VEC_LANES), k = first_key + j;
             vec x = vec_set(0);
@@ -479,46 +229,4 @@ VEC_FN static void store(const struct block *b, const float *factor, char *const
             not_finite[first + r] = bad >> r & 1;
         }
     }
-}
-
-#if PAIRS
-#define PAIRS_OR(a, b) a
-#else
-#define PAIRS_OR(a, b) b
-#endif
-
-/* ---- The row ---------------------------------------------------------------------------------------------------- */
-
-static const struct forward_body body = {
-    .lanes = LANES,
-    .vector_lanes = VEC_LANES,
-    .tile_k = TILE_K,
-    .elements_per_word = PAIRS ? 2 : 1,
-    .word_step = WORD_STEP,
-    .key_step = KEY_STEP,
-    .enter = enter,
-    .leave = leave,
-    .pack_query = pack_query,
-    .load_key = PAIRS_OR(load_key, load_rows),
-    .load_value = PAIRS_OR(load_value, load_rows),
-    .scores = scores,
-    .load_extra = load_extra,
-    .apply_rule = apply_rule,
-    .apply_bounds = apply_bounds,
-    .softmax = softmax,
-    .accumulate = accumulate,
-    .store = store,
-};
-
-#define PASTE(a, b) a##b
-#define FUNCTION(row, suffix) PASTE(row, suffix)
-
-bool FUNCTION(NAME, _plan)(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    (void)caps;
-    return forward_plan(plan, p, &body);
-}
-
-int32_t FUNCTION(NAME, _launch)(const struct plan *plan, const struct problem *p,
-                                const struct exec *exec) {
-    return forward_launch(plan, p, exec, &body);
 }

@@ -1,0 +1,46 @@
+/*
+ * bf16 by vdpbf16ps, which sums two products for each f32 lane: twice the work of an f32 FMA for each instruction
+ * where the two run equally often (AMD's cores). Intel's run vdpbf16ps at a quarter of the rate of FMA, so that
+ * widening to f32 (cpu_fwd_avx512) is faster there.
+ */
+#define VEC_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"
+#include "kernels/cpu/vec_avx512.h"
+#include "kernels/cpu/vec_bf16.h"
+
+#define VECTORS 4
+#define TILE_K 128
+#define PAIRS 1
+#define WORD_STEP 1
+#define KEY_ROWS 1
+#define KEY_STEP 2
+#include "kernels/cpu/forward_template.h"
+
+#include "kernels/cpu/forward_pairs.h"
+#include "kernels/cpu/forward_products.h"
+
+/* Words (value[2 j][d], value[2 j + 1][d]); an absent last key is 0. */
+VEC_FN static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                        enum dtype dtype) {
+    (void)dtype;
+    const int64_t stride = padded(dim, 16);
+    for (int32_t r = 0; r < n; r += 2)
+        for (int64_t d = 0; d < dim; d += VEC_LANES)
+            vec_store(to + r / 2 * stride + d,
+                      pair_words((const uint16_t *)row_at(rows, r) + d,
+                                 r + 1 < n ? (const uint16_t *)row_at(rows, r + 1) + d : NULL,
+                                 at_most(dim - d, VEC_LANES)));
+    return (struct operand){to, stride};
+}
+
+#include "kernels/cpu/forward_row.h"
+
+bool cpu_fwd_avx512bf16_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    if (!p->kernel && !(caps->cpu & CPU_FAST_AVX512BF16))
+        return false;
+    return forward_plan(plan, p, &body);
+}
+
+int32_t cpu_fwd_avx512bf16_launch(const struct plan *plan, const struct problem *p,
+                                  const struct exec *exec) {
+    return forward_launch(plan, p, exec, &body);
+}

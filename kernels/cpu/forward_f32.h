@@ -1,0 +1,25 @@
+/* Operands of f32, for rows with PAIRS 0: f32 keys and values are used as they lie, other dtypes are widened. */
+
+VEC_FN static void pack_query(const struct block *b, const char *const *rows, int64_t dim,
+                              enum dtype dtype, float *scratch) {
+    const int64_t stride = padded(dim, 16), lanes = b->vectors * VEC_LANES;
+    memset(scratch, 0, (size_t)(lanes * stride * 4));
+    for (int32_t r = 0; r < b->rows; r++)
+        widen(scratch + r * stride, rows[r], dim, dtype);
+    transpose_in(b->query, scratch, stride, stride, lanes);
+}
+
+static struct operand load_key(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                               enum dtype dtype) {
+    if (dtype == DTYPE_F32 && !rows->rows && rows->stride % 4 == 0)
+        return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
+    const int64_t stride = padded(dim, 16);
+    for (int32_t r = 0; r < n; r++)
+        widen(to + r * stride, row_at(rows, r), dim, dtype);
+    return (struct operand){to, stride};
+}
+
+static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                 enum dtype dtype) {
+    return load_key(to, rows, n, dim, dtype);
+}

@@ -1,0 +1,70 @@
+/* What the templates need of any vectors: rows of any dtype, 2^x and tanh. Included after vec_*.h. */
+#ifndef DLATTN_VEC_MATH_H_
+#define DLATTN_VEC_MATH_H_
+
+VEC_INLINE vec load_some(const void *p, enum dtype dtype, int64_t n) {
+    return dtype == DTYPE_F32   ? vec_load_f32(p, n)
+           : dtype == DTYPE_F16 ? vec_load_f16(p, n)
+                                : vec_load_bf16(p, n);
+}
+
+VEC_INLINE void store_some(void *p, vec x, enum dtype dtype, int64_t n) {
+    if (dtype == DTYPE_F32)
+        vec_store_f32(p, x, n);
+    else if (dtype == DTYPE_F16)
+        vec_store_f16(p, x, n);
+    else
+        vec_store_bf16(p, x, n);
+}
+
+VEC_INLINE int64_t at_most(int64_t n, int64_t limit) { return n < limit ? n : limit; }
+
+/* to[0 .. padded) = from[0 .. n) as f32, then zeros; padded is n rounded up to whole vectors. */
+VEC_INLINE void widen_as(float *to, const char *from, int64_t n, enum dtype dtype, int64_t bytes) {
+    for (int64_t d = 0; d < n; d += VEC_LANES)
+        vec_store(to + d, load_some(from + d * bytes, dtype, at_most(n - d, VEC_LANES)));
+}
+
+VEC_FN static inline void widen(float *to, const char *from, int64_t n, enum dtype dtype) {
+    if (dtype == DTYPE_F32)
+        widen_as(to, from, n, DTYPE_F32, 4);
+    else if (dtype == DTYPE_F16)
+        widen_as(to, from, n, DTYPE_F16, 2);
+    else
+        widen_as(to, from, n, DTYPE_BF16, 2);
+}
+
+VEC_FN static inline void narrow(char *to, const float *from, int64_t n, enum dtype dtype) {
+    for (int64_t d = 0; d < n; d += VEC_LANES)
+        store_some(to + d * dtype_bytes(dtype), vec_load(from + d), dtype,
+                   at_most(n - d, VEC_LANES));
+}
+
+static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* 2^x to 1 ulp of f32, minimax on [0, 1). */
+VEC_INLINE vec exp2_of(vec x) {
+    const vec f = vec_fraction(x);
+    vec y = vec_fma(vec_set(0.000217022534f), f, vec_set(0.00124396884f));
+    y = vec_fma(y, f, vec_set(0.00967884064f));
+    y = vec_fma(y, f, vec_set(0.0554833412f));
+    y = vec_fma(y, f, vec_set(0.24022983f));
+    y = vec_fma(y, f, vec_set(0.693147004f));
+    y = vec_fma(y, f, vec_set(1));
+    return vec_scale_floor(y, x);
+}
+
+/* tanh: the Taylor series below 1/4, where 1 - e would cancel; else (1 - e) / (1 + e) with e = exp(-2 |x|). */
+VEC_INLINE vec tanh_of(vec x) {
+    const vec square = vec_mul(x, x), size = vec_abs(x);
+    vec y = vec_fma(vec_set(-1382.0f / 155925), square, vec_set(62.0f / 2835));
+    y = vec_fma(y, square, vec_set(-17.0f / 315));
+    y = vec_fma(y, square, vec_set(2.0f / 15));
+    y = vec_fma(y, square, vec_set(-1.0f / 3));
+    y = vec_fma(vec_mul(y, square), x, x);
+    const vec e = exp2_of(vec_mul(size, vec_set(-2.8853900818f)));
+    const vec big = vec_div(vec_sub(vec_set(1), e), vec_add(vec_set(1), e));
+    return vec_blend(y, vec_sign_of(big, x), vec_greater(size, vec_set(0.25f)));
+}
+
+#endif /* DLATTN_VEC_MATH_H_ */
