@@ -89,5 +89,7 @@ __attribute__((format(printf, 2, 3)))
 #endif
 int32_t
 fail(int32_t status, const char *format, ...);
+/* So that a reader of one file, a compiler or an analyser, knows that what it returns is `status`. */
+#define fail(status, ...) ((void)(fail)(status, __VA_ARGS__), (status))
 
 #endif /* DLATTN_KERNEL_H_ */

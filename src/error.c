@@ -7,7 +7,7 @@
 
 static _Thread_local char message[512];
 
-int32_t fail(int32_t status, const char *format, ...) {
+int32_t(fail)(int32_t status, const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
