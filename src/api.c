@@ -115,7 +115,7 @@ static int32_t launch(const struct plan *plan, const struct problem *p, const dl
         status = check_workspace(plan, &e);
     if (status == DLATTN_OK)
         status = problem_check_values(p);
-    if (status != DLATTN_OK || p->batch == 0 || p->heads_q == 0 || p->len_q == 0)
+    if (status != DLATTN_OK || problem_is_empty(p))
         return status;
     if (p->backend == BACKEND_CUDA)
         status = cuda_check_pointers(p, e.workspace);

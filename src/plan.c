@@ -76,7 +76,7 @@ static enum fit fit(struct plan *plan, const struct kernel *k, const struct prob
         .threads = p->threads,
         .workspace_alignment = 64,
     };
-    return k->plan(plan, p, caps) ? FITS : DECLINES;
+    return problem_is_empty(p) || k->plan(plan, p, caps) ? FITS : DECLINES;
 }
 
 static int32_t refuse(const struct problem *p, const struct kernel *nearest, enum fit how) {

@@ -82,6 +82,11 @@ int32_t problem_build(struct problem *p, const dlattn_forward_desc *desc,
  * before anything is written. */
 int32_t problem_check_values(const struct problem *p);
 
+/* No output at all: legal, and no kernel is asked about it. */
+static inline bool problem_is_empty(const struct problem *p) {
+    return p->batch == 0 || p->heads_q == 0 || p->len_q == 0;
+}
+
 /* The first field in which two problems differ, alignment and data pointers apart; NULL if a plan
  * made for one can run the other. */
 const char *problem_difference(const struct problem *a, const struct problem *b);

@@ -4,7 +4,9 @@
 
 #include <assert.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
+#include <unistd.h>
 
 const dlattn_api *test_api(void) {
     char why[4096];
@@ -24,6 +26,30 @@ __attribute__((format(printf, 3, 4))) static void say(struct verdict *v, enum ou
     va_start(args, format);
     vsnprintf(v->text + used, sizeof v->text - used, format, args);
     va_end(args);
+}
+
+/* ---- Crashes ---------------------------------------------------------------------------------- */
+
+/* The case that runs, for a kernel that dies in it. */
+static char running[512];
+static struct sigaction old_action[NSIG];
+
+/* Names the case, then lets the fault happen again under whatever handled it before. */
+static void crashed(int signal_number) {
+    static const char head[] = "crashed in: ";
+    (void)!write(STDERR_FILENO, head, sizeof head - 1);
+    (void)!write(STDERR_FILENO, running, strlen(running));
+    (void)!write(STDERR_FILENO, "\n", 1);
+    sigaction(signal_number, &old_action[signal_number], NULL);
+}
+
+static void report_crashes(void) {
+    static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+    static bool installed;
+    const struct sigaction action = {.sa_handler = crashed};
+    for (size_t i = 0; i < sizeof signals / sizeof signals[0] && !installed; i++)
+        sigaction(signals[i], &action, &old_action[signals[i]]);
+    installed = true;
 }
 
 /* ---- Running ---------------------------------------------------------------------------------------------- */
@@ -241,6 +267,8 @@ void check_case(struct verdict *v, const struct subject *subject, const struct t
                       .planned = true};
     *v = (struct verdict){.outcome = PASSED};
     case_print(which, v->text, sizeof v->text);
+    report_crashes();
+    snprintf(running, sizeof running, "%s %s", subject->kernel ? subject->kernel : "", v->text);
     call_make(&first, which);
     run_subject(v, subject, &first, &one);
     if (v->outcome != PASSED) {
