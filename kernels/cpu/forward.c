@@ -298,15 +298,19 @@ static void worker(void *ctx, int64_t index) {
     c->body->leave();
 }
 
+static int64_t group_of(const struct problem *p) {
+    return p->heads_kv > 0 ? p->heads_q / p->heads_kv : 0;
+}
+
 static int64_t runs_of(const struct problem *p, int64_t tile_q) {
-    return (p->len_q * (p->heads_q / p->heads_kv) + tile_q - 1) / tile_q;
+    return (p->len_q * group_of(p) + tile_q - 1) / tile_q;
 }
 
 /* A task takes as many rows as the table's tile says, fewer where that would leave threads without work. */
 bool forward_plan(struct plan *plan, const struct problem *p, const struct forward_body *body) {
     const int64_t heads = p->batch * p->heads_kv,
                   wanted = plan->threads == 1 ? 1 : 4 * plan->threads;
-    const int64_t rows = p->len_q * (p->heads_q / p->heads_kv);
+    const int64_t rows = p->len_q * group_of(p);
     while (plan->tile_q > body->lanes &&
            (plan->tile_q / 2 >= rows || heads * runs_of(p, plan->tile_q) < wanted))
         plan->tile_q /= 2;
@@ -324,7 +328,7 @@ int32_t forward_launch(const struct plan *plan, const struct problem *p, const s
         .p = p,
         .workspace = exec->workspace,
         .worker_bytes = plan->workspace_bytes / (size_t)plan->threads,
-        .group = p->heads_q / p->heads_kv,
+        .group = group_of(p),
         .runs = runs_of(p, plan->tile_q),
     };
     c.tasks = c.runs * p->batch * p->heads_kv;
