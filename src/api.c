@@ -161,18 +161,18 @@ static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *te
 
 /* ---- Managed tensors ------------------------------------------------------------------------- */
 
+/* A struct that cannot be read says nothing about ownership: then the tensors stay the caller's. */
 static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
                              const void *managed, const dlattn_exec *exec) {
     struct managed_slots slots;
     dlattn_tensors tensors;
-    dlattn_exec e;
+    dlattn_exec e = {0};
     int32_t status = copy_in(&slots, sizeof slots, sizeof slots, managed, "tensors");
     if (status != DLATTN_OK)
         return status;
     status = read_exec(&e, exec);
-    if (status != DLATTN_OK)
-        return status;
-    status = managed_open(kind, &slots, &tensors);
+    if (status == DLATTN_OK)
+        status = managed_open(kind, &slots, &tensors);
     if (status == DLATTN_OK)
         status = forward(desc, &tensors, exec);
     if (e.flags & DLATTN_TAKE_OWNERSHIP)

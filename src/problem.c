@@ -4,6 +4,7 @@
  */
 #include "src/problem.h"
 #include "kernels/kernel.h"
+#include "src/threads.h"
 
 #include <math.h>
 #include <stddef.h>
@@ -50,6 +51,9 @@ static int32_t check_strides(struct tensor *t) {
         if (extent < 0)
             return fail(DLATTN_INVALID_ARGUMENT, "%s: axis %d has extent %lld, must be at least 0",
                         t->name, axis, (long long)extent);
+        if (extent > INT32_MAX) /* so that sums and bytes of two extents never overflow */
+            return fail(DLATTN_INVALID_ARGUMENT, "%s: axis %d has extent %lld, must be at most %d",
+                        t->name, axis, (long long)extent, INT32_MAX);
         if (__builtin_mul_overflow(compact, extent > 0 ? extent : 1, &compact))
             return fail(DLATTN_INVALID_ARGUMENT,
                         "%s: the number of elements overflows 64 bits at axis %d (extent %lld)",
@@ -270,7 +274,7 @@ static int32_t read_desc(struct problem *p, const dlattn_forward_desc *d) {
     p->bottom_right = d->alignment == DLATTN_ALIGN_BOTTOM_RIGHT;
     p->empty_lse_inf = (d->flags & DLATTN_EMPTY_LSE_INF) != 0;
     p->kernel = d->kernel;
-    p->threads = d->num_threads;
+    p->threads = d->num_threads < MAX_THREADS ? d->num_threads : MAX_THREADS;
     return DLATTN_OK;
 }
 
@@ -415,9 +419,11 @@ static int32_t read_main(struct problem *p, const struct tensors *t, const dlatt
                         "key: axis 2 (page_size) is %lld, must be at least 1",
                         (long long)p->page_size);
         p->max_pages = extent(&t->block_table, 1);
-        if (__builtin_mul_overflow(p->page_size, p->max_pages, &p->len_k))
-            return fail(DLATTN_INVALID_ARGUMENT, "block_table: %lld pages of %lld keys overflow",
-                        (long long)p->max_pages, (long long)p->page_size);
+        p->len_k = p->page_size * p->max_pages;
+        if (p->len_k > INT32_MAX)
+            return fail(DLATTN_INVALID_ARGUMENT,
+                        "block_table: %lld pages of %lld keys are more than the %d of an int32",
+                        (long long)p->max_pages, (long long)p->page_size, INT32_MAX);
         p->features |= DLATTN_FEATURE_PAGED;
     }
     TRY(check_writable(&t->output));

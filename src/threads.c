@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_THREADS = 1024, SPIN_NANOSECONDS = 30000 };
+enum { SPIN_NANOSECONDS = 30000 };
 
 static struct {
     atomic_bool taken;       /* a job is being run */

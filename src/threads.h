@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 
+/* More threads than this are not planned for. */
+enum { MAX_THREADS = 1024 };
+
 /* DLATTN_NUM_THREADS, or the cores that this process may use. */
 int32_t threads_default(void);
 
