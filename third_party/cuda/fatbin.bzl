@@ -2,9 +2,8 @@
 
 load("@rules_cc//cc:defs.bzl", "cc_library")
 
-# Code for the GPU itself. That for 80 also runs on 86 and 89, whose own would differ little and cost a third of the build.
-# A suffix `a` (90a) is code for that one architecture, its PTX included.
-_ARCHS = ["80", "90", "100", "120"]
+# Code for the GPU itself; 86 runs that for 80. A suffix `a` (90a) is code for that one architecture, its PTX included.
+_ARCHS = ["80", "89", "90", "100", "120"]
 
 # PTX that a newer driver compiles for a GPU that we have no code for.
 _PTX = ["80"]
