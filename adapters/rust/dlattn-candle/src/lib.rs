@@ -1,0 +1,240 @@
+//! Attention of `libdlattn.so.1` as an operation of candle, on the CPU and, with the feature `cuda`,
+//! on CUDA devices, where it is enqueued on candle's own stream.
+//!
+//! ```no_run
+//! use candle_core::{Device, Tensor};
+//! use dlattn_candle::{attention, Options};
+//!
+//! let q = Tensor::randn(0f32, 1.0, (1, 8, 128, 64), &Device::Cpu)?; // [B, H, L, D]
+//! let kv = Tensor::randn(0f32, 1.0, (1, 2, 128, 64), &Device::Cpu)?; // two heads for eight: GQA
+//! let causal = Options { causal: true, ..Options::default() };
+//! let output = attention(&q, &kv, &kv, &causal)?;
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! Tensors are f16, bf16, f32 or f64, with any strides: transposed, narrowed and broadcast views are
+//! read where they are. Errors are candle's, with the library's message. The library is found as
+//! [`dlattn::Library::get`] says. There is no backward pass yet: where a gradient would have to
+//! flow, candle's `backward` says so.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use candle_core::{
+    CpuStorage, CustomOp3, Error, Layout, Result, Shape, Storage, StorageRef, Tensor,
+};
+pub use dlattn::{Alignment, Options};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// softmax(scale · Q Kᵀ + mask) V under `options`. See [`Attention::forward`].
+///
+/// # Errors
+/// As there.
+pub fn attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    options: &Options,
+) -> Result<Tensor> {
+    Attention::new(options.clone()).forward(query, key, value)
+}
+
+/// Attention with everything that is not query, key or value. The default is dense attention.
+#[derive(Clone, Debug, Default)]
+pub struct Attention {
+    /// Masks, scale and the choice of kernel.
+    pub options: Options,
+    /// f32 or the inputs' type `[B|1, H|1, Lq|1, Lk|1]`: added to the logits.
+    pub bias: Option<Tensor>,
+    /// u8 `[B|1, H|1, Lq|1, Lk|1]`: non-zero is visible.
+    pub mask: Option<Tensor>,
+    /// f32 `[H]` or `[B, H]`.
+    pub alibi_slopes: Option<Tensor>,
+    /// f32 `[H]`: a logit in the denominator that carries no value.
+    pub sinks: Option<Tensor>,
+    /// i32 or u32 `[B]`: rows from there on give 0.
+    pub query_lengths: Option<Tensor>,
+    /// i32 or u32 `[B]`: keys from there on are never read.
+    pub key_lengths: Option<Tensor>,
+    /// i32 or u32 `[B + 1]`: where each sequence of a packed query begins, then their total.
+    pub cu_seqlens_q: Option<Tensor>,
+    /// i32 or u32 `[B + 1]`: the same for keys.
+    pub cu_seqlens_k: Option<Tensor>,
+    /// i32 or u32 `[B, max_pages]`: the pages of a paged key and value.
+    pub block_table: Option<Tensor>,
+}
+
+impl Attention {
+    /// Attention under `options`; the optional tensors are absent.
+    pub fn new(options: Options) -> Self {
+        Self {
+            options,
+            ..Self::default()
+        }
+    }
+
+    /// Computes `[B, H, Lq, D_v]` from query `[B, H, Lq, D]`, key `[B, H_kv, Lk, D]` and value
+    /// `[B, H_kv, Lk, D_v]`; packed, `[total_q, H, D_v]` from `[total_q, H, D]` and so on. H is a
+    /// multiple of `H_kv`. The result is contiguous and of the query's type.
+    ///
+    /// # Errors
+    /// What the library refuses, in its words; that it was not found, with the places searched.
+    pub fn forward(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        query.apply_op3(
+            key,
+            value,
+            Forward {
+                attention: self.clone(),
+                lse: None,
+            },
+        )
+    }
+
+    /// The same, and the natural log-sum-exp of each row's logits, f32 `[B, H, Lq]` or packed
+    /// `[H, total_q]`; no gradient flows through that one.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with_lse(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let slot = LseSlot::default();
+        let op = Forward {
+            attention: self.clone(),
+            lse: Some(slot.clone()),
+        };
+        let output = query.apply_op3(key, value, op)?;
+        let (storage, shape) = lock(&slot)
+            .take()
+            .ok_or_else(|| Error::msg("dlattn: this device gave no log-sum-exp"))?;
+        let no_op = candle_core::op::BackpropOp::none();
+        Ok((output, Tensor::from_storage(storage, shape, no_op, false)))
+    }
+
+    /// The optional tensors in the order of [`set_extras`].
+    fn extras(&self) -> [&Option<Tensor>; EXTRAS] {
+        [
+            &self.bias,
+            &self.mask,
+            &self.alibi_slopes,
+            &self.sinks,
+            &self.query_lengths,
+            &self.key_lengths,
+            &self.cu_seqlens_q,
+            &self.cu_seqlens_k,
+            &self.block_table,
+        ]
+    }
+}
+
+const EXTRAS: usize = 9;
+
+fn set_extras<'a>(tensors: &mut dlattn::Tensors<'a>, extras: [Option<dlattn::Tensor<'a>>; EXTRAS]) {
+    [
+        tensors.bias,
+        tensors.mask,
+        tensors.alibi_slopes,
+        tensors.sinks,
+        tensors.query_lengths,
+        tensors.key_lengths,
+        tensors.cu_seqlens_q,
+        tensors.cu_seqlens_k,
+        tensors.block_table,
+    ] = extras;
+}
+
+type LseSlot = Arc<Mutex<Option<(Storage, Shape)>>>;
+
+fn lock(slot: &LseSlot) -> MutexGuard<'_, Option<(Storage, Shape)>> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The operation that candle runs. candle knows operations of one result, so the log-sum-exp leaves
+/// through a slot.
+struct Forward {
+    attention: Attention,
+    lse: Option<LseSlot>,
+}
+
+impl Forward {
+    fn give_lse(&self, storage: Storage, shape: Shape) {
+        if let Some(slot) = &self.lse {
+            *lock(slot) = Some((storage, shape));
+        }
+    }
+
+    /// The optional tensors, locked for reading.
+    fn lock_extras(&self) -> [Option<(StorageRef<'_>, &Layout)>; EXTRAS] {
+        self.attention
+            .extras()
+            .map(|tensor| tensor.as_ref().map(Tensor::storage_and_layout))
+    }
+}
+
+impl CustomOp3 for Forward {
+    fn name(&self) -> &'static str {
+        "dlattn"
+    }
+
+    fn cpu_fwd(
+        &self,
+        query: &CpuStorage,
+        query_layout: &Layout,
+        key: &CpuStorage,
+        key_layout: &Layout,
+        value: &CpuStorage,
+        value_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        cpu::forward(
+            self,
+            (query, query_layout),
+            (key, key_layout),
+            (value, value_layout),
+        )
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        query: &candle_core::CudaStorage,
+        query_layout: &Layout,
+        key: &candle_core::CudaStorage,
+        key_layout: &Layout,
+        value: &candle_core::CudaStorage,
+        value_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        cuda::forward(
+            self,
+            (query, query_layout),
+            (key, key_layout),
+            (value, value_layout),
+        )
+    }
+}
+
+/// The output's dimensions: the query's, with the value's head_dim.
+fn output_dims(query: &Layout, value: &Layout) -> Vec<usize> {
+    let mut dims = query.dims().to_vec();
+    if let (Some(last), Some(&head_dim)) = (dims.last_mut(), value.dims().last()) {
+        *last = head_dim;
+    }
+    dims
+}
+
+/// The log-sum-exp's dimensions: `[B, H, Lq]`, packed `[H, total_q]`.
+fn lse_dims(query: &Layout) -> Vec<usize> {
+    match query.dims() {
+        [total, heads, _] => vec![*heads, *total],
+        dims => dims[..dims.len().saturating_sub(1)].to_vec(),
+    }
+}
+
+fn no_dtype<T>(dtype: candle_core::DType) -> Result<T> {
+    Err(Error::msg(format!(
+        "dlattn: candle's {dtype:?} is not among the types it takes"
+    )))
+}

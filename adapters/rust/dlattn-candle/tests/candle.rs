@@ -1,0 +1,286 @@
+//! The operation against candle's own matmul and softmax. `DLATTN_LIBRARY` names the library. With
+//! the feature `cuda` everything runs on the first GPU too.
+
+use candle_core::{DType, Device, IndexOp, Result, Tensor, Var, D};
+use dlattn_candle::{attention, Alignment, Attention, Options};
+
+fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::Cpu];
+    if cfg!(feature = "cuda") {
+        devices
+            .push(Device::new_cuda(0).expect("the feature cuda is tested on a machine with a GPU"));
+    }
+    devices
+}
+
+/// Query `[2, 4, 9, D]`, key and value `[2, 2, 11, D]`.
+fn inputs(device: &Device, dtype: DType, head_dim: usize) -> Result<(Tensor, Tensor, Tensor)> {
+    let random = |heads, length| {
+        Tensor::randn(0f32, 1.0, (2, heads, length, head_dim), device)?.to_dtype(dtype)
+    };
+    Ok((random(4, 9)?, random(2, 11)?, random(2, 11)?))
+}
+
+/// candle's own attention in f64 on the CPU: the output and the log-sum-exp. `bias` is added to the
+/// logits.
+fn reference(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    let wide = |t: &Tensor| {
+        t.to_device(&Device::Cpu)?
+            .to_dtype(DType::F64)?
+            .contiguous()
+    };
+    let (q, k, v) = (wide(q)?, wide(k)?, wide(v)?);
+    let group = q.dim(1)? / k.dim(1)?;
+    let repeat = |t: &Tensor| {
+        let (b, h, l, d) = t.dims4()?;
+        t.unsqueeze(2)?
+            .broadcast_as((b, h, group, l, d))?
+            .reshape((b, h * group, l, d))
+    };
+    let mut logits = (q.matmul(&repeat(&k)?.t()?)? / (q.dim(3)? as f64).sqrt())?;
+    if let Some(bias) = bias {
+        logits = logits.broadcast_add(&wide(bias)?)?;
+    }
+    let exp = logits.exp()?;
+    let sum = exp.sum_keepdim(D::Minus1)?;
+    Ok((
+        exp.broadcast_div(&sum)?.matmul(&repeat(&v)?)?,
+        sum.log()?.squeeze(3)?,
+    ))
+}
+
+/// -inf above the diagonal that `offset` shifts to the right.
+fn causal_bias(rows: usize, keys: usize, offset: usize) -> Result<Tensor> {
+    let bias = (0..rows * keys)
+        .map(|at| {
+            if at % keys <= at / keys + offset {
+                0f64
+            } else {
+                f64::NEG_INFINITY
+            }
+        })
+        .collect();
+    Tensor::from_vec(bias, (rows, keys), &Device::Cpu)
+}
+
+fn assert_close(got: &Tensor, expected: &Tensor, tolerance: f64) -> Result<()> {
+    assert_eq!(got.dims(), expected.dims());
+    let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let worst = (got - expected)?
+        .abs()?
+        .flatten_all()?
+        .max(0)?
+        .to_scalar::<f64>()?;
+    assert!(
+        worst <= tolerance,
+        "differs by {worst}, allowed is {tolerance}"
+    );
+    Ok(())
+}
+
+fn causal() -> Options {
+    Options {
+        causal: true,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn dense_and_causal_in_every_type() -> Result<()> {
+    let types = [(DType::F32, 1e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)];
+    for device in devices() {
+        for (dtype, tolerance) in types {
+            for head_dim in [16, 64, 128] {
+                let (q, k, v) = inputs(&device, dtype, head_dim)?;
+                let output = attention(&q, &k, &v, &Options::default())?;
+                assert_eq!(output.dtype(), dtype);
+                assert_close(&output, &reference(&q, &k, &v, None)?.0, tolerance)?;
+                let output = attention(&q, &k, &v, &causal())?;
+                let (expected, _) = reference(&q, &k, &v, Some(&causal_bias(9, 11, 0)?))?;
+                assert_close(&output, &expected, tolerance)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn log_sum_exp() -> Result<()> {
+    for device in devices() {
+        let (q, k, v) = inputs(&device, DType::F32, 32)?;
+        let options = Options {
+            alignment: Alignment::BottomRight,
+            ..causal()
+        };
+        let (output, lse) = Attention::new(options).forward_with_lse(&q, &k, &v)?;
+        let (expected, expected_lse) = reference(&q, &k, &v, Some(&causal_bias(9, 11, 2)?))?;
+        assert_close(&output, &expected, 1e-5)?;
+        assert_close(&lse, &expected_lse, 1e-5)?;
+        assert_eq!(lse.dtype(), DType::F32);
+    }
+    Ok(())
+}
+
+/// Transposed, narrowed and broadcast views, which share storage with offsets and strides.
+#[test]
+fn views() -> Result<()> {
+    for device in devices() {
+        let packed = Tensor::randn(0f32, 1.0, (2, 10, 6, 48), &device)?; // [B, L, heads, D]
+        let heads = packed.transpose(1, 2)?; // [B, heads, L, D]
+        let q = heads.i((.., 0..4, 1..10))?;
+        let k = heads.i((.., 4..5, ..))?;
+        let v = heads.i((.., 5..6, ..))?.broadcast_as((2, 1, 10, 48))?;
+        assert!(!q.is_contiguous() && !k.is_contiguous());
+        let expected = reference(&q, &k, &v, None)?.0;
+        assert_close(
+            &attention(&q, &k, &v, &Options::default())?,
+            &expected,
+            1e-5,
+        )?;
+
+        let shared = k.broadcast_as((2, 4, 10, 48))?; // stride 0 along the heads
+        assert_close(
+            &attention(
+                &q,
+                &shared,
+                &v.broadcast_as((2, 4, 10, 48))?,
+                &Options::default(),
+            )?,
+            &expected,
+            1e-5,
+        )?;
+
+        let columns = packed.i((.., .., .., 0..24))?.transpose(1, 2)?;
+        let expected = reference(&columns, &columns, &columns, None)?.0;
+        assert_close(
+            &attention(&columns, &columns, &columns, &Options::default())?,
+            &expected,
+            1e-5,
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn bias_mask_and_lengths() -> Result<()> {
+    for device in devices() {
+        let (q, k, v) = inputs(&device, DType::F32, 64)?;
+        let bias = Tensor::randn(0f32, 1.0, (1, 4, 9, 11), &device)?;
+        let op = Attention {
+            bias: Some(bias.clone()),
+            ..Attention::default()
+        };
+        assert_close(
+            &op.forward(&q, &k, &v)?,
+            &reference(&q, &k, &v, Some(&bias))?.0,
+            1e-5,
+        )?;
+
+        let mask = Tensor::from_vec(
+            vec![1u8, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1],
+            (1, 1, 1, 11),
+            &device,
+        )?;
+        let hidden = (mask.to_dtype(DType::F32)?.affine(1e9, -1e9))?;
+        let op = Attention {
+            mask: Some(mask),
+            ..Attention::default()
+        };
+        assert_close(
+            &op.forward(&q, &k, &v)?,
+            &reference(&q, &k, &v, Some(&hidden))?.0,
+            1e-5,
+        )?;
+
+        let lengths = Tensor::new(&[7u32, 3], &device)?;
+        let op = Attention {
+            key_lengths: Some(lengths),
+            ..Attention::default()
+        };
+        let output = op.forward(&q, &k, &v)?;
+        for (batch, keys) in [(0, 7), (1, 3)] {
+            let (k, v) = (
+                k.i((batch..=batch, .., 0..keys))?,
+                v.i((batch..=batch, .., 0..keys))?,
+            );
+            let expected = reference(&q.i(batch..=batch)?, &k, &v, None)?.0;
+            assert_close(&output.i(batch..=batch)?, &expected, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn packed_sequences() -> Result<()> {
+    for device in devices() {
+        let random = |total, heads| Tensor::randn(0f32, 1.0, (total, heads, 32), &device);
+        let (q, k, v) = (random(12, 4)?, random(15, 2)?, random(15, 2)?);
+        let op = Attention {
+            cu_seqlens_q: Some(Tensor::new(&[0u32, 5, 12], &device)?),
+            cu_seqlens_k: Some(Tensor::new(&[0u32, 9, 15], &device)?),
+            ..Attention::default()
+        };
+        let (output, lse) = op.forward_with_lse(&q, &k, &v)?;
+        assert_eq!(lse.dims(), [4, 12]);
+        for (rows, keys) in [(0..5, 0..9), (5..12, 9..15)] {
+            let one = |t: &Tensor, r: &std::ops::Range<usize>| {
+                t.i(r.clone())?.transpose(0, 1)?.unsqueeze(0)
+            };
+            let (expected, expected_lse) =
+                reference(&one(&q, &rows)?, &one(&k, &keys)?, &one(&v, &keys)?, None)?;
+            assert_close(&one(&output, &rows)?, &expected, 1e-5)?;
+            assert_close(&lse.i((.., rows))?.unsqueeze(0)?, &expected_lse, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn refusals() -> Result<()> {
+    for device in devices() {
+        let (q, k, v) = inputs(&device, DType::F32, 16)?;
+        let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+        let says = message(attention(&q, &k, &v.i(0..1)?, &Options::default()));
+        assert!(
+            says.contains("value: axis 0 (batch) is 1, key makes it 2"),
+            "{says}"
+        );
+        let says = message(attention(
+            &q,
+            &k.to_dtype(DType::F16)?,
+            &v,
+            &Options::default(),
+        ));
+        assert!(says.contains("key: dtype"), "{says}");
+        let says = message(attention(
+            &q.to_dtype(DType::U32)?,
+            &k,
+            &v,
+            &Options::default(),
+        ));
+        assert!(says.contains("U32"), "{says}");
+        let options = Options {
+            kernel: Some("none such".into()),
+            ..Options::default()
+        };
+        let says = message(attention(&q, &k, &v, &options));
+        assert!(says.contains("there is no row \"none such\""), "{says}");
+    }
+    Ok(())
+}
+
+/// No gradient is silently lost.
+#[test]
+fn backward_is_refused() -> Result<()> {
+    let (q, k, v) = inputs(&Device::Cpu, DType::F32, 16)?;
+    let q = Var::from_tensor(&q)?;
+    let loss = attention(&q, &k, &v, &Options::default())?.sum_all()?;
+    let says = loss.backward().unwrap_err().to_string();
+    assert!(says.contains("dlattn"), "{says}");
+    Ok(())
+}

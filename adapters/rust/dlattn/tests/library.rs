@@ -1,0 +1,269 @@
+//! The crate against plain loops in f64. `DLATTN_LIBRARY` names the library.
+
+use dlattn::{compact, Alignment, Error, Library, Options, Status, Tensor, TensorMut, Tensors};
+use half::{bf16, f16};
+
+/// Numbers in [-2, 2) that differ by `seed`.
+fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 22) as f32 - 2.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// The output and the log-sum-exp of compact `[B, H, L, D]` tensors in f64.
+fn reference(
+    [b, h, lq, d]: [usize; 4],
+    [h_kv, lk, d_v]: [usize; 3],
+    (q, k, v): (&[f32], &[f32], &[f32]),
+    causal: bool,
+) -> (Vec<f64>, Vec<f64>) {
+    let (mut output, mut lse) = (Vec::new(), Vec::new());
+    for row in 0..b * h * lq {
+        let (batch, head, i) = (row / (h * lq), row / lq % h, row % lq);
+        let kv = batch * h_kv + head / (h / h_kv);
+        let keys = if causal { lk.min(i + 1) } else { lk };
+        let weights: Vec<f64> = (0..keys)
+            .map(|j| {
+                let key = &k[(kv * lk + j) * d..][..d];
+                let dot: f64 = q[row * d..][..d]
+                    .iter()
+                    .zip(key)
+                    .map(|(a, b)| f64::from(a * b))
+                    .sum();
+                (dot / (d as f64).sqrt()).exp()
+            })
+            .collect();
+        let sum: f64 = weights.iter().sum();
+        lse.push(sum.ln());
+        output.extend((0..d_v).map(|c| {
+            let dot: f64 = weights
+                .iter()
+                .enumerate()
+                .map(|(j, w)| w * f64::from(v[(kv * lk + j) * d_v + c]))
+                .sum();
+            dot / sum
+        }));
+    }
+    (output, lse)
+}
+
+fn assert_close(got: impl IntoIterator<Item = f64>, expected: &[f64], tolerance: f64) {
+    let got: Vec<f64> = got.into_iter().collect();
+    assert_eq!(got.len(), expected.len());
+    for (i, (a, b)) in got.iter().zip(expected).enumerate() {
+        assert!(
+            (a - b).abs() <= tolerance,
+            "element {i} is {a}, expected {b}"
+        );
+    }
+}
+
+const QUERY: [usize; 4] = [2, 4, 7, 16];
+const KEY: [usize; 4] = [2, 2, 9, 16];
+const VALUE: [usize; 4] = [2, 2, 9, 12];
+const OUTPUT: [usize; 4] = [2, 4, 7, 12];
+
+fn inputs() -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let count = |shape: [usize; 4]| shape.iter().product();
+    (
+        numbers(1, count(QUERY)),
+        numbers(2, count(KEY)),
+        numbers(3, count(VALUE)),
+    )
+}
+
+fn library() -> &'static Library {
+    Library::get().expect("DLATTN_LIBRARY must name libdlattn.so.1")
+}
+
+fn causal() -> Options {
+    Options {
+        causal: true,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn forward_and_lse() {
+    let (q, k, v) = inputs();
+    let (mut o, mut lse) = (vec![f32::NAN; 2 * 4 * 7 * 12], vec![f32::NAN; 2 * 4 * 7]);
+    let mut tensors = Tensors::new(
+        Tensor::new(&q, &QUERY).unwrap(),
+        Tensor::new(&k, &KEY).unwrap(),
+        Tensor::new(&v, &VALUE).unwrap(),
+        TensorMut::new(&mut o, &OUTPUT).unwrap(),
+    );
+    tensors.lse = Some(TensorMut::new(&mut lse, &OUTPUT[..3]).unwrap());
+    library().forward(&causal(), &mut tensors).unwrap();
+    let (expected, expected_lse) = reference(QUERY, [2, 9, 12], (&q, &k, &v), true);
+    assert_close(o.iter().map(|&x| x.into()), &expected, 1e-5);
+    assert_close(lse.iter().map(|&x| x.into()), &expected_lse, 1e-5);
+}
+
+#[test]
+fn half_precision() {
+    let (q, k, v) = inputs();
+    macro_rules! check {
+        ($type:ty, $tolerance:expr) => {{
+            let round = |x: &[f32]| x.iter().map(|&x| <$type>::from_f32(x)).collect::<Vec<_>>();
+            let widen = |x: &[$type]| x.iter().map(|&x| x.to_f32()).collect::<Vec<_>>();
+            let (q, k, v) = (round(&q), round(&k), round(&v));
+            let mut o = vec![<$type>::NAN; 2 * 4 * 7 * 12];
+            let mut tensors = Tensors::new(
+                Tensor::new(&q, &QUERY).unwrap(),
+                Tensor::new(&k, &KEY).unwrap(),
+                Tensor::new(&v, &VALUE).unwrap(),
+                TensorMut::new(&mut o, &OUTPUT).unwrap(),
+            );
+            library().forward(&causal(), &mut tensors).unwrap();
+            let (q, k, v) = (widen(&q), widen(&k), widen(&v));
+            let (expected, _) = reference(QUERY, [2, 9, 12], (&q, &k, &v), true);
+            assert_close(o.iter().map(|x| x.to_f64()), &expected, $tolerance);
+        }};
+    }
+    check!(f16, 2e-3);
+    check!(bf16, 2e-2);
+}
+
+#[test]
+fn strides_plan_and_sku() {
+    let (q, k, v) = inputs();
+    let mut wide = vec![7f32; 2 * 4 * 7 * 24];
+    let shape = OUTPUT;
+    let strides: Vec<usize> = compact(&[2, 4, 7, 24]);
+    let mut tensors = Tensors::new(
+        Tensor::new(&q, &QUERY).unwrap(),
+        Tensor::new(&k, &KEY).unwrap(),
+        Tensor::new(&v, &VALUE).unwrap(),
+        TensorMut::with_strides(&mut wide, &shape, &strides).unwrap(),
+    );
+    let plan = library().plan(&Options::default(), &tensors).unwrap();
+    let sku = plan.sku().unwrap();
+    assert_eq!(sku, library().sku(&Options::default(), &tensors).unwrap());
+    assert_eq!(sku.backend, "cpu");
+    assert!(library()
+        .kernels()
+        .unwrap()
+        .iter()
+        .any(|k| k.name == sku.kernel && k.available));
+    plan.run(&mut tensors).unwrap();
+    tensors.key = Tensor::new(&k, &[2, 2, 8, 16]).unwrap();
+    assert!(
+        plan.run(&mut tensors).is_err(),
+        "a plan takes the tensors that it was made for"
+    );
+    let (expected, _) = reference(QUERY, [2, 9, 12], (&q, &k, &v), false);
+    let got = wide
+        .chunks(24)
+        .flat_map(|row| row[..12].iter().map(|&x| x.into()));
+    assert_close(got, &expected, 1e-5);
+    assert!(wide
+        .chunks(24)
+        .all(|row| row[12..].iter().all(|&x| x == 7.0)));
+}
+
+#[test]
+fn a_window_of_one_key_gives_its_value() {
+    let (q, k, v) = inputs();
+    let mut o = vec![f32::NAN; 2 * 4 * 7 * 12];
+    let mut tensors = Tensors::new(
+        Tensor::new(&q, &QUERY).unwrap(),
+        Tensor::new(&k, &KEY).unwrap(),
+        Tensor::new(&v, &VALUE).unwrap(),
+        TensorMut::new(&mut o, &OUTPUT).unwrap(),
+    );
+    let options = Options {
+        window_left: Some(0),
+        window_right: Some(0),
+        alignment: Alignment::BottomRight,
+        ..Options::default()
+    };
+    library().forward(&options, &mut tensors).unwrap();
+    let expected: Vec<f64> = (0..2 * 4 * 7)
+        .flat_map(|row| {
+            let kv = row / (4 * 7) * 2 + row / 7 % 4 / 2;
+            v[(kv * 9 + row % 7 + 2) * 12..][..12]
+                .iter()
+                .map(|&x| x.into())
+        })
+        .collect();
+    assert_close(o.iter().map(|&x| x.into()), &expected, 1e-6);
+}
+
+#[test]
+fn refusals() {
+    let (q, k, v) = inputs();
+    let mut o = vec![5f32; 2 * 4 * 7 * 12];
+    assert!(matches!(
+        Tensor::new(&q, &[2, 4, 8, 16]),
+        Err(Error::Shape(_))
+    ));
+    assert!(matches!(
+        Tensor::with_strides(&q, &QUERY, &[1, 1]),
+        Err(Error::Shape(_))
+    ));
+    assert!(matches!(
+        Tensor::new(&q, &[1, 1, 1, 1, 1]),
+        Err(Error::Shape(_))
+    ));
+    assert!(matches!(
+        Tensor::with_strides(&q, &[2, usize::MAX], &[1, 2]),
+        Err(Error::Shape(_))
+    ));
+    let mut tensors = Tensors::new(
+        Tensor::new(&q, &QUERY).unwrap(),
+        Tensor::new(&k, &KEY).unwrap(),
+        Tensor::new(&v, &[1, 2, 9, 12]).unwrap(),
+        TensorMut::new(&mut o, &OUTPUT).unwrap(),
+    );
+    let error = library()
+        .forward(&Options::default(), &mut tensors)
+        .unwrap_err();
+    let Error::Call { status, message } = &error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(*status, Status::InvalidArgument);
+    assert!(message.starts_with("value: axis 0"), "{message}");
+    assert_eq!(error.to_string(), *message);
+
+    tensors.value = Tensor::new(&v, &VALUE).unwrap();
+    for kernel in ["none such", "a\0b"] {
+        let options = Options {
+            kernel: Some(kernel.into()),
+            ..Options::default()
+        };
+        let error = library().forward(&options, &mut tensors).unwrap_err();
+        assert!(
+            error.to_string().starts_with("kernel: there is no row"),
+            "{error}"
+        );
+    }
+    assert!(o.iter().all(|&x| x == 5.0), "a refused call writes nothing");
+}
+
+#[test]
+fn files_that_are_not_the_library() {
+    let error = Library::open_file("/no/such/file").unwrap_err();
+    assert!(matches!(&error, Error::NotFound { searched } if searched[0].0 == "/no/such/file"));
+    assert!(error.to_string().contains("/no/such/file"), "{error}");
+    let error = Library::open_file("libc.so.6").unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("libc.so.6: has no dlattn_get_api"),
+        "{error}"
+    );
+    let error = Error::Version {
+        path: "x.so".into(),
+        serves: Some((2, 1)),
+    };
+    assert_eq!(
+        error.to_string(),
+        "x.so: serves ABI 2.1, this program needs 1.0"
+    );
+}
