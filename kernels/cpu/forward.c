@@ -50,7 +50,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void *carve(char **at, int64_t bytes) {
     void *piece = *at;
-    *at += round_up(bytes, 64);
+    *at = (char *)((uintptr_t)*at + (uintptr_t)round_up(bytes, 64)); /* also from NULL */
     return piece;
 }
 
@@ -77,7 +77,7 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
             w->blocks[n].output = output;
         }
     }
-    return (size_t)(at - base);
+    return (uintptr_t)at - (uintptr_t)base;
 }
 
 static char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l) {

@@ -3,7 +3,7 @@
 enum { ROW_TILE = 6 };
 
 /* acc + word * x: the word of an operand, broadcast, which need not be aligned. */
-VEC_INLINE vec dot(vec acc, const float *word, vec x) {
+VEC_INLINE vec dot(vec acc, const void *word, vec x) {
     float w;
     memcpy(&w, word, sizeof w);
 #if PAIRS

@@ -475,12 +475,15 @@ bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j)
 void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
               int64_t index[4]) {
     const struct span *s = &c->span[b];
-    const bool of_query = slot == QUERY || slot == OUTPUT;
+    const bool of_query = slot == QUERY || slot == OUTPUT || slot == LSE;
     memset(index, 0, 4 * sizeof *index);
     index[0] = b;
     index[1] = h;
     index[2] = l;
-    if (c->tensor[slot].dl.ndim == 3) {
+    if (slot == LSE && c->made_from.features.varlen_q) {
+        index[0] = h;
+        index[1] = s->q_start + l;
+    } else if (slot != LSE && c->tensor[slot].dl.ndim == 3) {
         index[0] = (of_query ? s->q_start : s->k_start) + l;
         index[2] = 0;
     } else if (!of_query && c->has[BLOCK_TABLE]) {

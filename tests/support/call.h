@@ -100,7 +100,7 @@ void call_use_images(struct call *c);
 
 /* Whether query row i of head h may look at key j, by causal, window, lengths and mask. */
 bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j);
-/* Indices of row l of head h of batch b in a query, output, key or value, also packed and paged. */
+/* Indices of row l of head h of batch b in a query, output, key, value or lse, also packed and paged. */
 void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
               int64_t index[4]);
 

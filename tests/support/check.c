@@ -166,37 +166,56 @@ static void run_subject(struct verdict *v, const struct subject *s, struct call 
 
 /* ---- Comparing -------------------------------------------------------------------------------------------- */
 
-/* Twice the naive error and twice the rounding of a sum near 0.3, three times with softcap (the rule of FlashAttention's
- * tests); maxima over the finite elements. */
-static double output_bound(const struct tensor *ref, const struct tensor *naive, enum element e,
-                           bool softcap) {
-    double error = 0, rounding = 0;
+/* The bounds of docs/numerics.md, from what a plain computation in the same precision gets wrong. */
+struct bounds {
+    double output, lse;
+};
+
+/* The largest finite difference, and the largest finite element. */
+static double most_wrong(const struct tensor *plain, const struct tensor *exact, double *largest) {
+    double error = 0;
     int64_t index[4] = {0};
-    for (int64_t n = tensor_count(ref); n > 0; n--, tensor_next(ref, index)) {
-        const double want = tensor_get(ref, index), plain = tensor_get(naive, index);
-        if (!isfinite(want) || !isfinite(plain))
+    *largest = 0;
+    for (int64_t n = tensor_count(exact); n > 0; n--, tensor_next(exact, index)) {
+        const double want = tensor_get(exact, index), got = tensor_get(plain, index);
+        if (!isfinite(want) || !isfinite(got))
             continue;
-        const double near = element_round(e, element_round(e, want + 0.3) - 0.3);
-        error = fmax(error, fabs(plain - want));
-        rounding = fmax(rounding, fabs(near - want));
+        error = fmax(error, fabs(got - want));
+        *largest = fmax(*largest, fabs(want));
     }
-    return (softcap ? 3 : 2) * error + 2 * rounding;
+    return error;
 }
 
-/* 1e-5 of the value for f32 sums, 1e-12 for f64, and the rounding of the type it is stored in. */
-static double lse_bound(double want, enum element stored, enum element computed) {
-    const double size = fmax(1, fabs(want));
-    return size * ((computed == F64 ? 1e-12 : 1e-5) + element_epsilon(stored));
+/* `naive` is overwritten. An lse comes from unrounded f32 sums, whatever the element type. */
+static struct bounds measure_bounds(struct call *naive, const struct call *ref, enum element e) {
+    struct bounds b = {0};
+    double largest;
+    if (naive->has[LSE]) {
+        naive_forward(naive, e == F64 ? F64 : F32);
+        b.lse = 2 * most_wrong(&naive->tensor[LSE], &ref->tensor[LSE], &largest);
+    }
+    naive_forward(naive, e);
+    const double error = most_wrong(&naive->tensor[OUTPUT], &ref->tensor[OUTPUT], &largest);
+    b.output = (naive->made_from.features.softcap > 0 ? 3 : 2) * error +
+               2 * element_epsilon(e) * (largest + 0.3);
+    return b;
+}
+
+/* 1e-5 of the value (1e-12 for f64), what plain sums get wrong, and the rounding of the type it is stored in. */
+static double lse_bound(double want, double plain, enum element stored, enum element computed) {
+    const double relative = (computed == F64 ? 1e-12 : 1e-5) + element_epsilon(stored);
+    return relative * fmax(1, fabs(want)) + plain;
 }
 
 static bool alike(double got, double want) {
     return isnan(want) ? isnan(got) : isinf(want) ? got == want : isfinite(got);
 }
 
-/* Elements of an output against the reference. bound < 0: each element has its own, as an lse. */
+/* Elements of OUTPUT or LSE against the reference. */
 static void compare(struct verdict *v, const struct call *c, const struct call *ref, enum slot slot,
                     double bound) {
     const struct tensor *got = &c->tensor[slot], *want = &ref->tensor[slot];
+    const enum element computed = c->made_from.element;
     double worst = -1, worst_got = 0, worst_want = 0, worst_bound = 0;
     int64_t at[4] = {0}, index[4] = {0};
     for (int64_t n = tensor_count(got); n > 0; n--, tensor_next(got, index)) {
@@ -204,7 +223,7 @@ static void compare(struct verdict *v, const struct call *c, const struct call *
         const double w = isfinite(exact) && !isfinite(element_round(got->element, exact))
                              ? element_round(got->element, exact)
                              : exact;
-        const double limit = bound < 0 ? lse_bound(w, got->element, c->made_from.element) : bound;
+        const double limit = slot == LSE ? lse_bound(w, bound, got->element, computed) : bound;
         const double excess = !alike(g, w) ? INFINITY : !isfinite(w) ? 0 : fabs(g - w) / limit;
         if (excess > 1 && excess > worst) {
             worst = excess;
@@ -284,14 +303,12 @@ void check_case(struct verdict *v, const struct subject *subject, const struct t
     call_upcast(&ref, &first);
     call_upcast(&naive, &first);
     if (run_reference(v, subject->api, &ref)) {
-        naive_forward(&naive, which->element);
+        const struct bounds bounds = measure_bounds(&naive, &ref, which->element);
         if (which->element == F64)
             compare(v, &naive, &ref, OUTPUT, 1e-11); /* the yardstick itself */
-        compare(v, &first, &ref, OUTPUT,
-                output_bound(&ref.tensor[OUTPUT], &naive.tensor[OUTPUT], which->element,
-                             which->features.softcap > 0));
+        compare(v, &first, &ref, OUTPUT, bounds.output);
         if (first.has[LSE])
-            compare(v, &first, &ref, LSE, -1);
+            compare(v, &first, &ref, LSE, bounds.lse);
     }
     call_free(&naive);
     call_free(&ref);

@@ -30,8 +30,8 @@ struct verdict {
 
 void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which);
 
-/* A plain attention in the element type, each step rounded to it as a framework without a fused kernel does: the yardstick of
- * the error bound. `wide` is an upcast call; its OUTPUT receives the result. */
+/* A plain attention in the element type, each step rounded to it (the softmax to f32) as a framework without a fused kernel
+ * does: the yardstick of the error bounds. `wide` is an upcast call; its OUTPUT and LSE receive the result. */
 void naive_forward(struct call *wide, enum element e);
 
 #endif /* DLATTN_TESTS_CHECK_H_ */

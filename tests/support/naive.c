@@ -6,10 +6,10 @@
 
 /* One query row of an upcast call, and room for what is computed of it. */
 struct row {
-    const struct call *call;
+    struct call *call;
     enum element element;
     int64_t b, h, i;
-    double *score; /* [len_k] */
+    double *score, *weight; /* [len_k] */
 };
 
 static const double *floats(const struct call *c, enum slot slot, const int64_t index[4]) {
@@ -65,11 +65,23 @@ static double score(const struct row *r, int64_t j) {
     return x;
 }
 
+/* x as the softmax keeps it: f32, and f64 for f64. */
+static double inner(const struct row *r, double x) {
+    return element_round(r->element == F64 ? F64 : F32, x);
+}
+
+static double *output_row(const struct row *r, enum slot slot) {
+    struct tensor *t = &r->call->tensor[slot];
+    int64_t index[4];
+    call_row(r->call, slot, r->b, r->h, r->i, index);
+    return (double *)(void *)t->image +
+           (floats(r->call, slot, index) - (const double *)(void *)t->image);
+}
+
 static void attend(const struct row *r) {
     const struct call *c = r->call;
     const struct shape *s = &c->made_from.shape;
     const int64_t keys = c->span[r->b].k_len;
-    int64_t index[4];
     const double sink =
         c->has[SINKS] ? tensor_get(&c->tensor[SINKS], (int64_t[4]){r->h}) : -INFINITY;
     double most = sink;
@@ -77,19 +89,19 @@ static void attend(const struct row *r) {
         r->score[j] = call_sees(c, r->b, r->h, r->i, j) ? score(r, j) : -INFINITY;
         most = fmax(most, r->score[j]);
     }
-    double total = sink == -INFINITY ? 0 : exp(sink - most);
-    for (int64_t j = 0; j < keys; j++)
-        total += r->score[j] == -INFINITY ? 0 : exp(r->score[j] - most);
-    call_row(c, OUTPUT, r->b, r->h, r->i, index);
-    double *out =
-        (double *)(void *)c->tensor[OUTPUT].image +
-        (floats(c, OUTPUT, index) - (const double *)(const void *)c->tensor[OUTPUT].image);
+    double total = sink == -INFINITY ? 0 : inner(r, exp(inner(r, sink - most)));
+    for (int64_t j = 0; j < keys; j++) {
+        r->weight[j] = r->score[j] == -INFINITY ? 0 : inner(r, exp(inner(r, r->score[j] - most)));
+        total = inner(r, total + r->weight[j]);
+    }
+    double *out = output_row(r, OUTPUT);
     for (int64_t d = 0; d < s->dim_v; d++)
         out[d] = 0;
     for (int64_t j = 0; j < keys; j++) {
+        int64_t index[4];
         if (r->score[j] == -INFINITY)
             continue;
-        const double weight = element_round(r->element, exp(r->score[j] - most) / total);
+        const double weight = element_round(r->element, inner(r, r->weight[j] / total));
         call_row(c, VALUE, r->b, r->h / (s->heads_q / s->heads_kv), j, index);
         const double *value = floats(c, VALUE, index);
         for (int64_t d = 0; d < s->dim_v; d++)
@@ -98,13 +110,16 @@ static void attend(const struct row *r) {
     }
     for (int64_t d = 0; d < s->dim_v; d++)
         out[d] = element_round(r->element, out[d]);
+    if (c->has[LSE])
+        *output_row(r, LSE) = inner(r, most + inner(r, log(total)));
 }
 
 void naive_forward(struct call *wide, enum element e) {
     const struct shape *s = &wide->made_from.shape;
-    struct row r = {
-        .call = wide, .element = e, .score = calloc((size_t)s->len_k + 1, sizeof(double))};
-    assert(r.score);
+    struct row r = {.call = wide, .element = e};
+    r.score = calloc((size_t)s->len_k + 1, sizeof *r.score);
+    r.weight = calloc((size_t)s->len_k + 1, sizeof *r.weight);
+    assert(r.score && r.weight);
     for (r.b = 0; r.b < s->batch; r.b++) {
         for (r.h = 0; r.h < s->heads_q; r.h++) {
             for (r.i = 0; r.i < wide->span[r.b].q_rows; r.i++)
@@ -112,4 +127,5 @@ void naive_forward(struct call *wide, enum element e) {
         }
     }
     free(r.score);
+    free(r.weight);
 }
