@@ -45,7 +45,7 @@ enum {
     F(cuDeviceGetAttribute, (int *value, int attribute, CUdevice device))                          \
     F(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                            \
     F(cuCtxGetCurrent, (CUcontext * context))                                                      \
-    F(cuCtxGetDevice, (CUdevice * device))                                                         \
+    F(cuCtxGetDevice, (CUdevice * device, CUcontext context))                                      \
     F(cuCtxPushCurrent, (CUcontext context))                                                       \
     F(cuCtxPopCurrent, (CUcontext * context))                                                      \
     F(cuLibraryLoadData,                                                                           \
@@ -276,7 +276,7 @@ static int32_t enter(struct device *d, bool *entered) {
     *entered = false;
     TRY(cuCtxGetCurrent, &context);
     if (context) {
-        TRY(cuCtxGetDevice, &current);
+        TRY(cuCtxGetDevice, &current, context);
         if (current == d->handle)
             return DLATTN_OK;
     }

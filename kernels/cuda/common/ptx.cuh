@@ -11,6 +11,13 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void *from, int by
                  : "memory");
 }
 
+// 16 bytes of registers to shared memory.
+__device__ __forceinline__ void store_chunk(uint32_t to, const uint32_t (&words)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -21,7 +21,7 @@ struct tile {
     struct cuda_kernel f16, bf16;
 };
 
-#define TILE(D, DV, WARPS, MT, BN, STAGES, MINB, EXTRAS)                                           \
+#define TILE(D, DV, WARPS, MT, BN, STAGES, AHEAD, MINB, EXTRAS)                                    \
     {D,                                                                                            \
      DV,                                                                                           \
      (WARPS) * (MT) * 16,                                                                          \

@@ -1,11 +1,12 @@
 // Forward attention on the tensor cores of Ampere and later: cp.async, ldmatrix, mma.m16n8k16. See docs/cuda-sm80.md.
 //
 // A block owns WARPS * MT * 16 query rows of one head and walks over the keys in steps of BN. A warp owns MT * 16 rows
-// and all of their output, so warps meet only to share the tiles of K and V. In step g a warp
-//   1. multiplies its queries with key tile g + 1 while the exponentials of tile g run in between: the tensor cores and
-//      the special function unit are busy at the same time,
-//   2. adds P V of tile g while the row maxima of tile g + 1 are taken in between.
-// So tile pairs (K of g + 1, V of g) share a stage of the ring, and step first - 1 only multiplies.
+// and all of their output, so warps meet only to share the tiles of K and V. Step g of a warp is
+//   AHEAD = 1: Q K^T of tile g + 1 with the exponentials of tile g in between, then P V of tile g with the row maxima of
+//              tile g + 1 in between,
+//   AHEAD = 0: P V of tile g with its exponentials in between, then Q K^T of tile g + 1 and its maxima,
+// so that the tensor cores and the special function unit work at the same time. Either way a step needs K of tile g + 1
+// and V of tile g, which share a stage of the ring, and step first - 1 only multiplies.
 //
 // The maximum that exponents are relative to follows the true one only when that has grown by more than 2^8
 // (the scheme of FlashAttention 4): P stays below 2^8, sums are in f32, and rescaling the output is rare.
@@ -13,6 +14,9 @@
 
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
+#include "kernels/cuda/sm80/exact.cuh"
+
+#include <utility>
 
 #define NEG_INF __int_as_float(0xff800000)
 #define POS_INF __int_as_float(0x7f800000)
@@ -20,52 +24,70 @@
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float LAZY = 8; // log2 of the largest P
 
+// body(0) ... body(N - 1), each with its index as a constant: registers have no addresses, so what indexes them must be.
+template <typename Body, int... I>
+__device__ __forceinline__ void unrolled(std::integer_sequence<int, I...>, Body &&body) {
+    (body(std::integral_constant<int, I>()), ...);
+}
+template <int N, typename Body>
+__device__ __forceinline__ void unrolled(Body &&body) {
+    unrolled(std::make_integer_sequence<int, N>(), body);
+}
+
+// A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
+// rows of a matrix lie in different banks, and a 128-byte line of global memory stays one line.
+template <int COLS>
+struct Rows {
+    static constexpr int PITCH = COLS * 2,
+                         GROUP = COLS % 64 == 0 ? 4 : 2; // pairs of chunks that change places
+    __device__ __forceinline__ static uint32_t at(int row, int chunk) {
+        return row * PITCH + ((chunk ^ (GROUP == 4 ? row & 7 : row >> 1 & 3)) << 4);
+    }
+    // The address `pairs` pairs of chunks after one that at() gave.
+    __device__ __forceinline__ static uint32_t after(uint32_t address, int pairs) {
+        return (address ^ pairs % GROUP * 32) + pairs / GROUP * GROUP * 32;
+    }
+};
+
 template <int D, int DV, int WARPS, int MT, int BN, int STAGES>
 struct Tile {
     static constexpr int THREADS = WARPS * 32, ROWS = WARPS * MT * 16;
-    // Bytes from row to row: 16 past a multiple of 64, so that the eight rows of a matrix lie in different banks.
-    static constexpr int K_PITCH = D * 2 + 16, V_PITCH = DV * 2 + 16;
-    static constexpr int Q_BYTES = ROWS * K_PITCH, K_BYTES = BN * K_PITCH, V_BYTES = BN * V_PITCH;
+    static constexpr int Q_BYTES = ROWS * D * 2, K_BYTES = BN * D * 2, V_BYTES = BN * DV * 2;
     static constexpr int STAGE_BYTES = K_BYTES + V_BYTES,
                          SHARED_BYTES = Q_BYTES + STAGES * STAGE_BYTES;
     static_assert(DV <= D, "the output is staged where the queries were");
 };
 
-// Rows of a tensor as a block loads them into shared memory: `dim` elements each, zero past them and past `rows`.
-template <typename E, int THREADS, int ROWS, int COLS, int PITCH>
+// Loads COUNT rows of a tensor into shared memory: `dim` elements each, zeros past them and past `rows`.
+template <typename E, int THREADS, int COUNT, int COLS>
 struct Loader {
-    static constexpr int CHUNKS = COLS / 8, TOTAL = ROWS * CHUNKS;
+    static constexpr int CHUNKS = COLS / 8, TOTAL = COUNT * CHUNKS;
 
-    // One 16-byte chunk by cp.async.
-    __device__ __forceinline__ static void chunk(uint32_t to, const E *row, int col, int dim,
-                                                 bool exists) {
-        copy_async(to, row + col, exists ? max(0, min(16, (dim - col) * 2)) : 0);
+    __device__ __forceinline__ static int bytes(int column, int dim) {
+        return max(0, min(16, (dim - column) * 2));
     }
 
     // 16-byte aligned rows at a fixed distance.
     __device__ __forceinline__ static void aligned(uint32_t to, const E *from, int64_t stride,
                                                    int rows, int dim) {
+        if constexpr (THREADS % (8 * CHUNKS) == 0 &&
+                      TOTAL % THREADS == 0) { // a thread stays in its column
+            constexpr int STEP = THREADS / CHUNKS;
+            const int c = threadIdx.x % CHUNKS, r = threadIdx.x / CHUNKS, size = bytes(c * 8, dim);
+            from += r * stride + c * 8;
+            to += Rows<COLS>::at(r, c);
 #pragma unroll
-        for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
-            const int x = threadIdx.x + i * THREADS, r = x / CHUNKS, c = x % CHUNKS;
-            if (TOTAL % THREADS == 0 || x < TOTAL)
-                chunk(to + r * PITCH + c * 16, from + r * stride + c * 8, 0, dim - c * 8, r < rows);
-        }
-    }
-
-    // The same, where a thread stays in its column.
-    __device__ __forceinline__ static void aligned_columns(uint32_t to, const E *from,
-                                                           int64_t stride, int rows, int dim) {
-        const int c = threadIdx.x % CHUNKS, bytes = max(0, min(16, (dim - c * 8) * 2));
-        int r = threadIdx.x / CHUNKS;
-        from += r * stride + c * 8;
-        to += r * PITCH + c * 16;
+            for (int i = 0; i < COUNT / STEP; ++i)
+                copy_async(to + i * STEP * COLS * 2, from + i * (STEP * stride),
+                           i * STEP + r < rows ? size : 0);
+        } else {
 #pragma unroll
-        for (int i = 0; i < TOTAL / THREADS; ++i) {
-            copy_async(to, from, r < rows ? bytes : 0);
-            from += THREADS / CHUNKS * stride;
-            to += THREADS / CHUNKS * PITCH;
-            r += THREADS / CHUNKS;
+            for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
+                const int x = threadIdx.x + i * THREADS, r = x / CHUNKS, c = x % CHUNKS;
+                if (TOTAL % THREADS == 0 || x < TOTAL)
+                    copy_async(to + Rows<COLS>::at(r, c), from + r * stride + c * 8,
+                               r < rows ? bytes(c * 8, dim) : 0);
+            }
         }
     }
 
@@ -76,9 +98,10 @@ struct Loader {
 #pragma unroll 1
         for (int x = threadIdx.x; x < TOTAL; x += THREADS) {
             const int r = x / CHUNKS, c = x % CHUNKS * 8;
-            const E *row = row_of(r < rows ? r : 0);
+            const E *const row = row_of(r < rows ? r : 0);
+            const uint32_t at = to + Rows<COLS>::at(r, c / 8);
             if (chunks) {
-                chunk(to + r * PITCH + c * 2, row, c, dim, r < rows);
+                copy_async(at, row + c, r < rows ? bytes(c, dim) : 0);
                 continue;
             }
             uint32_t pairs[4] = {0, 0, 0, 0};
@@ -87,44 +110,39 @@ struct Loader {
                 if (r < rows && c + e < dim)
                     pairs[e / 2] |= (uint32_t)((const uint16_t *)row)[(c + e) * inner]
                                     << e % 2 * 16;
-            asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to + r * PITCH + c * 2),
-                         "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
-                         : "memory");
+            store_chunk(at, pairs);
         }
     }
 
     __device__ __forceinline__ static void strided(uint32_t to, const E *from, const fwd_view &v,
                                                    int rows, int dim, bool fast) {
-        if (!fast)
-            any(to, [=](int r) { return from + r * v.stride[2]; }, v.stride[3], rows, dim, false);
-        else if constexpr (THREADS % CHUNKS == 0 && TOTAL % THREADS == 0)
-            aligned_columns(to, from, v.stride[2], rows, dim);
-        else
+        if (fast)
             aligned(to, from, v.stride[2], rows, dim);
+        else
+            any(to, [=](int r) { return from + r * v.stride[2]; }, v.stride[3], rows, dim, false);
     }
 };
 
 // One warp's share. Element [mt][n][e] of a tile of accumulators is row mt * 16 + lane / 4 + e / 2 * 8 of the warp and
 // column n * 8 + lane % 4 * 2 + e % 2: the layout of mma.m16n8k16.
-template <typename E, int D, int DV, int MT, int BN, int K_PITCH, int V_PITCH, bool EXTRAS>
+template <typename E, int D, int DV, int MT, int BN, int AHEAD>
 struct Warp {
     static constexpr int KS = D / 16, NT = BN / 8, VS = BN / 16, VN = DV / 16, PAIRS = MT * NT * 2;
 
     float out[MT][DV / 8][4];
-    float s[MT][NT][4];    // scores of the current tile
-    float next[MT][NT][4]; // and of the next one
-    uint32_t prob[MT][VS][4];
-    uint32_t seen
-        [MT]; // which scores of the current tile are not masked, one bit each; of masked tiles only
-    uint32_t seen_next[MT];
-    float most[MT][2]; // row maxima as exponents are relative to them; raw scores
+    float score[AHEAD + 1][MT][NT][4]; // of the current tile and, in [AHEAD], of the next one
+    uint32_t prob[MT][VS][4];          // P of the current tile as operand of the next product
+    uint32_t odd;                      // not 0: a value of a tile with masked keys was NaN or Inf
+    float most[MT][2]; // row maxima as exponents are relative to them; of scores without the slope
     float bias[MT][2]; // most * slope
     float tile_most[MT][2];
     float sum[MT][2];
-    float slope; // exponent per unit of score: scale * log2(e), or 1 if `extras` has applied it
+    float
+        slope; // exponent of 2 per unit of score: scale * log2(e), or 1 if extras() has applied it
 
-    __device__ __forceinline__ void init(float slope_) {
-        slope = slope_;
+    __device__ __forceinline__ void init(float exponent_slope) {
+        slope = exponent_slope;
+        odd = 0;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
@@ -148,154 +166,126 @@ struct Warp {
               half(word % 2) {}
     };
 
-    // Exponentials of pairs [from, to) of the current tile.
-    __device__ __forceinline__ void exponentials(int from, int to) {
+    // Exponentials of pairs [FROM, TO) of the current tile.
+    template <int FROM, int TO>
+    __device__ __forceinline__ void exponentials() {
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) {
-            if (i < from || i >= to)
-                continue;
+        for (int i = FROM; i < TO; ++i) {
             const Pair p(i);
-            const float a = exp2_fast(fmaf(s[p.mt][p.n][2 * p.half], slope, -bias[p.mt][p.half]));
-            const float b =
-                exp2_fast(fmaf(s[p.mt][p.n][2 * p.half + 1], slope, -bias[p.mt][p.half]));
+            const float x = score[0][p.mt][p.n][2 * p.half],
+                        y = score[0][p.mt][p.n][2 * p.half + 1];
+            const float a = exp2_fast(fmaf(x, slope, -bias[p.mt][p.half]));
+            const float b = exp2_fast(fmaf(y, slope, -bias[p.mt][p.half]));
             sum[p.mt][p.half] += a;
             sum[p.mt][p.half] += b;
             prob[p.mt][p.step][p.word] = Element<E>::pack(a, b);
         }
     }
 
-    __device__ __forceinline__ void maxima(int from, int to) {
+    template <int FROM, int TO>
+    __device__ __forceinline__ void maxima() {
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) {
-            if (i < from || i >= to)
-                continue;
+        for (int i = FROM; i < TO; ++i) {
             const Pair p(i);
-            tile_most[p.mt][p.half] =
-                fmaxf(tile_most[p.mt][p.half],
-                      fmaxf(next[p.mt][p.n][2 * p.half], next[p.mt][p.n][2 * p.half + 1]));
+            const float x = score[AHEAD][p.mt][p.n][2 * p.half],
+                        y = score[AHEAD][p.mt][p.n][2 * p.half + 1];
+            tile_most[p.mt][p.half] = fmaxf(tile_most[p.mt][p.half], fmaxf(x, y));
         }
     }
 
-    // next = Q K^T, and if EXP the exponentials of the current tile in between.
+    // Scores of the next tile, Q K^T, and if EXP the exponentials of the current tile in between. Matrices are loaded
+    // two products early.
     template <bool EXP>
     __device__ __forceinline__ void multiply_keys(uint32_t q, uint32_t k) {
+        constexpr int PARTS = NT / 2, ITEMS = KS * PARTS;
+        uint32_t a[2][MT][4], b[3][4];
+        const auto load_q = [&](int step) {
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt)
+                load_matrix(a[step % 2][mt], Rows<D>::after(q, step) + mt * 16 * D * 2);
+        };
+        const auto load_k = [&](int i) {
+            load_matrix(b[i % 3], Rows<D>::after(k, i / PARTS) + i % PARTS * 16 * D * 2);
+        };
+        load_q(0);
+        load_k(0);
+        load_k(1);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    next[mt][n][e] = 0;
+                    score[AHEAD][mt][n][e] = 0;
+        unrolled<ITEMS>([&](auto item) {
+            constexpr int i = decltype(item)::value, step = i / PARTS, n = i % PARTS * 2;
+            if (i + 2 < ITEMS)
+                load_k(i + 2);
+            if ((i + 1) % PARTS == 0 && step + 1 < KS)
+                load_q(step + 1);
 #pragma unroll
-        for (int ks = 0; ks < KS; ++ks) {
-            uint32_t a[MT][4];
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt)
-                load_matrix(a[mt], q + mt * 16 * K_PITCH + ks * 32);
-#pragma unroll
-            for (int n = 0; n < NT; n += 2) {
-                uint32_t b[4];
-                load_matrix(b, k + n * 8 * K_PITCH + ks * 32);
-#pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
-                    Element<E>::mma(next[mt][n], a[mt], b[0], b[1]);
-                    Element<E>::mma(next[mt][n + 1], a[mt], b[2], b[3]);
-                }
+            for (int mt = 0; mt < MT; ++mt) {
+                Element<E>::mma(score[AHEAD][mt][n], a[step % 2][mt], b[i % 3][0], b[i % 3][1]);
+                Element<E>::mma(score[AHEAD][mt][n + 1], a[step % 2][mt], b[i % 3][2], b[i % 3][3]);
             }
-            if (EXP)
-                exponentials(PAIRS * ks / KS, PAIRS * (ks + 1) / KS);
-        }
+            if constexpr (EXP)
+                exponentials<PAIRS * i / ITEMS, PAIRS *(i + 1) / ITEMS>();
+        });
     }
 
-    // out += P V, and the maxima of `next` in between.
+    // out += P V. In between: the maxima of the next tile (AHEAD = 1) or the exponentials that make P (AHEAD = 0).
     __device__ __forceinline__ void add_values(uint32_t v) {
+        constexpr int ITEMS = VS * VN, PART = PAIRS / VS;
+        uint32_t b[3][4];
+        const auto load_v = [&](int i) {
+            load_matrix_transposed(b[i % 3], Rows<DV>::after(v, i % VN) + i / VN * 16 * DV * 2);
+        };
+        load_v(0);
+        load_v(1);
+        if (!AHEAD)
+            exponentials<0, PART>();
+        unrolled<ITEMS>([&](auto item) {
+            constexpr int i = decltype(item)::value, step = i / VN, n = i % VN;
+            if (i + 2 < ITEMS)
+                load_v(i + 2);
 #pragma unroll
-        for (int step = 0; step < VS; ++step)
-#pragma unroll
-            for (int n = 0; n < VN; ++n) {
-                uint32_t b[4];
-                load_matrix_transposed(b, v + step * 16 * V_PITCH + n * 32);
-#pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
-                    Element<E>::mma(out[mt][2 * n], prob[mt][step], b[0], b[1]);
-                    Element<E>::mma(out[mt][2 * n + 1], prob[mt][step], b[2], b[3]);
-                }
-                const int at = step * VN + n;
-                maxima(PAIRS * at / (VS * VN), PAIRS * (at + 1) / (VS * VN));
+            for (int mt = 0; mt < MT; ++mt) {
+                Element<E>::mma(out[mt][2 * n], prob[mt][step], b[i % 3][0], b[i % 3][1]);
+                Element<E>::mma(out[mt][2 * n + 1], prob[mt][step], b[i % 3][2], b[i % 3][3]);
             }
+            if constexpr (AHEAD)
+                maxima<PAIRS * i / ITEMS, PAIRS *(i + 1) / ITEMS>();
+            else if constexpr (step + 1 < VS)
+                exponentials<PART *(step + 1) + PART * n / VN,
+                             PART *(step + 1) + PART *(n + 1) / VN>();
+        });
     }
 
-    // The same for a tile with masked keys, whose values must not count even if they are NaN or Inf: such elements are
-    // taken as 0 first and, if there were any, put back for the rows that see them.
+    // The same for a tile with masked keys, whose values must not count even if they are NaN or Inf: those are taken as 0
+    // here, and the rows are written once more by write_rows_exactly().
     __device__ __forceinline__ void add_masked_values(uint32_t v) {
-        uint32_t odd = 0;
+        unrolled<VS * VN>([&](auto item) {
+            constexpr int i = decltype(item)::value, step = i / VN, n = i % VN;
+            uint32_t b[4];
+            load_matrix_transposed(b, Rows<DV>::after(v, n) + step * 16 * DV * 2);
 #pragma unroll
-        for (int step = 0; step < VS; ++step)
-#pragma unroll
-            for (int n = 0; n < VN; ++n) {
-                uint32_t b[4];
-                load_matrix_transposed(b, v + step * 16 * V_PITCH + n * 32);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const uint32_t bad = not_finite<E>(b[i]);
-                    odd |= bad;
-                    b[i] &= ~bad;
-                }
-#pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
-                    Element<E>::mma(out[mt][2 * n], prob[mt][step], b[0], b[1]);
-                    Element<E>::mma(out[mt][2 * n + 1], prob[mt][step], b[2], b[3]);
-                }
+            for (int w = 0; w < 4; ++w) {
+                const uint32_t bad = not_finite<E>(b[w]);
+                odd |= bad;
+                b[w] &= ~bad;
             }
-        if (__any_sync(~0u, odd != 0))
-            add_odd_values(v);
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt) {
+                Element<E>::mma(out[mt][2 * n], prob[mt][step], b[0], b[1]);
+                Element<E>::mma(out[mt][2 * n + 1], prob[mt][step], b[2], b[3]);
+            }
+        });
     }
 
-    // 1 in each half of a pair that is NaN or the infinity of that sign.
-    __device__ __forceinline__ static uint32_t odd_ones(uint32_t pair, float sign) {
-        const float low = sign * Element<E>::widen(pair & 0xffff),
-                    high = sign * Element<E>::widen(pair >> 16);
-        return (low < POS_INF ? 0 : Element<E>::one) | (high < POS_INF ? 0 : Element<E>::one << 16);
-    }
-
-    // Counts, for each element of the output, the visible +Inf and -Inf of its column (NaN counts as both) with one more
-    // product, visibility times oddness, and adds Inf where there is one.
-    __device__ __forceinline__ void add_odd_values(uint32_t v) {
+    __device__ __forceinline__ void forget_maxima() {
 #pragma unroll
-        for (int n = 0; n < VN; ++n)
-#pragma unroll
-            for (int sign = 0; sign < 2; ++sign) {
-                float count[MT][2][4] = {};
-#pragma unroll
-                for (int step = 0; step < VS; ++step) {
-                    uint32_t b[4];
-                    load_matrix_transposed(b, v + step * 16 * V_PITCH + n * 32);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        b[i] = odd_ones(b[i], sign ? -1.0f : 1.0f);
-#pragma unroll
-                    for (int mt = 0; mt < MT; ++mt) {
-                        uint32_t a[4];
-#pragma unroll
-                        for (int w = 0; w < 4; ++w) {
-                            const uint32_t two =
-                                seen[mt] >> ((step * 2 + w / 2) * 4 + w % 2 * 2) & 3;
-                            a[w] =
-                                (two & 1) * Element<E>::one | (two >> 1) * (Element<E>::one << 16);
-                        }
-                        Element<E>::mma(count[mt][0], a, b[0], b[1]);
-                        Element<E>::mma(count[mt][1], a, b[2], b[3]);
-                    }
-                }
-#pragma unroll
-                for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-                    for (int t = 0; t < 2; ++t)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            out[mt][2 * n + t][e] +=
-                                count[mt][t][e] > 0 ? (sign ? NEG_INF : POS_INF) : 0.0f;
-            }
+        for (int mt = 0; mt < MT; ++mt)
+            tile_most[mt][0] = tile_most[mt][1] = NEG_INF;
     }
 
     // Makes the maxima of the next tile the reference if a row of the warp has outgrown it.
@@ -329,30 +319,23 @@ struct Warp {
             }
     }
 
-    // Hides the keys of `next` outside the window and notes what is left. `row`, `key`: the first ones of this thread and
-    // of the tile.
+    // Hides the keys of the next tile that lie outside the window. `row`, `key`: the first of this thread and of the tile.
     __device__ __forceinline__ void mask(const fwd_params &p, const Sequence &seq, int row,
                                          int key) {
-        const int column = threadIdx.x % 4 * 2;
+        const int column = key + threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-            seen_next[mt] = 0;
+        for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int i = row + mt * 16 + half * 8;
-                const int first = seq.first_key(p, i) - key - column,
-                          end = seq.end_key(p, i) - key - column;
+                const int first = seq.first_key(p, i) - column, end = seq.end_key(p, i) - column;
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        float &x = next[mt][n][2 * half + e];
+                    for (int e = 0; e < 2; ++e)
                         if (n * 8 + e < first || n * 8 + e >= end)
-                            x = NEG_INF;
-                        seen_next[mt] |= (uint32_t)(x != NEG_INF) << (n * 4 + half * 2 + e);
-                    }
+                            score[AHEAD][mt][n][2 * half + e] = NEG_INF;
             }
-        }
     }
 
     // The options of the forward pass, one after the other; leaves logits times log2(e). Rows and keys outside the
@@ -380,7 +363,7 @@ struct Warp {
                     for (int e = 0; e < 2; ++e) {
                         const int j = key + n * 8 + threadIdx.x % 4 * 2 + e;
                         const bool exists = i < seq.q_len && j < seq.k_len;
-                        float x = next[mt][n][2 * half + e] * scale;
+                        float x = score[AHEAD][mt][n][2 * half + e] * scale;
                         if (cap > 0) // tanh(x) = 1 - 2 / (exp(2 x) + 1)
                             x = cap - 2 * cap / (exp2_fast(2 * LOG2E * x / cap) + 1);
                         if (bias_head && exists) {
@@ -394,7 +377,7 @@ struct Warp {
                         if (p.mask.data && exists &&
                             !mask_head[i * p.mask.stride[2] + j * p.mask.stride[3]])
                             x = NEG_INF;
-                        next[mt][n][2 * half + e] = x;
+                        score[AHEAD][mt][n][2 * half + e] = x;
                     }
             }
     }
@@ -402,23 +385,22 @@ struct Warp {
     __device__ __forceinline__ void advance() {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-            seen[mt] = seen_next[mt];
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    s[mt][n][e] = next[mt][n][e];
+                    score[0][mt][n][e] = score[AHEAD][mt][n][e];
         }
     }
 };
 
-template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, bool EXTRAS>
+template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int AHEAD, bool EXTRAS>
 __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     using T = Tile<D, DV, WARPS, MT, BN, STAGES>;
-    using W = Warp<E, D, DV, MT, BN, T::K_PITCH, T::V_PITCH, EXTRAS>;
-    using LoadQ = Loader<E, T::THREADS, T::ROWS, D, T::K_PITCH>;
-    using LoadK = Loader<E, T::THREADS, BN, D, T::K_PITCH>;
-    using LoadV = Loader<E, T::THREADS, BN, DV, T::V_PITCH>;
+    using W = Warp<E, D, DV, MT, BN, AHEAD>;
+    using LoadQ = Loader<E, T::THREADS, T::ROWS, D>;
+    using LoadK = Loader<E, T::THREADS, BN, D>;
+    using LoadV = Loader<E, T::THREADS, BN, DV>;
     extern __shared__ __align__(16) char shared[];
     const uint32_t q_tile = (uint32_t)__cvta_generic_to_shared(shared), ring = q_tile + T::Q_BYTES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -485,53 +467,67 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     w.init(EXTRAS ? 1.0f : (float)p.scale * LOG2E);
     LoadQ::strided(q_tile, q, p.query, rows, p.dim_qk, p.flags & FWD_ALIGNED_QUERY);
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i)
+    for (int i = 0; i < STAGES; ++i)
         load_pair(first - 1 + i, i);
 
-    const uint32_t q_at = q_tile + (warp * MT * 16 + lane % 16) * T::K_PITCH + lane / 16 * 16;
-    const uint32_t k_at = ring + (lane % 8 + lane / 16 * 8) * T::K_PITCH + lane / 8 % 2 * 16;
-    const uint32_t v_at = ring + T::K_BYTES + lane % 16 * T::V_PITCH + lane / 16 * 16;
-    int slot = 0;
-    bool masked = false;
-#pragma unroll 1
-    for (int g = first - 1; g < end; ++g) {
-        copy_wait<STAGES - 2>();
-        __syncthreads(); // the pair of this step is there, and all warps are done with the one before it
-        load_pair(g + STAGES - 1, slot == 0 ? STAGES - 1 : slot - 1);
+    const uint32_t q_at = q_tile + warp * MT * 16 * D * 2 + Rows<D>::at(lane % 16, lane / 16);
+    const uint32_t k_at = ring + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t v_at = ring + T::K_BYTES + Rows<DV>::at(lane % 16, lane / 16);
+    // Steps whose current and next tile are seen whole by all rows of the warp.
+    const int steady_first = EXTRAS ? end : max(warp_first, (clean_first + BN - 1) / BN);
+    const int steady_end = min(warp_end, clean_end / BN) - 1;
+    int g = first - 1, slot = 0;
+    // Waits for the pair of step g, refills the stage of the step before and returns where the pair lies in the ring.
+    const auto begin = [&]() {
+        if (g < first)
+            copy_wait<STAGES - 1>();
+        else
+            copy_wait<STAGES - 2>();
+        __syncthreads(); // all copies are there, and all warps are done with the step before
+        if (g >= first)
+            load_pair(g + STAGES - 1, slot == 0 ? STAGES - 1 : slot - 1);
         const uint32_t offset = slot * T::STAGE_BYTES;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
-        const bool current = g >= warp_first && g < warp_end,
-                   next = g + 1 >= warp_first && g + 1 < warp_end;
-        if (!current && !next)
-            continue;
-        if (next && current)
-            w.template multiply_keys<true>(q_at, k_at + offset);
-        else if (next)
-            w.template multiply_keys<false>(q_at, k_at + offset);
-        else
-            w.exponentials(0, W::PAIRS);
-
-        const bool was_masked = masked;
-        masked = next && ((g + 1) * BN < clean_first || (g + 2) * BN > clean_end);
-        if (EXTRAS && next) {
-            w.extras(p, seq, work.b, work.h, first_row + lane / 4, (g + 1) * BN);
-            masked |= p.mask.data || p.bias.data;
-        }
-        if (masked)
-            w.mask(p, seq, first_row + lane / 4, (g + 1) * BN);
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-            w.tile_most[mt][0] = w.tile_most[mt][1] = NEG_INF;
-        if (current && !was_masked) {
-            w.add_values(v_at + offset);
-        } else {
-            w.maxima(0, W::PAIRS);
-            if (current)
+        return offset;
+    };
+#pragma unroll 1
+    for (bool after = false;; after = true) {
+        // The edges: tiles that a mask cuts, and the first and the last step.
+#pragma unroll 1
+        for (; g < (after ? end : min(steady_first, end)); ++g) {
+            const uint32_t offset = begin();
+            if (g >= warp_first && g < warp_end) {
+                w.template exponentials<0, W::PAIRS>();
                 w.add_masked_values(v_at + offset);
+            }
+            if (g + 1 >= warp_first && g + 1 < warp_end) {
+                w.template multiply_keys<false>(q_at, k_at + offset);
+                if (EXTRAS)
+                    w.extras(p, seq, work.b, work.h, first_row + lane / 4, (g + 1) * BN);
+                w.mask(p, seq, first_row + lane / 4, (g + 1) * BN);
+                w.forget_maxima();
+                w.template maxima<0, W::PAIRS>();
+                w.follow_maxima();
+                w.advance();
+            }
         }
-        if (next)
+        if (after)
+            break;
+#pragma unroll 1
+        for (; !EXTRAS && g < steady_end; ++g) {
+            const uint32_t offset = begin();
+            w.forget_maxima();
+            if (AHEAD) {
+                w.template multiply_keys<true>(q_at, k_at + offset);
+                w.add_values(v_at + offset);
+            } else {
+                w.add_values(v_at + offset);
+                w.template multiply_keys<false>(q_at, k_at + offset);
+                w.template maxima<0, W::PAIRS>();
+            }
             w.follow_maxima();
-        w.advance();
+            w.advance();
+        }
     }
     copy_wait<0>();
     if (first >= end)
@@ -576,7 +572,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
             for (int n = 0; n < DV / 8; ++n) {
                 const float a = empty ? 0 : w.out[mt][n][2 * half] * w.sum[mt][half];
                 const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * w.sum[mt][half];
-                *(uint32_t *)(shared + local * T::K_PITCH + n * 16 + lane % 4 * 4) =
+                *(uint32_t *)(shared + Rows<D>::at(local, n) + lane % 4 * 4) =
                     Element<E>::pack(a, b);
             }
         }
@@ -587,7 +583,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
 #pragma unroll 1
     for (int x = lane; x < MT * 16 * (DV / 8); x += 32) {
         const int local = warp * MT * 16 + x / (DV / 8), c = x % (DV / 8) * 8;
-        const E *const from = (const E *)(shared + local * T::K_PITCH) + c;
+        const E *const from = (const E *)(shared + Rows<D>::at(local, c / 8));
         E *const to = out + local * p.output.stride[2];
         if (local >= rows)
             break;
@@ -597,4 +593,6 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
             for (int e = 0; e < 8 && c + e < p.dim_v; ++e)
                 to[(c + e) * p.output.stride[3]] = from[e];
     }
+    if (__any_sync(~0u, w.odd != 0))
+        write_rows_exactly<E>(p, work.b, work.h, first_row, first_row + MT * 16);
 }

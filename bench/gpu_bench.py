@@ -1,0 +1,293 @@
+"""Forward attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
+
+    DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out results.csv] [--quick]
+
+Every case is timed in rounds: each implementation once per round, between two CUDA events, after a short busy loop of
+the device so that the host's own time stays out. The figures are medians; the spread is the distance between the
+quartiles in percent of the median. A product of 8192 x 8192 matrices and a copy of 1 GiB of the same process are
+written beside them. FLOPs = 4 B H Lq Lk D, halved for causal.
+"""
+
+import argparse
+import csv
+import ctypes
+import datetime
+import os
+import statistics
+import subprocess
+
+import torch
+import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+COLUMNS = (
+    "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,median_us,spread_pct,tflops,gbs"
+).split(",")
+PEERS = {
+    "fa2": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+SLOTS = (
+    "query key value output lse bias mask alibi_slopes sinks query_lengths key_lengths cu_seqlens_q cu_seqlens_k "
+    "block_table"
+).split()
+CODES = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
+
+
+# ---- The library, by the structs of abi/dlattn.h ---------------------------------------------------------------------
+
+
+class DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class Sized(ctypes.Structure):
+    def __init__(self, **fields):
+        super().__init__(struct_size=ctypes.sizeof(self), **fields)
+
+
+class Tensors(Sized):
+    _fields_ = [("struct_size", ctypes.c_size_t)] + [(name, ctypes.POINTER(DLTensor)) for name in SLOTS]
+
+
+class Desc(Sized):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("flags", ctypes.c_uint64),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("window_left", ctypes.c_int64),
+        ("window_right", ctypes.c_int64),
+        ("causal", ctypes.c_int32),
+        ("alignment", ctypes.c_int32),
+        ("max_seqlen_q", ctypes.c_int64),
+        ("max_seqlen_k", ctypes.c_int64),
+        ("kernel", ctypes.c_char_p),
+        ("num_threads", ctypes.c_int32),
+        ("reserved0", ctypes.c_int32),
+    ]
+
+
+class Exec(Sized):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("flags", ctypes.c_uint64),
+        ("stream", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("parallel_for", ctypes.c_void_p),
+        ("parallel_ctx", ctypes.c_void_p),
+    ]
+
+
+class Sku(Sized):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("kernel", ctypes.c_char_p),
+        ("backend", ctypes.c_char_p),
+        ("arch", ctypes.c_char_p),
+        ("math", ctypes.c_char_p),
+        ("accumulator", ctypes.c_char_p),
+        ("features", ctypes.c_uint64),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("workspace_alignment", ctypes.c_size_t),
+        ("numbers", ctypes.c_int32 * 8),
+    ]
+
+
+class Library:
+    def __init__(self, path):
+        library = ctypes.CDLL(path)
+        library.dlattn_get_api.restype = ctypes.c_void_p
+        slots = (ctypes.c_void_p * 12).from_address(library.dlattn_get_api(1) + 16)
+        self.last_error = ctypes.CFUNCTYPE(ctypes.c_char_p)(slots[1])
+        three = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        self.query, self.forward, self.plan_create, self.plan_run = (three(slots[i]) for i in (3, 4, 7, 11))
+
+    def call(self, causal, kernel=None, **tensors):
+        """A planned call of these tensors and the name of the row that runs it."""
+        return Call(self, Desc(causal=int(causal), kernel=kernel), tensors)
+
+    def check(self, status):
+        if status:
+            raise RuntimeError(self.last_error().decode())
+
+
+class Call:
+    def __init__(self, library, desc, tensors):
+        self.library, self.held = library, [describe(t) for t in tensors.values()]
+        self.tensors = Tensors(**{n: ctypes.pointer(t) for n, t in zip(tensors, self.held)})
+        self.keep = list(tensors.values())
+        sku, plan = Sku(), ctypes.c_void_p()
+        at = ctypes.addressof
+        library.check(library.query(at(desc), at(self.tensors), at(sku)))
+        library.check(library.plan_create(at(desc), at(self.tensors), at(plan)))
+        self.kernel, self.plan = sku.kernel.decode(), plan
+        self.workspace = torch.empty(sku.workspace_bytes + 1024, dtype=torch.uint8, device="cuda")
+        start = -self.workspace.data_ptr() % 1024
+        self.exec = Exec(workspace=self.workspace.data_ptr() + start, workspace_bytes=sku.workspace_bytes)
+
+    def __call__(self):
+        self.exec.stream = torch.cuda.current_stream().cuda_stream
+        at = ctypes.addressof
+        self.library.check(self.library.plan_run(self.plan, at(self.tensors), at(self.exec)))
+
+
+def describe(t):
+    code, bits = CODES[t.dtype]
+    axes = ctypes.c_int64 * t.dim()
+    return DLTensor(
+        t.data_ptr(), (ctypes.c_int32 * 2)(2, t.device.index), t.dim(), code, bits, 1, axes(*t.shape), axes(*t.stride())
+    )
+
+
+# ---- Timing ----------------------------------------------------------------------------------------------------------
+
+
+def microseconds(function, events):
+    torch.cuda._sleep(300_000)  # the device is busy while the host enqueues
+    events[0].record()
+    function()
+    events[1].record()
+    events[1].synchronize()
+    return events[0].elapsed_time(events[1]) * 1e3
+
+
+def rounds(functions, count):
+    """name -> (median, spread in percent) of `count` rounds after one that warms up."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    times = {name: [] for name in functions}
+    for i in range(count + 1):
+        for name, function in functions.items():
+            t = microseconds(function, events)
+            if i:
+                times[name].append(t)
+    return {name: summary(t) for name, t in times.items()}
+
+
+def summary(times):
+    quarters = statistics.quantiles(times, n=4)
+    return quarters[1], (quarters[2] - quarters[0]) / quarters[1] * 100
+
+
+# ---- Cases -----------------------------------------------------------------------------------------------------------
+
+
+def grid(quick):
+    """(dtype, D, causal, L): 16k tokens and H * D = 2048, the grid of the FlashAttention 3 paper."""
+    lengths = (512, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dim in (64, 128, 256):
+            for causal in (False, True):
+                for length in lengths if dtype != torch.float32 else lengths[:5:2]:
+                    yield dtype, dim, causal, length
+
+
+def implementations(library, q, k, v, causal, kernels):
+    output = torch.empty_like(q)
+    found = {}
+    for kernel in kernels:
+        try:
+            call = library.call(causal, kernel, query=q, key=k, value=v, output=output)
+        except RuntimeError:
+            continue  # the row does not take this dtype, or not on this device
+        if call.kernel not in {c.kernel for _, c in found.values() if isinstance(c, Call)}:
+            found[f"dlattn {call.kernel}"] = ("dlattn", call)
+    for name, backend in PEERS.items():
+
+        def peer(backend=backend):
+            with sdpa_kernel(backend):
+                functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        try:
+            peer()
+        except RuntimeError:
+            continue  # PyTorch's backend does not take this dtype
+        found[name] = (name, peer)
+    return found
+
+
+def main():
+    options = argparse.ArgumentParser()
+    options.add_argument("--out")
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--kernels", default="cuda_fwd_sm80,cuda_fwd_simt", help="rows to time beside the first choice")
+    options = options.parse_args()
+    library = Library(os.environ.get("DLATTN_LIBRARY", "bazel-bin/libdlattn.so.1"))
+    device = torch.cuda.get_device_name().replace(" ", "-")
+    date = datetime.date.today().isoformat()
+    commit = os.environ.get("DLATTN_COMMIT") or subprocess.check_output(
+        ["git", "rev-parse", "--short", "HEAD"], text=True
+    ).strip()
+    path = options.out or f"bench/results/{date}-{device}-forward.csv"
+    kernels = [None] + [k.encode() for k in options.kernels.split(",") if k]
+    with open(path, "w", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS, restval="")
+        out.writeheader()
+        common = {"date": date, "commit": commit, "device": device, "threads": 0}
+
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        big = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
+        other = torch.empty_like(big)
+        ceilings = rounds({"gemm": lambda: a @ a, "copy": lambda: other.copy_(big)}, options.rounds)
+        for op, (median, spread) in ceilings.items():
+            row = dict(common, op=op, impl="torch", median_us=f"{median:.2f}", spread_pct=f"{spread:.1f}")
+            if op == "gemm":
+                row.update(dtype="bf16", Lq=8192, Lk=8192, D=8192, tflops=f"{2 * 8192**3 / median / 1e6:.1f}")
+            else:
+                row.update(gbs=f"{2 * big.numel() / median / 1e3:.1f}")
+            out.writerow(row)
+            print(op, row.get("tflops", row.get("gbs")))
+        del a, big, other
+
+        names = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+        for dtype, dim, causal, length in grid(options.quick):
+            batch, heads = 16384 // length, 2048 // dim
+            q, k, v = (
+                torch.randn(batch, length, heads, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3)
+            )
+            found = implementations(library, q, k, v, causal, kernels)
+            times = rounds({name: f for name, (_, f) in found.items()}, options.rounds)
+            flops = 4 * batch * heads * length * length * dim / (2 if causal else 1)
+            line = []
+            for name, (median, spread) in times.items():
+                impl, function = found[name]
+                kernel = function.kernel if isinstance(function, Call) else ""
+                out.writerow(
+                    dict(
+                        common,
+                        op="fwd",
+                        dtype=names[dtype],
+                        B=batch,
+                        Hq=heads,
+                        Hkv=heads,
+                        Lq=length,
+                        Lk=length,
+                        D=dim,
+                        Dv=dim,
+                        causal=int(causal),
+                        impl=impl,
+                        kernel=kernel,
+                        median_us=f"{median:.2f}",
+                        spread_pct=f"{spread:.1f}",
+                        tflops=f"{flops / median / 1e6:.1f}",
+                    )
+                )
+                line.append(f"{kernel or name} {flops / median / 1e6:.0f}")
+            print(names[dtype], f"D {dim} causal {int(causal)} L {length}:", ", ".join(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

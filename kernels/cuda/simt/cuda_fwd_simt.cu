@@ -1,0 +1,10 @@
+// The instances of cuda_fwd_simt, named after what tiles.inc says of them.
+#include "kernels/cuda/simt/fwd.cuh"
+
+#define TILE(TYPE, CTYPE, D, R, C)                                                                 \
+    static_assert(Simt<CTYPE, D, R, C>::SHARED_BYTES == TILE_SHARED_BYTES(CTYPE, D, R, C));        \
+    extern "C" __global__ void __launch_bounds__(128, 2)                                           \
+        cuda_fwd_simt_##TYPE##_##D(const __grid_constant__ fwd_params p) {                         \
+        cuda_fwd_simt<CTYPE, D, R, C>(p);                                                          \
+    }
+#include "kernels/cuda/simt/tiles.inc"

@@ -1,0 +1,311 @@
+// Forward attention in f32 and f64 on the CUDA cores: products and sums in the element type, no reduced precision.
+//
+// A block of 8 x 16 threads owns 8 * R query rows of one head. Thread (y, x) has rows y * R + i; of a tile of keys it has
+// x + 16 * c, and of the output the columns x * VEC + 16 * VEC * w + e. The 16 threads of a row are half a warp, so rows
+// are reduced by shuffles and probabilities change hands in shared memory under a warp barrier. Keys and values share one
+// tile in turn; other blocks of the multiprocessor compute while one waits for its copies.
+#pragma once
+
+#include "kernels/cuda/common/ptx.cuh"
+#include "kernels/cuda/common/sequence.cuh"
+
+#include <math_constants.h>
+
+template <typename T>
+struct alignas(16) Vec {
+    static constexpr int N = 16 / sizeof(T);
+    T e[N];
+};
+
+// exp for a logit below its maximum, and 0 for -inf. Masked keys are told from vanishing ones by -0: see weight().
+__device__ __forceinline__ float exponential(float x) { return exp2_fast(x * 1.4426950408889634f); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ bool is_masked(float p) { return __float_as_uint(p) == 0x80000000u; }
+__device__ __forceinline__ bool is_masked(double p) {
+    return (uint64_t)__double_as_longlong(p) == 0x8000000000000000u;
+}
+
+template <typename T, int D, int R, int C>
+struct Simt {
+    static constexpr int THREADS = 128, ROWS = 8 * R, KEYS = 16 * C, VEC = Vec<T>::N,
+                         W = D / (16 * VEC);
+    static constexpr int PITCH = D + VEC, P_PITCH = KEYS + VEC; // in elements
+    static constexpr size_t SHARED_BYTES =
+        (size_t)((ROWS + KEYS) * PITCH + ROWS * P_PITCH) * sizeof(T);
+    using V = Vec<T>;
+
+    T out[R][W][VEC], s[R][C], most[R], sum[R];
+
+    // `count` rows of `dim` elements into shared memory, zeros after them. row_of(r) says where a row starts.
+    template <typename RowOf>
+    __device__ static void load(T *to, RowOf row_of, int64_t inner, int tile_rows, int count,
+                                int dim, bool chunks) {
+        for (int x = threadIdx.x; x < tile_rows * (D / VEC); x += THREADS) {
+            const int r = x / (D / VEC), c = x % (D / VEC) * VEC;
+            const T *const row = row_of(r < count ? r : 0);
+            T *const at = to + r * PITCH + c;
+            if (chunks) {
+                const int bytes = r < count ? max(0, min(VEC, dim - c)) * (int)sizeof(T) : 0;
+                copy_async((uint32_t)__cvta_generic_to_shared(at), row + c, bytes);
+            } else {
+#pragma unroll
+                for (int e = 0; e < VEC; ++e)
+                    at[e] = r < count && c + e < dim ? row[(c + e) * inner] : T(0);
+            }
+        }
+        copy_commit();
+    }
+
+    __device__ __forceinline__ static V read(const T *from) { return *(const V *)from; }
+
+    __device__ __forceinline__ void multiply_keys(const T *q, const T *k) {
+        const int x = threadIdx.x % 16;
+#pragma unroll
+        for (int i = 0; i < R; ++i)
+#pragma unroll
+            for (int c = 0; c < C; ++c)
+                s[i][c] = 0;
+#pragma unroll 2
+        for (int d = 0; d < D; d += VEC) {
+            V a[R];
+#pragma unroll
+            for (int i = 0; i < R; ++i)
+                a[i] = read(q + i * PITCH + d);
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                const V b = read(k + (x + 16 * c) * PITCH + d);
+#pragma unroll
+                for (int i = 0; i < R; ++i)
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e)
+                        s[i][c] = fma(a[i].e[e], b.e[e], s[i][c]);
+            }
+        }
+    }
+
+    // MASKED: keys whose probability is -0 do not count, even if their value is NaN or Inf.
+    template <bool MASKED>
+    __device__ __forceinline__ void add_values(const T *prob, const T *v) {
+        const int x = threadIdx.x % 16;
+#pragma unroll 1
+        for (int j = 0; j < KEYS; j += VEC) {
+            V a[R];
+#pragma unroll
+            for (int i = 0; i < R; ++i)
+                a[i] = read(prob + i * P_PITCH + j);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e)
+#pragma unroll
+                for (int w = 0; w < W; ++w) {
+                    const V b = read(v + (j + e) * PITCH + (x + 16 * w) * VEC);
+#pragma unroll
+                    for (int i = 0; i < R; ++i)
+#pragma unroll
+                        for (int f = 0; f < VEC; ++f)
+                            if (!MASKED || !is_masked(a[i].e[e]))
+                                out[i][w][f] = fma(a[i].e[e], b.e[f], out[i][w][f]);
+                }
+        }
+    }
+
+    // Logits from raw products; -inf for keys that row i does not see. True if there is one.
+    __device__ __forceinline__ bool logits(const fwd_params &p, const Sequence &seq, int b, int h,
+                                           int row, int key) {
+        const T scale = (T)p.scale, cap = (T)p.softcap;
+        const T slope =
+            p.alibi_slopes.data
+                ? ((const float *)p.alibi_slopes
+                       .data)[b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]]
+                : 0.0f;
+        const int64_t bias_head = b * p.bias.stride[0] + h * p.bias.stride[1];
+        const uint8_t *const mask =
+            (const uint8_t *)p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1];
+        bool masked = false;
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            const int q = row + i, first = seq.first_key(p, q), end = seq.end_key(p, q);
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                const int j = key + threadIdx.x % 16 + 16 * c;
+                T x = s[i][c] * scale;
+                if (j < first || j >= end || q >= seq.q_len) {
+                    x = -CUDART_INF;
+                } else {
+                    if (cap > 0)
+                        x = cap * tanh(x / cap);
+                    if (p.bias.data) {
+                        const int64_t at = bias_head + q * p.bias.stride[2] + j * p.bias.stride[3];
+                        x += p.flags & FWD_BIAS_F32 ? (T)((const float *)p.bias.data)[at]
+                                                    : ((const T *)p.bias.data)[at];
+                    }
+                    x -= slope * abs(q + seq.diagonal - j);
+                    if (p.mask.data && !mask[q * p.mask.stride[2] + j * p.mask.stride[3]])
+                        x = -CUDART_INF;
+                }
+                masked |= x == -CUDART_INF;
+                s[i][c] = x;
+            }
+        }
+        return masked;
+    }
+
+    __device__ __forceinline__ static T row_max(T x) {
+#pragma unroll
+        for (int lane = 1; lane < 16; lane *= 2)
+            x = fmax(x, __shfl_xor_sync(~0u, x, lane));
+        return x;
+    }
+
+    // Probabilities relative to the new row maxima, and everything so far brought to them.
+    __device__ __forceinline__ void softmax(T *prob) {
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            T top = s[i][0];
+#pragma unroll
+            for (int c = 1; c < C; ++c)
+                top = fmax(top, s[i][c]);
+            top = fmax(row_max(top), most[i]);
+            const T base = top == -CUDART_INF ? T(0) : top, shrink = exponential(most[i] - base);
+            sum[i] *= shrink;
+#pragma unroll
+            for (int w = 0; w < W; ++w)
+#pragma unroll
+                for (int e = 0; e < VEC; ++e)
+                    out[i][w][e] *= shrink;
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                const T x = s[i][c] == -CUDART_INF ? -T(0) : exponential(s[i][c] - base);
+                sum[i] += x;
+                prob[i * P_PITCH + threadIdx.x % 16 + 16 * c] = x;
+            }
+            most[i] = top;
+        }
+    }
+
+    __device__ __forceinline__ void finish(const fwd_params &p, const Sequence &seq,
+                                           const Work &work, int row) {
+        const T sink = p.sinks.data ? (T)((const float *)p.sinks.data)[work.h * p.sinks.stride[1]]
+                                    : -CUDART_INF;
+        T *const o = (T *)p.output.data + work.b * p.output.stride[0] + work.h * p.output.stride[1];
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            const int q = row + i;
+            T total = sum[i];
+#pragma unroll
+            for (int lane = 1; lane < 16; lane *= 2)
+                total += __shfl_xor_sync(~0u, total, lane);
+            const bool empty = total == 0;
+            T top = empty ? -CUDART_INF : most[i], factor = 1;
+            if (sink > -CUDART_INF) {
+                const T higher = fmax(top, sink);
+                factor = exponential(top - higher);
+                total = total * factor + exponential(sink - higher);
+                top = higher;
+            }
+            if (q >= seq.q_rows)
+                continue;
+            if (p.lse.data && threadIdx.x % 16 == 0) {
+                const T none = p.flags & FWD_EMPTY_LSE_INF ? CUDART_INF : -CUDART_INF;
+                const T lse = total == 0 ? none : top + log(total);
+                const int64_t at = work.b * p.lse.stride[0] + work.h * p.lse.stride[1] +
+                                   (seq.q_start + q) * p.lse.stride[2];
+                if (p.flags & FWD_LSE_F32)
+                    ((float *)p.lse.data)[at] = (float)lse;
+                else
+                    ((T *)p.lse.data)[at] = lse;
+            }
+            T *const to = o + (seq.q_start + q) * p.output.stride[2];
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                const int column = (threadIdx.x % 16 + 16 * w) * VEC;
+                V x;
+#pragma unroll
+                for (int e = 0; e < VEC; ++e)
+                    x.e[e] = empty ? T(0) : out[i][w][e] * factor / total;
+                if (p.flags & FWD_ALIGNED_OUTPUT && column + VEC <= p.dim_v)
+                    *(V *)(to + column) = x;
+                else
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e)
+                        if (column + e < p.dim_v)
+                            to[(column + e) * p.output.stride[3]] = x.e[e];
+            }
+        }
+    }
+};
+
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
+    using S = Simt<T, D, R, C>;
+    extern __shared__ __align__(16) char shared[];
+    T *const q_tile = (T *)shared, *const kv_tile = q_tile + S::ROWS * S::PITCH;
+    const int y = threadIdx.x / 16;
+    T *const prob = kv_tile + S::KEYS * S::PITCH + y * R * S::P_PITCH; // the rows of this half warp
+
+    const Work work(p);
+    const Sequence seq(p, work.b);
+    const int block_row = work.row_block * S::ROWS, rows = min(S::ROWS, seq.q_rows - block_row),
+              row = block_row + y * R;
+    if (rows <= 0)
+        return;
+    const int kv_head = work.h / p.group;
+    const T *const q =
+        (const T *)p.query.data + work.b * p.query.stride[0] + work.h * p.query.stride[1];
+    // Where key or value j of this sequence starts.
+    const auto kv_row = [&](const fwd_view &v, int j) {
+        const T *const head = (const T *)v.data + kv_head * v.stride[1];
+        if (!p.page_size)
+            return head + work.b * v.stride[0] + (seq.k_start + j) * v.stride[2];
+        const int page =
+            ((const int *)p.block_table.data)[work.b * p.block_table.stride[0] +
+                                              j / p.page_size * p.block_table.stride[1]];
+        return head + clamped(page, 0, p.pages - 1) * v.stride[0] + j % p.page_size * v.stride[2];
+    };
+    const auto load_kv = [&](const fwd_view &v, int first, int dim, bool chunks) {
+        S::load(
+            kv_tile, [&](int r) { return kv_row(v, first + r); }, v.stride[3], S::KEYS,
+            seq.k_len - first, dim, chunks);
+    };
+
+    S::load(
+        q_tile, [&](int r) { return q + (seq.q_start + block_row + r) * p.query.stride[2]; },
+        p.query.stride[3], S::ROWS, rows, p.dim_qk, p.flags & FWD_ALIGNED_QUERY);
+    S t;
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        t.most[i] = -CUDART_INF;
+        t.sum[i] = 0;
+#pragma unroll
+        for (int w = 0; w < S::W; ++w)
+#pragma unroll
+            for (int e = 0; e < S::VEC; ++e)
+                t.out[i][w][e] = 0;
+    }
+    const int last_row = min(block_row + S::ROWS, seq.q_len) - 1;
+    const int first = seq.first_key(p, block_row) / S::KEYS * S::KEYS;
+    const int end = last_row < block_row ? 0 : seq.end_key(p, last_row);
+    if (first < end)
+        load_kv(p.key, first, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
+#pragma unroll 1
+    for (int key = first; key < end; key += S::KEYS) {
+        copy_wait<0>();
+        __syncthreads();
+        t.multiply_keys(q_tile + y * R * S::PITCH, kv_tile);
+        __syncthreads();
+        load_kv(p.value, key, p.dim_v, p.flags & FWD_ALIGNED_VALUE);
+        const bool masked = t.logits(p, seq, work.b, work.h, row, key);
+        t.softmax(prob);
+        const bool any_masked = __any_sync(~0u, masked); // and the half warp sees the probabilities
+        copy_wait<0>();
+        __syncthreads();
+        if (any_masked)
+            t.template add_values<true>(prob, kv_tile);
+        else
+            t.template add_values<false>(prob, kv_tile);
+        __syncthreads();
+        if (key + S::KEYS < end)
+            load_kv(p.key, key + S::KEYS, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
+    }
+    copy_wait<0>();
+    t.finish(p, seq, work, row);
+}
