@@ -13,9 +13,6 @@
 #include <math.h>
 #include <stdatomic.h>
 
-#define LOG2_E 1.4426950408889634
-#define LN_2 0.6931471805599453
-
 struct call {
     const struct forward_body *body;
     const struct plan *plan;
@@ -39,19 +36,8 @@ struct scratch {
     double *exact;
 };
 
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 static int64_t query_words(const struct forward_body *body, int64_t dim) {
     return round_up((dim + body->elements_per_word - 1) / body->elements_per_word, body->word_step);
-}
-
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static void *carve(char **at, int64_t bytes) {
-    void *piece = *at;
-    *at = (char *)((uintptr_t)*at + (uintptr_t)round_up(bytes, 64)); /* also from NULL */
-    return piece;
 }
 
 /* Lays a worker's scratch out from `base` (NULL to measure) and returns its bytes. */
@@ -61,7 +47,7 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
     const int64_t words = query_words(body, p->dim_qk);
     const int64_t row_words = round_up(words, 16), dim_v = round_up(p->dim_v, 16);
     const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK);
-    char *at = base;
+    uintptr_t at = (uintptr_t)base;
     w->blocks = carve(&at, blocks * (int64_t)sizeof *w->blocks);
     w->scores = carve(&at, tile_k * lanes * 4);
     w->extra = carve(&at, extra ? tile_k * lanes * 4 : 0);
@@ -77,30 +63,7 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
             w->blocks[n].output = output;
         }
     }
-    return (uintptr_t)at - (uintptr_t)base;
-}
-
-static char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l) {
-    return (char *)v->data +
-           (b * v->stride[0] + h * v->stride[1] + l * v->stride[2]) * dtype_bytes(dtype);
-}
-
-/* Keys or values [first, first + n) of a sequence; pages are looked up row by row. */
-static struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
-                           int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers) {
-    if (!(p->features & DLATTN_FEATURE_PAGED))
-        return (struct rows){.data = element_at(v, p->dtype, b, h, s->k_start + first),
-                             .stride = v->stride[2] * dtype_bytes(p->dtype)};
-    for (int32_t r = 0; r < n; r++) {
-        const int64_t j = first + r;
-        int32_t page;
-        memcpy(&page,
-               (const char *)p->block_table.data +
-                   (b * p->block_table.stride[0] + j / p->page_size * p->block_table.stride[1]) * 4,
-               sizeof page);
-        pointers[r] = element_at(v, p->dtype, page, h, j % p->page_size);
-    }
-    return (struct rows){.rows = pointers};
+    return at - (uintptr_t)base;
 }
 
 struct task {
@@ -181,8 +144,7 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
     const struct problem *p = t->p;
     float scale = (float)(p->scale * LOG2_E);
     body->scores(w->scores, key, b, n, p->dim_qk);
-    /* A scale of 0 or below would turn a masked -inf into NaN or +inf. */
-    if (p->softcap > 0 || p->bias.data || p->mask.data || p->alibi_slopes.data || scale <= 0) {
+    if (needs_rule(p)) {
         const struct logit_rule rule = {
             .scale = (float)p->scale,
             .softcap = (float)p->softcap,
@@ -198,15 +160,7 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
     body->accumulate(b, value, w->scores, n, p->dim_v);
 }
 
-static void store_lse(const struct task *t, int64_t row, float value) {
-    const struct view *v = &t->p->lse;
-    store_element(v->data, t->p->lse_dtype,
-                  t->b * v->stride[0] + query_head(t, row) * v->stride[1] +
-                      (t->s.q_start + query_index(t, row)) * v->stride[2],
-                  value);
-}
-
-/* Adds the sink, divides, stores. A row that is not finite although its sum is has met 0 * NaN or 0 * infinity: maybe
+/* Divides and stores. A row that is not finite although its sum is has met 0 * NaN or 0 * infinity: maybe
  * from a masked key, whose value must not count. The reference finds out, value by value. */
 static void finish_block(const struct call *c, const struct task *t, struct block *b,
                          int64_t first_row, struct scratch *w) {
@@ -216,22 +170,8 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     bool not_finite[MAX_LANES];
     for (int32_t lane = 0; lane < b->rows; lane++) {
         const int64_t i = query_index(t, first_row + lane), h = query_head(t, first_row + lane);
-        float sum = b->sum[lane], max = b->max[lane], shrink = 1;
-        if (p->sinks.data) {
-            const float sink =
-                (float)(load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) * LOG2_E);
-            const float before = max;
-            max = before > sink ? before : sink;
-            shrink = before == -INFINITY ? 0 : exp2f(before - max);
-            sum = sum * shrink + (sink == -INFINITY ? 0 : exp2f(sink - max));
-        }
-        factor[lane] = sum == 0 ? 0 : shrink / sum;
+        factor[lane] = end_row(p, &t->s, t->b, h, i, b->max[lane], b->sum[lane]);
         rows[lane] = element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i);
-        if (p->lse.data) {
-            const float none = p->empty_lse_inf ? INFINITY : -INFINITY;
-            store_lse(t, first_row + lane,
-                      sum == 0 ? none : (float)(LN_2 * ((double)max + (double)log2f(sum))));
-        }
     }
     if (b->first >= b->end)
         memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
@@ -296,10 +236,6 @@ static void worker(void *ctx, int64_t index) {
             run_task(c, &t, &w);
     }
     c->body->leave();
-}
-
-static int64_t group_of(const struct problem *p) {
-    return p->heads_kv > 0 ? p->heads_q / p->heads_kv : 0;
 }
 
 static int64_t runs_of(const struct problem *p, int64_t tile_q) {

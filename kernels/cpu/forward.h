@@ -18,29 +18,15 @@
 #ifndef DLATTN_CPU_FORWARD_H_
 #define DLATTN_CPU_FORWARD_H_
 
-#include "kernels/kernel.h"
+#include "kernels/cpu/common.h"
 
 enum { MAX_LANES = 64, MAX_TILE_K = 256 };
-
-/* In the extra logits of a tile: the boolean mask hides this key. A NaN that no program makes. */
-#define HIDDEN_BITS UINT32_C(0xffd1a77e)
 
 /* One operand of a product: `words` may point into the caller's tensor and is not aligned. */
 struct operand {
     const float *words;
     int64_t stride; /* words from row to row */
 };
-
-/* Rows of a tensor: row r at data + r * stride bytes if `rows` is NULL (they lie evenly), else at rows[r]. */
-struct rows {
-    const char *data;
-    int64_t stride;
-    const char *const *rows;
-};
-
-static inline const void *row_at(const struct rows *r, int64_t index) {
-    return r->rows ? r->rows[index] : r->data + index * r->stride;
-}
 
 struct block {
     float *query;                 /* [words][lanes] */
@@ -55,13 +41,6 @@ struct block {
     float slope[MAX_LANES];
     float max[MAX_LANES]; /* log2 of the scale of sum and output; -inf before the first key */
     float sum[MAX_LANES];
-};
-
-/* logit = softcap(scale * score) + extra - slope * |position - key|, in units of log2(e). */
-struct logit_rule {
-    float scale, softcap;
-    bool alibi;
-    const float *extra; /* [key][lane]: bias or HIDDEN, or NULL */
 };
 
 /* Where the extra logits of a lane lie: strides in elements along the keys; absent ones are NULL. */

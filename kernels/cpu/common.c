@@ -1,0 +1,61 @@
+#include "kernels/cpu/common.h"
+#include "kernels/element.h"
+
+#include <math.h>
+
+#define LN_2 0.6931471805599453
+
+void *carve(uintptr_t *at, int64_t bytes) {
+    void *piece = (void *)*at;
+    *at += (uintptr_t)round_up(bytes, 64);
+    return piece;
+}
+
+int64_t group_of(const struct problem *p) { return p->heads_kv > 0 ? p->heads_q / p->heads_kv : 0; }
+
+char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l) {
+    return (char *)v->data +
+           (b * v->stride[0] + h * v->stride[1] + l * v->stride[2]) * dtype_bytes(dtype);
+}
+
+struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
+                    int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers) {
+    if (!(p->features & DLATTN_FEATURE_PAGED))
+        return (struct rows){.data = element_at(v, p->dtype, b, h, s->k_start + first),
+                             .stride = v->stride[2] * dtype_bytes(p->dtype)};
+    for (int32_t r = 0; r < n; r++) {
+        const int64_t j = first + r;
+        const int64_t entry =
+            b * p->block_table.stride[0] + j / p->page_size * p->block_table.stride[1];
+        int32_t page;
+        memcpy(&page, (const char *)p->block_table.data + entry * 4, sizeof page);
+        pointers[r] = element_at(v, p->dtype, page, h, j % p->page_size);
+    }
+    return (struct rows){.rows = pointers};
+}
+
+/* A scale of 0 or below would turn the -inf of a masked key into NaN or +inf. */
+bool needs_rule(const struct problem *p) {
+    return p->softcap > 0 || p->bias.data || p->mask.data || p->alibi_slopes.data || p->scale <= 0;
+}
+
+float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
+              float max, float sum) {
+    float shrink = 1;
+    if (p->sinks.data) {
+        const float before = max,
+                    sink = (float)(load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) *
+                                   LOG2_E);
+        max = before > sink ? before : sink;
+        shrink = before == -INFINITY ? 0 : exp2f(before - max);
+        sum = sum * shrink + (sink == -INFINITY ? 0 : exp2f(sink - max));
+    }
+    if (p->lse.data) {
+        const double none = p->empty_lse_inf ? INFINITY : -INFINITY;
+        const double lse = sum == 0 ? none : LN_2 * ((double)max + (double)log2f(sum));
+        store_element(
+            p->lse.data, p->lse_dtype,
+            b * p->lse.stride[0] + h * p->lse.stride[1] + (s->q_start + i) * p->lse.stride[2], lse);
+    }
+    return sum == 0 ? 0 : shrink / sum;
+}

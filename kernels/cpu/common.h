@@ -1,0 +1,55 @@
+/* What the drivers of the CPU rows share: where rows lie, how logits are made, how a row ends. */
+#ifndef DLATTN_CPU_COMMON_H_
+#define DLATTN_CPU_COMMON_H_
+
+#include "kernels/kernel.h"
+
+/* In the extra logits of a tile: the boolean mask hides this key. A NaN that no program makes. */
+#define HIDDEN_BITS UINT32_C(0xffd1a77e)
+
+#define LOG2_E 1.4426950408889634
+
+/* Rows of a tensor: row r at data + r * stride bytes if `rows` is NULL (they lie evenly), else at rows[r]. */
+struct rows {
+    const char *data;
+    int64_t stride;
+    const char *const *rows;
+};
+
+static inline const void *row_at(const struct rows *r, int64_t index) {
+    return r->rows ? r->rows[index] : r->data + index * r->stride;
+}
+
+/* logit = softcap(scale * score) + extra - slope * |position - key|, then in units of log2(e). */
+struct logit_rule {
+    float scale, softcap;
+    bool alibi;
+    const float *extra; /* bias or HIDDEN in the order of the scores, or NULL */
+};
+
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* The next `bytes` of a workspace, 64-byte aligned; with *at starting from 0 this measures. */
+void *carve(uintptr_t *at, int64_t bytes);
+
+/* Query heads of a kv head; 0 if there are no heads. */
+int64_t group_of(const struct problem *p);
+
+/* Element 0 of row l of head h of batch b. */
+char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l);
+
+/* Keys or values [first, first + n) of a sequence; pages are looked up row by row, into pointers[n]. */
+struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
+                    int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers);
+
+/* True if scores need more than a positive scale before softmax. */
+bool needs_rule(const struct problem *p);
+
+/* Ends query row i of head h: its output, relative to 2^max, is a sum of values whose weights add up to `sum`.
+ * Counts the sink, writes lse, and returns the factor that the output still needs. */
+float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
+              float max, float sum);
+
+#endif /* DLATTN_CPU_COMMON_H_ */
