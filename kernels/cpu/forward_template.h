@@ -64,27 +64,14 @@ VEC_FN static void load_extra(float *extra, const struct extra_row *rows,
 
 VEC_FN static void apply_rule(float *s, const struct logit_rule *rule, const struct block *b,
                               int64_t first_key, int32_t n) {
-    const vec scale = vec_set(rule->scale), cap = vec_set(rule->softcap), none = vec_set(-INFINITY),
-              least = vec_set(-3.4e38f),
-              per_cap = vec_set(rule->softcap > 0 ? 1 / rule->softcap : 0);
     for (int32_t v = 0; v < b->vectors; v++) {
         const vec position = vec_load(b->position + v * VEC_LANES),
                   slope = vec_load(b->slope + v * VEC_LANES);
         for (int32_t j = 0; j < n; j++) {
             const int64_t at = j * LANES + v * VEC_LANES;
-            vec x = vec_mul(vec_load(s + at), scale);
-            if (rule->softcap > 0)
-                x = vec_mul(cap, tanh_of(vec_mul(x, per_cap)));
-            if (rule->alibi) {
-                const vec distance = vec_abs(vec_sub(position, vec_set((float)(first_key + j))));
-                x = vec_fnma(slope, distance, x);
-            }
-            const vec extra = rule->extra ? vec_load(rule->extra + at) : vec_set(0);
-            x = vec_add(x, extra);
-            /* The most negative finite biases must not become -inf, which hides a key. */
-            const vec bits = vec_mul(x, vec_set(1.4426950409f));
-            x = vec_blend(bits, least, vec_and(vec_equal(bits, none), vec_greater(x, none)));
-            vec_store(s + at, vec_blend(x, none, vec_same_bits(extra, HIDDEN_BITS)));
+            const vec distance = vec_abs(vec_sub(position, vec_set((float)(first_key + j))));
+            vec_store(s + at, logit_of(vec_load(s + at), rule, slope, distance,
+                                       rule->extra ? vec_load(rule->extra + at) : vec_set(0)));
         }
     }
 }

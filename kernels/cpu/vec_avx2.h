@@ -101,6 +101,14 @@ VEC_INLINE void vec_store_bf16(void *p, vec x, int64_t n) {
         p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)), n);
 }
 
+/* Lane n is the sum of the lanes of x[n]. */
+VEC_INLINE vec vec_sums(const vec x[8]) {
+    const vec low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3])),
+              high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                         _mm256_permute2f128_ps(low, high, 0x31));
+}
+
 /* 8 x 8 words: to[c][r] = from[r][c], strides in words. */
 VEC_INLINE void vec_transpose(float *to, int64_t to_stride, const float *from,
                               int64_t from_stride) {

@@ -82,6 +82,27 @@ VEC_INLINE void vec_store_bf16(void *p, vec x, int64_t n) {
                              _mm512_cvtepi32_epi16(vec_round_bf16(x)));
 }
 
+/* Lane n is the sum of the lanes of x[n]. */
+VEC_INLINE vec vec_sums(const vec x[16]) {
+    vec half[8], quarter[4], pair[2];
+#pragma clang loop unroll(full)
+    for (int n = 0; n < 8; n++)
+        half[n] = _mm512_add_ps(_mm512_shuffle_f32x4(x[n], x[n + 8], 0x44),
+                                _mm512_shuffle_f32x4(x[n], x[n + 8], 0xee));
+#pragma clang loop unroll(full)
+    for (int n = 0; n < 4; n++)
+        quarter[n] = _mm512_add_ps(_mm512_shuffle_f32x4(half[n], half[n + 4], 0x88),
+                                   _mm512_shuffle_f32x4(half[n], half[n + 4], 0xdd));
+    /* 128-bit lanes of quarter[n]: four parts each of x[n], x[n + 4] x[n + 8], x[n + 12] */
+#pragma clang loop unroll(full)
+    for (int n = 0; n < 2; n++)
+        pair[n] = _mm512_add_ps(_mm512_unpacklo_ps(quarter[2 * n], quarter[2 * n + 1]),
+                                _mm512_unpackhi_ps(quarter[2 * n], quarter[2 * n + 1]));
+    const vec sums = _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x44),
+                                   _mm512_shuffle_ps(pair[0], pair[1], 0xee));
+    return _mm512_shuffle_f32x4(sums, sums, 0xd8);
+}
+
 /* 16 x 16 words: to[c][r] = from[r][c], strides in words. */
 VEC_INLINE void vec_transpose(float *to, int64_t to_stride, const float *from,
                               int64_t from_stride) {

@@ -2,6 +2,10 @@
 #ifndef DLATTN_VEC_MATH_H_
 #define DLATTN_VEC_MATH_H_
 
+#include "kernels/cpu/common.h"
+
+#include <math.h>
+
 VEC_INLINE vec load_some(const void *p, enum dtype dtype, int64_t n) {
     return dtype == DTYPE_F32   ? vec_load_f32(p, n)
            : dtype == DTYPE_F16 ? vec_load_f16(p, n)
@@ -65,6 +69,22 @@ VEC_INLINE vec tanh_of(vec x) {
     const vec e = exp2_of(vec_mul(size, vec_set(-2.8853900818f)));
     const vec big = vec_div(vec_sub(vec_set(1), e), vec_add(vec_set(1), e));
     return vec_blend(y, vec_sign_of(big, x), vec_greater(size, vec_set(0.25f)));
+}
+
+/* The rule's logit in units of log2(e). */
+VEC_INLINE vec logit_of(vec score, const struct logit_rule *rule, vec slope, vec distance,
+                        vec extra) {
+    const vec none = vec_set(-INFINITY);
+    vec x = vec_mul(score, vec_set(rule->scale));
+    if (rule->softcap > 0)
+        x = vec_mul(vec_set(rule->softcap), tanh_of(vec_mul(x, vec_set(1 / rule->softcap))));
+    if (rule->alibi)
+        x = vec_fnma(slope, distance, x);
+    x = vec_add(x, extra);
+    /* The most negative finite biases must not become -inf, which hides a key. */
+    const vec bits = vec_mul(x, vec_set((float)LOG2_E));
+    x = vec_blend(bits, vec_set(-3.4e38f), vec_and(vec_equal(bits, none), vec_greater(x, none)));
+    return vec_blend(x, none, vec_same_bits(extra, HIDDEN_BITS));
 }
 
 #endif /* DLATTN_VEC_MATH_H_ */

@@ -1,0 +1,15 @@
+/* Few query rows: f32, and f16 and bf16 widened to f32 on the way from memory. */
+#include "kernels/cpu/vec_avx2.h"
+
+#define VALUE_VECTORS 2
+#include "kernels/cpu/decode_template.h"
+
+bool cpu_decode_avx2_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    (void)caps;
+    return decode_plan(plan, p);
+}
+
+int32_t cpu_decode_avx2_launch(const struct plan *plan, const struct problem *p,
+                               const struct exec *exec) {
+    return decode_launch(plan, p, exec, &body);
+}

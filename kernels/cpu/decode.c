@@ -1,0 +1,279 @@
+/*
+ * The driver of every cpu_decode row. The keys of a sequence are cut into parts by the shape alone, each part leaves
+ * (output, max, sum) in the workspace, and whoever finishes the last part of a kv head merges them in order: the bits
+ * do not depend on how many threads there are or which of them was faster.
+ */
+#include "kernels/cpu/decode.h"
+#include "kernels/element.h"
+#include "kernels/ref/ref.h"
+
+#include <math.h>
+#include <stdatomic.h>
+
+struct call {
+    const struct decode_body *body;
+    const struct plan *plan;
+    const struct problem *p;
+    int64_t part_keys;
+    _Atomic int32_t *parts_done; /* [batch][kv head] */
+    char *parts;                 /* [batch][kv head][split], part_bytes each */
+    char *workers;               /* worker_bytes each */
+    size_t part_bytes, worker_bytes;
+    _Atomic int64_t next_task;
+};
+
+/* One worker's share of the workspace. */
+struct scratch {
+    float *query, *scores, *extra;
+    const char **pointers;
+    double *exact;
+};
+
+static int64_t heads_of(const struct problem *p) { return p->batch * p->heads_kv; }
+
+static int64_t rows_of(const struct problem *p) {
+    return round_up(p->len_q * group_of(p), ROW_GROUP);
+}
+
+static size_t lay_out_part(struct part *part, char *base, const struct problem *p) {
+    uintptr_t at = (uintptr_t)base;
+    part->max = carve(&at, MAX_ROWS * 4);
+    part->sum = carve(&at, MAX_ROWS * 4);
+    part->output = carve(&at, rows_of(p) * round_up(p->dim_v, 16) * 4);
+    return at - (uintptr_t)base;
+}
+
+static size_t lay_out_worker(struct scratch *w, char *base, const struct problem *p) {
+    uintptr_t at = (uintptr_t)base;
+    w->query = carve(&at, rows_of(p) * round_up(p->dim_qk, 16) * 4);
+    w->scores = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
+    w->extra = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
+    w->pointers = carve(&at, 2 * DECODE_TILE_K * (int64_t)sizeof *w->pointers);
+    w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
+    return at - (uintptr_t)base;
+}
+
+struct task {
+    const struct problem *p;
+    struct sequence s;
+    int64_t b, kv_head, group;
+    int32_t rows; /* in use */
+};
+
+static int64_t query_index(const struct task *t, int64_t row) { return row / t->group; }
+static int64_t query_head(const struct task *t, int64_t row) {
+    return t->kv_head * t->group + row % t->group;
+}
+
+static struct task task_of(const struct call *c, int64_t head) {
+    const struct problem *p = c->p;
+    struct task t = {.p = p, .b = head / p->heads_kv, .kv_head = head % p->heads_kv};
+    t.group = group_of(p);
+    t.s = problem_sequence(p, t.b);
+    t.rows = (int32_t)(t.s.q_rows * t.group);
+    return t;
+}
+
+static void start_part(const struct call *c, const struct task *t, struct part *part) {
+    const struct problem *p = t->p;
+    const int64_t stride = round_up(p->dim_qk, 16);
+    memset(part->query, 0, (size_t)(part->rows * stride * 4));
+    memset(part->output, 0, (size_t)(part->rows * round_up(p->dim_v, 16) * 4));
+    for (int32_t r = 0; r < part->rows; r++) {
+        part->max[r] = -INFINITY;
+        part->sum[r] = part->slope[r] = part->position[r] = 0;
+        part->lo[r] = part->hi[r] = 0;
+        if (r >= t->rows)
+            continue;
+        const int64_t i = query_index(t, r), h = query_head(t, r);
+        visible_keys(p, &t->s, i, &part->lo[r], &part->hi[r]);
+        part->position[r] = (float)(i + t->s.diagonal);
+        if (p->alibi_slopes.data)
+            part->slope[r] = (float)load_element(p->alibi_slopes.data, DTYPE_F32,
+                                                 t->b * p->alibi_slopes.stride[0] +
+                                                     h * p->alibi_slopes.stride[1]);
+        c->body->widen(part->query + r * stride,
+                       element_at(&p->query, p->dtype, t->b, h, t->s.q_start + i), p->dim_qk,
+                       p->dtype);
+    }
+}
+
+/* Bias and mask of a tile, in the order of the scores. */
+static const float *load_extra(const struct task *t, const struct part_tile *tile, float *extra) {
+    const struct problem *p = t->p;
+    if (!p->bias.data && !p->mask.data)
+        return NULL;
+    memset(extra, 0, MAX_ROWS * DECODE_TILE_K * 4);
+    for (int32_t r = 0; r < t->rows; r++) {
+        const int64_t i = query_index(t, r), h = query_head(t, r);
+        const char *bias = p->bias.data ? element_at(&p->bias, p->bias_dtype, t->b, h, i) : NULL;
+        const uint8_t *mask = (const uint8_t *)p->mask.data + t->b * p->mask.stride[0] +
+                              h * p->mask.stride[1] + i * p->mask.stride[2];
+        for (int32_t j = 0; j < tile->n; j++) {
+            const int64_t key = tile->first_key + j;
+            float *to = &extra[score_index(r, j)];
+            if (bias)
+                *to = (float)load_element(bias, p->bias_dtype, key * p->bias.stride[3]);
+            if (p->mask.data && !mask[key * p->mask.stride[3]])
+                *to = bits_float(HIDDEN_BITS);
+        }
+    }
+    return extra;
+}
+
+static void attend_tile(const struct call *c, const struct task *t, const struct part *part,
+                        int64_t first_key, int32_t n, struct scratch *w) {
+    const struct problem *p = t->p;
+    struct logit_rule rule;
+    struct part_tile tile = {
+        .key = kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first_key, n, w->pointers),
+        .value = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first_key, n,
+                         w->pointers + DECODE_TILE_K),
+        .first_key = first_key,
+        .n = n,
+        .scale = (float)(p->scale * LOG2_E),
+    };
+    for (int32_t r = 0; r < t->rows; r++)
+        tile.bounded |= part->lo[r] > first_key || part->hi[r] < first_key + n;
+    if (needs_rule(p)) {
+        rule = (struct logit_rule){.scale = (float)p->scale,
+                                   .softcap = (float)p->softcap,
+                                   .alibi = p->alibi_slopes.data != NULL,
+                                   .extra = load_extra(t, &tile, w->extra)};
+        tile.rule = &rule;
+        tile.scale = 1;
+    }
+    c->body->attend(part, &tile);
+}
+
+static struct part part_at(const struct call *c, const struct task *t, int64_t head,
+                           int64_t split) {
+    const struct problem *p = t->p;
+    struct part part = {.dtype = p->dtype,
+                        .rows = (int32_t)round_up(t->rows, ROW_GROUP),
+                        .dim_qk = p->dim_qk,
+                        .dim_v = p->dim_v};
+    lay_out_part(&part, c->parts + (size_t)(head * c->plan->splits + split) * c->part_bytes, p);
+    return part;
+}
+
+static void run_part(const struct call *c, const struct task *t, int64_t head, int64_t split,
+                     struct scratch *w) {
+    struct part part = part_at(c, t, head, split);
+    part.query = w->query;
+    part.scores = w->scores;
+    start_part(c, t, &part);
+    int64_t first = INT64_MAX, end = 0;
+    for (int32_t r = 0; r < t->rows; r++) {
+        if (part.lo[r] < part.hi[r]) {
+            first = least(first, part.lo[r]);
+            end = most(end, part.hi[r]);
+        }
+    }
+    first = most(first / DECODE_TILE_K * DECODE_TILE_K, split * c->part_keys);
+    end = least(end, (split + 1) * c->part_keys);
+    for (int64_t k = first; k < end; k += DECODE_TILE_K)
+        attend_tile(c, t, &part, k, (int32_t)least(DECODE_TILE_K, end - k), w);
+}
+
+/* Brings all parts of a row to their common maximum and adds them up in the first. */
+static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim_v) {
+    const int64_t stride = round_up(dim_v, 16);
+    float max = -INFINITY, sum = 0;
+    for (int32_t n = 0; n < splits; n++)
+        max = parts[n].max[r] > max ? parts[n].max[r] : max;
+    float *total = parts[0].output + r * stride;
+    for (int32_t n = 0; n < splits; n++) {
+        const float factor = parts[n].max[r] == max ? 1 : exp2f(parts[n].max[r] - max);
+        const float *output = parts[n].output + r * stride;
+        sum += parts[n].sum[r] * factor;
+        for (int64_t d = 0; d < dim_v; d++)
+            total[d] = n == 0 ? output[d] * factor : total[d] + output[d] * factor;
+    }
+    parts[0].max[r] = max;
+    parts[0].sum[r] = sum;
+}
+
+/* See finish_block() of forward.c for rows that are not finite. */
+static void finish_head(const struct call *c, const struct task *t, int64_t head,
+                        struct scratch *w) {
+    const struct problem *p = t->p;
+    struct part parts[MAX_SPLITS];
+    for (int32_t n = 0; n < c->plan->splits; n++)
+        parts[n] = part_at(c, t, head, n);
+    for (int32_t r = 0; r < t->rows; r++) {
+        const int64_t i = query_index(t, r), h = query_head(t, r);
+        merge_row(parts, c->plan->splits, r, p->dim_v);
+        const float factor = end_row(p, &t->s, t->b, h, i, parts[0].max[r], parts[0].sum[r]);
+        float *output = parts[0].output + r * round_up(p->dim_v, 16), zeros = 0;
+        for (int64_t d = 0; d < p->dim_v; d++) {
+            output[d] *= factor;
+            zeros += 0 * output[d]; /* NaN for NaN and infinity */
+        }
+        c->body->narrow(element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i), output,
+                        p->dim_v, p->dtype);
+        if (isnan(zeros) && !isnan(parts[0].sum[r]))
+            cpu_fwd_ref_row(p, &t->s, t->b, h, i, w->exact);
+    }
+}
+
+static void worker(void *ctx, int64_t index) {
+    struct call *c = ctx;
+    const int64_t splits = c->plan->splits, tasks = heads_of(c->p) * splits;
+    struct scratch w;
+    lay_out_worker(&w, c->workers + (size_t)index * c->worker_bytes, c->p);
+    for (int64_t n;
+         (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < tasks;) {
+        const int64_t head = n / splits;
+        const struct task t = task_of(c, head);
+        if (t.rows == 0)
+            continue;
+        run_part(c, &t, head, n % splits, &w);
+        if (atomic_fetch_add_explicit(&c->parts_done[head], 1, memory_order_acq_rel) + 1 == splits)
+            finish_head(c, &t, head, &w);
+    }
+}
+
+/* Enough parts for many threads where there are few heads, none shorter than 256 keys. */
+static int64_t part_keys(const struct problem *p) {
+    enum { TASKS = 128, LEAST_KEYS = 256 };
+    const int64_t parts = most(1, least(MAX_SPLITS, TASKS / most(1, heads_of(p))));
+    return most(LEAST_KEYS, round_up((p->len_k + parts - 1) / parts, DECODE_TILE_K));
+}
+
+static size_t done_bytes(const struct problem *p) {
+    return (size_t)round_up(heads_of(p) * (int64_t)sizeof(_Atomic int32_t), 64);
+}
+
+bool decode_plan(struct plan *plan, const struct problem *p) {
+    if (p->len_q * group_of(p) > MAX_ROWS)
+        return false;
+    struct part part;
+    struct scratch w;
+    plan->splits = (int32_t)most(1, (p->len_k + part_keys(p) - 1) / part_keys(p));
+    plan->threads = (int32_t)most(1, least(plan->threads, heads_of(p) * plan->splits));
+    plan->workspace_bytes = done_bytes(p) +
+                            lay_out_part(&part, NULL, p) * (size_t)(heads_of(p) * plan->splits) +
+                            lay_out_worker(&w, NULL, p) * (size_t)plan->threads;
+    return true;
+}
+
+int32_t decode_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                      const struct decode_body *body) {
+    struct part part;
+    struct scratch w;
+    struct call c = {
+        .body = body,
+        .plan = plan,
+        .p = p,
+        .part_keys = part_keys(p),
+        .parts_done = exec->workspace,
+        .parts = (char *)exec->workspace + done_bytes(p),
+        .part_bytes = lay_out_part(&part, NULL, p),
+        .worker_bytes = lay_out_worker(&w, NULL, p),
+    };
+    c.workers = c.parts + c.part_bytes * (size_t)(heads_of(p) * plan->splits);
+    memset(exec->workspace, 0, done_bytes(p));
+    threads_run(exec, plan->threads, worker, &c);
+    return DLATTN_OK;
+}
