@@ -31,8 +31,8 @@ struct scratch {
     float *scores;
     float *extra;
     float *key, *value;
-    float *rows; /* one block, row-major: on the way in or out */
-    const char **pointers;
+    float *rows;              /* one block, row-major: on the way in or out */
+    const char **pointers[2]; /* of this tile's keys and values, and of the next one's */
     double *exact;
 };
 
@@ -54,7 +54,8 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
     w->key = carve(&at, tile_k * row_words * 4);
     w->value = carve(&at, tile_k / body->elements_per_word * dim_v * 4);
     w->rows = carve(&at, lanes * most(most(row_words, dim_v), extra ? tile_k : 0) * 4);
-    w->pointers = carve(&at, 2 * tile_k * (int64_t)sizeof *w->pointers);
+    for (int n = 0; n < 2; n++)
+        w->pointers[n] = carve(&at, 2 * tile_k * (int64_t)sizeof **w->pointers);
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
     for (int64_t n = 0; n < blocks; n++) {
         float *query = carve(&at, row_words * lanes * 4), *output = carve(&at, dim_v * lanes * 4);
@@ -183,6 +184,36 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     }
 }
 
+struct kv_tile {
+    struct rows keys, values;
+    int64_t first;
+    int32_t n;
+};
+
+/* Up to tile_k keys from `first` on; n = 0 at the end. */
+static struct kv_tile tile_at(const struct task *t, int64_t first, int64_t end, int32_t tile_k,
+                              const char **pointers) {
+    const struct problem *p = t->p;
+    struct kv_tile tile = {.first = first, .n = (int32_t)most(0, least(tile_k, end - first))};
+    tile.keys = kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first, tile.n, pointers);
+    tile.values = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first, tile.n, pointers + tile_k);
+    return tile;
+}
+
+static void prefetch_rows(const struct rows *rows, int64_t from, int64_t to, int64_t bytes) {
+    for (int64_t r = from; r < to; r++)
+        for (int64_t at = 0; at < bytes; at += 64)
+            __builtin_prefetch((const char *)row_at(rows, r) + at, 0, 2);
+}
+
+/* Fetches block n's share of the next tile into the second-level cache, so that no block waits for memory. */
+static void prefetch_share(const struct problem *p, const struct kv_tile *next, int64_t n,
+                           int64_t blocks) {
+    const int64_t from = next->n * n / blocks, to = next->n * (n + 1) / blocks;
+    prefetch_rows(&next->keys, from, to, p->dim_qk * dtype_bytes(p->dtype));
+    prefetch_rows(&next->values, from, to, p->dim_v * dtype_bytes(p->dtype));
+}
+
 static void run_task(const struct call *c, const struct task *t, struct scratch *w) {
     const struct forward_body *body = c->body;
     const struct problem *p = t->p;
@@ -196,21 +227,22 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
         first = least(first, b->first);
         end = most(end, b->end);
     }
-    for (int64_t k = first / tile_k * tile_k; k < end; k += tile_k) {
-        const int32_t loaded = (int32_t)least(tile_k, end - k);
-        const struct rows keys =
-            kv_rows(p, &p->key, &t->s, t->b, t->kv_head, k, loaded, w->pointers);
-        const struct rows values =
-            kv_rows(p, &p->value, &t->s, t->b, t->kv_head, k, loaded, w->pointers + tile_k);
-        const struct operand key = body->load_key(w->key, &keys, loaded, p->dim_qk, p->dtype);
+    struct kv_tile tile =
+        tile_at(t, least(first, end) / tile_k * tile_k, end, tile_k, w->pointers[0]);
+    for (int parity = 1; tile.n > 0; parity ^= 1) {
+        const struct operand key = body->load_key(w->key, &tile.keys, tile.n, p->dim_qk, p->dtype);
         const struct operand value =
-            body->load_value(w->value, &values, loaded, p->dim_v, p->dtype);
+            body->load_value(w->value, &tile.values, tile.n, p->dim_v, p->dtype);
+        const struct kv_tile next =
+            tile_at(t, tile.first + tile.n, end, tile_k, w->pointers[parity]);
         for (int64_t n = 0; n < blocks; n++) {
             struct block *b = &w->blocks[n];
-            if (k + tile_k > b->first && k < b->end)
-                attend(c, t, b, t->first_row + n * lanes, &key, &value, k,
-                       (int32_t)least(loaded, b->end - k), w);
+            prefetch_share(p, &next, n, blocks);
+            if (tile.first + tile_k > b->first && tile.first < b->end)
+                attend(c, t, b, t->first_row + n * lanes, &key, &value, tile.first,
+                       (int32_t)least(tile.n, b->end - tile.first), w);
         }
+        tile = next;
     }
     for (int64_t n = 0; n < blocks; n++)
         finish_block(c, t, &w->blocks[n], t->first_row + n * lanes, w);
