@@ -48,8 +48,8 @@ static inline const dlattn_api *dlattn_open_file(const char *path, char *why, si
     else if (!api)
         snprintf(why + used, size - used, "  %s: does not serve ABI %d\n", path, DLATTN_ABI_MAJOR);
     else if (api->struct_size < offsetof(dlattn_api, device_info) + sizeof api->device_info) {
-        snprintf(why + used, size - used, "  %s: serves ABI %u.%u, this program needs %d.%d\n",
-                 path, api->abi_major, api->abi_minor, DLATTN_ABI_MAJOR, DLATTN_ABI_MINOR);
+        snprintf(why + used, size - used, "  %s: serves ABI %u.%u, this program needs %d.%d\n", path, api->abi_major,
+                 api->abi_minor, DLATTN_ABI_MAJOR, DLATTN_ABI_MINOR);
         api = NULL;
     }
     return api;
@@ -65,8 +65,8 @@ static inline void dlattn_path_beside(char *path, size_t size) {
         return;
     const char *slash = strrchr(info.dli_fname, '/');
     const int folder = slash ? (int)(slash - info.dli_fname) + 1 : 0;
-    const int length = snprintf(path, size, "%.*s%s", folder, info.dli_fname,
-                                slash ? DLATTN_SONAME : "./" DLATTN_SONAME);
+    const int length =
+        snprintf(path, size, "%.*s%s", folder, info.dli_fname, slash ? DLATTN_SONAME : "./" DLATTN_SONAME);
     if (length < 0 || (size_t)length >= size)
         path[0] = '\0';
 }
@@ -77,8 +77,7 @@ static inline const dlattn_api *dlattn_open(char *why, size_t size) {
     const char *named = getenv("DLATTN_LIBRARY");
     const dlattn_api *api;
     char beside[4096];
-    snprintf(why, size, "libdlattn was not found%s:\n",
-             named && *named ? " where DLATTN_LIBRARY says" : "");
+    snprintf(why, size, "libdlattn was not found%s:\n", named && *named ? " where DLATTN_LIBRARY says" : "");
     if (named && *named)
         return dlattn_open_file(named, why, size);
     dlattn_path_beside(beside, sizeof beside);

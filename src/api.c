@@ -20,7 +20,17 @@ struct dlattn_plan {
 
 /* ---- Structs that may be older or newer than this library ------------------------------------ */
 
-/* Copies the part that both sides know. `least` is the struct's size in ABI 1.0. */
+/* Bytes of each struct in ABI 1.0: the least that a caller may hand over, for ever. */
+enum {
+    DESC_1_0 = 88,
+    TENSORS_1_0 = 120,
+    EXEC_1_0 = 56,
+    SKU_1_0 = 104,
+    KERNEL_INFO_1_0 = 80,
+    DEVICE_INFO_1_0 = 288
+};
+
+/* Copies the part that both sides know. */
 static int32_t copy_in(void *own, size_t own_size, size_t least, const void *theirs,
                        const char *name) {
     size_t size;
@@ -61,7 +71,7 @@ static void copy_out(void *theirs, const void *own, size_t own_size) {
            (size < own_size ? size : own_size) - sizeof size);
 }
 
-#define COPY_IN(own, theirs) copy_in(&(own), sizeof(own), sizeof(own), theirs, #theirs)
+#define COPY_IN(own, theirs, least) copy_in(&(own), sizeof(own), least, theirs, #theirs)
 
 /* ---- Forward --------------------------------------------------------------------------------- */
 
@@ -69,7 +79,7 @@ static void copy_out(void *theirs, const void *own, size_t own_size) {
 static int32_t build(struct problem *p, const dlattn_forward_desc *desc,
                      const dlattn_tensors *tensors, bool with_data, struct caps *caps) {
     dlattn_tensors t;
-    int32_t status = COPY_IN(t, tensors);
+    int32_t status = COPY_IN(t, tensors, TENSORS_1_0);
     if (status == DLATTN_OK)
         status = problem_build(p, desc, &t, with_data);
     if (status == DLATTN_OK)
@@ -100,7 +110,7 @@ static int32_t check_workspace(const struct plan *plan, const dlattn_exec *e) {
 }
 
 static int32_t read_exec(dlattn_exec *own, const dlattn_exec *exec) {
-    int32_t status = copy_in(own, sizeof *own, sizeof *own, exec, "exec");
+    int32_t status = copy_in(own, sizeof *own, EXEC_1_0, exec, "exec");
     if (status == DLATTN_OK && own->flags & ~DLATTN_TAKE_OWNERSHIP)
         return fail(DLATTN_UNSUPPORTED,
                     "exec.flags: 0x%llx has bits that this library does not know",
@@ -135,10 +145,10 @@ static int32_t forward_query(const dlattn_forward_desc *desc, const dlattn_tenso
     dlattn_forward_desc d;
     struct problem p;
     struct plan plan;
-    dlattn_sku own;
-    int32_t status = check_out(sku, sizeof own, "sku");
+    dlattn_sku own = {0};
+    int32_t status = check_out(sku, SKU_1_0, "sku");
     if (status == DLATTN_OK)
-        status = COPY_IN(d, desc);
+        status = COPY_IN(d, desc, DESC_1_0);
     if (status == DLATTN_OK)
         status = choose(&plan, &p, &d, tensors, false);
     if (status != DLATTN_OK)
@@ -153,7 +163,7 @@ static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *te
     dlattn_forward_desc d;
     struct problem p;
     struct plan plan;
-    int32_t status = COPY_IN(d, desc);
+    int32_t status = COPY_IN(d, desc, DESC_1_0);
     if (status == DLATTN_OK)
         status = choose(&plan, &p, &d, tensors, true);
     return status == DLATTN_OK ? launch(&plan, &p, exec) : status;
@@ -167,7 +177,7 @@ static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
     struct managed_slots slots;
     dlattn_tensors tensors;
     dlattn_exec e = {0};
-    int32_t status = copy_in(&slots, sizeof slots, sizeof slots, managed, "tensors");
+    int32_t status = copy_in(&slots, sizeof slots, TENSORS_1_0, managed, "tensors");
     if (status != DLATTN_OK)
         return status;
     status = read_exec(&e, exec);
@@ -197,7 +207,7 @@ static int32_t plan_create(const dlattn_forward_desc *desc, const dlattn_tensors
     dlattn_plan made;
     if (!plan)
         return fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
-    int32_t status = COPY_IN(made.desc, desc);
+    int32_t status = COPY_IN(made.desc, desc, DESC_1_0);
     if (status == DLATTN_OK)
         status = choose(&made.choice, &made.problem, &made.desc, tensors, false);
     if (status != DLATTN_OK)
@@ -222,7 +232,7 @@ static int32_t plan_problem(const dlattn_plan *plan, const dlattn_tensors *tenso
     dlattn_tensors t;
     if (!plan)
         return fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
-    int32_t status = COPY_IN(t, tensors);
+    int32_t status = COPY_IN(t, tensors, TENSORS_1_0);
     if (status == DLATTN_OK)
         status = problem_build(p, &plan->desc, &t, with_data);
     if (status != DLATTN_OK)
@@ -239,8 +249,8 @@ static int32_t plan_can_run(const dlattn_plan *plan, const dlattn_tensors *tenso
 }
 
 static int32_t plan_sku(const dlattn_plan *plan, dlattn_sku *sku) {
-    dlattn_sku own;
-    int32_t status = check_out(sku, sizeof own, "sku");
+    dlattn_sku own = {0};
+    int32_t status = check_out(sku, SKU_1_0, "sku");
     if (status == DLATTN_OK && !plan)
         status = fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
     if (status != DLATTN_OK)
@@ -295,7 +305,7 @@ static bool available(const struct kernel *k) {
 }
 
 static int32_t kernel_info(int32_t index, dlattn_kernel_info *info) {
-    int32_t status = check_out(info, sizeof *info, "info");
+    int32_t status = check_out(info, KERNEL_INFO_1_0, "info");
     if (status == DLATTN_OK && (index < 0 || index >= kernel_table_size))
         status = fail(DLATTN_INVALID_ARGUMENT, "index: is %d, there are %d rows", index,
                       kernel_table_size);
@@ -323,7 +333,7 @@ static int32_t device_count(void) { return 1 + caps_gpu_count(); }
 
 static int32_t device_info(int32_t index, dlattn_device_info *info) {
     dlattn_device_info own = {0};
-    int32_t status = check_out(info, sizeof own, "info");
+    int32_t status = check_out(info, DEVICE_INFO_1_0, "info");
     if (status == DLATTN_OK && (index < 0 || index >= device_count()))
         status = fail(DLATTN_INVALID_ARGUMENT, "index: is %d, there are %d devices", index,
                       device_count());
