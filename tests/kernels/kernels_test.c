@@ -1,6 +1,6 @@
 /*
- * The one loop: every CPU row of the table, on every shape and every feature, against the reference. A row that is added to
- * kernels.inc is tested without a change here.
+ * The one loop: every row of the table, on every shape and every feature, against the reference. A row that is added to
+ * kernels.inc is tested without a change here. Built twice: for the CPU's rows, and with BACKEND and PLACE for the GPU's.
  */
 #define _POSIX_C_SOURCE 200112L /* setenv */
 #include "tests/support/check.h"
@@ -12,6 +12,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifndef BACKEND
+#define BACKEND "cpu"
+#define PLACE place_cpu
+#endif
 
 /* Every build shall finish within a minute: a sanitizer takes one case of those that a plain build takes SHARE of. */
 #if defined(__has_feature)
@@ -148,7 +153,7 @@ ParameterizedTestParameters(kernels, row) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
         api->kernel_info(row, &info);
         for (enum element e = F64; e <= BF16; e++) {
-            if (strcmp(info.backend, "cpu") == 0 && lists(info.dtypes, e))
+            if (strcmp(info.backend, BACKEND) == 0 && lists(info.dtypes, e))
                 end = add_job(end, info.name, "all", e);
         }
     }
@@ -156,7 +161,7 @@ ParameterizedTestParameters(kernels, row) {
 }
 
 ParameterizedTest(struct job *job, kernels, row) {
-    struct loop loop = {.subject = {.api = test_api(), .place = &place_cpu, .kernel = job->kernel},
+    struct loop loop = {.subject = {.api = test_api(), .place = &PLACE, .kernel = job->kernel},
                         .job = job,
                         .seed = 1};
     const dlattn_kernel_info info = find_kernel(loop.subject.api, job->kernel);
@@ -175,12 +180,12 @@ ParameterizedTest(struct job *job, kernels, row) {
               (unsigned long long)(info.features & ~loop.covered));
 }
 
-/* The library's own choice on lesser machines: DLATTN_CPU takes instruction sets away. */
+/* The library's own choice. On the CPU also on lesser machines: DLATTN_CPU takes instruction sets away. */
 ParameterizedTestParameters(kernels, choice) {
     static const char *const sets[] = {"all", "", "avx2", "avx2,avx512"};
-    enum { SETS = sizeof sets / sizeof sets[0] };
-    struct job *jobs = cr_malloc(4 * SETS * sizeof *jobs), *end = jobs;
-    for (size_t i = 0; i < SETS; i++) {
+    const size_t count = strcmp(BACKEND, "cpu") == 0 ? sizeof sets / sizeof sets[0] : 1;
+    struct job *jobs = cr_malloc(4 * count * sizeof *jobs), *end = jobs;
+    for (size_t i = 0; i < count; i++) {
         for (enum element e = F64; e <= BF16; e++)
             end = add_job(end, "", sets[i], e);
     }
@@ -190,8 +195,7 @@ ParameterizedTestParameters(kernels, choice) {
 ParameterizedTest(struct job *job, kernels, choice) {
     if (strcmp(job->cpu, "all") != 0)
         setenv("DLATTN_CPU", job->cpu, 1);
-    struct loop loop = {
-        .subject = {.api = test_api(), .place = &place_cpu}, .job = job, .seed = 5000};
+    struct loop loop = {.subject = {.api = test_api(), .place = &PLACE}, .job = job, .seed = 5000};
     for (int i = 0; i < feature_set_count; i += SHARE)
         check(&loop, &check_shapes[(i * 7 + 5) % check_shape_count], &feature_sets[i]);
     cr_expect(eq(int, loop.failed, 0), "%d of %d cases failed", loop.failed, loop.checked);

@@ -33,5 +33,6 @@ struct place {
 };
 
 extern const struct place place_cpu;
+extern const struct place place_gpu; /* //tests/gpu */
 
 #endif /* DLATTN_TESTS_PLACE_H_ */

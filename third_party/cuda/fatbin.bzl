@@ -74,8 +74,9 @@ _fatbin = rule(
 )
 
 def _embed_impl(ctx):
-    out = ctx.actions.declare_file(ctx.label.name + ".S")
-    ctx.actions.write(out, """\
+    source = ctx.actions.declare_file(ctx.label.name + ".S")
+    out = ctx.actions.declare_file(ctx.label.name + ".o")
+    ctx.actions.write(source, """\
     .section .rodata.{symbol}, "a"
     .balign 16
     .globl {symbol}
@@ -87,9 +88,15 @@ def _embed_impl(ctx):
     .section .note.GNU-stack, "", %progbits
 """.format(symbol = ctx.attr.symbol, path = ctx.file.fatbin.path))
 
-    # To Bazel, a file that the assembler reads is a header.
-    headers = cc_common.create_compilation_context(headers = depset([ctx.file.fatbin]))
-    return [DefaultInfo(files = depset([out])), CcInfo(compilation_context = headers)]
+    # An action of our own: cc_library would not see that a new image changes what .incbin brings.
+    ctx.actions.run_shell(
+        command = "clang-19 -c -o %s %s" % (out.path, source.path),
+        inputs = [source, ctx.file.fatbin],
+        outputs = [out],
+        mnemonic = "CudaEmbed",
+        use_default_shell_env = True,
+    )
+    return [DefaultInfo(files = depset([out]))]
 
 _embed = rule(
     implementation = _embed_impl,
@@ -135,6 +142,5 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], 
     cc_library(
         name = name,
         srcs = [name + ".embed"],
-        deps = [name + ".embed"],
         **kwargs
     )
