@@ -47,13 +47,13 @@ fn forward_as<T: Element + CudaDType + candle_core::cuda_backend::cudarc::driver
         )
     };
     {
+        let locks = op.lock_extras();
         // The guards tell cudarc, when they are dropped, that the stream has got its work.
         let mut guards = Vec::new();
         let (output_data, guard) = output.device_ptr_mut(&stream);
         guards.push(guard);
         let (lse_data, guard) = lse.device_ptr_mut(&stream);
         guards.push(guard);
-        let locks = op.lock_extras();
         let mut tensors = Tensors::new(
             view(query, &stream, &mut guards)?,
             view(key, &stream, &mut guards)?,
