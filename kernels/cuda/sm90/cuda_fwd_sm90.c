@@ -1,0 +1,232 @@
+/* Forward attention for f16 and bf16 on Hopper: TMA, wgmma, warp specialisation. See docs/cuda-sm90.md. */
+#include "kernels/cuda/sm90/params.h"
+#include "kernels/kernel.h"
+#include "src/cuda_driver.h"
+
+#include <math.h>
+
+/* One image for each head dim. */
+#define MODULE(D)                                                                                  \
+    extern const unsigned char cuda_fwd_sm90_##D##_image[];                                        \
+    static struct cuda_module module_##D = {.image = cuda_fwd_sm90_##D##_image};
+MODULE(64)
+MODULE(96)
+MODULE(128)
+MODULE(192)
+MODULE(256)
+
+/* One compiled tile: for each element type without and with softcap. */
+struct tile {
+    int32_t dim_qk, dim_v, keys, warpgroups;
+    bool for_short;
+    struct cuda_kernel f16[2], bf16[2];
+};
+
+#define INSTANCE(D, NAME, WARPGROUPS, BYTES)                                                       \
+    {.module = &module_##D,                                                                        \
+     .name = NAME,                                                                                 \
+     .threads = 128 * ((WARPGROUPS) + 1),                                                          \
+     .shared_memory_bytes = (BYTES)}
+#define INSTANCES(D, NAME, WARPGROUPS, BYTES)                                                      \
+    {INSTANCE(D, "cuda_fwd_sm90_" NAME, WARPGROUPS, BYTES),                                        \
+     INSTANCE(D, "cuda_fwd_sm90_" NAME "_softcap", WARPGROUPS, BYTES)}
+#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PING_PONG, EARLY, SHORT)               \
+    {D,                                                                                            \
+     DV,                                                                                           \
+     KEYS,                                                                                         \
+     WARPGROUPS,                                                                                   \
+     SHORT,                                                                                        \
+     INSTANCES(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS "_f16", WARPGROUPS,                         \
+               SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)),                  \
+     INSTANCES(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS "_bf16", WARPGROUPS,                        \
+               SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES))},
+#define SM90_D 0
+static struct tile tiles[] = {
+#include "kernels/cuda/sm90/tiles.inc"
+};
+enum { TILES = sizeof tiles / sizeof tiles[0] };
+
+static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static bool bounded(const struct problem *p) {
+    return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
+}
+
+static bool suits(const struct tile *t, const struct problem *p) {
+    return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v && t->for_short <= (p->len_k <= 1024);
+}
+
+/* What a tensor map can say: [B, H, L, D] with strides that are not 0 and below 2^40 bytes. */
+static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length) {
+    const int64_t extent[3] = {batch, heads, length};
+    for (int i = 0; i < 3; i++) {
+        if (extent[i] > 1 && (v->stride[i] == 0 || v->stride[i] >= INT64_C(1) << 39))
+            return false;
+    }
+    return true;
+}
+
+bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    (void)caps;
+    if (!(p->scale > 0) || p->dim_v % 8 != 0 || p->len_k == 0 || p->len_k > SM90_MAX_LENGTH ||
+        p->len_q * (p->heads_q / p->heads_kv) > SM90_MAX_LENGTH ||
+        ceil_divide(p->len_q, 64) * p->heads_q * p->batch > INT32_MAX ||
+        !mappable(&p->query, p->batch, p->heads_q, p->len_q) ||
+        !mappable(&p->key, p->batch, p->heads_kv, p->len_k) ||
+        !mappable(&p->value, p->batch, p->heads_kv, p->len_k))
+        return false;
+    for (int32_t i = 0; i < TILES; i++) {
+        if (!suits(&tiles[i], p))
+            continue;
+        plan->variant = i;
+        plan->tile_q = 64 * tiles[i].warpgroups;
+        plan->tile_k = tiles[i].keys;
+        return true;
+    }
+    return false;
+}
+
+/* ---- The tiles ------------------------------------------------------------------------------------------------ */
+
+static struct sm90_divisor divisor(int64_t d) {
+    struct sm90_divisor r = {0, 0};
+    if (d > 1) {
+        r.shift = 31u - (uint32_t)__builtin_clz((uint32_t)d - 1);
+        r.multiplier =
+            (uint32_t)(((UINT64_C(1) << (32 + r.shift)) + (uint64_t)d - 1) / (uint64_t)d);
+    }
+    return r;
+}
+
+/* Query heads of a group that share a tile, as a power of two: as many as make fewer tiles, at most the 64 rows of a
+ * warpgroup. */
+static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
+    const int64_t group = p->heads_q / p->heads_kv;
+    int32_t best = 0;
+    for (int32_t log2 = 1; log2 <= 6 && group % (1 << log2) == 0; log2++) {
+        if (ceil_divide(p->len_q << log2, tile_q) < ceil_divide(p->len_q << best, tile_q)
+                                                        << (log2 - best))
+            best = log2;
+    }
+    return best;
+}
+
+/* With a bounded window the heads of a group have about one tile for each block of the grid, see tile_at(): what the
+ * blocks work on at one time then spans few heads, whose keys and values stay in L2. Other masks take head by head. */
+static int64_t heads_per_group(const struct problem *p, const struct sm90_params *params,
+                               int32_t multiprocessors) {
+    const int64_t heads =
+        bounded(p) ? (multiprocessors + params->tiles_per_head / 2) / params->tiles_per_head : 1;
+    return heads < 1 ? 1 : heads < params->heads_total ? heads : params->heads_total;
+}
+
+static void fill_tiles(struct sm90_params *params, const struct problem *p, int32_t tile_q,
+                       int32_t multiprocessors) {
+    const int32_t log2 = pack_log2(p, tile_q), pack = 1 << log2;
+    params->pack_log2 = log2;
+    params->heads = (int32_t)(p->heads_q / pack);
+    params->heads_per_kv = (int32_t)(p->heads_q / p->heads_kv / pack);
+    params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, tile_q);
+    params->heads_total = (int32_t)(p->batch * params->heads);
+    params->tiles = params->tiles_per_head * params->heads_total;
+    params->heads_per_group = (int32_t)heads_per_group(p, params, multiprocessors);
+    params->groups = (int32_t)ceil_divide(params->heads_total, params->heads_per_group);
+    params->by_group_tiles = divisor((int64_t)params->heads_per_group * params->tiles_per_head);
+    params->by_group_heads = divisor(params->heads_per_group);
+    params->by_last_group_heads =
+        divisor(params->heads_total - (params->groups - 1) * params->heads_per_group);
+    params->by_heads = divisor(params->heads);
+    params->by_heads_per_kv = divisor(params->heads_per_kv);
+}
+
+/* ---- The tensors ---------------------------------------------------------------------------------------------- */
+
+static struct sm90_strides strides(const struct view *v) {
+    return (struct sm90_strides){v->stride[0], v->stride[1], v->stride[2]};
+}
+
+/* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
+static uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
+
+/* [D, pack, Lq, H / pack, B]: the query heads of one tile are neighbours. */
+static int32_t map_query(struct sm90_params *params, const struct problem *p) {
+    const int64_t pack = INT64_C(1) << params->pack_log2;
+    const int64_t *s = p->query.stride;
+    const uint64_t extent[] = {(uint64_t)p->dim_qk, (uint64_t)pack, (uint64_t)p->len_q,
+                               (uint64_t)params->heads, (uint64_t)p->batch};
+    const uint64_t stride[] = {step(s[1]), step(s[2]), step(s[1] * pack), step(s[0])};
+    const uint32_t box[] = {64, (uint32_t)pack, (uint32_t)(64 / pack), 1, 1};
+    return cuda_tensor_map((struct cuda_tensor_map *)&params->query_map, p->dtype, p->query.data, 5,
+                           extent, stride, box, 128);
+}
+
+static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, const struct view *v,
+                        int64_t dim, int32_t tile_k) {
+    const uint64_t extent[] = {(uint64_t)dim, (uint64_t)p->len_k, (uint64_t)p->heads_kv,
+                               (uint64_t)p->batch};
+    const uint64_t stride[] = {step(v->stride[2]), step(v->stride[1]), step(v->stride[0])};
+    const uint32_t box[] = {64, (uint32_t)tile_k, 1, 1};
+    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, v->data, 4, extent, stride, box,
+                           128);
+}
+
+static int32_t window(int64_t keys) {
+    return keys < SM90_UNBOUNDED ? (int32_t)keys : SM90_UNBOUNDED;
+}
+
+static void fill_problem(struct sm90_params *params, const struct problem *p) {
+    const double log2_e = 1.4426950408889634;
+    *params = (struct sm90_params){
+        .output = p->output.data,
+        .lse = p->lse.data,
+        .query_lengths = p->query_lengths.data,
+        .key_lengths = p->key_lengths.data,
+        .output_strides = strides(&p->output),
+        .lse_strides = strides(&p->lse),
+        .query = p->query.data,
+        .key = p->key.data,
+        .value = p->value.data,
+        .query_strides = strides(&p->query),
+        .key_strides = strides(&p->key),
+        .value_strides = strides(&p->value),
+        .len_q = (int32_t)p->len_q,
+        .len_k = (int32_t)p->len_k,
+        .dim_qk = (int32_t)p->dim_qk,
+        .dim_v = (int32_t)p->dim_v,
+        .window_left = window(p->window_left),
+        .window_right = window(p->window_right),
+        .query_lengths_stride = p->query_lengths.stride[0],
+        .key_lengths_stride = p->key_lengths.stride[0],
+        .bottom_right = p->bottom_right,
+        .lse_is_element = p->lse_dtype != DTYPE_F32,
+        .empty_lse = p->empty_lse_inf ? INFINITY : -INFINITY,
+        .scale = (float)p->scale,
+        .scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * log2_e),
+        .softcap = (float)p->softcap,
+    };
+}
+
+int32_t cuda_fwd_sm90_launch(const struct plan *plan, const struct problem *p,
+                             const struct exec *exec) {
+    struct tile *t = &tiles[plan->variant];
+    struct sm90_params params;
+    struct caps caps;
+    if (p->batch * p->heads_q * p->len_q == 0)
+        return DLATTN_OK;
+    int32_t status = cuda_caps(&caps, p->device_id);
+    if (status != DLATTN_OK)
+        return status;
+    fill_problem(&params, p);
+    fill_tiles(&params, p, plan->tile_q, caps.multiprocessors);
+    status = map_query(&params, p);
+    if (status == DLATTN_OK)
+        status = map_keys(&params.key_map, p, &p->key, p->dim_qk, plan->tile_k);
+    if (status == DLATTN_OK)
+        status = map_keys(&params.value_map, p, &p->value, p->dim_v, plan->tile_k);
+    if (status != DLATTN_OK)
+        return status;
+    const int64_t blocks =
+        params.tiles < caps.multiprocessors ? params.tiles : caps.multiprocessors;
+    struct cuda_kernel *kernels = p->dtype == DTYPE_F16 ? t->f16 : t->bf16;
+    return cuda_launch(&kernels[p->softcap > 0], p->device_id, blocks, exec->stream, &params);
+}

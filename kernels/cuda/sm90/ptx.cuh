@@ -1,0 +1,284 @@
+/*
+ * The instructions of sm_90a that this directory uses, one function each: mbarrier, TMA loads, wgmma, named
+ * barriers, setmaxnreg. Shared memory is named by its 32-bit address. (PTX ISA 8.7, sections 9.7.9 to 9.7.15)
+ */
+#ifndef DLATTN_SM90_PTX_CUH_
+#define DLATTN_SM90_PTX_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/* The same value in every thread of the warp, said in a way that lets the compiler use uniform registers. */
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
+/* ---- mbarrier: one phase bit that flips when the expected arrivals and bytes are complete ---- */
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+/* Makes initialised barriers visible to the async proxy (TMA). */
+__device__ __forceinline__ void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+/* Waits until the phase with this parity has completed. */
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra finished;\n"
+                 "bra again;\n"
+                 "finished:\n"
+                 "}\n" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* ---- TMA: one box of a tensor map to shared memory; elements outside the tensor arrive as zeros ---- */
+
+__device__ __forceinline__ void tma_prefetch_map(const void *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void tma_load_4d(uint32_t dst, const void *map, uint32_t barrier, int c0,
+                                            int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
+__device__ __forceinline__ void tma_load_5d(uint32_t dst, const void *map, uint32_t barrier, int c0,
+                                            int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
+                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+
+/* ---- Named barriers (1 to 15; 0 is __syncthreads) ---- */
+
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* ---- Registers of a warpgroup ---- */
+
+template <int kRegisters>
+__device__ __forceinline__ void registers_increase() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void registers_decrease() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+/* ---- Arithmetic ---- */
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Two floats as one register of two E, `low` in the lower half. */
+template <typename E>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+/* 0 * a + b for two E: keeps every NaN, and makes one of every infinity. */
+template <typename E>
+__device__ __forceinline__ uint32_t multiply_add_zero(uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ uint32_t multiply_add_zero<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0), "r"(b));
+    return r;
+}
+
+template <>
+__device__ __forceinline__ uint32_t multiply_add_zero<__half>(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0), "r"(b));
+    return r;
+}
+
+/* ---- wgmma ---- */
+
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* Waits until at most kPending groups of this warpgroup are unfinished. */
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/* Keeps ptxas from hoisting a wait above the computation of a and b, which are never negative: a store that depends
+ * on them and never happens. */
+__device__ __forceinline__ void hold(uint32_t address, float a, float b) {
+    asm volatile(
+        "{\n.reg .pred p;\n.reg .f32 s;\nadd.f32 s, %1, %2;\nsetp.lt.f32 p, s, 0f00000000;\n"
+        "@p st.volatile.shared.f32 [%0], s;\n}\n" ::"r"(address),
+        "f"(a), "f"(b)
+        : "memory");
+}
+
+/* Keeps the compiler from moving accesses to these registers across the wait or the fence beside it. */
+template <int kCount>
+__device__ __forceinline__ void pin(float (&r)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
+        asm volatile("" : "+f"(r[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&r)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++)
+        asm volatile("" : "+r"(r[i])::"memory");
+}
+
+/*
+ * Descriptor of a tile in shared memory with the 128-byte swizzle: rows of 64 elements (128 bytes), eight rows to
+ * a 1024-byte atom that must be aligned to 1024. `leading` and `stride` are byte distances:
+ * K-major (rows run along M or N): stride = between groups of 8 rows, leading unused.
+ * MN-major (rows run along K): leading = between 64-element columns of the tile, stride = between groups of 8 rows.
+ */
+struct Descriptor {
+    uint32_t low, high;
+    __device__ __forceinline__ Descriptor(uint32_t address, uint32_t leading, uint32_t stride)
+        : low(uniform((address & 0x3ffff) >> 4 | leading >> 4 << 16)),
+          high(stride >> 4 | 1u << 30) {}
+    __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
+        return static_cast<uint64_t>(high) << 32 | (low + (bytes >> 4));
+    }
+};
+
+/* D[64, N] (f32, N / 2 registers a thread) = or += A[64, 16] B[16, N]. */
+template <typename E, int N>
+struct Wgmma;
+
+#define SM90_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define SM90_R16 SM90_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define SM90_R24 SM90_R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define SM90_R32 SM90_R24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define SM90_R40 SM90_R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define SM90_R48 SM90_R40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define SM90_R56 SM90_R48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define SM90_R64 SM90_R56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define SM90_R72 SM90_R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define SM90_R80 SM90_R72 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define SM90_R88 SM90_R80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define SM90_R96 SM90_R88 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define SM90_R104 SM90_R96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define SM90_R112 SM90_R104 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define SM90_R120 SM90_R112 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define SM90_R128 SM90_R120 ",%120,%121,%122,%123,%124,%125,%126,%127"
+
+#define SM90_D8(i)                                                                                 \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),    \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SM90_D32 SM90_D8(0), SM90_D8(8), SM90_D8(16), SM90_D8(24)
+#define SM90_D40 SM90_D32, SM90_D8(32)
+#define SM90_D48 SM90_D40, SM90_D8(40)
+#define SM90_D56 SM90_D48, SM90_D8(48)
+#define SM90_D64 SM90_D56, SM90_D8(56)
+#define SM90_D72 SM90_D64, SM90_D8(64)
+#define SM90_D80 SM90_D72, SM90_D8(72)
+#define SM90_D88 SM90_D80, SM90_D8(80)
+#define SM90_D96 SM90_D88, SM90_D8(88)
+#define SM90_D112 SM90_D96, SM90_D8(96), SM90_D8(104)
+#define SM90_D128 SM90_D112, SM90_D8(112), SM90_D8(120)
+
+/* R = N / 2; i0 to i5 = R to R + 5, the numbers of the operands that follow the accumulators. */
+#define SM90_WGMMA(E, name, N, R, i0, i1, i2, i3, i4, i5)                                          \
+    template <>                                                                                    \
+    struct Wgmma<E, N> {                                                                           \
+        /* A and B in shared memory, both K-major: D = A B^T of the tiles as they lie. */          \
+        static __device__ __forceinline__ void ss(float (&d)[R], uint64_t a, uint64_t b,           \
+                                                  int accumulate) {                                \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name           \
+                         " {" SM90_R##R "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}\n"               \
+                         : SM90_D##R                                                               \
+                         : "l"(a), "l"(b), "r"(accumulate));                                       \
+        }                                                                                          \
+        /* A in registers, B MN-major in shared memory; always accumulates. */                     \
+        static __device__ __forceinline__ void rs(float (&d)[R], uint32_t a0, uint32_t a1,         \
+                                                  uint32_t a2, uint32_t a3, uint64_t b) {          \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name           \
+                         " {" SM90_R##R "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4       \
+                                        ", p, 1, 1, 1;\n}\n"                                       \
+                         : SM90_D##R                                                               \
+                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(1));                    \
+        }                                                                                          \
+    };
+#define SM90_WGMMA_BOTH(N, R, ...)                                                                 \
+    SM90_WGMMA(__nv_bfloat16, "bf16", N, R, __VA_ARGS__)                                           \
+    SM90_WGMMA(__half, "f16", N, R, __VA_ARGS__)
+
+SM90_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
+SM90_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
+SM90_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)
+SM90_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61)
+SM90_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
+SM90_WGMMA_BOTH(144, 72, 72, 73, 74, 75, 76, 77)
+SM90_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84, 85)
+SM90_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93)
+SM90_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
+SM90_WGMMA_BOTH(224, 112, 112, 113, 114, 115, 116, 117)
+SM90_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
+
+} // namespace sm90
+
+#endif /* DLATTN_SM90_PTX_CUH_ */
