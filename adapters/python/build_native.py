@@ -14,7 +14,11 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).resolve().parents[2]
-NATIVE = ("libdlattn.so.1", "adapters/python/_core.abi3.so")
+NATIVE = (
+    "libdlattn.so.1",
+    "adapters/python/_core.abi3.so",
+    "adapters/xla/libdlattn_xla.so",
+)
 
 
 class NativeBuildHook(BuildHookInterface):

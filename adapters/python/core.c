@@ -145,25 +145,28 @@ static int open_capsule(struct argument *a, int slot) {
     return 0;
 }
 
-/* A tensor without data: (shape, dtype code, bits, device type, device id); compact. */
+/* A tensor without data: (shape, strides, dtype code, bits, device type, device id). */
 static int open_spec(struct argument *a, PyObject *spec) {
-    PyObject *shape;
+    PyObject *shape, *strides;
     int code, bits, device_type, device_id;
-    if (!PyArg_ParseTuple(spec, "O!iiii", &PyTuple_Type, &shape, &code, &bits, &device_type,
-                          &device_id))
+    if (!PyArg_ParseTuple(spec, "O!O!iiii", &PyTuple_Type, &shape, &PyTuple_Type, &strides, &code,
+                          &bits, &device_type, &device_id))
         return -1;
     const Py_ssize_t axes = PyTuple_Size(shape);
-    if (axes > MAX_AXES) {
+    if (axes > MAX_AXES || PyTuple_Size(strides) != axes) {
         PyErr_Format(PyExc_ValueError, "a spec has %zd axes, at most %d are known", axes, MAX_AXES);
         return -1;
     }
-    for (Py_ssize_t i = 0; i < axes; i++)
+    for (Py_ssize_t i = 0; i < axes; i++) {
         a->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
+        a->strides[i] = PyLong_AsLongLong(PyTuple_GetItem(strides, i));
+    }
     a->tensor = (DLTensor){
         .device = {(DLDeviceType)device_type, device_id},
         .ndim = (int32_t)axes,
         .dtype = {(uint8_t)code, (uint8_t)bits, 1},
         .shape = a->shape,
+        .strides = a->strides,
     };
     return PyErr_Occurred() ? -1 : 0;
 }

@@ -169,6 +169,9 @@ def attention(
     ImportError), or another Error.
     """
     framework = _FRAMEWORKS.get(type(query)) or _framework(type(query))
+    if framework.attention is not None:
+        options = {name: x for name, x in locals().items() if name != "framework"}
+        return framework.attention(**options)
     if out is None:
         out = framework.empty(query, (*query.shape[:-1], value.shape[-1]))
     left, right = window or (None, None)
@@ -230,10 +233,11 @@ ALIGNMENTS = {"top_left": 0, "bottom_right": 1}
 
 
 class _Framework(NamedTuple):
-    """How arrays of one type are made, on the device of an existing one."""
+    """How arrays of one type are made, on the device of one; or who does all the work."""
 
     empty: Callable[[Any, tuple[int, ...]], Any]
     workspace: Callable[[Any, int], Any]
+    attention: Callable[..., Any] | None = None
 
 
 _FRAMEWORKS: dict[type, _Framework] = {}
@@ -252,6 +256,8 @@ def _framework(kind: type) -> _Framework:
             lambda like, shape: like.new_empty(shape),
             lambda like, size: like.new_empty(size, dtype=torch.uint8),
         )
+    elif name in ("jax", "jaxlib"):
+        made = _Framework(_no_output, _no_workspace, _jax_attention)
     elif hasattr(kind, "__array_namespace__"):
         made = _Framework(_standard_empty, _standard_workspace)
     else:
@@ -268,6 +274,20 @@ def _standard_empty(like: Any, shape: tuple[int, ...]) -> Any:
 def _standard_workspace(like: Any, size: int) -> Any:
     xp = like.__array_namespace__()
     return xp.empty(size, dtype=xp.uint8, device=like.device)
+
+
+def _jax_attention(
+    *, out: Any, lse: Any, kernel: Any, num_threads: int, stream: Any, **options: Any
+) -> Any:
+    from . import jax
+
+    if out is not None or lse is not None:
+        raise InvalidArgument(
+            "out, lse: JAX arrays cannot be written to; dlattn.jax.attention returns both"
+        )
+    if kernel is not None or num_threads or stream is not None:
+        raise InvalidArgument("kernel, num_threads, stream: are XLA's to choose")
+    return jax.attention(**options)
 
 
 def _no_output(like: Any, shape: tuple[int, ...]) -> Any:
