@@ -52,10 +52,11 @@ struct call {
 
 /* ---- Errors --------------------------------------------------------------------------------- */
 
-static int raise(const char *kind, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static int raise_error(const char *kind, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
 
-static int raise(const char *kind, const char *format, ...) {
-    char text[1024];
+static int raise_error(const char *kind, const char *format, ...) {
+    char text[4096];
     va_list values;
     va_start(values, format);
     vsnprintf(text, sizeof text, format, values);
@@ -82,7 +83,7 @@ static const dlattn_api *open_api(void) {
         char why[4096];
         api = dlattn_open(why, sizeof why);
         if (!api)
-            raise("RuntimeError", "%s", why);
+            raise_error("RuntimeError", "%s", why);
         atomic_store(&opened, api);
     }
     return api;
@@ -167,7 +168,7 @@ static int raise_unknown(const char *name) {
         const size_t used = strlen(known);
         snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "", options[i].name);
     }
-    return raise("ValueError", "dlattn has no option \"%s\"; it has %s", name, known);
+    return raise_error("ValueError", "dlattn has no option \"%s\"; it has %s", name, known);
 }
 
 static bool read_option(const struct option *option, const TVMFFIAny *any, struct call *call) {
@@ -211,8 +212,8 @@ static int read_pair(const TVMFFIAny *args, struct call *call) {
         return raise_unknown(name);
     if (args[1].type_index == kTVMFFINone || read_option(&options[i], &args[1], call))
         return OK;
-    return raise("TypeError", "%s: must be %s, is of tvm-ffi type index %d", name,
-                 kind_names[options[i].kind], args[1].type_index);
+    return raise_error("TypeError", "%s: must be %s, is of tvm-ffi type index %d", name,
+                       kind_names[options[i].kind], args[1].type_index);
 }
 
 static int read_call(const TVMFFIAny *args, int32_t count, struct call *call) {
@@ -228,25 +229,25 @@ static int read_call(const TVMFFIAny *args, int32_t count, struct call *call) {
     for (int32_t i = 0; i < count; i++) {
         if (slot == 3 && read_string(&args[i])) {
             if (i + 1 == count)
-                return raise("TypeError", "%s: has no value", read_string(&args[i]));
+                return raise_error("TypeError", "%s: has no value", read_string(&args[i]));
             if (read_pair(&args[i++], call) != OK)
                 return RAISED;
         } else if (slot == 5) {
-            return raise("TypeError", "there is an argument after lse");
+            return raise_error("TypeError", "there is an argument after lse");
         } else if (read_tensor(&args[i], slots[slot]) ||
                    (slot == 4 && args[i].type_index == kTVMFFINone)) {
             slot++;
         } else {
-            return raise("TypeError", "%s: must be a tensor, is of tvm-ffi type index %d",
-                         names[slot], args[i].type_index);
+            return raise_error("TypeError", "%s: must be a tensor, is of tvm-ffi type index %d",
+                               names[slot], args[i].type_index);
         }
     }
-    return slot >= 4
-               ? OK
-               : raise("TypeError",
-                       "%s: is missing; the arguments are query, key, value, [name, value]..., "
-                       "output[, lse]",
-                       names[slot]);
+    return slot >= 4 ? OK
+                     : raise_error(
+                           "TypeError",
+                           "%s: is missing; the arguments are query, key, value, [name, value]..., "
+                           "output[, lse]",
+                           names[slot]);
 }
 
 /* ---- Running -------------------------------------------------------------------------------- */
@@ -269,7 +270,8 @@ static int forward_with_workspace(const dlattn_api *api, struct call *call) {
     if (on_host(device)) {
         memory = malloc((size_t)bytes);
         if (!memory)
-            return raise("MemoryError", "workspace: no memory for %lld bytes", (long long)bytes);
+            return raise_error("MemoryError", "workspace: no memory for %lld bytes",
+                               (long long)bytes);
     } else {
         DLTensor prototype = {
             .device = device, .ndim = 1, .dtype = {kDLUInt, 8, 1}, .shape = &bytes};
