@@ -284,17 +284,3 @@ Test(gpu, refuses_absent_device) {
     cr_expect(eq(int, forward(api, &a, NULL), DLATTN_DEVICE_UNAVAILABLE));
     cr_expect(strstr(api->last_error(), "63") != NULL, "%s", api->last_error());
 }
-
-/* Nothing sticky is left behind: a good call follows. */
-Test(gpu, names_a_driver_error) {
-    const dlattn_api *api = gpu_api();
-    struct attention a;
-    make(&a, 1, 1, 16, 64, 8);
-    void *const stream = cuda_stream();
-    cuda_record_begin(stream); /* legacy calls are illegal while another stream records */
-    const int32_t status = forward(api, &a, (void *)1);
-    cuda_record_end(stream);
-    cr_expect(eq(int, status, DLATTN_DEVICE_ERROR));
-    cr_expect(strstr(api->last_error(), "CUDA_ERROR") != NULL, "%s", api->last_error());
-    MUST(forward(api, &a, NULL));
-}

@@ -96,7 +96,7 @@ def _embed_impl(ctx):
         mnemonic = "CudaEmbed",
         use_default_shell_env = True,
     )
-    return [DefaultInfo(files = depset([out]))]
+    return [DefaultInfo(files = depset([out])), OutputGroupInfo(image = depset([ctx.file.fatbin]))]
 
 _embed = rule(
     implementation = _embed_impl,

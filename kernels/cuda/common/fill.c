@@ -10,11 +10,10 @@ static struct fwd_view view(const struct view *v) {
     return (struct fwd_view){v->data, {v->stride[0], v->stride[1], v->stride[2], v->stride[3]}};
 }
 
-/* `inner`: extent of the last axis. */
+/* True if rows can be read and written 16 bytes at a time. `inner`: extent of the last axis. */
 static bool aligned(const struct view *v, int64_t bytes, int64_t inner) {
     const int64_t strides = v->stride[0] | v->stride[1] | v->stride[2];
-    return (uintptr_t)v->data % 16 == 0 && strides * bytes % 16 == 0 &&
-           (inner == 1 || v->stride[3] == 1);
+    return (uintptr_t)v->data % 16 == 0 && (strides | inner) * bytes % 16 == 0 && v->stride[3] == 1;
 }
 
 static int32_t window(int64_t keys) {

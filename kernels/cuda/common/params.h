@@ -14,7 +14,8 @@ struct fwd_view {
 
 /* fwd_params.flags */
 enum {
-    FWD_ALIGNED_QUERY = 1, /* base and strides are multiples of 16 bytes, innermost stride 1 */
+    FWD_ALIGNED_QUERY =
+        1, /* base, strides and extent of the last axis are multiples of 16 bytes, its stride is 1 */
     FWD_ALIGNED_KEY = 2,
     FWD_ALIGNED_VALUE = 4,
     FWD_ALIGNED_OUTPUT = 8,

@@ -5,9 +5,10 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-// 16 bytes from global to shared memory, of which the first `bytes` are read and the others become zero.
-__device__ __forceinline__ void copy_async(uint32_t to, const void *from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+// 16 bytes from global to shared memory; zeros, and nothing is read, unless `exists`.
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool exists) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(exists ? 16 : 0)
                  : "memory");
 }
 

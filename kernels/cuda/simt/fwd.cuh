@@ -35,6 +35,7 @@ struct Simt {
     using V = Vec<T>;
 
     T out[R][W][VEC], s[R][C], most[R], sum[R];
+    T slope; // exponent per unit of score: the scale, or 1 if logits() has applied it with the other options
 
     // `count` rows of `dim` elements into shared memory, zeros after them. row_of(r) says where a row starts.
     template <typename RowOf>
@@ -45,8 +46,7 @@ struct Simt {
             const T *const row = row_of(r < count ? r : 0);
             T *const at = to + r * PITCH + c;
             if (chunks) {
-                const int bytes = r < count ? max(0, min(VEC, dim - c)) * (int)sizeof(T) : 0;
-                copy_async((uint32_t)__cvta_generic_to_shared(at), row + c, bytes);
+                copy_async((uint32_t)__cvta_generic_to_shared(at), row + c, r < count && c < dim);
             } else {
 #pragma unroll
                 for (int e = 0; e < VEC; ++e)
@@ -111,8 +111,8 @@ struct Simt {
     // Logits from raw products; -inf for keys that row i does not see. True if there is one.
     __device__ __forceinline__ bool logits(const fwd_params &p, const Sequence &seq, int b, int h,
                                            int row, int key) {
-        const T scale = (T)p.scale, cap = (T)p.softcap;
-        const T slope =
+        const T scale = slope == (T)p.scale ? T(1) : (T)p.scale, cap = (T)p.softcap;
+        const T alibi =
             p.alibi_slopes.data
                 ? ((const float *)p.alibi_slopes
                        .data)[b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]]
@@ -138,7 +138,7 @@ struct Simt {
                         x += p.flags & FWD_BIAS_F32 ? (T)((const float *)p.bias.data)[at]
                                                     : ((const T *)p.bias.data)[at];
                     }
-                    x -= slope * abs(q + seq.diagonal - j);
+                    x -= alibi * abs(q + seq.diagonal - j);
                     if (p.mask.data && !mask[q * p.mask.stride[2] + j * p.mask.stride[3]])
                         x = -CUDART_INF;
                 }
@@ -165,7 +165,8 @@ struct Simt {
             for (int c = 1; c < C; ++c)
                 top = fmax(top, s[i][c]);
             top = fmax(row_max(top), most[i]);
-            const T base = top == -CUDART_INF ? T(0) : top, shrink = exponential(most[i] - base);
+            const T base = top == -CUDART_INF ? T(0) : top * slope;
+            const T shrink = exponential(fma(most[i], slope, -base));
             sum[i] *= shrink;
 #pragma unroll
             for (int w = 0; w < W; ++w)
@@ -174,7 +175,8 @@ struct Simt {
                     out[i][w][e] *= shrink;
 #pragma unroll
             for (int c = 0; c < C; ++c) {
-                const T x = s[i][c] == -CUDART_INF ? -T(0) : exponential(s[i][c] - base);
+                const T x =
+                    s[i][c] == -CUDART_INF ? -T(0) : exponential(fma(s[i][c], slope, -base));
                 sum[i] += x;
                 prob[i * P_PITCH + threadIdx.x % 16 + 16 * c] = x;
             }
@@ -195,7 +197,7 @@ struct Simt {
             for (int lane = 1; lane < 16; lane *= 2)
                 total += __shfl_xor_sync(~0u, total, lane);
             const bool empty = total == 0;
-            T top = empty ? -CUDART_INF : most[i], factor = 1;
+            T top = empty ? -CUDART_INF : most[i] * slope, factor = 1;
             if (sink > -CUDART_INF) {
                 const T higher = fmax(top, sink);
                 factor = exponential(top - higher);
@@ -271,6 +273,8 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
         q_tile, [&](int r) { return q + (seq.q_start + block_row + r) * p.query.stride[2]; },
         p.query.stride[3], S::ROWS, rows, p.dim_qk, p.flags & FWD_ALIGNED_QUERY);
     S t;
+    const bool options = p.softcap > 0 || p.bias.data || p.alibi_slopes.data || !(p.scale > 0);
+    t.slope = options ? T(1) : (T)p.scale;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         t.most[i] = -CUDART_INF;

@@ -63,30 +63,27 @@ template <typename E, int THREADS, int COUNT, int COLS>
 struct Loader {
     static constexpr int CHUNKS = COLS / 8, TOTAL = COUNT * CHUNKS;
 
-    __device__ __forceinline__ static int bytes(int column, int dim) {
-        return max(0, min(16, (dim - column) * 2));
-    }
-
     // 16-byte aligned rows at a fixed distance.
     __device__ __forceinline__ static void aligned(uint32_t to, const E *from, int64_t stride,
                                                    int rows, int dim) {
         if constexpr (THREADS % (8 * CHUNKS) == 0 &&
                       TOTAL % THREADS == 0) { // a thread stays in its column
             constexpr int STEP = THREADS / CHUNKS;
-            const int c = threadIdx.x % CHUNKS, r = threadIdx.x / CHUNKS, size = bytes(c * 8, dim);
-            from += r * stride + c * 8;
+            const int c = threadIdx.x % CHUNKS, r = threadIdx.x / CHUNKS,
+                      left = c * 8 < dim ? rows - r : 0;
+            const char *const begin = (const char *)(from + r * stride + c * 8);
+            const int64_t distance = STEP * 2 * stride;
             to += Rows<COLS>::at(r, c);
 #pragma unroll
             for (int i = 0; i < COUNT / STEP; ++i)
-                copy_async(to + i * STEP * COLS * 2, from + i * (STEP * stride),
-                           i * STEP + r < rows ? size : 0);
+                copy_async(to + i * STEP * COLS * 2, begin + i * distance, i * STEP < left);
         } else {
 #pragma unroll
             for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
                 const int x = threadIdx.x + i * THREADS, r = x / CHUNKS, c = x % CHUNKS;
                 if (TOTAL % THREADS == 0 || x < TOTAL)
                     copy_async(to + Rows<COLS>::at(r, c), from + r * stride + c * 8,
-                               r < rows ? bytes(c * 8, dim) : 0);
+                               r < rows && c * 8 < dim);
             }
         }
     }
@@ -101,7 +98,7 @@ struct Loader {
             const E *const row = row_of(r < rows ? r : 0);
             const uint32_t at = to + Rows<COLS>::at(r, c / 8);
             if (chunks) {
-                copy_async(at, row + c, r < rows ? bytes(c, dim) : 0);
+                copy_async(at, row + c, r < rows && c < dim);
                 continue;
             }
             uint32_t pairs[4] = {0, 0, 0, 0};
@@ -420,7 +417,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
                        (EXTRAS && p.page_size ? 0 : work.b * p.value.stride[0]) +
                        kv_head * p.value.stride[1] + seq.k_start * p.value.stride[2];
 
-    // Tiles [first, end) of the block and of this warp; keys [clean_first, clean_end) are seen by all rows of the warp.
+    // Tiles [first, end) of the block and of this warp; [clean_first, clean_end) are seen whole by all rows of the warp.
     const auto tiles = [&](int from, int count, int &first, int &end) {
         const int most = min(from + count, seq.q_len) - 1;
         first = seq.first_key(p, from) / BN;
@@ -429,8 +426,8 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     int first, end, warp_first, warp_end;
     tiles(block_row, T::ROWS, first, end);
     tiles(first_row, MT * 16, warp_first, warp_end);
-    const int clean_first = seq.first_key(p, first_row + MT * 16 - 1),
-              clean_end = seq.end_key(p, first_row);
+    const int clean_first = (seq.first_key(p, first_row + MT * 16 - 1) + BN - 1) / BN;
+    const int clean_end = EXTRAS ? 0 : seq.end_key(p, first_row) / BN;
 
     // Tiles K of g + 1 and V of g.
     const auto load_pair = [&](int g, int slot) {
@@ -473,9 +470,9 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     const uint32_t q_at = q_tile + warp * MT * 16 * D * 2 + Rows<D>::at(lane % 16, lane / 16);
     const uint32_t k_at = ring + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const uint32_t v_at = ring + T::K_BYTES + Rows<DV>::at(lane % 16, lane / 16);
-    // Steps whose current and next tile are seen whole by all rows of the warp.
-    const int steady_first = EXTRAS ? end : max(warp_first, (clean_first + BN - 1) / BN);
-    const int steady_end = min(warp_end, clean_end / BN) - 1;
+    // Steps whose current and next tile are both clean.
+    const int steady_first = max(warp_first, clean_first),
+              steady_end = min(warp_end, clean_end) - 1;
     int g = first - 1, slot = 0;
     // Waits for the pair of step g, refills the stage of the step before and returns where the pair lies in the ring.
     const auto begin = [&]() {
@@ -494,17 +491,24 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     for (bool after = false;; after = true) {
         // The edges: tiles that a mask cuts, and the first and the last step.
 #pragma unroll 1
-        for (; g < (after ? end : min(steady_first, end)); ++g) {
+        for (; g < (after || steady_first >= steady_end ? end : steady_first); ++g) {
             const uint32_t offset = begin();
             if (g >= warp_first && g < warp_end) {
-                w.template exponentials<0, W::PAIRS>();
-                w.add_masked_values(v_at + offset);
+                if (!EXTRAS && g >= clean_first && g < clean_end) {
+                    if (AHEAD)
+                        w.template exponentials<0, W::PAIRS>();
+                    w.add_values(v_at + offset);
+                } else {
+                    w.template exponentials<0, W::PAIRS>();
+                    w.add_masked_values(v_at + offset);
+                }
             }
             if (g + 1 >= warp_first && g + 1 < warp_end) {
                 w.template multiply_keys<false>(q_at, k_at + offset);
                 if (EXTRAS)
                     w.extras(p, seq, work.b, work.h, first_row + lane / 4, (g + 1) * BN);
-                w.mask(p, seq, first_row + lane / 4, (g + 1) * BN);
+                if (g + 1 < clean_first || g + 1 >= clean_end)
+                    w.mask(p, seq, first_row + lane / 4, (g + 1) * BN);
                 w.forget_maxima();
                 w.template maxima<0, W::PAIRS>();
                 w.follow_maxima();

@@ -1,0 +1,87 @@
+/*
+ * Which tile a GPU that we do not have would run: planning is a pure function of the problem and the machine.
+ */
+#include "src/plan.h"
+
+#include <criterion/criterion.h>
+#include <criterion/new/assert.h>
+
+/* Shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities). */
+static const struct machine {
+    int32_t sm;
+    int64_t shared_memory_bytes;
+} machines[] = {{80, 166912}, {86, 101376},  {89, 101376},
+                {90, 232448}, {100, 232448}, {120, 101376}};
+enum { MACHINES = sizeof machines / sizeof machines[0] };
+
+static struct caps caps_of(const struct machine *m) {
+    return (struct caps){
+        .sm = m->sm, .shared_memory_bytes = m->shared_memory_bytes, .multiprocessors = 100};
+}
+
+static struct problem problem_of(enum dtype dtype, int64_t dim_qk, int64_t dim_v,
+                                 uint64_t features) {
+    return (struct problem){.backend = BACKEND_CUDA,
+                            .dtype = dtype,
+                            .features = features,
+                            .batch = 1,
+                            .heads_q = 2,
+                            .heads_kv = 2,
+                            .len_q = 300,
+                            .len_k = 300,
+                            .dim_qk = dim_qk,
+                            .dim_v = dim_v,
+                            .scale = 1};
+}
+
+static const char *row_of(const struct machine *m, const struct problem *p) {
+    const struct caps caps = caps_of(m);
+    struct plan plan;
+    return plan_choose(&plan, p, &caps) == DLATTN_OK ? plan.kernel->name : "";
+}
+
+/* The seed's kernel asked for more shared memory than these GPUs have at D 96 and 128. */
+Test(gpu_plan, every_head_dim_on_every_gpu) {
+    static const uint64_t features[] = {
+        0, DLATTN_FEATURE_CAUSAL | DLATTN_FEATURE_LSE, DLATTN_FEATURE_BIAS,
+        DLATTN_FEATURE_PAGED | DLATTN_FEATURE_UNALIGNED | DLATTN_FEATURE_STRIDED};
+    for (int m = 0; m < MACHINES; m++) {
+        for (int64_t dim = 1; dim <= 256; dim++) {
+            for (size_t f = 0; f < sizeof features / sizeof features[0]; f++) {
+                for (enum dtype e = 0; e < DTYPE_COUNT; e++) {
+                    const struct problem same = problem_of(e, dim, dim, features[f]),
+                                         wider = problem_of(e, dim, 257 - dim, features[f]);
+                    cr_expect(row_of(&machines[m], &same)[0], "sm_%d %s D %d", machines[m].sm,
+                              dtype_name(e), (int)dim);
+                    cr_expect(row_of(&machines[m], &wider)[0], "sm_%d %s D %d, D_v %d",
+                              machines[m].sm, dtype_name(e), (int)dim, (int)(257 - dim));
+                }
+            }
+        }
+    }
+}
+
+Test(gpu_plan, rows_by_dtype) {
+    const struct problem half = problem_of(DTYPE_F16, 128, 128, 0),
+                         single = problem_of(DTYPE_F32, 128, 128, 0);
+    cr_expect(eq(str, (char *)row_of(&machines[2], &half), "cuda_fwd_sm80"));
+    cr_expect(eq(str, (char *)row_of(&machines[2], &single), "cuda_fwd_simt"));
+}
+
+Test(gpu_plan, refuses_older_gpus_and_wider_heads) {
+    const struct machine turing = {75, 65536};
+    const struct problem p = problem_of(DTYPE_F16, 64, 64, 0),
+                         wide = problem_of(DTYPE_F16, 257, 64, 0);
+    cr_expect(eq(str, (char *)row_of(&turing, &p), ""));
+    cr_expect(eq(str, (char *)row_of(&machines[0], &wide), ""));
+}
+
+/* Indices inside the kernels are 32 bits wide. */
+Test(gpu_plan, refuses_what_an_index_cannot_hold) {
+    struct problem p = problem_of(DTYPE_BF16, 64, 64, 0);
+    p.len_k = INT64_C(1) << 31;
+    cr_expect(eq(str, (char *)row_of(&machines[3], &p), ""));
+    p = problem_of(DTYPE_BF16, 64, 64, 0);
+    p.batch = p.heads_q = p.heads_kv = 1 << 16;
+    cr_expect(eq(str, (char *)row_of(&machines[3], &p), ""));
+}

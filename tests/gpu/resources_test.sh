@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# resources_test.sh CUOBJDUMP NVDISASM FATBIN...
+# Reads what was compiled: no kernel uses static shared memory beside the dynamic one that the plan counts, none has a
+# large stack, and the main loop of every tensor core kernel (the straight code with the most HMMA) keeps to registers
+# but for a few scalars. A spilled accumulator would show as dozens of LDL and STL there.
+set -euo pipefail
+cuobjdump=$1 nvdisasm=$2
+shift 2
+failed=0 kernels=0
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+
+for image in "$@"; do
+    while read -r arch name stack static; do
+        kernels=$((kernels + 1))
+        if [ "$static" -gt 1024 ] || [ "$stack" -gt 256 ]; then
+            echo "$arch $name: $static bytes of static shared memory, $stack bytes of stack"
+            failed=1
+        fi
+    done < <("$cuobjdump" --dump-resource-usage "$image" | awk '
+        /^arch =/ { arch = $3 }
+        /Function/ { name = $2; sub(":$", "", name) }
+        /REG:/ { match($0, /STACK:[0-9]+/); stack = substr($0, RSTART + 6, RLENGTH - 6)
+                 match($0, /SHARED:[0-9]+/); print arch, name, stack, substr($0, RSTART + 7, RLENGTH - 7) }')
+
+    path=$(realpath "$image")
+    (cd "$temporary" && rm -f ./*.cubin && "$OLDPWD/$cuobjdump" --extract-elf all "$path" >/dev/null)
+    for cubin in "$temporary"/*.cubin; do
+        while read -r name most moved; do
+            echo "$(basename "$cubin") $name: $moved local accesses beside $most HMMA"
+            if [ "$moved" -gt 16 ]; then
+                failed=1
+            fi
+        done < <("$nvdisasm" -c "$cubin" | awk '
+            function block() { if (mma > most) { most = mma; worst = moved } mma = moved = 0 }
+            function kernel() { block(); if (most > 0) print name, most, worst; most = worst = 0 }
+            /^\.text\./ { kernel(); name = substr($1, 7); sub(":$", "", name) }
+            / BRA / { block() }
+            / HMMA/ { mma++ }
+            / (LDL|STL)[. ]/ { moved++ }
+            END { kernel() }')
+    done
+done
+echo "$kernels kernels"
+[ "$failed" -eq 0 ] && [ "$kernels" -gt 0 ]
