@@ -20,6 +20,13 @@ static inline const void *row_at(const struct rows *r, int64_t index) {
     return r->rows ? r->rows[index] : r->data + index * r->stride;
 }
 
+/* Asks for rows [from, to), `bytes` of each, in the second-level cache. */
+static inline void prefetch_rows(const struct rows *rows, int64_t from, int64_t to, int64_t bytes) {
+    for (int64_t r = from; r < to; r++)
+        for (int64_t at = 0; at < bytes; at += 64)
+            __builtin_prefetch((const char *)row_at(rows, r) + at, 0, 2);
+}
+
 /* logit = softcap(scale * score) + extra - slope * |position - key|, then in units of log2(e). */
 struct logit_rule {
     float scale, softcap;

@@ -9,9 +9,7 @@
 #include "kernels/cpu/vec_bf16.h"
 
 #define VECTORS 4
-#ifndef TILE_K
-#define TILE_K 128
-#endif
+#define TILE_K 256
 #define PAIRS 1
 #define WORD_STEP 16
 #define KEY_ROWS 16

@@ -122,7 +122,7 @@ static const float *load_extra(const struct task *t, const struct part_tile *til
 }
 
 static void attend_tile(const struct call *c, const struct task *t, const struct part *part,
-                        int64_t first_key, int32_t n, struct scratch *w) {
+                        int64_t first_key, int32_t n, int32_t n_next, struct scratch *w) {
     const struct problem *p = t->p;
     struct logit_rule rule;
     struct part_tile tile = {
@@ -131,6 +131,7 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
                          w->pointers + DECODE_TILE_K),
         .first_key = first_key,
         .n = n,
+        .n_next = p->features & DLATTN_FEATURE_PAGED ? 0 : n_next,
         .scale = (float)(p->scale * LOG2_E),
     };
     for (int32_t r = 0; r < t->rows; r++)
@@ -172,8 +173,11 @@ static void run_part(const struct call *c, const struct task *t, int64_t head, i
     }
     first = most(first / DECODE_TILE_K * DECODE_TILE_K, split * c->part_keys);
     end = least(end, (split + 1) * c->part_keys);
-    for (int64_t k = first; k < end; k += DECODE_TILE_K)
-        attend_tile(c, t, &part, k, (int32_t)least(DECODE_TILE_K, end - k), w);
+    for (int64_t k = first; k < end; k += DECODE_TILE_K) {
+        const int64_t left = end - k;
+        attend_tile(c, t, &part, k, (int32_t)least(DECODE_TILE_K, left),
+                    (int32_t)most(0, least(DECODE_TILE_K, left - DECODE_TILE_K)), w);
+    }
 }
 
 /* Brings all parts of a row to their common maximum and adds them up in the first. */

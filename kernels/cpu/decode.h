@@ -35,6 +35,7 @@ struct part_tile {
     struct rows key, value;
     int64_t first_key;
     int32_t n;
+    int32_t n_next;                /* keys that follow evenly, worth fetching ahead */
     float scale;                   /* to units of log2(e) */
     const struct logit_rule *rule; /* instead of scale, or NULL */
     bool bounded;                  /* some row does not see every key */

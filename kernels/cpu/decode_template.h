@@ -9,35 +9,45 @@
 
 enum { KEYS = VEC_LANES / ROW_GROUP }; /* whose scores with four rows fill a vector */
 
+/* sums[key][row] += key[d ..] * query[d ..], n <= VEC_LANES products in each lane's own place. */
+VEC_INLINE void add_products(vec *sums, const char *const *keys, const float *query,
+                             int64_t query_stride, int64_t d, int64_t n, enum dtype dtype) {
+    const int64_t bytes = dtype == DTYPE_F32 ? 4 : 2;
+    vec q[ROW_GROUP];
+#pragma clang loop unroll(full)
+    for (int r = 0; r < ROW_GROUP; r++)
+        q[r] = vec_load(query + r * query_stride + d);
+#pragma clang loop unroll(full)
+    for (int k = 0; k < KEYS; k++) {
+        const vec key = load_some(keys[k] + d * bytes, dtype, n);
+#pragma clang loop unroll(full)
+        for (int r = 0; r < ROW_GROUP; r++)
+            sums[k * ROW_GROUP + r] = vec_fma(key, q[r], sums[k * ROW_GROUP + r]);
+    }
+}
+
 /* to[key][row] = dot product, for KEYS keys and four rows. */
 VEC_INLINE void score_keys(float *to, const char *const *keys, const float *query,
                            int64_t query_stride, int64_t dim, enum dtype dtype) {
-    const int64_t bytes = dtype == DTYPE_F32 ? 4 : 2;
     vec sums[KEYS * ROW_GROUP];
 #pragma clang loop unroll(full)
     for (int n = 0; n < KEYS * ROW_GROUP; n++)
         sums[n] = vec_set(0);
-    for (int64_t d = 0; d < dim; d += VEC_LANES) {
-        vec q[ROW_GROUP];
-#pragma clang loop unroll(full)
-        for (int r = 0; r < ROW_GROUP; r++)
-            q[r] = vec_load(query + r * query_stride + d);
-#pragma clang loop unroll(full)
-        for (int k = 0; k < KEYS; k++) {
-            const vec key = load_some(keys[k] + d * bytes, dtype, at_most(dim - d, VEC_LANES));
-#pragma clang loop unroll(full)
-            for (int r = 0; r < ROW_GROUP; r++)
-                sums[k * ROW_GROUP + r] = vec_fma(key, q[r], sums[k * ROW_GROUP + r]);
-        }
-    }
+    int64_t d = 0;
+    for (; d + VEC_LANES <= dim; d += VEC_LANES)
+        add_products(sums, keys, query, query_stride, d, VEC_LANES, dtype);
+    if (d < dim)
+        add_products(sums, keys, query, query_stride, d, dim - d, dtype);
     vec_store(to, vec_sums(sums));
 }
 
-/* Four rows of scores; a tile whose keys do not fill the last vector repeats its last key there. */
+/* Four rows of scores, and the tile's values fetched meanwhile; a tile whose keys do not fill the last vector repeats its last key there. */
 VEC_INLINE void score_tile(float *to, const struct part_tile *tile, const float *query,
-                           int64_t query_stride, int64_t dim, enum dtype dtype) {
+                           int64_t query_stride, int64_t dim, int64_t value_bytes,
+                           enum dtype dtype) {
     for (int32_t j = 0; j < tile->n; j += KEYS) {
         const char *keys[KEYS];
+        prefetch_rows(&tile->value, j, least(j + KEYS, tile->n), value_bytes);
 #pragma clang loop unroll(full)
         for (int k = 0; k < KEYS; k++)
             keys[k] = row_at(&tile->key, j + k < tile->n ? j + k : tile->n - 1);
@@ -45,10 +55,11 @@ VEC_INLINE void score_tile(float *to, const struct part_tile *tile, const float 
     }
 }
 
-/* output[row][d] += weights[key][row] * value[key][d] for four rows and `vectors` vectors of d. */
+/* output[row][d] += weights[key][row] * value[key][d] for four rows and `vectors` vectors of d. The first of them fetches the
+ * next tile's keys. */
 VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
                            const struct part_tile *tile, int64_t d, int64_t n, int vectors,
-                           enum dtype dtype) {
+                           int64_t key_bytes, enum dtype dtype) {
     const int64_t bytes = dtype == DTYPE_F32 ? 4 : 2;
     vec sums[ROW_GROUP][VALUE_VECTORS];
 #pragma clang loop unroll(full)
@@ -58,6 +69,8 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
             sums[r][v] = vec_load(output + r * stride + d + v * VEC_LANES);
     for (int32_t j = 0; j < tile->n; j++) {
         const char *value = (const char *)row_at(&tile->value, j) + d * bytes;
+        if (d == 0 && j < tile->n_next)
+            prefetch_rows(&tile->key, tile->n + j, tile->n + j + 1, key_bytes);
         vec x[VALUE_VECTORS];
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++)
@@ -78,12 +91,14 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
 }
 
 VEC_INLINE void value_tile(float *output, int64_t stride, const float *weights,
-                           const struct part_tile *tile, int64_t dim, enum dtype dtype) {
+                           const struct part_tile *tile, int64_t dim, int64_t key_bytes,
+                           enum dtype dtype) {
     int64_t d = 0;
     for (; d + VALUE_VECTORS * VEC_LANES <= dim; d += VALUE_VECTORS * VEC_LANES)
-        add_values(output, stride, weights, tile, d, VEC_LANES, VALUE_VECTORS, dtype);
+        add_values(output, stride, weights, tile, d, VEC_LANES, VALUE_VECTORS, key_bytes, dtype);
     for (; d < dim; d += VEC_LANES)
-        add_values(output, stride, weights, tile, d, at_most(dim - d, VEC_LANES), 1, dtype);
+        add_values(output, stride, weights, tile, d, at_most(dim - d, VEC_LANES), 1, key_bytes,
+                   dtype);
 }
 
 /* The four values of a row group, once for each key of a vector. */
@@ -181,10 +196,12 @@ VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
 }
 
 VEC_INLINE void attend_as(const struct part *part, const struct part_tile *tile, enum dtype dtype) {
-    const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16);
+    const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16),
+                  bytes = dtype == DTYPE_F32 ? 4 : 2;
     for (int32_t row = 0; row < part->rows; row += ROW_GROUP) {
         float *s = part->scores + score_index(row, 0), *output = part->output + row * stride;
-        score_tile(s, tile, part->query + row * query_stride, query_stride, part->dim_qk, dtype);
+        score_tile(s, tile, part->query + row * query_stride, query_stride, part->dim_qk,
+                   row == 0 ? part->dim_v * bytes : 0, dtype);
         if (tile->rule)
             rule_tile(s, tile->rule->extra ? tile->rule->extra + score_index(row, 0) : NULL, part,
                       row, tile);
@@ -192,7 +209,8 @@ VEC_INLINE void attend_as(const struct part *part, const struct part_tile *tile,
             bound_tile(s, part, row, tile);
         raise_max(part, row, s, tile, output, stride);
         weigh_tile(part, row, s, tile);
-        value_tile(output, stride, s, tile, part->dim_v, dtype);
+        value_tile(output, stride, s, tile, part->dim_v, row == 0 ? part->dim_qk * bytes : 0,
+                   dtype);
     }
 }
 

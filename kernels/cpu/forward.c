@@ -200,12 +200,6 @@ static struct kv_tile tile_at(const struct task *t, int64_t first, int64_t end, 
     return tile;
 }
 
-static void prefetch_rows(const struct rows *rows, int64_t from, int64_t to, int64_t bytes) {
-    for (int64_t r = from; r < to; r++)
-        for (int64_t at = 0; at < bytes; at += 64)
-            __builtin_prefetch((const char *)row_at(rows, r) + at, 0, 2);
-}
-
 /* Fetches block n's share of the next tile into the second-level cache, so that no block waits for memory. */
 static void prefetch_share(const struct problem *p, const struct kv_tile *next, int64_t n,
                            int64_t blocks) {

@@ -20,7 +20,7 @@
 
 #include "kernels/cpu/common.h"
 
-enum { MAX_LANES = 64, MAX_TILE_K = 256 };
+enum { MAX_LANES = 64 };
 
 /* One operand of a product: `words` may point into the caller's tensor and is not aligned. */
 struct operand {

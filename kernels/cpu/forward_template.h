@@ -162,9 +162,9 @@ VEC_INLINE void softmax_of(float *s, struct block *b, vec scale, int32_t n, int6
             const float *at = s + j * LANES + v * VEC_LANES;
             vec even = vec_set(0), odd = even;
             if (j < n)
-                even = exp2_of(vec_fma(vec_load(at), scale, minus_max[v]));
+                even = exp2_short(vec_fma(vec_load(at), scale, minus_max[v]));
             if (j + 1 < n)
-                odd = exp2_of(vec_fma(vec_load(at + LANES), scale, minus_max[v]));
+                odd = exp2_short(vec_fma(vec_load(at + LANES), scale, minus_max[v]));
             sum[v] = vec_add(sum[v], vec_add(even, odd));
             vec_store(s + j / 2 * LANES + v * VEC_LANES, pack_pairs(even, odd));
         }
