@@ -238,9 +238,11 @@ static void worker(void *ctx, int64_t index) {
     }
 }
 
-/* Enough parts for many threads where there are few heads, none shorter than 256 keys. */
+enum { LEAST_KEYS = 256 }; /* of a part */
+
+/* Enough parts for many threads where there are few heads, none shorter than LEAST_KEYS. */
 static int64_t part_keys(const struct problem *p) {
-    enum { TASKS = 128, LEAST_KEYS = 256 };
+    enum { TASKS = 128 };
     const int64_t parts = most(1, least(MAX_SPLITS, TASKS / most(1, heads_of(p))));
     return most(LEAST_KEYS, round_up((p->len_k + parts - 1) / parts, DECODE_TILE_K));
 }
@@ -250,7 +252,9 @@ static size_t done_bytes(const struct problem *p) {
 }
 
 bool decode_plan(struct plan *plan, const struct problem *p) {
-    if (p->len_q * group_of(p) > MAX_ROWS)
+    const int64_t rows = p->len_q * group_of(p);
+    /* A full vector of rows and few keys: the forward rows do that without parts and merging. */
+    if (rows > MAX_ROWS || (rows > MAX_ROWS / 2 && p->len_k <= LEAST_KEYS))
         return false;
     struct part part;
     struct scratch w;
