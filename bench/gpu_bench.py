@@ -115,9 +115,9 @@ class Library:
         three = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
         self.query, self.forward, self.plan_create, self.plan_run = (three(slots[i]) for i in (3, 4, 7, 11))
 
-    def call(self, causal, kernel=None, **tensors):
+    def call(self, causal, kernel=None, threads=0, **tensors):
         """A planned call of these tensors and the name of the row that runs it."""
-        return Call(self, Desc(causal=int(causal), kernel=kernel), tensors)
+        return Call(self, Desc(causal=int(causal), kernel=kernel, num_threads=threads), tensors)
 
     def check(self, status):
         if status:
@@ -134,12 +134,13 @@ class Call:
         library.check(library.query(at(desc), at(self.tensors), at(sku)))
         library.check(library.plan_create(at(desc), at(self.tensors), at(plan)))
         self.kernel, self.plan = sku.kernel.decode(), plan
-        self.workspace = torch.empty(sku.workspace_bytes + 1024, dtype=torch.uint8, device="cuda")
+        self.workspace = torch.empty(sku.workspace_bytes + 1024, dtype=torch.uint8, device=self.keep[0].device)
         start = -self.workspace.data_ptr() % 1024
         self.exec = Exec(workspace=self.workspace.data_ptr() + start, workspace_bytes=sku.workspace_bytes)
 
     def __call__(self):
-        self.exec.stream = torch.cuda.current_stream().cuda_stream
+        if self.workspace.is_cuda:
+            self.exec.stream = torch.cuda.current_stream().cuda_stream
         at = ctypes.addressof
         self.library.check(self.library.plan_run(self.plan, at(self.tensors), at(self.exec)))
 
@@ -147,9 +148,8 @@ class Call:
 def describe(t):
     code, bits = CODES[t.dtype]
     axes = ctypes.c_int64 * t.dim()
-    return DLTensor(
-        t.data_ptr(), (ctypes.c_int32 * 2)(2, t.device.index), t.dim(), code, bits, 1, axes(*t.shape), axes(*t.stride())
-    )
+    device = (ctypes.c_int32 * 2)(*((2, t.device.index) if t.is_cuda else (1, 0)))
+    return DLTensor(t.data_ptr(), device, t.dim(), code, bits, 1, axes(*t.shape), axes(*t.stride()))
 
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------
