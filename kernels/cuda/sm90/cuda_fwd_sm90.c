@@ -30,7 +30,7 @@ struct tile {
 #define INSTANCES(D, NAME, WARPGROUPS, BYTES)                                                      \
     {INSTANCE(D, "cuda_fwd_sm90_" NAME, WARPGROUPS, BYTES),                                        \
      INSTANCE(D, "cuda_fwd_sm90_" NAME "_softcap", WARPGROUPS, BYTES)}
-#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PING_PONG, EARLY, SHORT)               \
+#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SHORT)                                 \
     {D,                                                                                            \
      DV,                                                                                           \
      KEYS,                                                                                         \

@@ -162,14 +162,13 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-/* Keeps ptxas from hoisting a wait above the computation of a and b, which are never negative: a store that depends
- * on them and never happens. */
-__device__ __forceinline__ void hold(uint32_t address, float a, float b) {
-    asm volatile(
-        "{\n.reg .pred p;\n.reg .f32 s;\nadd.f32 s, %1, %2;\nsetp.lt.f32 p, s, 0f00000000;\n"
-        "@p st.volatile.shared.f32 [%0], s;\n}\n" ::"r"(address),
-        "f"(a), "f"(b)
-        : "memory");
+/* Keeps ptxas from hoisting a wait above the computation of x, which is never negative: a store that depends on it
+ * and never happens. */
+__device__ __forceinline__ void hold(uint32_t address, float x) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\n"
+                 "@p st.volatile.shared.f32 [%0], %1;\n}\n" ::"r"(address),
+                 "f"(x)
+                 : "memory");
 }
 
 /* Keeps the compiler from moving accesses to these registers across the wait or the fence beside it. */

@@ -1,0 +1,117 @@
+/*
+ * The shape of a compiled tile, and what a tile of the problem is: its rows, the keys that they see, and the order in
+ * which blocks take tiles.
+ */
+#ifndef DLATTN_SM90_TILE_CUH_
+#define DLATTN_SM90_TILE_CUH_
+
+#include "kernels/cuda/sm90/params.h"
+#include "kernels/cuda/sm90/ptx.cuh"
+
+namespace sm90 {
+
+template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
+          bool Softcap>
+struct Config {
+    using Element = E;
+    static constexpr int kDimQk = DimQk, kDimV = DimV; /* narrower tensors are zero filled */
+    static constexpr int kTileK = TileK, kWarpgroups = Warpgroups;
+    static constexpr int kStages = Stages, kQueryStages = QueryStages;
+    static constexpr bool kSoftcap = Softcap;
+
+    static constexpr int kTileQ = 64 * kWarpgroups;
+    static constexpr int kThreads = 128 * (kWarpgroups + 1);
+    /* Together no more than the block starts with: 65536 / kThreads, rounded down to 8, each. */
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
+    static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : kWarpgroups == 3 ? 160 : 112;
+    static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "");
+
+    /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
+    static constexpr int kColumnsQk = (kDimQk + 63) / 64, kColumnsV = (kDimV + 63) / 64;
+    static constexpr int kQueryBytes = 64 * 128 * kColumnsQk; /* of one warpgroup */
+    static constexpr int kKeyColumn = kTileK * 128;
+    static constexpr int kKeyBytes = kKeyColumn * kColumnsQk, kValueBytes = kKeyColumn * kColumnsV;
+    static constexpr int kQuery = 0, kKey = kQuery + kQueryStages * kWarpgroups * kQueryBytes;
+    static constexpr int kValue = kKey + kStages * kKeyBytes,
+                         kBarriers = kValue + kStages * kValueBytes;
+    static constexpr int kSharedBytes =
+        kBarriers + 8 * (2 * kQueryStages * kWarpgroups + 4 * kStages) + 1024; /* 1024 to align */
+
+    static_assert(kTileK % 16 == 0 && kTileK <= 256 && kDimQk % 16 == 0 && kDimV % 32 == 0, "");
+    static_assert(kSharedBytes <= 227 * 1024, "");
+};
+
+struct Tile {
+    int first_row; /* packed */
+    int head, kv_head, batch;
+    int q_len, k_len, diagonal;
+    int first_block, end_block; /* key tiles to visit */
+    int first_whole, end_whole; /* those of them that every row sees whole */
+};
+
+/* Length of one sequence: the tensor's value, kept inside the extent. */
+__device__ __forceinline__ int sequence_length(const int32_t *lengths, int64_t stride, int batch,
+                                               int extent) {
+    return lengths ? min(max(__ldg(lengths + batch * stride), 0), extent) : extent;
+}
+
+/* x / d for 0 <= x < 2^31. */
+__device__ __forceinline__ int divide(int x, const sm90_divisor &d) {
+    return static_cast<int>(__umulhi(static_cast<uint32_t>(x), d.multiplier) >> d.shift) +
+           (d.multiplier ? 0 : x);
+}
+
+/* Tile `index` of the walk. Heads come in groups whose keys and values fit into L2 together; the tiles of a group are
+ * ordered by row, downwards and upwards in turn so that equally heavy causal tiles meet where groups do, and the last
+ * group ends with its lightest. Blocks that take every gridDim-th tile then get equal work within a percent or so. */
+template <class C>
+__device__ __forceinline__ Tile tile_at(const sm90_params &p, int index) {
+    Tile t;
+    const int group = divide(index, p.by_group_tiles);
+    const int in_group = index - group * p.heads_per_group * p.tiles_per_head;
+    const int group_heads = min(p.heads_per_group, p.heads_total - group * p.heads_per_group);
+    const int step =
+                  divide(in_group, group < p.groups - 1 ? p.by_group_heads : p.by_last_group_heads),
+              head = group * p.heads_per_group + in_group - step * group_heads;
+    const bool upwards = (p.groups - group & 1) == 0;
+    t.first_row = (upwards ? step : p.tiles_per_head - 1 - step) * C::kTileQ;
+    t.batch = divide(head, p.by_heads);
+    t.head = head - t.batch * p.heads;
+    t.kv_head = divide(t.head, p.by_heads_per_kv);
+    t.q_len = sequence_length(p.query_lengths, p.query_lengths_stride, t.batch, p.len_q);
+    t.k_len = sequence_length(p.key_lengths, p.key_lengths_stride, t.batch, p.len_k);
+    t.diagonal = p.bottom_right ? t.k_len - t.q_len : 0;
+
+    const int first = t.first_row >> p.pack_log2;
+    const int last = min((t.first_row + C::kTileQ - 1) >> p.pack_log2, t.q_len - 1);
+    const int lowest = max(first + t.diagonal - p.window_left, 0);
+    const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
+    const bool any = first < t.q_len && lowest < highest;
+    t.first_block = lowest / C::kTileK;
+    t.end_block = any ? (highest + C::kTileK - 1) / C::kTileK : t.first_block;
+    const int all_lowest = max(last + t.diagonal - p.window_left, 0);
+    const int all_highest = max(min(first + t.diagonal + p.window_right + 1, t.k_len), 0);
+    t.first_whole = (all_lowest + C::kTileK - 1) / C::kTileK;
+    t.end_whole = all_highest / C::kTileK;
+    return t;
+}
+
+/* End of the key tiles that some row of a warpgroup sees; at least one is left. */
+template <class C>
+__device__ __forceinline__ int end_block_of(const sm90_params &p, const Tile &t, int wg) {
+    const int last = min((t.first_row + 64 * wg + 63) >> p.pack_log2, t.q_len - 1);
+    const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
+    return max((highest + C::kTileK - 1) / C::kTileK, t.first_block + 1);
+}
+
+/* Keys [low, high) that a packed row sees. */
+__device__ __forceinline__ void row_bounds(const sm90_params &p, const Tile &t, int row, int &low,
+                                           int &high) {
+    const int i = row >> p.pack_log2;
+    low = max(i + t.diagonal - p.window_left, 0);
+    high = i < t.q_len ? min(i + t.diagonal + p.window_right + 1, t.k_len) : 0;
+}
+
+} // namespace sm90
+
+#endif /* DLATTN_SM90_TILE_CUH_ */
