@@ -15,10 +15,13 @@ MODULE(128)
 MODULE(192)
 MODULE(256)
 
+/* What a tile is for, see tiles.inc. */
+enum use { ANY, SHORT_BOUNDED, SHORT_FULL };
+
 /* One compiled tile: for each element type without and with softcap. */
 struct tile {
     int32_t dim_qk, dim_v, keys, warpgroups;
-    bool for_short;
+    enum use use;
     struct cuda_kernel f16[2], bf16[2];
 };
 
@@ -30,12 +33,12 @@ struct tile {
 #define INSTANCES(D, NAME, WARPGROUPS, BYTES)                                                      \
     {INSTANCE(D, "cuda_fwd_sm90_" NAME, WARPGROUPS, BYTES),                                        \
      INSTANCE(D, "cuda_fwd_sm90_" NAME "_softcap", WARPGROUPS, BYTES)}
-#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SHORT)                                 \
+#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
     {D,                                                                                            \
      DV,                                                                                           \
      KEYS,                                                                                         \
      WARPGROUPS,                                                                                   \
-     SHORT,                                                                                        \
+     USE,                                                                                          \
      INSTANCES(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS "_f16", WARPGROUPS,                         \
                SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)),                  \
      INSTANCES(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS "_bf16", WARPGROUPS,                        \
@@ -53,7 +56,9 @@ static bool bounded(const struct problem *p) {
 }
 
 static bool suits(const struct tile *t, const struct problem *p) {
-    return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v && t->for_short <= (p->len_k <= 1024);
+    const bool is_short = p->len_k <= 1024;
+    return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v &&
+           (t->use == ANY || (is_short && (t->use == SHORT_BOUNDED) == bounded(p)));
 }
 
 /* What a tensor map can say: [B, H, L, D] with strides that are not 0 and below 2^40 bytes. */

@@ -12,7 +12,7 @@
     }
 #define TILE(D, DV, KEYS, WARPGROUPS, ...)                                                         \
     TILE_(cuda_fwd_sm90_##D##_##DV##_##KEYS##_##WARPGROUPS, D, DV, KEYS, WARPGROUPS, __VA_ARGS__)
-#define TILE_(name, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SHORT)                          \
+#define TILE_(name, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                            \
     INSTANCE(name##_f16, __half, false, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)             \
     INSTANCE(name##_bf16, __nv_bfloat16, false, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)     \
     INSTANCE(name##_f16_softcap, __half, true, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)      \
