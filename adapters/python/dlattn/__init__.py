@@ -162,7 +162,8 @@ def attention(
             (PyTorch), else CUDA's legacy default stream. On a GPU the call returns at once; keep
             inputs that the framework does not order by stream alive until the stream has run it.
 
-    Returns ``out``. JAX arrays cannot be written to and go through ``dlattn.jax.attention``.
+    Returns ``out``. Arrays of JAX, which cannot be written to, and tensors of PyTorch go through
+    ``dlattn.jax.attention`` and ``dlattn.torch.attention``, and have their gradients.
 
     Thread-safe; the GIL is released while a kernel runs. Raises InvalidArgument (a ValueError) or
     Unsupported (a NotImplementedError) with the tensor's name and both values, LibraryNotFound (an
@@ -250,11 +251,10 @@ def _framework(kind: type) -> _Framework:
 
         made = _Framework(lambda like, shape: np.empty(shape, like.dtype), _no_workspace)
     elif name == "torch":
-        import torch
+        from . import torch
 
         made = _Framework(
-            lambda like, shape: like.new_empty(shape),
-            lambda like, size: like.new_empty(size, dtype=torch.uint8),
+            lambda like, shape: like.new_empty(shape), torch._workspace, torch.attention
         )
     elif name in ("jax", "jaxlib"):
         made = _Framework(_no_output, _no_workspace, _jax_attention)
