@@ -9,6 +9,7 @@ fn devices() -> Vec<(Device, DType, f64)> {
     let mut devices = vec![(Device::Cpu, DType::F32, 1e-5)];
     if cfg!(feature = "cuda") {
         let gpu = Device::new_cuda(0).expect("the feature cuda is tested on a machine with a GPU");
+        devices.push((gpu.clone(), DType::F32, 1e-5));
         devices.push((gpu, DType::F16, 4e-3));
     }
     devices
@@ -253,7 +254,7 @@ fn refusals() -> Result<()> {
         );
         let says = message(attention(
             &q,
-            &k.to_dtype(DType::F16)?,
+            &k.to_dtype(DType::BF16)?,
             &v,
             &Options::default(),
         ));
