@@ -5,7 +5,8 @@
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a short busy loop of
 the device so that the host's own time stays out. The figures are medians; the spread is the distance between the
 quartiles in percent of the median. A product of 8192 x 8192 matrices and a copy of 1 GiB of the same process are
-written beside them. FLOPs = 4 B H Lq Lk D, halved for causal.
+written beside them. FLOPs = 4 B H Lq Lk D, halved for causal. Last come host times of one call on a tiny problem: a
+planned call, and a bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import datetime
 import os
 import statistics
 import subprocess
+import time
 
 import torch
 import torch.nn.functional as functional
@@ -181,6 +183,46 @@ def summary(times):
     return quarters[1], (quarters[2] - quarters[0]) / quarters[1] * 100
 
 
+# ---- What a call costs the host --------------------------------------------------------------------------------------
+
+EMPTY = b""".version 7.0
+.target sm_80
+.address_size 64
+.visible .entry empty(.param .align 8 .b8 params[720]) { ret; }
+"""
+
+
+def bare_launch():
+    driver = ctypes.CDLL("libcuda.so.1")
+    module, function, params = ctypes.c_void_p(), ctypes.c_void_p(), (ctypes.c_char * 720)()
+    assert driver.cuModuleLoadData(ctypes.byref(module), EMPTY) == 0
+    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"empty") == 0
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    return lambda: driver.cuLaunchKernel(function, 1, 1, 1, 128, 1, 1, 0, stream, pointers, None)
+
+
+def planned_call(library, kernel):
+    q = torch.randn(1, 1, 64, 64, device="cuda", dtype=torch.float16)
+    call = library.call(False, kernel, query=q, key=q, value=q, output=torch.empty_like(q))
+    call()
+    at = ctypes.addressof
+    arguments = call.plan, at(call.tensors), at(call.exec)
+    return call, lambda: library.plan_run(*arguments)
+
+
+def host_times(functions, count):
+    times = {name: [] for name in functions}
+    for _ in range(count):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(200):
+                function()
+            times[name].append((time.perf_counter() - begin) / 200 * 1e6)
+    return {name: summary(t) for name, t in times.items()}
+
+
 # ---- Cases -----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +329,14 @@ def main():
                 )
                 line.append(f"{kernel or name} {flops / median / 1e6:.0f}")
             print(names[dtype], f"D {dim} causal {int(causal)} L {length}:", ", ".join(line), flush=True)
+
+        call, planned = planned_call(library, b"cuda_fwd_sm80")
+        calls = {"dlattn": planned, "cuLaunchKernel": bare_launch()}
+        for impl, (median, spread) in host_times(calls, options.rounds).items():
+            kernel = call.kernel if impl == "dlattn" else ""
+            row = dict(common, op="call", dtype="f16", B=1, Hq=1, Hkv=1, Lq=64, Lk=64, D=64, Dv=64, causal=0)
+            out.writerow(dict(row, impl=impl, kernel=kernel, median_us=f"{median:.2f}", spread_pct=f"{spread:.1f}"))
+            print("call", impl, f"{median:.2f} us")
 
 
 if __name__ == "__main__":

@@ -171,6 +171,13 @@ static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *te
 
 /* ---- Managed tensors ------------------------------------------------------------------------- */
 
+/* Deleters may free what an enqueued kernel still reads. */
+static int32_t wait_for_gpu(DLDevice device, void *stream) {
+    if (device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged)
+        return cuda_synchronize(device.device_id, stream);
+    return DLATTN_OK;
+}
+
 /* A struct that cannot be read says nothing about ownership: then the tensors stay the caller's. */
 static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
                              const void *managed, const dlattn_exec *exec) {
@@ -185,6 +192,8 @@ static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
         status = managed_open(kind, &slots, &tensors);
     if (status == DLATTN_OK)
         status = forward(desc, &tensors, exec);
+    if (status == DLATTN_OK && e.flags & DLATTN_TAKE_OWNERSHIP)
+        status = wait_for_gpu(tensors.query->device, e.stream);
     if (e.flags & DLATTN_TAKE_OWNERSHIP)
         managed_release(kind, &slots);
     return status;

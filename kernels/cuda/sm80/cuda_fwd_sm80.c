@@ -2,8 +2,6 @@
 #include "kernels/cuda/common/fill.h"
 #include "src/cuda_driver.h"
 
-#include <math.h>
-
 extern const unsigned char cuda_fwd_sm80_image[];
 
 static struct cuda_module module = {.image = cuda_fwd_sm80_image};
@@ -17,6 +15,7 @@ static struct cuda_module module = {.image = cuda_fwd_sm80_image};
 /* One compiled tile, for both element types. */
 struct tile {
     int32_t dim_qk, dim_v, rows, keys;
+    int32_t blocks; /* of a multiprocessor */
     bool extras;
     struct cuda_kernel f16, bf16;
 };
@@ -26,10 +25,11 @@ struct tile {
      DV,                                                                                           \
      (WARPS) * (MT) * 16,                                                                          \
      BN,                                                                                           \
+     MINB,                                                                                         \
      EXTRAS,                                                                                       \
-     INSTANCE("f16_" #D "_" #DV "_" #BN "_" #EXTRAS, WARPS,                                        \
+     INSTANCE("f16_" #D "_" #DV "_" #WARPS "_" #BN "_" #EXTRAS, WARPS,                             \
               TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES)),                                    \
-     INSTANCE("bf16_" #D "_" #DV "_" #BN "_" #EXTRAS, WARPS,                                       \
+     INSTANCE("bf16_" #D "_" #DV "_" #WARPS "_" #BN "_" #EXTRAS, WARPS,                            \
               TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES))},
 static struct tile tiles[] = {
 #include "kernels/cuda/sm80/tiles.inc"
@@ -42,21 +42,34 @@ static bool needs_extras(const struct problem *p) {
     return p->features & extras || !(p->scale > 0);
 }
 
+static bool covers(const struct tile *t, const struct problem *p, const struct caps *caps) {
+    return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v && t->extras >= needs_extras(p) &&
+           t->f16.shared_memory_bytes <= caps->shared_memory_bytes;
+}
+
+/* A multiprocessor has 1 KiB more than one block may use, and the driver takes 1 KiB of each block. */
+static bool filled(const struct tile *t, const struct caps *caps) {
+    return (caps->shared_memory_bytes + 1024) / (t->f16.shared_memory_bytes + 1024) >= t->blocks;
+}
+
 bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    const bool extras = needs_extras(p);
-    if (!fwd_fits(p))
-        return false;
-    for (int32_t i = 0; i < TILES; i++) {
-        const struct tile *t = &tiles[i];
-        if (t->dim_qk < p->dim_qk || t->dim_v < p->dim_v || t->extras < extras ||
-            t->f16.shared_memory_bytes > caps->shared_memory_bytes)
+    const struct tile *best = NULL;
+    for (const struct tile *t = tiles; t < tiles + TILES; t++) {
+        if (!covers(t, p, caps))
             continue;
-        plan->variant = i;
-        plan->tile_q = t->rows;
-        plan->tile_k = t->keys;
-        return true;
+        if (best && (t->dim_qk != best->dim_qk || t->dim_v != best->dim_v))
+            break;
+        if (!best || filled(t, caps))
+            best = t;
+        if (filled(best, caps))
+            break;
     }
-    return false;
+    if (!best || !fwd_fits(p))
+        return false;
+    plan->variant = (int32_t)(best - tiles);
+    plan->tile_q = best->rows;
+    plan->tile_k = best->keys;
+    return true;
 }
 
 int32_t cuda_fwd_sm80_launch(const struct plan *plan, const struct problem *p,

@@ -9,8 +9,8 @@
 #define TILE(D, DV, WARPS, MT, BN, STAGES, AHEAD, MINB, EXTRAS)                                    \
     static_assert(Tile<D, DV, WARPS, MT, BN, STAGES>::SHARED_BYTES ==                              \
                   TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES));                                \
-    INSTANCE(cuda_fwd_sm80_f16_##D##_##DV##_##BN##_##EXTRAS, __half, D, DV, WARPS, MT, BN, STAGES, \
-             AHEAD, MINB, EXTRAS)                                                                  \
-    INSTANCE(cuda_fwd_sm80_bf16_##D##_##DV##_##BN##_##EXTRAS, __nv_bfloat16, D, DV, WARPS, MT, BN, \
-             STAGES, AHEAD, MINB, EXTRAS)
+    INSTANCE(cuda_fwd_sm80_f16_##D##_##DV##_##WARPS##_##BN##_##EXTRAS, __half, D, DV, WARPS, MT,   \
+             BN, STAGES, AHEAD, MINB, EXTRAS)                                                      \
+    INSTANCE(cuda_fwd_sm80_bf16_##D##_##DV##_##WARPS##_##BN##_##EXTRAS, __nv_bfloat16, D, DV,      \
+             WARPS, MT, BN, STAGES, AHEAD, MINB, EXTRAS)
 #include "kernels/cuda/sm80/tiles.inc"

@@ -473,53 +473,19 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     // Steps whose current and next tile are both clean.
     const int steady_first = max(warp_first, clean_first),
               steady_end = min(warp_end, clean_end) - 1;
-    int g = first - 1, slot = 0;
-    // Waits for the pair of step g, refills the stage of the step before and returns where the pair lies in the ring.
-    const auto begin = [&]() {
+    int slot = 0;
+#pragma unroll 1
+    for (int g = first - 1; g < end; ++g) {
         if (g < first)
             copy_wait<STAGES - 1>();
         else
             copy_wait<STAGES - 2>();
-        __syncthreads(); // all copies are there, and all warps are done with the step before
+        __syncthreads(); // the pair of this step is there, and all warps are done with the step before
         if (g >= first)
             load_pair(g + STAGES - 1, slot == 0 ? STAGES - 1 : slot - 1);
         const uint32_t offset = slot * T::STAGE_BYTES;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
-        return offset;
-    };
-#pragma unroll 1
-    for (bool after = false;; after = true) {
-        // The edges: tiles that a mask cuts, and the first and the last step.
-#pragma unroll 1
-        for (; g < (after || steady_first >= steady_end ? end : steady_first); ++g) {
-            const uint32_t offset = begin();
-            if (g >= warp_first && g < warp_end) {
-                if (!EXTRAS && g >= clean_first && g < clean_end) {
-                    if (AHEAD)
-                        w.template exponentials<0, W::PAIRS>();
-                    w.add_values(v_at + offset);
-                } else {
-                    w.template exponentials<0, W::PAIRS>();
-                    w.add_masked_values(v_at + offset);
-                }
-            }
-            if (g + 1 >= warp_first && g + 1 < warp_end) {
-                w.template multiply_keys<false>(q_at, k_at + offset);
-                if (EXTRAS)
-                    w.extras(p, seq, work.b, work.h, first_row + lane / 4, (g + 1) * BN);
-                if (g + 1 < clean_first || g + 1 >= clean_end)
-                    w.mask(p, seq, first_row + lane / 4, (g + 1) * BN);
-                w.forget_maxima();
-                w.template maxima<0, W::PAIRS>();
-                w.follow_maxima();
-                w.advance();
-            }
-        }
-        if (after)
-            break;
-#pragma unroll 1
-        for (; !EXTRAS && g < steady_end; ++g) {
-            const uint32_t offset = begin();
+        if (!EXTRAS && g >= steady_first && g < steady_end) {
             w.forget_maxima();
             if (AHEAD) {
                 w.template multiply_keys<true>(q_at, k_at + offset);
@@ -529,6 +495,24 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
                 w.template multiply_keys<false>(q_at, k_at + offset);
                 w.template maxima<0, W::PAIRS>();
             }
+            w.follow_maxima();
+            w.advance();
+            continue;
+        }
+
+        // The edges: tiles that a mask cuts, and the first and the last step.
+        if (g >= warp_first && g < warp_end) {
+            w.template exponentials<0, W::PAIRS>();
+            w.add_masked_values(v_at + offset);
+        }
+        if (g + 1 >= warp_first && g + 1 < warp_end) {
+            w.template multiply_keys<false>(q_at, k_at + offset);
+            if (EXTRAS)
+                w.extras(p, seq, work.b, work.h, first_row + lane / 4, (g + 1) * BN);
+            if (g + 1 < clean_first || g + 1 >= clean_end)
+                w.mask(p, seq, first_row + lane / 4, (g + 1) * BN);
+            w.forget_maxima();
+            w.template maxima<0, W::PAIRS>();
             w.follow_maxima();
             w.advance();
         }
