@@ -107,14 +107,15 @@ static const float *load_extra(const struct task *t, const struct part_tile *til
     for (int32_t r = 0; r < t->rows; r++) {
         const int64_t i = query_index(t, r), h = query_head(t, r);
         const char *bias = p->bias.data ? element_at(&p->bias, p->bias_dtype, t->b, h, i) : NULL;
-        const uint8_t *mask = (const uint8_t *)p->mask.data + t->b * p->mask.stride[0] +
-                              h * p->mask.stride[1] + i * p->mask.stride[2];
+        const uint8_t *mask = p->mask.data;
+        if (mask)
+            mask += t->b * p->mask.stride[0] + h * p->mask.stride[1] + i * p->mask.stride[2];
         for (int32_t j = 0; j < tile->n; j++) {
             const int64_t key = tile->first_key + j;
             float *to = &extra[score_index(r, j)];
             if (bias)
                 *to = (float)load_element(bias, p->bias_dtype, key * p->bias.stride[3]);
-            if (p->mask.data && !mask[key * p->mask.stride[3]])
+            if (mask && !mask[key * p->mask.stride[3]])
                 *to = bits_float(HIDDEN_BITS);
         }
     }
