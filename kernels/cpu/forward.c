@@ -195,6 +195,8 @@ static struct kv_tile tile_at(const struct task *t, int64_t first, int64_t end, 
                               const char **pointers) {
     const struct problem *p = t->p;
     struct kv_tile tile = {.first = first, .n = (int32_t)most(0, least(tile_k, end - first))};
+    if (tile.n == 0)
+        return tile;
     tile.keys = kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first, tile.n, pointers);
     tile.values = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first, tile.n, pointers + tile_k);
     return tile;
