@@ -5,7 +5,7 @@
 needs the packages of adapters/tvm/requirements.txt and dlattn itself, the environment variables
 DLATTN_LIBRARY and DLATTN_TVM_LIBRARY (see ./dev), and the Rust example `call` built for release:
 cargo build --release --manifest-path adapters/rust/Cargo.toml --example call. On the CPU; f32,
-[1, 4, 16, 64], one thread. The figures are medians of seven runs of 2000 calls.
+[1, 4, 16, 64], one thread. The figures are medians of 201 runs of 50 calls.
 """
 
 import csv
@@ -26,7 +26,7 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 
 ROOT = Path(__file__).resolve().parents[1]
-CALLS = 2000
+RUNS, CALLS = 201, 50
 HEAD = (
     "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,median_us,"
     "spread_pct,tflops,gbs"
@@ -34,16 +34,16 @@ HEAD = (
 
 
 def microseconds(call):
-    """Median and spread in percent of all runs but the first."""
+    """Median and spread (between the quartiles, in percent) of short runs, some of which a busy
+    machine interrupts."""
     runs = []
-    for _ in range(8):
+    for _ in range(RUNS):
         began = time.perf_counter()
         for _ in range(CALLS):
             call()
         runs.append((time.perf_counter() - began) / CALLS * 1e6)
-    runs = runs[1:]
-    median = statistics.median(runs)
-    return median, (max(runs) - min(runs)) / median * 100
+    low, median, high = statistics.quantiles(runs, n=4)
+    return median, (high - low) / median * 100
 
 
 def numpy_rows():

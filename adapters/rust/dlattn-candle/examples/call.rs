@@ -12,22 +12,21 @@ use std::time::Instant;
 
 const SHAPE: [usize; 4] = [1, 4, 16, 64];
 
-/// Median and spread of seven runs of the same call, after a first one.
+/// Median and spread (between the quartiles, in percent) of short runs, some of which a busy machine
+/// interrupts.
 fn measure(mut call: impl FnMut() -> Result<()>, device: &Device) -> Result<(f64, f64)> {
-    const CALLS: u32 = 2000;
+    const CALLS: u32 = 50;
     let mut runs = Vec::new();
-    for _ in 0..8 {
+    for _ in 0..201 {
         device.synchronize()?;
         let began = Instant::now();
         for _ in 0..CALLS {
             call()?;
         }
         runs.push(began.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS));
-        device.synchronize()?;
     }
-    runs.remove(0);
     runs.sort_by(f64::total_cmp);
-    Ok((runs[3], (runs[6] - runs[0]) / runs[3] * 100.0))
+    Ok((runs[100], (runs[150] - runs[50]) / runs[100] * 100.0))
 }
 
 fn candle_attention(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
