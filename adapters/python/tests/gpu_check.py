@@ -221,7 +221,7 @@ def check_torch() -> None:
             check(f"torch gradient {name}", numpy(a), numpy(b), 0.02 * float(b.abs().max()))
 
     def current_stream() -> None:
-        """Inputs that the current stream makes late: a call on another stream would read old ones."""
+        """Inputs that the current stream makes late; a call elsewhere would read old ones."""
         query, key, value = tensors(CASES[5], torch.bfloat16)
         expected = theirs(*(-x.float() for x in (query, key, value)))
         late = [torch.zeros_like(x) for x in (query, key, value)]
