@@ -82,7 +82,7 @@ static void loop_tiles(struct loop *loop, int64_t tile_q, int64_t tile_k) {
     }
 }
 
-/* Every feature, on two of: keys beyond one tile and groups, decoding, a square, odd head dims. */
+/* Every feature, on two of: keys beyond one tile and groups, decoding, a square, odd head dims; and on a longer decoding. */
 static void loop_features(struct loop *loop) {
     static const struct shape shapes[] = {
         {2, 4, 2, 37, 75, 64, 64},
@@ -92,8 +92,10 @@ static void loop_features(struct loop *loop) {
     };
     for (int i = 0; i < feature_set_count; i++) {
         check(loop, &shapes[i % 4], &feature_sets[i]);
-        if (SHARE == 1)
+        if (SHARE == 1) {
             check(loop, &shapes[(i + 1) % 4], &feature_sets[i]);
+            check(loop, &(struct shape){2, 6, 2, 1, 333, 40, 40}, &feature_sets[i]);
+        }
     }
 }
 

@@ -1,8 +1,7 @@
 /*
- * Threads: callers beside each other, the host's parallel_for, the built-in pool and its size, fork.
+ * Callers beside each other, with the library's threads and with the host's.
  */
-#define _GNU_SOURCE
-#include "tests/support/check.h"
+#include "tests/runtime/ready.h"
 
 #include <criterion/criterion.h>
 #include <criterion/new/assert.h>
@@ -11,47 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-/* One call in host memory, ready to run. */
-struct ready {
-    struct call call;
-    dlattn_tensors tensors;
-    dlattn_exec exec;
-    dlattn_sku sku;
-};
-
-static void prepare(const dlattn_api *api, struct ready *r, struct shape shape, uint64_t seed,
-                    int32_t threads) {
-    const struct test_case from = {
-        shape, {.name = "causal", .causal = true, .bottom_right = true, .lse = LSE_F32}, F32, seed};
-    memset(&r->exec, 0, sizeof r->exec);
-    call_make(&r->call, &from);
-    call_use_images(&r->call);
-    r->call.desc.num_threads = threads;
-    r->tensors = call_tensors(&r->call);
-    r->sku = (dlattn_sku){.struct_size = sizeof r->sku};
-    cr_assert(eq(int, api->forward_query(&r->call.desc, &r->tensors, &r->sku), DLATTN_OK), "%s",
-              api->last_error());
-    r->exec.struct_size = sizeof r->exec;
-    r->exec.workspace_bytes = r->sku.workspace_bytes;
-    r->exec.workspace = aligned_alloc(64, (r->sku.workspace_bytes + 127) / 64 * 64);
-}
-
-static void discard(struct ready *r) {
-    free(r->exec.workspace);
-    call_free(&r->call);
-}
-
-static int32_t run(const dlattn_api *api, struct ready *r) {
-    return api->forward(&r->call.desc, &r->tensors, &r->exec);
-}
-
-static bool same_output(const struct ready *a, const struct ready *b) {
-    const struct tensor *x = &a->call.tensor[OUTPUT], *y = &b->call.tensor[OUTPUT];
-    return memcmp(x->image, y->image, x->bytes) == 0;
-}
 
 /* ---- Callers beside each other ---------------------------------------------------------------------------- */
 
@@ -215,78 +173,4 @@ Test(threads, hosts_parallel_for) {
         discard(&hosted);
     }
     discard(&own);
-}
-
-/* ---- The built-in pool ------------------------------------------------------------------------------------ */
-
-static int32_t default_threads(void) {
-    const dlattn_api *api = test_api();
-    struct ready r;
-    prepare(api, &r, (struct shape){4, 8, 2, 200, 200, 32, 32}, 1, 0);
-    const int32_t threads = r.sku.num_threads;
-    cr_expect(eq(int, run(api, &r), DLATTN_OK));
-    discard(&r);
-    return threads;
-}
-
-static int threads_of_process(void) {
-    char line[256];
-    int count = 0;
-    FILE *status = fopen("/proc/self/status", "r");
-    cr_assert(ne(ptr, status, NULL));
-    while (fgets(line, sizeof line, status))
-        sscanf(line, "Threads: %d", &count);
-    fclose(status);
-    return count;
-}
-
-Test(threads, number_from_environment) {
-    const int before = threads_of_process();
-    setenv("DLATTN_NUM_THREADS", "3", 1);
-    cr_expect(eq(int, default_threads(), 3));
-    cr_expect(eq(int, threads_of_process(), before + 2), "the caller's thread is one of the three");
-}
-
-Test(threads, number_from_affinity) {
-    cpu_set_t one;
-    unsetenv("DLATTN_NUM_THREADS");
-    CPU_ZERO(&one);
-    CPU_SET(sched_getcpu(), &one);
-    cr_assert(eq(int, sched_setaffinity(0, sizeof one, &one), 0));
-    const int before = threads_of_process();
-    cr_expect(eq(int, default_threads(), 1));
-    cr_expect(eq(int, threads_of_process(), before), "one core needs no other thread");
-}
-
-Test(threads, number_that_is_none) {
-    setenv("DLATTN_NUM_THREADS", "many", 1);
-    cr_expect(default_threads() >= 1);
-}
-
-/* A child has none of its parent's threads, and may have been forked while they worked. */
-Test(threads, child_computes) {
-    const dlattn_api *api = test_api();
-    struct ready r, again;
-    setenv("DLATTN_NUM_THREADS", "4", 1);
-    prepare(api, &r, (struct shape){2, 4, 2, 90, 120, 32, 32}, 8, 0);
-    prepare(api, &again, (struct shape){2, 4, 2, 90, 120, 32, 32}, 8, 0);
-    cr_assert(eq(int, run(api, &r), DLATTN_OK));
-    for (int n = 0; n < 5; n++) {
-        int status = -1;
-        fflush(NULL);
-        const pid_t child = fork();
-        if (child == 0) {
-            alarm(20); /* a child that waits for its parent's threads would wait for ever */
-            bool good = true;
-            for (int i = 0; i < 3; i++)
-                good &= run(api, &again) == DLATTN_OK && same_output(&r, &again);
-            _exit(good ? 0 : 1);
-        }
-        cr_assert(child > 0);
-        cr_expect(eq(int, run(api, &r), DLATTN_OK), "the parent goes on");
-        cr_assert(eq(int, waitpid(child, &status, 0), child));
-        cr_expect(eq(int, status, 0), "how the child ended");
-    }
-    discard(&r);
-    discard(&again);
 }

@@ -1,0 +1,86 @@
+/*
+ * The built-in pool: how many threads it has, and what the child of a fork does without them.
+ */
+#define _GNU_SOURCE
+#include "tests/runtime/ready.h"
+
+#include <criterion/criterion.h>
+#include <criterion/new/assert.h>
+
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int32_t default_threads(void) {
+    const dlattn_api *api = test_api();
+    struct ready r;
+    prepare(api, &r, (struct shape){4, 8, 2, 200, 200, 32, 32}, 1, 0);
+    const int32_t threads = r.sku.num_threads;
+    cr_expect(eq(int, run(api, &r), DLATTN_OK));
+    discard(&r);
+    return threads;
+}
+
+static int threads_of_process(void) {
+    char line[256];
+    int count = 0;
+    FILE *status = fopen("/proc/self/status", "r");
+    cr_assert(ne(ptr, status, NULL));
+    while (fgets(line, sizeof line, status))
+        sscanf(line, "Threads: %d", &count);
+    fclose(status);
+    return count;
+}
+
+Test(pool, number_from_environment) {
+    const int before = threads_of_process();
+    setenv("DLATTN_NUM_THREADS", "3", 1);
+    cr_expect(eq(int, default_threads(), 3));
+    cr_expect(eq(int, threads_of_process(), before + 2), "the caller's thread is one of the three");
+}
+
+Test(pool, number_from_affinity) {
+    cpu_set_t one;
+    unsetenv("DLATTN_NUM_THREADS");
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    cr_assert(eq(int, sched_setaffinity(0, sizeof one, &one), 0));
+    const int before = threads_of_process();
+    cr_expect(eq(int, default_threads(), 1));
+    cr_expect(eq(int, threads_of_process(), before), "one core needs no other thread");
+}
+
+Test(pool, number_that_is_none) {
+    setenv("DLATTN_NUM_THREADS", "many", 1);
+    cr_expect(default_threads() >= 1);
+}
+
+/* A child has none of its parent's threads, and may have been forked while they worked. */
+Test(pool, child_computes) {
+    const dlattn_api *api = test_api();
+    struct ready r, again;
+    setenv("DLATTN_NUM_THREADS", "4", 1);
+    prepare(api, &r, (struct shape){2, 4, 2, 90, 120, 32, 32}, 8, 0);
+    prepare(api, &again, (struct shape){2, 4, 2, 90, 120, 32, 32}, 8, 0);
+    cr_assert(eq(int, run(api, &r), DLATTN_OK));
+    for (int n = 0; n < 5; n++) {
+        int status = -1;
+        fflush(NULL);
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(20); /* a child that waits for its parent's threads would wait for ever */
+            bool good = true;
+            for (int i = 0; i < 3; i++)
+                good &= run(api, &again) == DLATTN_OK && same_output(&r, &again);
+            _exit(good ? 0 : 1);
+        }
+        cr_assert(child > 0);
+        cr_expect(eq(int, run(api, &r), DLATTN_OK), "the parent goes on");
+        cr_assert(eq(int, waitpid(child, &status, 0), child));
+        cr_expect(eq(int, status, 0), "how the child ended");
+    }
+    discard(&r);
+    discard(&again);
+}
