@@ -1,10 +1,11 @@
 """Forward attention on the CPU: libdlattn beside PyTorch, in one process and in turns.
 
-    DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/cpu_torch.py [--out results.csv] [--threads 16,1,2]
+    DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/cpu_torch.py [--out results.csv]
 
-The two take turns in bouts: a pause, so that neither inherits the other's spinning threads, two calls to warm up, then
-timed ones. The figures are medians; the spread is the distance between the quartiles in percent of the median. Every
-output is compared with PyTorch's in f32. FLOPs = 4 B H Lq Lk D, halved for causal; bytes are those of key and value.
+The two take turns in bouts: a pause, so that neither inherits the other's spinning threads, two
+calls to warm up, then timed ones. The figures are medians; the spread is the distance between the
+quartiles in percent of the median. Every output is compared with PyTorch's in f32.
+FLOPs = 4 B H Lq Lk D, halved for causal; bytes are those of key and value.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def bench(library, dtype, threads, case, seconds):
         raise RuntimeError(f"{call.kernel} {dtype} {case}: off by {error}")
     flops = 4 * batch * heads * len_q * len_k * dim / (2 if causal else 1)
     read = 2 * k.numel() * k.element_size()
-    names = dict(zip("op B Hq Hkv Lq Lk D Dv".split(), (op, batch, heads, heads_kv, len_q, len_k, dim, dim)))
+    names = {"op": op, "B": batch, "Hq": heads, "Hkv": heads_kv}
+    names |= {"Lq": len_q, "Lk": len_k, "D": dim, "Dv": dim}
     for impl, (median, spread) in times.items():
         yield dict(
             names,
@@ -98,7 +100,9 @@ def main():
         os.environ.get("DLATTN_COMMIT")
         or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
     )
-    with open(options.out or f"bench/results/{date}-{device}-cpu-torch.csv", "w", newline="") as file:
+    with open(
+        options.out or f"bench/results/{date}-{device}-cpu-torch.csv", "w", newline=""
+    ) as file:
         out = csv.DictWriter(file, COLUMNS, restval="")
         out.writeheader()
         for threads in map(int, options.threads.split(",")):
@@ -109,9 +113,10 @@ def main():
                         out.writerow(dict(row, date=date, commit=commit, device=device))
                     file.flush()
                     unit = "gbs" if own["op"] == "decode" else "tflops"
+                    faster = peer["median_us"] / own["median_us"]
                     print(
-                        *(own[f] for f in "threads dtype op Hq Hkv Lk D causal kernel".split()),
-                        f"{unit} {own[unit]} beside {peer[unit]}: x{peer['median_us'] / own['median_us']:.2f}",
+                        *(own[f] for f in COLUMNS if f in own and f != "impl"),
+                        f"{unit} {own[unit]} beside {peer[unit]}: x{faster:.2f}",
                         flush=True,
                     )
 

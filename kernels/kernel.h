@@ -16,7 +16,7 @@
 #define CPU_AVX512FP16 8u
 #define CPU_AMX_BF16 16u /* tiles permitted by the kernel */
 #define CPU_AMX_FP16 32u
-#define CPU_FAST_AVX512BF16 64u /* vdpbf16ps runs as often as FMA: AMD; Intel's runs at a quarter of that */
+#define CPU_FAST_AVX512BF16 64u /* vdpbf16ps as often as FMA: AMD; Intel: a quarter */
 
 /* What a machine can do. plan_choose() is a pure function of this and the problem. */
 struct caps {
