@@ -1,13 +1,14 @@
 """Puts the plugin and the shims into the wheel, and the glibc that they need into its tag.
 
 Used by hatchling when the wheel is built from a checkout where `./dev lib` has run once; needs
-Bazel.
+Bazel and, to leave out debug information, strip.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,21 @@ NATIVE = (
 
 class NativeBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        bazel = ["bazel"]
         targets = ["//" + ":".join(name.rpartition("/")[::2]) for name in NATIVE]
-        subprocess.run([*bazel, "build", "--config=release", *targets], cwd=ROOT, check=True)
-        where = subprocess.run(
-            [*bazel, "info", "--config=release", "bazel-bin"],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        files = [Path(where, name) for name in NATIVE]
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-manylinux_2_{max(map(glibc_minor, files))}_x86_64"
-        for file in files:
+        subprocess.run(["bazel", "build", *targets], cwd=ROOT, check=True)
+        self.folder = tempfile.TemporaryDirectory()
+        minors = []
+        for name in NATIVE:
+            file = Path(self.folder.name, Path(name).name)
+            built = ROOT / "bazel-bin" / name
+            subprocess.run(["strip", "--strip-all", "-o", file, built], check=True)
             build_data["force_include"][str(file)] = f"dlattn/{file.name}"
+            minors.append(glibc_minor(file))
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-manylinux_2_{max(minors)}_x86_64"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        self.folder.cleanup()
 
 
 def glibc_minor(file: Path) -> int:
