@@ -159,7 +159,7 @@ def measure(path):
     kernel = dlattn.dlattn_kernel(query, key, value, output)
     forward = dlattn.dlattn_forward
     rows = [
-        ("tvm-ffi", kernel, *microseconds(lambda: forward(query, key, value, output))),
+        ("tvm-ffi-dlattn", kernel, *microseconds(lambda: forward(query, key, value, output))),
         ("torch-sdpa", "", *microseconds(lambda: sdpa(query, key, value))),
     ]
     today = datetime.date.today().isoformat()
