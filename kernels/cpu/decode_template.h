@@ -114,8 +114,10 @@ VEC_INLINE vec repeat_rows(const float *rows) {
 VEC_INLINE vec key_lanes(float first) {
     float lanes[VEC_LANES];
 #pragma clang loop unroll(full)
-    for (int n = 0; n < VEC_LANES; n++)
-        lanes[n] = first + (float)(n / ROW_GROUP);
+    for (int n = 0; n < VEC_LANES; n++) {
+        const int key = n / ROW_GROUP;
+        lanes[n] = first + (float)key;
+    }
     return vec_load(lanes);
 }
 
