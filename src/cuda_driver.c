@@ -378,7 +378,20 @@ int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const voi
         const void *in;
         void *out; /* the driver's signature lacks a const */
     } address = {data};
-    TRY(cuTensorMapEncodeTiled, map, type, rank, address.out, extent, stride, box, every, 0, code,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
+    /* The driver wants a context, any, though the map belongs to none. */
+    CUcontext context = NULL;
+    bool entered = false;
+    TRY(cuCtxGetCurrent, &context);
+    if (!context) {
+        const int32_t status = enter(&devices[0], &entered);
+        if (status != DLATTN_OK)
+            return status;
+    }
+    const CUresult error =
+        cu.cuTensorMapEncodeTiled(map, type, rank, address.out, extent, stride, box, every, 0, code,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
+    leave(entered);
+    if (error != CUDA_SUCCESS)
+        return driver_failed(error, "cuTensorMapEncodeTiled");
     return DLATTN_OK;
 }
