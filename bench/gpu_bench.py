@@ -1,12 +1,13 @@
 """Forward attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
 
-    DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out results.csv] [--quick]
+    DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
 
-Every case is timed in rounds: each implementation once per round, between two CUDA events, after a short busy loop of
-the device so that the host's own time stays out. The figures are medians; the spread is the distance between the
-quartiles in percent of the median. A product of 8192 x 8192 matrices and a copy of 1 GiB of the same process are
-written beside them. FLOPs = 4 B H Lq Lk D, halved for causal. Last come host times of one call on a tiny problem: a
-planned call, and a bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
+Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
+short busy loop of the device so that the host's own time stays out. The figures are medians; the
+spread is the distance between the quartiles in percent of the median. A product of 8192 x 8192
+matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 4 B H Lq Lk D,
+halved for causal. Last come host times of one call on a tiny problem: a planned call, and a bare
+cuLaunchKernel of an empty kernel with as many bytes of parameters.
 """
 
 import argparse
@@ -22,22 +23,58 @@ import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-COLUMNS = (
-    "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,median_us,spread_pct,tflops,gbs"
-).split(",")
+COLUMNS = [
+    "date",
+    "commit",
+    "device",
+    "op",
+    "dtype",
+    "B",
+    "Hq",
+    "Hkv",
+    "Lq",
+    "Lk",
+    "D",
+    "Dv",
+    "causal",
+    "threads",
+    "impl",
+    "kernel",
+    "median_us",
+    "spread_pct",
+    "tflops",
+    "gbs",
+]
 PEERS = {
     "fa2": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-SLOTS = (
-    "query key value output lse bias mask alibi_slopes sinks query_lengths key_lengths cu_seqlens_q cu_seqlens_k "
-    "block_table"
-).split()
-CODES = {torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.float64: (2, 64)}
+SLOTS = [
+    "query",
+    "key",
+    "value",
+    "output",
+    "lse",
+    "bias",
+    "mask",
+    "alibi_slopes",
+    "sinks",
+    "query_lengths",
+    "key_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "block_table",
+]
+CODES = {
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+}
 
 
-# ---- The library, by the structs of abi/dlattn.h ---------------------------------------------------------------------
+# ---- The library, by the structs of abi/dlattn.h -------------------------------------------------
 
 
 class DLTensor(ctypes.Structure):
@@ -60,7 +97,9 @@ class Sized(ctypes.Structure):
 
 
 class Tensors(Sized):
-    _fields_ = [("struct_size", ctypes.c_size_t)] + [(name, ctypes.POINTER(DLTensor)) for name in SLOTS]
+    _fields_ = [("struct_size", ctypes.c_size_t)] + [
+        (name, ctypes.POINTER(DLTensor)) for name in SLOTS
+    ]
 
 
 class Desc(Sized):
@@ -115,7 +154,9 @@ class Library:
         slots = (ctypes.c_void_p * 12).from_address(library.dlattn_get_api(1) + 16)
         self.last_error = ctypes.CFUNCTYPE(ctypes.c_char_p)(slots[1])
         three = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-        self.query, self.forward, self.plan_create, self.plan_run = (three(slots[i]) for i in (3, 4, 7, 11))
+        self.query, self.forward, self.plan_create, self.plan_run = (
+            three(slots[i]) for i in (3, 4, 7, 11)
+        )
 
     def call(self, causal, kernel=None, threads=0, **tensors):
         """A planned call of these tensors and the name of the row that runs it."""
@@ -136,9 +177,13 @@ class Call:
         library.check(library.query(at(desc), at(self.tensors), at(sku)))
         library.check(library.plan_create(at(desc), at(self.tensors), at(plan)))
         self.kernel, self.plan = sku.kernel.decode(), plan
-        self.workspace = torch.empty(sku.workspace_bytes + 1024, dtype=torch.uint8, device=self.keep[0].device)
+        self.workspace = torch.empty(
+            sku.workspace_bytes + 1024, dtype=torch.uint8, device=self.keep[0].device
+        )
         start = -self.workspace.data_ptr() % 1024
-        self.exec = Exec(workspace=self.workspace.data_ptr() + start, workspace_bytes=sku.workspace_bytes)
+        self.exec = Exec(
+            workspace=self.workspace.data_ptr() + start, workspace_bytes=sku.workspace_bytes
+        )
 
     def __call__(self):
         if self.workspace.is_cuda:
@@ -154,7 +199,7 @@ def describe(t):
     return DLTensor(t.data_ptr(), device, t.dim(), code, bits, 1, axes(*t.shape), axes(*t.stride()))
 
 
-# ---- Timing ----------------------------------------------------------------------------------------------------------
+# ---- Timing --------------------------------------------------------------------------------------
 
 
 def microseconds(function, events):
@@ -183,7 +228,7 @@ def summary(times):
     return quarters[1], (quarters[2] - quarters[0]) / quarters[1] * 100
 
 
-# ---- What a call costs the host --------------------------------------------------------------------------------------
+# ---- What a call costs the host ------------------------------------------------------------------
 
 EMPTY = b""".version 7.0
 .target sm_80
@@ -223,11 +268,11 @@ def host_times(functions, count):
     return {name: summary(t) for name, t in times.items()}
 
 
-# ---- Cases -----------------------------------------------------------------------------------------------------------
+# ---- Cases ---------------------------------------------------------------------------------------
 
 
 def grid(quick):
-    """(dtype, D, causal, L): 16k tokens and H * D = 2048, the grid of the FlashAttention 3 paper."""
+    """(dtype, D, causal, L): 16k tokens and H * D = 2048, the FlashAttention 3 paper's."""
     lengths = (512, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dim in (64, 128, 256):
@@ -260,19 +305,34 @@ def implementations(library, q, k, v, causal, kernels):
     return found
 
 
+COPY_BYTES = 1 << 30
+
+
+def measure_ceilings(count):
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    big = torch.empty(COPY_BYTES, device="cuda", dtype=torch.uint8)
+    other = torch.empty_like(big)
+    return rounds({"gemm": lambda: a @ a, "copy": lambda: other.copy_(big)}, count)
+
+
 def main():
     options = argparse.ArgumentParser()
     options.add_argument("--out")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--kernels", default="cuda_fwd_sm80,cuda_fwd_simt", help="rows to time beside the first choice")
+    options.add_argument(
+        "--kernels",
+        default="cuda_fwd_sm80,cuda_fwd_simt",
+        help="rows to time beside the first choice",
+    )
     options = options.parse_args()
     library = Library(os.environ.get("DLATTN_LIBRARY", "bazel-bin/libdlattn.so.1"))
     device = torch.cuda.get_device_name().replace(" ", "-")
     date = datetime.date.today().isoformat()
-    commit = os.environ.get("DLATTN_COMMIT") or subprocess.check_output(
-        ["git", "rev-parse", "--short", "HEAD"], text=True
-    ).strip()
+    commit = (
+        os.environ.get("DLATTN_COMMIT")
+        or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+    )
     path = options.out or f"bench/results/{date}-{device}-forward.csv"
     kernels = [None] + [k.encode() for k in options.kernels.split(",") if k]
     with open(path, "w", newline="") as file:
@@ -280,25 +340,30 @@ def main():
         out.writeheader()
         common = {"date": date, "commit": commit, "device": device, "threads": 0}
 
-        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        big = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
-        other = torch.empty_like(big)
-        ceilings = rounds({"gemm": lambda: a @ a, "copy": lambda: other.copy_(big)}, options.rounds)
+        ceilings = measure_ceilings(options.rounds)
         for op, (median, spread) in ceilings.items():
-            row = dict(common, op=op, impl="torch", median_us=f"{median:.2f}", spread_pct=f"{spread:.1f}")
+            row = dict(
+                common, op=op, impl="torch", median_us=f"{median:.2f}", spread_pct=f"{spread:.1f}"
+            )
             if op == "gemm":
-                row.update(dtype="bf16", Lq=8192, Lk=8192, D=8192, tflops=f"{2 * 8192**3 / median / 1e6:.1f}")
+                row.update(
+                    dtype="bf16",
+                    Lq=8192,
+                    Lk=8192,
+                    D=8192,
+                    tflops=f"{2 * 8192**3 / median / 1e6:.1f}",
+                )
             else:
-                row.update(gbs=f"{2 * big.numel() / median / 1e3:.1f}")
+                row.update(gbs=f"{2 * COPY_BYTES / median / 1e3:.1f}")
             out.writerow(row)
             print(op, row.get("tflops", row.get("gbs")))
-        del a, big, other
 
         names = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
         for dtype, dim, causal, length in grid(options.quick):
             batch, heads = 16384 // length, 2048 // dim
             q, k, v = (
-                torch.randn(batch, length, heads, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3)
+                torch.randn(batch, length, heads, dim, device="cuda", dtype=dtype).transpose(1, 2)
+                for _ in range(3)
             )
             found = implementations(library, q, k, v, causal, kernels)
             times = rounds({name: f for name, (_, f) in found.items()}, options.rounds)
@@ -328,14 +393,39 @@ def main():
                     )
                 )
                 line.append(f"{kernel or name} {flops / median / 1e6:.0f}")
-            print(names[dtype], f"D {dim} causal {int(causal)} L {length}:", ", ".join(line), flush=True)
+            print(
+                names[dtype],
+                f"D {dim} causal {int(causal)} L {length}:",
+                ", ".join(line),
+                flush=True,
+            )
 
         call, planned = planned_call(library, b"cuda_fwd_sm80")
         calls = {"dlattn": planned, "cuLaunchKernel": bare_launch()}
         for impl, (median, spread) in host_times(calls, options.rounds).items():
             kernel = call.kernel if impl == "dlattn" else ""
-            row = dict(common, op="call", dtype="f16", B=1, Hq=1, Hkv=1, Lq=64, Lk=64, D=64, Dv=64, causal=0)
-            out.writerow(dict(row, impl=impl, kernel=kernel, median_us=f"{median:.2f}", spread_pct=f"{spread:.1f}"))
+            row = dict(
+                common,
+                op="call",
+                dtype="f16",
+                B=1,
+                Hq=1,
+                Hkv=1,
+                Lq=64,
+                Lk=64,
+                D=64,
+                Dv=64,
+                causal=0,
+            )
+            out.writerow(
+                dict(
+                    row,
+                    impl=impl,
+                    kernel=kernel,
+                    median_us=f"{median:.2f}",
+                    spread_pct=f"{spread:.1f}",
+                )
+            )
             print("call", impl, f"{median:.2f} us")
 
 

@@ -1,6 +1,6 @@
-"""A plot of what gpu_bench.py measured: TFLOP/s over the sequence length, one panel for each head dim and mask.
+"""A plot of what gpu_bench.py measured: TFLOP/s over the sequence length by head dim and mask.
 
-    python3 bench/gpu_plot.py bench/results/FILE.csv [--dtype bf16] [--out plot.svg]
+python3 bench/gpu_plot.py bench/results/FILE.csv [--dtype bf16] [--out plot.svg]
 """
 
 import argparse
@@ -21,7 +21,9 @@ def curves(path, dtype):
         for row in csv.DictReader(file):
             if row["op"] == "fwd" and row["dtype"] == dtype:
                 name = row["kernel"] or row["impl"]
-                panels[int(row["D"]), int(row["causal"])][name].append((int(row["Lq"]), float(row["tflops"])))
+                panels[int(row["D"]), int(row["causal"])][name].append(
+                    (int(row["Lq"]), float(row["tflops"]))
+                )
     return panels
 
 
@@ -33,12 +35,19 @@ def main():
     options = options.parse_args()
     panels = curves(options.csv, options.dtype)
     dims = sorted({dim for dim, _ in panels})
-    figure, axes = pyplot.subplots(2, len(dims), figsize=(4 * len(dims), 7), sharex=True, squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, len(dims), figsize=(4 * len(dims), 7), sharex=True, squeeze=False
+    )
     for (dim, causal), lines in panels.items():
         panel = axes[causal][dims.index(dim)]
         for name, points in lines.items():
             panel.plot(*zip(*sorted(points)), marker="o", label=name)
-        panel.set(title=f"D = {dim}, {'causal' if causal else 'full'}", xscale="log", xlabel="L", ylabel="TFLOP/s")
+        panel.set(
+            title=f"D = {dim}, {'causal' if causal else 'full'}",
+            xscale="log",
+            xlabel="L",
+            ylabel="TFLOP/s",
+        )
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     axes[0][0].legend()
