@@ -4,6 +4,9 @@
  * libraries made the same way.
  */
 #define _GNU_SOURCE
+#ifndef CLIENT_HEADER
+#define CLIENT_HEADER "abi/dlattn.h"
+#endif
 #include CLIENT_HEADER
 
 #include "abi/dlattn_loader.h"

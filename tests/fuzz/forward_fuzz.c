@@ -159,7 +159,7 @@ static void spoil_tensor(struct attempt *a, int slot, uint8_t field, uint8_t val
         t->dl.dtype.lanes = value;
         break;
     case 10:
-        t->dl.device.device_type = (DLDeviceType)(value % 20);
+        memcpy(&t->dl.device.device_type, &(int){value % 20}, sizeof(int));
         break;
     case 11:
         t->dl.strides = NULL;
@@ -257,8 +257,8 @@ static void give_memory(struct attempt *a, struct input *in) {
             a->runnable = false;
             continue;
         }
-        t->storage = malloc(t->bytes);
-        t->before = malloc(t->bytes);
+        t->storage = malloc(t->bytes ? t->bytes : 1);
+        t->before = malloc(t->bytes ? t->bytes : 1);
         t->dl.data = t->bytes ? t->storage : NULL;
         for (size_t i = 0; i < t->bytes; i++)
             t->storage[i] = slot >= FIRST_INTEGER ? 0 : (unsigned char)(i * 37 % 61);

@@ -1,4 +1,4 @@
-"""Writes the fuzzer's seeds: each feature of a call that is right, with the integers that it needs, and one spoiled call.
+"""Writes the fuzzer's seeds: calls that are right, with the integers they need, and one spoiled.
 
 usage: make_corpus.py FILE...    the name of each FILE picks its content
 """

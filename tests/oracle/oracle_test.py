@@ -1,6 +1,6 @@
-"""The reference row against an oracle of its own: attention written in NumPy from docs/numerics.md, in float64, through ctypes.
+"""The reference row against an oracle: docs/numerics.md written in NumPy, in float64.
 
-Nothing here knows how the plugin computes: features meet as they do in the formula, on small random tensors.
+Nothing here knows how the plugin computes: features meet as they do in the formula.
 """
 
 import ctypes
@@ -10,14 +10,27 @@ import zlib
 import numpy as np
 import pytest
 
-# ---- The ABI, as far as it is needed -------------------------------------------------------------------------------
+# ---- The ABI, as far as it is needed
 
-SLOTS = (
-    "query key value output lse bias mask alibi_slopes sinks query_lengths key_lengths cu_seqlens_q cu_seqlens_k "
-    "block_table"
-).split()
+SLOTS = [
+    "query",
+    "key",
+    "value",
+    "output",
+    "lse",
+    "bias",
+    "mask",
+    "alibi_slopes",
+    "sinks",
+    "query_lengths",
+    "key_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "block_table",
+]
 WINDOW, EXACT_SCALE, EMPTY_LSE_INF = 1, 2, 4
-DTYPES = {"f8": (2, 64), "f4": (2, 32), "f2": (2, 16), "i4": (0, 32), "u1": (1, 8), "u2": (4, 16)}  # u2: bfloat16 bits
+# DLPack codes and bits by NumPy's names; u2 are the bits of bfloat16.
+DTYPES = {"f8": (2, 64), "f4": (2, 32), "f2": (2, 16), "i4": (0, 32), "u1": (1, 8), "u2": (4, 16)}
 
 
 class DLTensor(ctypes.Structure):
@@ -54,12 +67,15 @@ class Desc(ctypes.Structure):
 
 
 class Tensors(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t)] + [(slot, ctypes.POINTER(DLTensor)) for slot in SLOTS]
+    _fields_ = [("struct_size", ctypes.c_size_t)] + [
+        (slot, ctypes.POINTER(DLTensor)) for slot in SLOTS
+    ]
 
 
 class Exec(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("flags", ctypes.c_uint64)] + [
-        (name, ctypes.c_void_p) for name in ("stream", "workspace", "workspace_bytes", "parallel_for", "parallel_ctx")
+        (name, ctypes.c_void_p)
+        for name in ("stream", "workspace", "workspace_bytes", "parallel_for", "parallel_ctx")
     ]
 
 
@@ -74,36 +90,62 @@ def dl_tensor(array):
     strides = [s // array.itemsize for s in array.strides]
     numbers = ctypes.c_int64 * array.ndim
     code, bits = DTYPES[array.dtype.str[1:]]
-    return DLTensor(array.ctypes.data, 1, 0, array.ndim, code, bits, 1, numbers(*array.shape), numbers(*strides), 0)
+    return DLTensor(
+        array.ctypes.data,
+        1,
+        0,
+        array.ndim,
+        code,
+        bits,
+        1,
+        numbers(*array.shape),
+        numbers(*strides),
+        0,
+    )
 
 
 def forward(arrays, **options):
     """Runs the reference row; arrays by slot, strided as they are."""
     held = {slot: dl_tensor(array) for slot, array in arrays.items()}
-    tensors = Tensors(ctypes.sizeof(Tensors), **{slot: ctypes.pointer(t) for slot, t in held.items()})
+    tensors = Tensors(
+        ctypes.sizeof(Tensors), **{slot: ctypes.pointer(t) for slot, t in held.items()}
+    )
     desc = Desc(ctypes.sizeof(Desc), kernel=b"cpu_fwd_ref", num_threads=1, **options)
     workspace = np.zeros(1 << 20, np.uint8)
     start = -workspace.ctypes.data % 64
-    run = Exec(ctypes.sizeof(Exec), 0, None, workspace.ctypes.data + start, workspace.size - start, None, None)
+    run = Exec(
+        ctypes.sizeof(Exec),
+        0,
+        None,
+        workspace.ctypes.data + start,
+        workspace.size - start,
+        None,
+        None,
+    )
     call = function(6, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     status = call(ctypes.addressof(desc), ctypes.addressof(tensors), ctypes.addressof(run))
     assert status == 0, function(3, ctypes.c_char_p)().decode()
 
 
-# ---- The oracle ----------------------------------------------------------------------------------------------------
+# ---- The oracle
 
 
 def sequences(arrays):
-    """Per batch entry: its query, key and value rows as [H, L, D], and where its rows of output and lse lie."""
+    """Per batch entry: its query, key and value as [H, L, D], and the rows of a packed output."""
     q, k, v = arrays["query"], arrays["key"], arrays["value"]
-    cu_q, cu_k, table = (arrays.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table"))
+    cu_q, cu_k, table = (
+        arrays.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table")
+    )
     for b in range(len(cu_q) - 1 if cu_q is not None else len(q)):
         rows = slice(cu_q[b], cu_q[b + 1]) if cu_q is not None else None
         keys = slice(cu_k[b], cu_k[b + 1]) if cu_k is not None else None
         query = q[b] if rows is None else q[rows].transpose(1, 0, 2)
         if table is not None:
             used = -(-int(arrays["key_lengths"][b]) // k.shape[2])
-            key, value = (np.concatenate([x[0][:, :0], *(x[p] for p in table[b, :used])], axis=1) for x in (k, v))
+            key, value = (
+                np.concatenate([x[0][:, :0], *(x[p] for p in table[b, :used])], axis=1)
+                for x in (k, v)
+            )
         elif keys is not None:
             key, value = k[keys].transpose(1, 0, 2), v[keys].transpose(1, 0, 2)
         else:
@@ -117,9 +159,17 @@ def oracle(arrays, options):
     results = []
     for b, rows, query, key, value in sequences(arrays):
         heads, length = query.shape[:2]
-        key_count = min(key.shape[1], int(arrays["key_lengths"][b])) if "key_lengths" in arrays else key.shape[1]
-        row_count = min(length, int(arrays["query_lengths"][b])) if "query_lengths" in arrays else length
-        key, value = (np.repeat(x[:, :key_count], heads // x.shape[0], axis=0) for x in (key, value))
+        key_count = (
+            min(key.shape[1], int(arrays["key_lengths"][b]))
+            if "key_lengths" in arrays
+            else key.shape[1]
+        )
+        row_count = (
+            min(length, int(arrays["query_lengths"][b])) if "query_lengths" in arrays else length
+        )
+        key, value = (
+            np.repeat(x[:, :key_count], heads // x.shape[0], axis=0) for x in (key, value)
+        )
         scale = options.get("scale", 0)
         if scale == 0 and not flags & EXACT_SCALE:
             scale = query.shape[2] ** -0.5
@@ -128,7 +178,9 @@ def oracle(arrays, options):
             score = options["softcap"] * np.tanh(score / options["softcap"])
         i = np.arange(length)[:, None] + (key_count - row_count if options.get("alignment") else 0)
         j = np.arange(key_count)[None, :]
-        seen = np.broadcast_to(np.arange(length)[:, None] < row_count, (heads, length, key_count)).copy()
+        seen = np.broadcast_to(
+            np.arange(length)[:, None] < row_count, (heads, length, key_count)
+        ).copy()
         if options.get("causal"):
             seen &= j <= i
         if flags & WINDOW and options["window_left"] >= 0:
@@ -139,7 +191,9 @@ def oracle(arrays, options):
         def extra(name, b=b, heads=heads, length=length, key_count=key_count):
             x = arrays[name]
             x = x[b if len(x) > 1 else 0]
-            x = np.broadcast_to(x, (heads, *(w if n == 1 else n for n, w in zip(x.shape[1:], (length, key_count)))))
+            x = np.broadcast_to(
+                x, (heads, *(w if n == 1 else n for n, w in zip(x.shape[1:], (length, key_count))))
+            )
             return x[:, :length, :key_count]
 
         if "bias" in arrays:
@@ -148,7 +202,9 @@ def oracle(arrays, options):
             seen &= extra("mask") != 0
         if "alibi_slopes" in arrays:
             slopes = arrays["alibi_slopes"]
-            score = score - (slopes[b] if slopes.ndim == 2 else slopes)[:, None, None] * np.abs(i - j)
+            score = score - (slopes[b] if slopes.ndim == 2 else slopes)[:, None, None] * np.abs(
+                i - j
+            )
         score = np.where(seen, score, -np.inf)
         sink = arrays["sinks"][:, None] if "sinks" in arrays else np.full((heads, 1), -np.inf)
         sink = np.where(np.arange(length)[None] < length, sink, -np.inf)
@@ -156,7 +212,9 @@ def oracle(arrays, options):
         safe = np.where(np.isfinite(most), most, 0)
         weight = np.exp(score - safe[:, :, None])
         total = weight.sum(axis=2) + np.exp(sink - safe)
-        output = np.einsum("hij,hjd->hid", weight, value) / np.where(total == 0, 1, total)[:, :, None]
+        output = (
+            np.einsum("hij,hjd->hid", weight, value) / np.where(total == 0, 1, total)[:, :, None]
+        )
         with np.errstate(divide="ignore"):
             lse = safe + np.log(total)
         if flags & EMPTY_LSE_INF:
@@ -165,7 +223,7 @@ def oracle(arrays, options):
     return results
 
 
-# ---- Cases ---------------------------------------------------------------------------------------------------------
+# ---- Cases
 
 
 def window(left, right, **more):
@@ -237,11 +295,16 @@ def make_arrays(parts, rng):
         arrays["block_table"] = rng.permutation(10)[:9].reshape(3, 3).astype(np.int32)
         arrays["key_lengths"] = np.array([9, 0, 12], np.int32)
     arrays["query"], arrays["key"] = rng.normal(size=(*q_shape, D)), rng.normal(size=(*kv_shape, D))
-    arrays["value"], arrays["output"] = rng.normal(size=(*kv_shape, DV)), np.full((*o_shape, DV), 777.0)
+    arrays["value"], arrays["output"] = (
+        rng.normal(size=(*kv_shape, DV)),
+        np.full((*o_shape, DV), 777.0),
+    )
     arrays["lse"] = np.full((H, PACKED_Q[-1]) if "varlen_q" in parts else o_shape, 777.0)
     if "transposed" in parts:
         for name in ("query", "key", "value", "output"):
-            arrays[name] = np.ascontiguousarray(arrays[name].transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+            arrays[name] = np.ascontiguousarray(arrays[name].transpose(0, 2, 1, 3)).transpose(
+                0, 2, 1, 3
+            )
     if "lengths" in parts:
         arrays["query_lengths"] = np.array([LQ, 2, 0], np.int32)
         arrays["key_lengths"] = np.array([4, 0, LK], np.int32)
@@ -303,13 +366,15 @@ NARROW = {  # to the type, back from it, a unit in the last place of 1
 
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_types(name):
-    """The reference reads and rounds each element type as IEEE 754 says: half a unit is all that it may be off."""
+    """Each element type is read and rounded as IEEE 754 says: half a unit is all it may be off."""
     to, back, unit = NARROW[name]
     arrays = make_arrays((), np.random.default_rng(5))
     narrow = {slot: to(array) for slot, array in arrays.items() if slot != "lse"}
     narrow["lse"] = arrays["lse"].astype(np.float32)
     forward(narrow, causal=1)
-    exact = {slot: back(array).astype(np.float64) for slot, array in narrow.items() if slot != "lse"}
+    exact = {
+        slot: back(array).astype(np.float64) for slot, array in narrow.items() if slot != "lse"
+    }
     exact["lse"] = narrow["lse"]
     for b, _, output, lse in oracle(exact, {"causal": 1}):
         np.testing.assert_allclose(exact["output"][b], output, rtol=unit * 0.5001, atol=1e-12)

@@ -25,6 +25,7 @@ static atomic_int allocated, freed;
 
 #define EXPORTED __attribute__((visibility("default")))
 
+/* NOLINTBEGIN(readability-inconsistent-declaration-parameter-name) */
 EXPORTED void *malloc(size_t bytes) {
     atomic_fetch_add(&allocated, 1);
     return refuse ? NULL : __libc_malloc(bytes);
@@ -55,6 +56,8 @@ EXPORTED int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void 
     refused_threads += refuse;
     return refuse ? EAGAIN : next(thread, attr, body, argument);
 }
+
+/* NOLINTEND(readability-inconsistent-declaration-parameter-name) */
 
 /* ---- A call ----------------------------------------------------------------------------------------------- */
 
