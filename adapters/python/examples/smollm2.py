@@ -234,6 +234,9 @@ def main() -> int:
     )
     model = Model(options.weights)
     prompt = model.encode(options.prompt)
+    # Pages in the weights and starts all threads, for which neither of the two runs is to pay.
+    for attention in plugin_attention, softmax_attention:
+        Session(model, attention, len(prompt)).step(prompt)
 
     console.print(f"[bold cyan]> {options.prompt}[/]")
     run = Run(model, plugin_attention, prompt, options.tokens)
