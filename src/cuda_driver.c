@@ -365,9 +365,9 @@ int32_t cuda_synchronize(int32_t device, void *stream) {
     return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuStreamSynchronize");
 }
 
-int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,
-                        uint32_t rank, const uint64_t *extent, const uint64_t *stride,
-                        const uint32_t *box, int32_t swizzle) {
+int32_t cuda_tensor_map(struct cuda_tensor_map *map, int32_t device, enum dtype dtype,
+                        const void *data, uint32_t rank, const uint64_t *extent,
+                        const uint64_t *stride, const uint32_t *box, int32_t swizzle) {
     static const uint32_t every[5] = {1, 1, 1, 1, 1};
     const int type =
         dtype == DTYPE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -378,20 +378,17 @@ int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const voi
         const void *in;
         void *out; /* the driver's signature lacks a const */
     } address = {data};
-    /* The driver wants a context, any, though the map belongs to none. */
-    CUcontext context = NULL;
+    /* The driver wants a context here, though the map belongs to none. */
+    struct device *d;
     bool entered = false;
-    TRY(cuCtxGetCurrent, &context);
-    if (!context) {
-        const int32_t status = enter(&devices[0], &entered);
-        if (status != DLATTN_OK)
-            return status;
-    }
+    int32_t status = open_device(&d, device);
+    if (status == DLATTN_OK)
+        status = enter(d, &entered);
+    if (status != DLATTN_OK)
+        return status;
     const CUresult error =
         cu.cuTensorMapEncodeTiled(map, type, rank, address.out, extent, stride, box, every, 0, code,
                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
     leave(entered);
-    if (error != CUDA_SUCCESS)
-        return driver_failed(error, "cuTensorMapEncodeTiled");
-    return DLATTN_OK;
+    return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuTensorMapEncodeTiled");
 }

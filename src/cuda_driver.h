@@ -56,8 +56,8 @@ int32_t cuda_synchronize(int32_t device, void *stream);
 struct cuda_tensor_map {
     _Alignas(64) uint64_t opaque[16];
 };
-int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,
-                        uint32_t rank, const uint64_t *extent, const uint64_t *stride,
-                        const uint32_t *box, int32_t swizzle);
+int32_t cuda_tensor_map(struct cuda_tensor_map *map, int32_t device, enum dtype dtype,
+                        const void *data, uint32_t rank, const uint64_t *extent,
+                        const uint64_t *stride, const uint32_t *box, int32_t swizzle);
 
 #endif /* DLATTN_CUDA_DRIVER_H_ */

@@ -161,8 +161,8 @@ static int32_t map_query(struct sm90_params *params, const struct problem *p) {
                                (uint64_t)params->heads, (uint64_t)p->batch};
     const uint64_t stride[] = {step(s[1]), step(s[2]), step(s[1] * pack), step(s[0])};
     const uint32_t box[] = {64, (uint32_t)pack, (uint32_t)(64 / pack), 1, 1};
-    return cuda_tensor_map((struct cuda_tensor_map *)&params->query_map, p->dtype, p->query.data, 5,
-                           extent, stride, box, 128);
+    return cuda_tensor_map((struct cuda_tensor_map *)&params->query_map, p->device_id, p->dtype,
+                           p->query.data, 5, extent, stride, box, 128);
 }
 
 static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, const struct view *v,
@@ -171,8 +171,8 @@ static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, co
                                (uint64_t)p->batch};
     const uint64_t stride[] = {step(v->stride[2]), step(v->stride[1]), step(v->stride[0])};
     const uint32_t box[] = {64, (uint32_t)tile_k, 1, 1};
-    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, v->data, 4, extent, stride, box,
-                           128);
+    return cuda_tensor_map((struct cuda_tensor_map *)map, p->device_id, p->dtype, v->data, 4,
+                           extent, stride, box, 128);
 }
 
 static int32_t window(int64_t keys) {
