@@ -271,13 +271,16 @@ def host_times(functions, count):
 # ---- Cases ---------------------------------------------------------------------------------------
 
 
-def grid(quick):
-    """(dtype, D, causal, L): 16k tokens and H * D = 2048, the FlashAttention 3 paper's."""
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+def grid(dtypes, quick):
+    """(dtype name, D, causal, L): 16k tokens and H * D = 2048, the FlashAttention 3 paper's."""
     lengths = (512, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in dtypes:
         for dim in (64, 128, 256):
             for causal in (False, True):
-                for length in lengths if dtype != torch.float32 else lengths[:5:2]:
+                for length in lengths if dtype != "f32" else lengths[:5:2]:
                     yield dtype, dim, causal, length
 
 
@@ -320,6 +323,7 @@ def main():
     options.add_argument("--out")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--dtypes", default=",".join(DTYPES))
     options.add_argument(
         "--kernels",
         default="cuda_fwd_sm80,cuda_fwd_simt",
@@ -358,11 +362,11 @@ def main():
             out.writerow(row)
             print(op, row.get("tflops", row.get("gbs")))
 
-        names = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-        for dtype, dim, causal, length in grid(options.quick):
+        for dtype, dim, causal, length in grid(options.dtypes.split(","), options.quick):
             batch, heads = 16384 // length, 2048 // dim
             q, k, v = (
-                torch.randn(batch, length, heads, dim, device="cuda", dtype=dtype).transpose(1, 2)
+                torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype])
+                .transpose(1, 2)
                 for _ in range(3)
             )
             found = implementations(library, q, k, v, causal, kernels)
@@ -376,7 +380,7 @@ def main():
                     dict(
                         common,
                         op="fwd",
-                        dtype=names[dtype],
+                        dtype=dtype,
                         B=batch,
                         Hq=heads,
                         Hkv=heads,
@@ -394,16 +398,18 @@ def main():
                 )
                 line.append(f"{kernel or name} {flops / median / 1e6:.0f}")
             print(
-                names[dtype],
+                dtype,
                 f"D {dim} causal {int(causal)} L {length}:",
                 ", ".join(line),
                 flush=True,
             )
 
-        call, planned = planned_call(library, b"cuda_fwd_sm80")
-        calls = {"dlattn": planned, "cuLaunchKernel": bare_launch()}
-        for impl, (median, spread) in host_times(calls, options.rounds).items():
-            kernel = call.kernel if impl == "dlattn" else ""
+        calls = {"cuLaunchKernel": bare_launch()}
+        for kernel in None, b"cuda_fwd_sm80":
+            call, planned = planned_call(library, kernel)
+            calls.setdefault(call.kernel, planned)
+        for name, (median, spread) in host_times(calls, options.rounds).items():
+            impl = "cuLaunchKernel" if name == "cuLaunchKernel" else "dlattn"
             row = dict(
                 common,
                 op="call",
@@ -421,12 +427,12 @@ def main():
                 dict(
                     row,
                     impl=impl,
-                    kernel=kernel,
+                    kernel=name if impl == "dlattn" else "",
                     median_us=f"{median:.2f}",
                     spread_pct=f"{spread:.1f}",
                 )
             )
-            print("call", impl, f"{median:.2f} us")
+            print("call", name, f"{median:.2f} us")
 
 
 if __name__ == "__main__":
