@@ -365,8 +365,9 @@ def main():
         for dtype, dim, causal, length in grid(options.dtypes.split(","), options.quick):
             batch, heads = 16384 // length, 2048 // dim
             q, k, v = (
-                torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype])
-                .transpose(1, 2)
+                torch.randn(
+                    batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype]
+                ).transpose(1, 2)
                 for _ in range(3)
             )
             found = implementations(library, q, k, v, causal, kernels)
