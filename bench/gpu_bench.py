@@ -253,7 +253,7 @@ def planned_call(library, kernel):
     call()
     at = ctypes.addressof
     arguments = call.plan, at(call.tensors), at(call.exec)
-    return call, lambda: library.plan_run(*arguments)
+    return call.kernel, lambda call=call: library.check(library.plan_run(*arguments))
 
 
 def host_times(functions, count):
@@ -407,8 +407,8 @@ def main():
 
         calls = {"cuLaunchKernel": bare_launch()}
         for kernel in None, b"cuda_fwd_sm80":
-            call, planned = planned_call(library, kernel)
-            calls.setdefault(call.kernel, planned)
+            name, planned = planned_call(library, kernel)
+            calls.setdefault(name, planned)
         for name, (median, spread) in host_times(calls, options.rounds).items():
             impl = "cuLaunchKernel" if name == "cuLaunchKernel" else "dlattn"
             row = dict(
