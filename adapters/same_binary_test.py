@@ -2,8 +2,9 @@
 
 Each client is a filter in a process of its own: its arguments are batch, heads, length and
 head_dim, its standard input is query, key and value as raw float32, its standard output the output
-and the log-sum-exp of causal attention. ./dev test gives the paths: DLATTN_LIBRARY is the plugin,
-DLATTN_CLIENTS has a line "NAME COMMAND" for each client.
+and the log-sum-exp of causal attention. With one more argument, "cuda", it computes on a GPU, in
+float16. ./dev test gives the paths: DLATTN_LIBRARY is the plugin, DLATTN_CLIENTS has a line
+"NAME COMMAND" for each client, DLATTN_CLIENTS_DEVICE may be cuda.
 """
 
 import os
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 
 CLIENTS = dict(line.split(maxsplit=1) for line in os.environ["DLATTN_CLIENTS"].splitlines())
+DEVICE = os.environ.get("DLATTN_CLIENTS_DEVICE", "")
 SHAPE = 2, 3, 37, 40
 
 
 def run(client, data, shape=SHAPE, **environment):
     return subprocess.run(
-        [*shlex.split(CLIENTS[client]), *map(str, shape)],
+        [*shlex.split(CLIENTS[client]), *map(str, shape), *DEVICE.split()],
         input=data,
         env=os.environ | environment,
         capture_output=True,
@@ -29,13 +31,14 @@ def run(client, data, shape=SHAPE, **environment):
 
 @pytest.fixture(scope="module")
 def qkv():
-    return np.random.default_rng(0).standard_normal((3, *SHAPE), dtype=np.float32)
+    numbers = np.random.default_rng(0).standard_normal((3, *SHAPE), dtype=np.float32)
+    return numbers.astype(np.float16).astype(np.float32)  # so that no client rounds them
 
 
 @pytest.fixture(scope="module")
 def expected(qkv):
-    """The bytes that the plain C client gives, checked against float64."""
-    done = run("c", qkv.tobytes())
+    """The bytes that the first client gives, checked against float64."""
+    done = run(next(iter(CLIENTS)), qkv.tobytes())
     assert done.returncode == 0, done.stderr.decode()
     query, key, value = qkv.astype(np.float64)
     logits = query @ key.swapaxes(2, 3) / np.sqrt(SHAPE[3])
@@ -43,7 +46,8 @@ def expected(qkv):
     lse = np.log(np.exp(logits).sum(-1))
     output = np.exp(logits - lse[..., None]) @ value
     got = np.frombuffer(done.stdout, np.float32)
-    np.testing.assert_allclose(got, np.concatenate([output.ravel(), lse.ravel()]), atol=1e-5)
+    wanted = np.concatenate([output.ravel(), lse.ravel()])
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-3 if DEVICE else 1e-5)
     return done.stdout
 
 
