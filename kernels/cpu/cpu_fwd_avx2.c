@@ -4,8 +4,6 @@
 #define VECTORS 2
 #define TILE_K 64
 #define PAIRS 0
-#define WORD_STEP 1
-#define KEY_STEP 1
 #include "kernels/cpu/forward_template.h"
 
 #include "kernels/cpu/forward_f32.h"

@@ -10,9 +10,6 @@
 #define VECTORS 4
 #define TILE_K 128
 #define PAIRS 1
-#define WORD_STEP 1
-#define KEY_ROWS 1
-#define KEY_STEP 2
 #include "kernels/cpu/forward_template.h"
 
 #include "kernels/cpu/forward_pairs.h"

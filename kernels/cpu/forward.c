@@ -36,29 +36,29 @@ struct scratch {
     double *exact;
 };
 
-static int64_t query_words(const struct forward_body *body, int64_t dim) {
-    return round_up((dim + body->elements_per_word - 1) / body->elements_per_word, body->word_step);
+/* Words of a query or key, all terms. */
+static int64_t row_words(const struct forward_body *body, int64_t dim) {
+    return round_up((dim + body->elements_per_word - 1) / body->elements_per_word, 16) * body->terms;
 }
 
 /* Lays a worker's scratch out from `base` (NULL to measure) and returns its bytes. */
 static size_t lay_out(struct scratch *w, char *base, const struct forward_body *body,
                       const struct plan *plan, const struct problem *p) {
     const int64_t lanes = body->lanes, tile_k = body->tile_k, blocks = plan->tile_q / lanes;
-    const int64_t words = query_words(body, p->dim_qk);
-    const int64_t row_words = round_up(words, 16), dim_v = round_up(p->dim_v, 16);
+    const int64_t words = row_words(body, p->dim_qk), dim_v = round_up(p->dim_v, 16);
     const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK);
     uintptr_t at = (uintptr_t)base;
     w->blocks = carve(&at, blocks * (int64_t)sizeof *w->blocks);
-    w->scores = carve(&at, tile_k * lanes * 4);
+    w->scores = carve(&at, body->score_bytes);
     w->extra = carve(&at, extra ? tile_k * lanes * 4 : 0);
-    w->key = carve(&at, tile_k * row_words * 4);
-    w->value = carve(&at, tile_k / body->elements_per_word * dim_v * 4);
-    w->rows = carve(&at, lanes * most(most(row_words, dim_v), extra ? tile_k : 0) * 4);
+    w->key = carve(&at, tile_k * words * 4);
+    w->value = carve(&at, tile_k / body->elements_per_word * dim_v * body->terms * 4);
+    w->rows = carve(&at, lanes * most(most(words, dim_v), extra ? tile_k : 0) * 4);
     for (int n = 0; n < 2; n++)
         w->pointers[n] = carve(&at, 2 * tile_k * (int64_t)sizeof **w->pointers);
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
     for (int64_t n = 0; n < blocks; n++) {
-        float *query = carve(&at, row_words * lanes * 4), *output = carve(&at, dim_v * lanes * 4);
+        float *query = carve(&at, words * lanes * 4), *output = carve(&at, dim_v * lanes * 4);
         if (base) {
             w->blocks[n].query = query;
             w->blocks[n].output = output;
@@ -141,28 +141,33 @@ static const float *load_extra(const struct call *c, const struct task *t, int64
 static void attend(const struct call *c, const struct task *t, struct block *b, int64_t first_row,
                    const struct operand *key, const struct operand *value, int64_t first_key,
                    int32_t n, struct scratch *w) {
-    const struct forward_body *body = c->body;
     const struct problem *p = t->p;
-    float scale = (float)(p->scale * LOG2_E);
-    body->scores(w->scores, key, b, n, p->dim_qk);
+    struct logit_rule rule;
+    struct key_tile tile = {
+        .key = *key,
+        .value = *value,
+        .first_key = first_key,
+        .n = n,
+        .dim_qk = p->dim_qk,
+        .dim_v = p->dim_v,
+        .scale = (float)(p->scale * LOG2_E),
+    };
     if (needs_rule(p)) {
-        const struct logit_rule rule = {
+        rule = (struct logit_rule){
             .scale = (float)p->scale,
             .softcap = (float)p->softcap,
             .alibi = p->alibi_slopes.data != NULL,
             .extra = load_extra(c, t, first_row, b, first_key, n, w),
         };
-        body->apply_rule(w->scores, &rule, b, first_key, n);
-        scale = 1;
+        tile.rule = &rule;
+        tile.scale = 1;
     }
-    if (first_key < b->full_first || first_key + n > b->full_end)
-        body->apply_bounds(w->scores, b, first_key, n);
-    body->softmax(w->scores, b, scale, n, p->dim_v);
-    body->accumulate(b, value, w->scores, n, p->dim_v);
+    c->body->attend(b, &tile, w->scores);
 }
 
 /* Divides and stores. A row that is not finite although its sum is has met 0 * NaN or 0 * infinity: maybe
- * from a masked key, whose value must not count. The reference finds out, value by value. */
+ * from a masked key, whose value must not count. The reference finds out, value by value. So it does where elements are
+ * sums of terms: infinity is none. */
 static void finish_block(const struct call *c, const struct task *t, struct block *b,
                          int64_t first_row, struct scratch *w) {
     const struct problem *p = t->p;
@@ -178,7 +183,7 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
         memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
     c->body->store(b, factor, rows, p->dim_v, p->dtype, w->rows, not_finite);
     for (int32_t lane = 0; lane < b->rows; lane++) {
-        if (not_finite[lane] && !isnan(b->sum[lane]))
+        if (not_finite[lane] && (c->body->terms > 1 || !isnan(b->sum[lane])))
             cpu_fwd_ref_row(p, &t->s, t->b, query_head(t, first_row + lane),
                             query_index(t, first_row + lane), w->exact);
     }

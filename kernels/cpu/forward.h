@@ -53,18 +53,29 @@ struct extra_layout {
     int64_t bias_stride, mask_stride;
 };
 
+/* One tile of keys. */
+struct key_tile {
+    struct operand key, value;
+    int64_t first_key;
+    int32_t n;
+    int64_t dim_qk, dim_v;
+    float scale;                   /* of scores, to units of log2(e) */
+    const struct logit_rule *rule; /* instead of scale, or NULL */
+};
+
 struct forward_body {
     int32_t lanes;
     int32_t vector_lanes;
     int32_t tile_k;
     int32_t elements_per_word; /* 1: f32, 2: bf16 */
-    int32_t word_step;         /* words of a query row are padded with 0 to a multiple of this */
-    int32_t key_step;          /* keys of a tile are padded with weight 0 to a multiple of this */
+    int32_t terms;             /* bf16 whose sum is an element */
+    int32_t score_bytes;       /* scratch of attend() */
 
     /* A worker's set-up and clean-up. */
     void (*enter)(void);
     void (*leave)(void);
-    /* b->query[word][lane] = query row; unused lanes of b->vectors are 0. scratch: lanes * padded row. */
+    /* b->query = the query rows, in the order of the body's product; unused lanes of b->vectors are 0.
+     * scratch: lanes * padded row. */
     void (*pack_query)(const struct block *b, const char *const *rows, int64_t dim,
                        enum dtype dtype, float *scratch);
     /* n rows of keys or values as operands: in place where they can be used so, else in `to`. */
@@ -72,20 +83,12 @@ struct forward_body {
                                enum dtype dtype);
     struct operand (*load_value)(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                  enum dtype dtype);
-    void (*scores)(float *s, const struct operand *key, const struct block *b, int32_t n,
-                   int64_t dim);
     /* extra[key][lane] from the bias and mask rows of each lane. */
     void (*load_extra)(float *extra, const struct extra_row *rows,
                        const struct extra_layout *layout, const struct block *b, int64_t first_key,
                        int32_t n, float *scratch);
-    void (*apply_rule)(float *s, const struct logit_rule *rule, const struct block *b,
-                       int64_t first_key, int32_t n);
-    /* -inf for keys outside [lo, hi) of their lane. */
-    void (*apply_bounds)(float *s, const struct block *b, int64_t first_key, int32_t n);
-    /* s -> weights 2^(scale * s - max), as words of the second product; brings max, sum and output along. */
-    void (*softmax)(float *s, struct block *b, float scale, int32_t n, int64_t dim_v);
-    void (*accumulate)(const struct block *b, const struct operand *value, const float *weights,
-                       int32_t n, int64_t dim_v);
+    /* Brings max, sum and output of a block along by the keys of a tile. */
+    void (*attend)(struct block *b, const struct key_tile *tile, float *scores);
     /* rows[lane][d] = output * factor[lane], rounded to dtype; not_finite[lane] says what came out.
      * scratch: lanes * padded d_v. */
     void (*store)(const struct block *b, const float *factor, char *const *rows, int64_t dim_v,

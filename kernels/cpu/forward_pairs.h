@@ -1,4 +1,4 @@
-/* Query and key as words of two bf16, for rows with PAIRS 1. Keys are padded with zeros to a multiple of KEY_ROWS. */
+/* Query and key as words of two bf16, for rows with PAIRS 1. */
 
 /* One row of bf16, its words padded with zeros to whole vectors. */
 static void copy_pairs(float *to, const void *from, int64_t dim) {
@@ -20,11 +20,10 @@ VEC_FN static void pack_query(const struct block *b, const char *const *rows, in
 static struct operand load_key(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                enum dtype dtype) {
     (void)dtype;
-    if (!rows->rows && dim % (2 * WORD_STEP) == 0 && rows->stride % 4 == 0 && n % KEY_ROWS == 0)
+    if (!rows->rows && dim % 2 == 0 && rows->stride % 4 == 0)
         return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
     const int64_t stride = padded((dim + 1) / 2, 16);
     for (int32_t r = 0; r < n; r++)
         copy_pairs(to + r * stride, row_at(rows, r), dim);
-    memset(to + n * stride, 0, (size_t)((padded(n, KEY_ROWS) - n) * stride * 4));
     return (struct operand){to, stride};
 }

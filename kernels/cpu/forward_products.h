@@ -1,4 +1,4 @@
-/* Both products by a broadcast scalar times vectors. */
+/* attend() by products of a broadcast scalar and vectors. */
 
 enum { ROW_TILE = 6 };
 
@@ -103,6 +103,64 @@ VEC_FN static void accumulate(const struct block *b, const struct operand *value
         accumulate_of(b->output, value, weights, steps, dim_v, 2);
     else
         accumulate_of(b->output, value, weights, steps, dim_v, VECTORS);
+}
+
+VEC_INLINE void softmax_of(float *s, struct block *b, vec scale, int32_t n, int64_t dim_v,
+                           int vectors) {
+    vec tile_max[VECTORS], minus[VECTORS], sum[VECTORS];
+    column_max(tile_max, s, n, vectors);
+    if (max_grows(b, tile_max, scale, vectors))
+        raise_max(b, tile_max, scale, dim_v, vectors);
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++) {
+        minus[v] = minus_max(b, v);
+        sum[v] = vec_set(0);
+    }
+#if PAIRS
+    for (int32_t j = 0; j < n; j += 2)
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) {
+            const float *at = s + j * LANES + v * VEC_LANES;
+            vec even = vec_set(0), odd = even;
+            if (j < n)
+                even = exp2_short(vec_fma(vec_load(at), scale, minus[v]));
+            if (j + 1 < n)
+                odd = exp2_short(vec_fma(vec_load(at + LANES), scale, minus[v]));
+            sum[v] = vec_add(sum[v], vec_add(even, odd));
+            vec_store(s + j / 2 * LANES + v * VEC_LANES, pack_pairs(even, odd));
+        }
+#else
+    for (int32_t j = 0; j < n; j++)
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) {
+            float *at = s + j * LANES + v * VEC_LANES;
+            const vec weight = exp2_of(vec_fma(vec_load(at), scale, minus[v]));
+            sum[v] = vec_add(sum[v], weight);
+            vec_store(at, weight);
+        }
+#endif
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++)
+        vec_store(b->sum + v * VEC_LANES, vec_add(vec_load(b->sum + v * VEC_LANES), sum[v]));
+}
+
+VEC_FN static void softmax(float *s, struct block *b, float scale, int32_t n, int64_t dim_v) {
+    if (b->vectors == 1)
+        softmax_of(s, b, vec_set(scale), n, dim_v, 1);
+    else if (b->vectors == 2 && VECTORS > 2)
+        softmax_of(s, b, vec_set(scale), n, dim_v, 2);
+    else
+        softmax_of(s, b, vec_set(scale), n, dim_v, VECTORS);
+}
+
+static void attend(struct block *b, const struct key_tile *t, float *s) {
+    scores(s, &t->key, b, t->n, t->dim_qk);
+    if (t->rule)
+        apply_rule(s, t->rule, b, t->first_key, t->n);
+    if (bounded(b, t->first_key, t->n))
+        apply_bounds(s, b, t->first_key, t->n);
+    softmax(s, b, t->scale, t->n, t->dim_v);
+    accumulate(b, &t->value, s, t->n, t->dim_v);
 }
 
 static void enter(void) {}

@@ -3,9 +3,7 @@
  *     VECTORS    vectors of a block: VECTORS * VEC_LANES query rows
  *     TILE_K     keys of a tile
  *     PAIRS      1: an operand word is two bf16 (needs vec_bf16.h), 0: one f32
- *     WORD_STEP, KEY_STEP   see struct forward_body
- * and includes, after this file, forward_f32.h or forward_pairs.h (operands), forward_products.h or its own products,
- * and forward_row.h.
+ * and includes, after this file, forward_f32.h or forward_pairs.h (operands), forward_products.h and forward_row.h.
  */
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/vec_math.h"
@@ -76,6 +74,12 @@ VEC_FN static void apply_rule(float *s, const struct logit_rule *rule, const str
     }
 }
 
+/* Some lane does not see every key of [first_key, first_key + n). */
+static bool bounded(const struct block *b, int64_t first_key, int32_t n) {
+    return first_key < b->full_first || first_key + n > b->full_end;
+}
+
+/* -inf for keys outside [lo, hi) of their lane. */
 VEC_FN static void apply_bounds(float *s, const struct block *b, int64_t first_key, int32_t n) {
     for (int32_t v = 0; v < b->vectors; v++) {
         float lo[VEC_LANES], hi[VEC_LANES]; /* in keys of this tile */
@@ -116,18 +120,21 @@ VEC_INLINE void rescale(struct block *b, const vec *factor, int64_t dim_v, int v
         }
 }
 
-/* Raises the maxima to those of the tile. Weights up to 2^8 do no harm, so while no lane's maximum has grown by more,
- * the old ones serve and the output needs no rescaling. */
-VEC_INLINE void raise_max(struct block *b, const vec *tile_max, vec scale, int64_t dim_v,
-                          int vectors) {
-    vec factor[VECTORS];
+/* Weights up to 2^8 do no harm, so while no lane's maximum has grown by more, the old ones serve and the output needs no
+ * rescaling. */
+VEC_INLINE bool max_grows(const struct block *b, const vec *tile_max, vec scale, int vectors) {
     uint32_t grown = 0;
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++)
         grown |= vec_mask_bits(vec_greater(vec_mul(tile_max[v], scale),
                                            vec_add(vec_load(b->max + v * VEC_LANES), vec_set(8))));
-    if (!grown)
-        return;
+    return grown;
+}
+
+/* Raises the maxima to those of the tile; sum and output follow. */
+VEC_INLINE void raise_max(struct block *b, const vec *tile_max, vec scale, int64_t dim_v,
+                          int vectors) {
+    vec factor[VECTORS];
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++) {
         float *max = b->max + v * VEC_LANES, *sum = b->sum + v * VEC_LANES;
@@ -142,54 +149,11 @@ VEC_INLINE void raise_max(struct block *b, const vec *tile_max, vec scale, int64
     b->fresh = false;
 }
 
-VEC_INLINE void softmax_of(float *s, struct block *b, vec scale, int32_t n, int64_t dim_v,
-                           int vectors) {
-    vec tile_max[VECTORS], minus_max[VECTORS], sum[VECTORS];
-    column_max(tile_max, s, n, vectors);
-    raise_max(b, tile_max, scale, dim_v, vectors);
-#pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++) {
-        const vec max = vec_load(b->max + v * VEC_LANES);
-        /* A lane that has seen no key keeps -inf; its scores are all -inf, and -inf - 0 gives weight 0. */
-        minus_max[v] =
-            vec_sub(vec_set(0), vec_blend(max, vec_set(0), vec_equal(max, vec_set(-INFINITY))));
-        sum[v] = vec_set(0);
-    }
-#if PAIRS
-    for (int32_t j = 0; j < padded(n, KEY_STEP); j += 2)
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) {
-            const float *at = s + j * LANES + v * VEC_LANES;
-            vec even = vec_set(0), odd = even;
-            if (j < n)
-                even = exp2_short(vec_fma(vec_load(at), scale, minus_max[v]));
-            if (j + 1 < n)
-                odd = exp2_short(vec_fma(vec_load(at + LANES), scale, minus_max[v]));
-            sum[v] = vec_add(sum[v], vec_add(even, odd));
-            vec_store(s + j / 2 * LANES + v * VEC_LANES, pack_pairs(even, odd));
-        }
-#else
-    for (int32_t j = 0; j < n; j++)
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) {
-            float *at = s + j * LANES + v * VEC_LANES;
-            const vec weight = exp2_of(vec_fma(vec_load(at), scale, minus_max[v]));
-            sum[v] = vec_add(sum[v], weight);
-            vec_store(at, weight);
-        }
-#endif
-#pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++)
-        vec_store(b->sum + v * VEC_LANES, vec_add(vec_load(b->sum + v * VEC_LANES), sum[v]));
-}
-
-VEC_FN static void softmax(float *s, struct block *b, float scale, int32_t n, int64_t dim_v) {
-    if (b->vectors == 1)
-        softmax_of(s, b, vec_set(scale), n, dim_v, 1);
-    else if (b->vectors == 2 && VECTORS > 2)
-        softmax_of(s, b, vec_set(scale), n, dim_v, 2);
-    else
-        softmax_of(s, b, vec_set(scale), n, dim_v, VECTORS);
+/* What is added to a scaled score: minus the maximum. A lane that has seen no key keeps -inf; its scores are all
+ * -inf, and -inf - 0 gives weight 0. */
+VEC_INLINE vec minus_max(const struct block *b, int v) {
+    const vec max = vec_load(b->max + v * VEC_LANES);
+    return vec_sub(vec_set(0), vec_blend(max, vec_set(0), vec_equal(max, vec_set(-INFINITY))));
 }
 
 /* ---- The end of a block ----------------------------------------------------------------------------------------- */
