@@ -18,6 +18,14 @@ char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, i
            (b * v->stride[0] + h * v->stride[1] + l * v->stride[2]) * dtype_bytes(dtype);
 }
 
+struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int64_t i) {
+    const int64_t m = b * p->mask.stride[0] + h * p->mask.stride[1] + i * p->mask.stride[2];
+    return (struct extra_row){
+        .bias = p->bias.data ? element_at(&p->bias, p->bias_dtype, b, h, i) : NULL,
+        .mask = p->mask.data ? (const uint8_t *)p->mask.data + m : NULL,
+    };
+}
+
 struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
                     int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers) {
     if (!(p->features & DLATTN_FEATURE_PAGED))

@@ -34,6 +34,16 @@ struct logit_rule {
     const float *extra; /* bias or HIDDEN in the order of the scores, or NULL */
 };
 
+/* Where the extra logits of a query row lie: strides in elements along the keys; absent ones are NULL. */
+struct extra_row {
+    const char *bias;
+    const uint8_t *mask;
+};
+struct extra_layout {
+    enum dtype bias_dtype;
+    int64_t bias_stride, mask_stride;
+};
+
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -46,6 +56,9 @@ int64_t group_of(const struct problem *p);
 
 /* Element 0 of row l of head h of batch b. */
 char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l);
+
+/* Bias and mask of row i of head h of batch b, from key 0 on. */
+struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int64_t i);
 
 /* Keys or values [first, first + n) of a sequence; pages are looked up row by row, into pointers[n]. */
 struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,

@@ -173,8 +173,8 @@ VEC_INLINE void load_step(vec *words, const char *row, int64_t d, int64_t dim, e
         const int64_t n = at_most(dim - d, VEC_LANES);
         half[h] = n > 0 ? load_some(row + d * dtype_bytes(dtype), dtype, n) : vec_set(0);
         if (dtype == DTYPE_F32)
-            half[h] = vec_blend(vec_set(NAN), half[h],
-                                vec_greater(vec_set(0x1p60f), vec_abs(half[h])));
+            half[h] =
+                vec_blend(vec_set(NAN), half[h], vec_greater(vec_set(0x1p60f), vec_abs(half[h])));
     }
     row_terms(words, half[0], half[1], terms);
 }
@@ -247,7 +247,8 @@ VEC_INLINE void pack_query_terms(const struct block *b, const char *const *rows,
 /* ---- Softmax ---------------------------------------------------------------------------------------------------- */
 
 /* Two keys' weights as words of the product; past the last key they are 0. */
-VEC_INLINE vec weigh_pair(float *to, const float *s, int32_t left, vec scale, vec minus, int terms) {
+VEC_INLINE vec weigh_pair(float *to, const float *s, int32_t left, vec scale, vec minus,
+                          int terms) {
     vec even = vec_set(0), odd = even, words[3];
     if (left > 0) {
         even = vec_fma(vec_load(s), scale, minus);

@@ -99,25 +99,19 @@ static void start_part(const struct call *c, const struct task *t, struct part *
 }
 
 /* Bias and mask of a tile, in the order of the scores. */
-static const float *load_extra(const struct task *t, const struct part_tile *tile, float *extra) {
+static const float *load_extra(const struct call *c, const struct task *t,
+                               const struct part_tile *tile, float *extra) {
     const struct problem *p = t->p;
+    const struct extra_layout layout = {p->bias_dtype, p->bias.stride[3], p->mask.stride[3]};
+    float line[DECODE_TILE_K];
     if (!p->bias.data && !p->mask.data)
         return NULL;
     memset(extra, 0, MAX_ROWS * DECODE_TILE_K * 4);
     for (int32_t r = 0; r < t->rows; r++) {
-        const int64_t i = query_index(t, r), h = query_head(t, r);
-        const char *bias = p->bias.data ? element_at(&p->bias, p->bias_dtype, t->b, h, i) : NULL;
-        const uint8_t *mask = p->mask.data;
-        if (mask)
-            mask += t->b * p->mask.stride[0] + h * p->mask.stride[1] + i * p->mask.stride[2];
-        for (int32_t j = 0; j < tile->n; j++) {
-            const int64_t key = tile->first_key + j;
-            float *to = &extra[score_index(r, j)];
-            if (bias)
-                *to = (float)load_element(bias, p->bias_dtype, key * p->bias.stride[3]);
-            if (mask && !mask[key * p->mask.stride[3]])
-                *to = bits_float(HIDDEN_BITS);
-        }
+        const struct extra_row row = extra_row_at(p, t->b, query_head(t, r), query_index(t, r));
+        c->body->load_extra_row(line, &row, &layout, tile->first_key, tile->n);
+        for (int32_t j = 0; j < tile->n; j++)
+            extra[score_index(r, j)] = line[j];
     }
     return extra;
 }
@@ -141,7 +135,7 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
         rule = (struct logit_rule){.scale = (float)p->scale,
                                    .softcap = (float)p->softcap,
                                    .alibi = p->alibi_slopes.data != NULL,
-                                   .extra = load_extra(t, &tile, w->extra)};
+                                   .extra = load_extra(c, t, &tile, w->extra)};
         tile.rule = &rule;
         tile.scale = 1;
     }

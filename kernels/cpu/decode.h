@@ -44,6 +44,9 @@ struct part_tile {
 struct decode_body {
     void (*widen)(float *to, const char *from, int64_t n, enum dtype dtype);
     void (*narrow)(char *to, const float *from, int64_t n, enum dtype dtype);
+    /* to[j] = extra logit of key first_key + j, n <= DECODE_TILE_K of them. */
+    void (*load_extra_row)(float *to, const struct extra_row *row,
+                           const struct extra_layout *layout, int64_t first_key, int32_t n);
     void (*attend)(const struct part *part, const struct part_tile *tile);
 };
 

@@ -3,6 +3,7 @@
  *     VALUE_VECTORS   vectors of d_v whose sums for four rows are kept in registers
  */
 #include "kernels/cpu/decode.h"
+#include "kernels/cpu/vec_extra.h"
 #include "kernels/cpu/vec_math.h"
 
 #include <math.h>
@@ -225,4 +226,5 @@ VEC_FN static void attend(const struct part *part, const struct part_tile *tile)
         attend_as(part, tile, DTYPE_BF16);
 }
 
-static const struct decode_body body = {.widen = widen, .narrow = narrow, .attend = attend};
+static const struct decode_body body = {
+    .widen = widen, .narrow = narrow, .load_extra_row = load_extra_row, .attend = attend};

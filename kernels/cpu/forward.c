@@ -38,7 +38,8 @@ struct scratch {
 
 /* Words of a query or key, all terms. */
 static int64_t row_words(const struct forward_body *body, int64_t dim) {
-    return round_up((dim + body->elements_per_word - 1) / body->elements_per_word, 16) * body->terms;
+    return round_up((dim + body->elements_per_word - 1) / body->elements_per_word, 16) *
+           body->terms;
 }
 
 /* Lays a worker's scratch out from `base` (NULL to measure) and returns its bytes. */
@@ -127,10 +128,8 @@ static const float *load_extra(const struct call *c, const struct task *t, int64
         return NULL;
     struct extra_row rows[MAX_LANES];
     for (int32_t lane = 0; lane < b->rows; lane++) {
-        const int64_t i = query_index(t, first_row + lane), h = query_head(t, first_row + lane);
-        const int64_t m = t->b * p->mask.stride[0] + h * p->mask.stride[1] + i * p->mask.stride[2];
-        rows[lane].bias = p->bias.data ? element_at(&p->bias, p->bias_dtype, t->b, h, i) : NULL;
-        rows[lane].mask = p->mask.data ? (const uint8_t *)p->mask.data + m : NULL;
+        const int64_t row = first_row + lane;
+        rows[lane] = extra_row_at(p, t->b, query_head(t, row), query_index(t, row));
     }
     const struct extra_layout layout = {p->bias_dtype, p->bias.stride[3], p->mask.stride[3]};
     c->body->load_extra(w->extra, rows, &layout, b, first_key, n, w->rows);

@@ -43,16 +43,6 @@ struct block {
     float sum[MAX_LANES];
 };
 
-/* Where the extra logits of a lane lie: strides in elements along the keys; absent ones are NULL. */
-struct extra_row {
-    const char *bias;
-    const uint8_t *mask;
-};
-struct extra_layout {
-    enum dtype bias_dtype;
-    int64_t bias_stride, mask_stride;
-};
-
 /* One tile of keys. */
 struct key_tile {
     struct operand key, value;

@@ -6,6 +6,7 @@
  * and includes, after this file, forward_f32.h or forward_pairs.h (operands), forward_products.h and forward_row.h.
  */
 #include "kernels/cpu/forward.h"
+#include "kernels/cpu/vec_extra.h"
 #include "kernels/cpu/vec_math.h"
 
 #include <math.h>
@@ -22,42 +23,23 @@ VEC_FN static void transpose_in(float *to, const float *from, int64_t stride, in
 
 /* ---- Logits ----------------------------------------------------------------------------------------------------- */
 
-VEC_INLINE vec load_strided(const char *p, enum dtype dtype, int64_t stride, int64_t n) {
-    if (stride == 1)
-        return load_some(p, dtype, n);
-    float part[VEC_LANES] = {0};
-    for (int64_t j = 0; j < n; j++)
-        part[j] = (float)load_element(p, dtype, j * stride);
-    return vec_load(part);
-}
-
-VEC_INLINE vec hide(vec x, const uint8_t *mask, int64_t stride, int64_t n) {
-    float part[VEC_LANES];
-    vec_store(part, x);
-    for (int64_t j = 0; j < n; j++)
-        part[j] = mask[j * stride] ? part[j] : bits_float(HIDDEN_BITS);
-    return vec_load(part);
-}
-
 VEC_FN static void load_extra(float *extra, const struct extra_row *rows,
                               const struct extra_layout *layout, const struct block *b,
                               int64_t first_key, int32_t n, float *scratch) {
     const int64_t stride = padded(n, VEC_LANES), lanes = b->vectors * VEC_LANES;
-    const int64_t bytes = dtype_bytes(layout->bias_dtype);
-    memset(scratch + b->rows * stride, 0, (size_t)((lanes - b->rows) * stride * 4));
-    for (int32_t r = 0; r < b->rows; r++) {
-        for (int64_t j = 0; j < n; j += VEC_LANES) {
-            const int64_t some = at_most(n - j, VEC_LANES), k = first_key + j;
-            vec x = vec_set(0);
-            if (rows[r].bias)
-                x = load_strided(rows[r].bias + k * layout->bias_stride * bytes, layout->bias_dtype,
-                                 layout->bias_stride, some);
-            if (rows[r].mask)
-                x = hide(x, rows[r].mask + k * layout->mask_stride, layout->mask_stride, some);
-            vec_store(scratch + r * stride + j, x);
-        }
+    bool shared = true; /* by all rows, as when keys are padding */
+    for (int32_t r = 1; r < b->rows; r++)
+        shared &= rows[r].bias == rows[0].bias && rows[r].mask == rows[0].mask;
+    for (int32_t r = 0; r < (shared ? 1 : b->rows); r++)
+        load_extra_row(scratch + r * stride, &rows[r], layout, first_key, n);
+    if (shared) {
+        for (int32_t j = 0; j < n; j++)
+            for (int32_t v = 0; v < b->vectors; v++)
+                vec_store(extra + j * LANES + v * VEC_LANES, vec_set(scratch[j]));
+    } else {
+        memset(scratch + b->rows * stride, 0, (size_t)((lanes - b->rows) * stride * 4));
+        transpose_in(extra, scratch, stride, stride, lanes);
     }
-    transpose_in(extra, scratch, stride, stride, lanes);
 }
 
 VEC_FN static void apply_rule(float *s, const struct logit_rule *rule, const struct block *b,

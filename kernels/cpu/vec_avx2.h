@@ -83,6 +83,13 @@ VEC_INLINE vec vec_load_f16(const void *p, int64_t n) {
 VEC_INLINE vec vec_load_bf16(const void *p, int64_t n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(vec_load_halves(p, n)), 16));
 }
+/* The lanes whose byte is not 0, of n. */
+VEC_INLINE vec_mask vec_load_flags(const uint8_t *p, int64_t n) {
+    uint64_t bytes = 0;
+    memcpy(&bytes, p, (size_t)n);
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()));
+}
 VEC_INLINE void vec_store_f32(void *p, vec x, int64_t n) {
     _mm256_maskstore_ps(p, vec_first(n), x);
 }

@@ -62,6 +62,11 @@ VEC_INLINE vec vec_load_bf16(const void *p, int64_t n) {
     const __m256i half = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+/* The lanes whose byte is not 0, of n. */
+VEC_INLINE vec_mask vec_load_flags(const uint8_t *p, int64_t n) {
+    const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p);
+    return _mm_test_epi8_mask(bytes, bytes);
+}
 VEC_INLINE void vec_store_f32(void *p, vec x, int64_t n) {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
 }

@@ -32,9 +32,9 @@ VEC_INLINE void pair_terms(vec *words, vec even, vec odd, int terms) {
 
 /* words[term] of 32 elements of a row that follow each other. */
 VEC_INLINE void row_terms(vec *words, vec first, vec second, int terms) {
-    const __m512i upper_halves = _mm512_set_epi16(
-        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
-        17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i upper_halves =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
 #pragma clang loop unroll(full)
     for (int t = 0; t < terms; t++) {
         const __m512i low = next_term(&first, terms > 1 && t == terms - 1),
