@@ -3,8 +3,8 @@
     python bench/calls.py RESULTS.csv [--device cpu|cuda] FRAMEWORK...
 
 Frameworks: numpy, tvm-ffi, relax, jax, torch, candle; each must be installed, with dlattn, and
-./dev bench-calls runs all that are. candle's figures are those of the Rust example `call`, which
-CANDLE_CALL names, tvm-ffi and relax need DLATTN_TVM_LIBRARY, and all DLATTN_LIBRARY. RESULTS.csv
+./dev bench-calls runs all that are. candle's figures are those of the Rust example `call`, whose
+command is CANDLE_CALL, tvm-ffi and relax need DLATTN_TVM_LIBRARY, and all DLATTN_LIBRARY. RESULTS.csv
 gets its header, or new lines if it exists; DLATTN_COMMIT names the commit outside of a checkout.
 
 Self-attention of [1, 4, 16, 64]: on the CPU in f32 with one thread, a call until its result is
@@ -16,6 +16,7 @@ import argparse
 import csv
 import datetime
 import os
+import shlex
 import statistics
 import subprocess
 import time
@@ -106,6 +107,7 @@ def relax_calls(device):
 
 def jax_calls(device):
     """Under jit, [B, L, H, D]."""
+    os.environ["JAX_PLATFORMS"] = device
     import dlattn.jax
     import jax
 
@@ -169,7 +171,7 @@ def in_turns(calls):
 
 def candle_figures(device):
     """The same from the Rust example, which takes turns as in_turns does."""
-    command = [os.environ["CANDLE_CALL"], *[x for x in [device] if x != "cpu"]]
+    command = [*shlex.split(os.environ["CANDLE_CALL"]), device]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for line in lines.splitlines():
         name, kernel, median, spread = line.split()

@@ -253,19 +253,24 @@ static void parallel_for(void *ctx, int64_t count, dlattn_parallel_body body, vo
 
 /* ---- CUDA ---- */
 
-/* The device of a pointer, from the driver that XLA has already loaded: the runtime itself can say
- * it only since FFI 0.3. */
-static int32_t device_of(const void *pointer) {
-    enum { DEVICE_ORDINAL = 9 };
-    int (*get_attribute)(void *, int, uint64_t) = NULL;
-    int32_t ordinal = 0;
+/* The driver that XLA has already loaded; NULL without one. */
+static int (*pointer_attribute)(void *value, int attribute, uint64_t pointer);
+
+static void find_driver(void) {
     void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
     void *symbol = driver ? dlsym(driver, "cuPointerGetAttribute") : NULL;
-    memcpy(&get_attribute, &symbol, sizeof symbol);
-    if (get_attribute && get_attribute(&ordinal, DEVICE_ORDINAL, (uint64_t)(uintptr_t)pointer) != 0)
-        ordinal = 0;
-    if (driver)
-        dlclose(driver);
+    memcpy(&pointer_attribute, &symbol, sizeof symbol);
+}
+
+/* The device of a pointer, from the driver: the runtime itself can say it only since FFI 0.3. */
+static int32_t device_of(const void *pointer) {
+    enum { DEVICE_ORDINAL = 9 };
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    int32_t ordinal = 0;
+    pthread_once(&once, find_driver);
+    if (!pointer_attribute ||
+        pointer_attribute(&ordinal, DEVICE_ORDINAL, (uint64_t)(uintptr_t)pointer) != 0)
+        return 0;
     return ordinal;
 }
 
