@@ -3,9 +3,9 @@
     python bench/calls.py RESULTS.csv [--device cpu|cuda] FRAMEWORK...
 
 Frameworks: numpy, tvm-ffi, relax, jax, torch, candle; each must be installed, with dlattn, and
-./dev bench-calls runs all that are. candle's figures are those of the Rust example `call`, whose
-command is CANDLE_CALL, tvm-ffi and relax need DLATTN_TVM_LIBRARY, and all DLATTN_LIBRARY. RESULTS.csv
-gets its header, or new lines if it exists; DLATTN_COMMIT names the commit outside of a checkout.
+./dev bench-calls runs all that are. All need DLATTN_LIBRARY, tvm-ffi and relax DLATTN_TVM_LIBRARY,
+candle the command of the Rust example `call` in CANDLE_CALL. RESULTS.csv gets its header, or new
+lines if it exists; DLATTN_COMMIT names the commit outside of a checkout.
 
 Self-attention of [1, 4, 16, 64]: on the CPU in f32 with one thread, a call until its result is
 there; on a GPU in f16, the host's time to enqueue a call. An adapter and its framework take turns,

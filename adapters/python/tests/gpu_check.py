@@ -191,13 +191,10 @@ def check_torch() -> None:
     def masks() -> None:
         x = tensors(CASES[3], torch.float16)
         mask = torch.rand(1, 8, 257, 513, device="cuda") < 0.7
-        for name, mask in (("mask", mask), ("bias", torch.where(mask, 0.5, -1.0).half())):
-            found = ours(*x, attn_mask=mask, enable_gqa=True)
-            expected = theirs(
-                *wide(x),
-                attn_mask=mask if name == "mask" else mask.double(),
-                enable_gqa=True,
-            )
+        bias = torch.where(mask, 0.5, -1.0)
+        for name, given, wanted in (("mask", mask, mask), ("bias", bias.half(), bias.double())):
+            found = ours(*x, attn_mask=given, enable_gqa=True)
+            expected = theirs(*wide(x), attn_mask=wanted, enable_gqa=True)
             check(f"torch {name}", numpy(found), numpy(expected), 4e-3)
 
     def gradients() -> None:

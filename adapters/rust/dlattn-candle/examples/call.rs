@@ -60,7 +60,11 @@ fn main() -> Result<()> {
     }
     let figures = in_turns(&mut calls, || device.synchronize())?;
     for ((name, _), (median, spread)) in calls.iter().zip(figures) {
-        let kernel = if name.contains("dlattn") { &kernel } else { "-" };
+        let kernel = if name.contains("dlattn") {
+            &kernel
+        } else {
+            "-"
+        };
         println!("{name} {kernel} {median:.3} {spread:.1}");
     }
     Ok(())
@@ -117,7 +121,10 @@ fn kernel(library: &Library, on_gpu: bool) -> std::result::Result<String, dlattn
         )
     };
     let tensors = Tensors::new(tensor, tensor, tensor, output);
-    Ok(library.sku(&Options::default(), &tensors)?.kernel.to_string())
+    Ok(library
+        .sku(&Options::default(), &tensors)?
+        .kernel
+        .to_string())
 }
 
 fn host<'a>(
