@@ -28,8 +28,9 @@ static struct {
 #undef MEMBER
 } cu;
 
+enum { MAX_DEVICES = 16 };
 static int devices = -1;
-static void *primary;
+static void *primary[MAX_DEVICES]; /* contexts */
 
 static void must(int error, const char *call) {
     if (error) {
@@ -49,9 +50,14 @@ static int open_driver(void) {
 #undef FIND
     if (cu.cuInit(0) || cu.cuDeviceGetCount(&count) || count == 0)
         return 0;
-    MUST(cuDevicePrimaryCtxRetain, &primary, 0);
-    MUST(cuCtxSetCurrent, primary);
-    return count;
+    cuda_use(0);
+    return count < MAX_DEVICES ? count : MAX_DEVICES;
+}
+
+void cuda_use(int device) {
+    if (device >= 0 && !primary[device])
+        MUST(cuDevicePrimaryCtxRetain, &primary[device], device);
+    MUST(cuCtxSetCurrent, device < 0 ? NULL : primary[device]);
 }
 
 int cuda_open(void) {
@@ -81,13 +87,14 @@ void cuda_fetch(void *to, const unsigned char *from, size_t bytes) {
 
 void cuda_wait(void) { MUST(cuCtxSynchronize); }
 
-void cuda_make_current(bool current) { MUST(cuCtxSetCurrent, current ? primary : NULL); }
-
-void *cuda_stream(void) {
+static void *stream_of(unsigned flags) {
     void *stream;
-    MUST(cuStreamCreate, &stream, 1); /* CU_STREAM_NON_BLOCKING */
+    MUST(cuStreamCreate, &stream, flags);
     return stream;
 }
+
+void *cuda_stream(void) { return stream_of(1); } /* CU_STREAM_NON_BLOCKING */
+void *cuda_stream_with_default(void) { return stream_of(0); }
 
 void cuda_record_begin(void *stream) { MUST(cuStreamBeginCapture_v2, stream, 0); } /* GLOBAL */
 
@@ -96,6 +103,11 @@ void *cuda_record_end(void *stream) {
     MUST(cuStreamEndCapture, stream, &graph);
     MUST(cuGraphInstantiateWithFlags, &executable, graph, 0);
     return executable;
+}
+
+void cuda_record_give_up(void *stream) {
+    void *graph = NULL;
+    cu.cuStreamEndCapture(stream, &graph); /* says, again, that the recording has failed */
 }
 
 void cuda_replay(void *graph, void *stream) {

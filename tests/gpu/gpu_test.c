@@ -8,6 +8,7 @@
 #include <criterion/new/assert.h>
 
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,22 +23,33 @@ struct attention {
     dlattn_forward_desc desc;
 };
 
-static void make(struct attention *a, int64_t batch, int64_t heads, int64_t length, int64_t dim,
-                 uint64_t seed) {
-    *a = (struct attention){.shape = {batch, heads, length, dim},
-                            .bytes = (size_t)(batch * heads * length * dim) * 2,
+static const DLDataType f16 = {kDLFloat, 16, 1}, f32 = {kDLFloat, 32, 1};
+
+/* On one of several devices, whose context becomes current. */
+static void make_on(struct attention *a, int device, DLDataType dtype, const int64_t shape[4],
+                    uint64_t seed) {
+    const size_t count = (size_t)(shape[0] * shape[1] * shape[2] * shape[3]);
+    *a = (struct attention){.shape = {shape[0], shape[1], shape[2], shape[3]},
+                            .bytes = count * dtype.bits / 8,
                             .tensors = {.struct_size = sizeof a->tensors},
                             .desc = {.struct_size = sizeof a->desc, .causal = 1}};
-    uint16_t *const image = malloc(a->bytes);
-    cr_assert(image && cuda_open() > 0);
+    cr_assert(cuda_open() > device);
+    cuda_use(device);
+    uint32_t *const image = malloc(count * sizeof *image);
+    cr_assert(image != NULL);
     for (int t = 0; t < 4; t++) {
-        for (size_t i = 0; i < a->bytes / 2; i++) /* f16 from -2 to 2 */
-            image[i] = (uint16_t)(0x3000 + random_below(seed + (uint64_t)t, i, 0x1000) +
-                                  0x8000 * random_below(seed, i, 2));
+        for (size_t i = 0; i < count; i++) { /* from -2 to 2 */
+            const uint32_t fraction = (uint32_t)random_below(seed + (uint64_t)t, i, 0x1000),
+                           sign = (uint32_t)random_below(seed, i, 2);
+            if (dtype.bits == 16)
+                ((uint16_t *)image)[i] = (uint16_t)(0x3000 + fraction + 0x8000 * sign);
+            else
+                image[i] = 0x3f000000 + (fraction << 11) + (sign << 31);
+        }
         a->tensor[t] = (DLTensor){.data = cuda_take(a->bytes),
-                                  .device = {kDLCUDA, 0},
+                                  .device = {kDLCUDA, device},
                                   .ndim = 4,
-                                  .dtype = {kDLFloat, 16, 1},
+                                  .dtype = dtype,
                                   .shape = a->shape};
         cuda_store(a->tensor[t].data, image, a->bytes);
     }
@@ -46,6 +58,12 @@ static void make(struct attention *a, int64_t batch, int64_t heads, int64_t leng
     a->tensors.value = &a->tensor[2];
     a->tensors.output = &a->tensor[3];
     free(image);
+}
+
+/* In f16, on device 0. */
+static void make(struct attention *a, int64_t batch, int64_t heads, int64_t length, int64_t dim,
+                 uint64_t seed) {
+    make_on(a, 0, f16, (const int64_t[]){batch, heads, length, dim}, seed);
 }
 
 static void drop(struct attention *a) {
@@ -58,10 +76,23 @@ static int32_t forward(const dlattn_api *api, const struct attention *a, void *s
     return api->forward(&a->desc, &a->tensors, &exec);
 }
 
+/* Names the kernel that computed the output, once for each test. */
+static void tell_kernel(const struct attention *a) {
+    static char told[256];
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    if (test_api()->forward_query(&a->desc, &a->tensors, &sku) != DLATTN_OK ||
+        strstr(told, sku.kernel))
+        return;
+    fprintf(stderr, "gpu/%s: %s\n", criterion_current_test->name, sku.kernel);
+    snprintf(told + strlen(told), sizeof told - strlen(told), " %s", sku.kernel);
+}
+
 /* The output, freshly allocated. */
 static unsigned char *result(const struct attention *a) {
     unsigned char *const image = malloc(a->bytes);
     cr_assert(image != NULL);
+    tell_kernel(a);
+    cuda_use(a->tensor[3].device.device_id);
     cuda_wait();
     cuda_fetch(image, a->tensor[3].data, a->bytes);
     return image;
@@ -71,6 +102,7 @@ static void poison(const struct attention *a) {
     unsigned char *const image = malloc(a->bytes);
     cr_assert(image != NULL);
     memset(image, 0xff, a->bytes);
+    cuda_use(a->tensor[3].device.device_id);
     cuda_store(a->tensor[3].data, image, a->bytes);
     free(image);
 }
@@ -79,6 +111,32 @@ static const dlattn_api *gpu_api(void) {
     if (cuda_open() == 0)
         cr_skip_test("no NVIDIA device");
     return test_api();
+}
+
+/* Whether a and b have the same bits in their outputs. */
+static bool same_result(const struct attention *a, const struct attention *b) {
+    unsigned char *const one = result(a), *const other = result(b);
+    const bool same = memcmp(one, other, a->bytes) == 0;
+    free(one);
+    free(other);
+    return same;
+}
+
+/* The GPU's rows that run here, in the order of the table. */
+enum { MAX_ROWS = 16 };
+static int rows_here(const dlattn_api *api, dlattn_kernel_info rows[MAX_ROWS]) {
+    int count = 0;
+    for (int32_t i = 0; i < api->kernel_count() && count < MAX_ROWS; i++) {
+        rows[count] = (dlattn_kernel_info){.struct_size = sizeof rows[count]};
+        cr_assert(eq(int, api->kernel_info(i, &rows[count]), DLATTN_OK));
+        count += strcmp(rows[count].backend, "cuda") == 0 && rows[count].available;
+    }
+    cr_assert(gt(int, count, 0));
+    return count;
+}
+
+static DLDataType dtype_of(const dlattn_kernel_info *row) {
+    return strstr(row->dtypes, "f16") ? f16 : f32;
 }
 
 #define MUST(call) cr_assert(eq(int, (call), DLATTN_OK), "%s", api->last_error())
@@ -134,6 +192,75 @@ Test(gpu, first_call_in_a_graph) {
     cr_expect(memcmp(again, direct, a.bytes) == 0);
 }
 
+/* Each row, recorded once and replayed on lengths that change in between. */
+Test(gpu, every_row_in_a_graph) {
+    const dlattn_api *api = gpu_api();
+    dlattn_kernel_info rows[MAX_ROWS];
+    for (int row = 0, count = rows_here(api, rows); row < count; row++) {
+        static const int32_t long_lengths[] = {150, 90}, short_lengths[] = {17, 0};
+        int64_t batch = 2;
+        struct attention recorded, direct;
+        make_on(&recorded, 0, dtype_of(&rows[row]), (const int64_t[]){2, 4, 150, 64}, 8);
+        make_on(&direct, 0, dtype_of(&rows[row]), (const int64_t[]){2, 4, 150, 64}, 8);
+        unsigned char *const lengths = cuda_take(sizeof long_lengths);
+        const DLTensor key_lengths = {.data = lengths,
+                                      .device = {kDLCUDA, 0},
+                                      .ndim = 1,
+                                      .dtype = {kDLInt, 32, 1},
+                                      .shape = &batch};
+        recorded.tensors.key_lengths = direct.tensors.key_lengths = &key_lengths;
+        recorded.desc.kernel = direct.desc.kernel = rows[row].name;
+        cuda_store(lengths, long_lengths, sizeof long_lengths);
+        void *const stream = cuda_stream();
+        cuda_record_begin(stream);
+        const int32_t status = forward(api, &recorded, stream);
+        void *const graph = cuda_record_end(stream);
+        MUST(status);
+        for (int replay = 0; replay < 3; replay++) {
+            cuda_store(lengths, replay == 1 ? short_lengths : long_lengths, sizeof long_lengths);
+            poison(&recorded);
+            cuda_replay(graph, stream);
+            MUST(forward(api, &direct, NULL));
+            cr_expect(same_result(&recorded, &direct), "%s, replay %d", rows[row].name, replay);
+        }
+    }
+}
+
+/* Lengths in device memory are not known to the host: the kernel itself must stay inside the tensors. */
+Test(gpu, lengths_past_the_extents) {
+    static const int32_t wild[] = {100, 101, INT32_MAX, -1, INT32_MIN, 3},
+                         clamped[] = {100, 100, 100, 0, 0, 3};
+    const dlattn_api *api = gpu_api();
+    dlattn_kernel_info rows[MAX_ROWS];
+    int64_t batch = 6;
+    DLTensor lengths[2];
+    for (int i = 0; i < 2; i++) {
+        lengths[i] = (DLTensor){.data = cuda_take(sizeof wild),
+                                .device = {kDLCUDA, 0},
+                                .ndim = 1,
+                                .dtype = {kDLInt, 32, 1},
+                                .shape = &batch};
+        cuda_store(lengths[i].data, i ? clamped : wild, sizeof wild);
+    }
+    for (int row = 0, count = rows_here(api, rows); row < count; row++) {
+        for (int which = 1; which <= 3; which++) { /* of keys, of queries, of both */
+            struct attention a[2];
+            for (int i = 0; i < 2; i++) {
+                make_on(&a[i], 0, dtype_of(&rows[row]), (const int64_t[]){6, 2, 100, 64}, 9);
+                a[i].desc.kernel = rows[row].name;
+                a[i].desc.alignment = DLATTN_ALIGN_BOTTOM_RIGHT;
+                a[i].tensors.key_lengths = which & 1 ? &lengths[i] : NULL;
+                a[i].tensors.query_lengths = which & 2 ? &lengths[i] : NULL;
+                poison(&a[i]);
+                MUST(forward(api, &a[i], NULL));
+            }
+            cr_expect(same_result(&a[0], &a[1]), "%s, lengths %d", rows[row].name, which);
+            drop(&a[0]);
+            drop(&a[1]);
+        }
+    }
+}
+
 /* The caller's special streams: legacy default, per-thread default, and one of its own. */
 Test(gpu, streams) {
     const dlattn_api *api = gpu_api();
@@ -160,9 +287,9 @@ Test(gpu, no_context) {
     unsigned char *const want = result(&a);
     poison(&a);
     cuda_wait();
-    cuda_make_current(false);
+    cuda_use(-1);
     MUST(forward(api, &a, NULL));
-    cuda_make_current(true);
+    cuda_use(0);
     unsigned char *const got = result(&a);
     cr_expect(memcmp(got, want, a.bytes) == 0);
 }
@@ -178,7 +305,7 @@ struct worker {
 static void *call_often(void *ctx) {
     struct worker *const w = ctx;
     void *stream;
-    cuda_make_current(true);
+    cuda_use(w->attention.tensor[0].device.device_id);
     stream = cuda_stream();
     for (int i = 0; i < 50 && w->status == DLATTN_OK; i++)
         w->status = forward(w->api, &w->attention, stream);
@@ -278,6 +405,41 @@ Test(gpu, refuses_host_memory) {
     cr_expect(strstr(api->last_error(), "host") != NULL, "%s", api->last_error());
 }
 
+/* A workspace that this kernel needs not, but which is no memory of its device. */
+Test(gpu, refuses_workspace_in_host_memory) {
+    const dlattn_api *api = gpu_api();
+    struct attention a;
+    make(&a, 1, 1, 16, 64, 6);
+    dlattn_exec exec = {.struct_size = sizeof exec, .workspace_bytes = 4096};
+    exec.workspace = malloc(exec.workspace_bytes);
+    cr_expect(eq(int, api->forward(&a.desc, &a.tensors, &exec), DLATTN_INVALID_ARGUMENT));
+    cr_expect(strstr(api->last_error(), "workspace") != NULL, "%s", api->last_error());
+    cr_expect(strstr(api->last_error(), "host") != NULL, "%s", api->last_error());
+}
+
+/* The legacy stream may not be used while one that takes turns with it is recorded: the driver refuses the launch.
+ * Its words reach the caller, and the next call finds everything as it was. */
+Test(gpu, error_of_the_driver) {
+    const dlattn_api *api = gpu_api();
+    struct attention a;
+    make(&a, 1, 2, 130, 64, 10);
+    MUST(forward(api, &a, NULL));
+    unsigned char *const want = result(&a);
+    void *const stream = cuda_stream_with_default();
+    cuda_record_begin(stream);
+    const int32_t status = forward(api, &a, NULL);
+    char said[256];
+    snprintf(said, sizeof said, "%s", api->last_error());
+    cuda_record_give_up(stream);
+    cr_expect(eq(int, status, DLATTN_DEVICE_ERROR));
+    cr_expect(strstr(said, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT") != NULL, "%s", said);
+    cr_expect(strstr(said, "cuda_fwd") != NULL, "%s", said);
+    poison(&a);
+    MUST(forward(api, &a, NULL));
+    unsigned char *const got = result(&a);
+    cr_expect(memcmp(got, want, a.bytes) == 0);
+}
+
 Test(gpu, refuses_absent_device) {
     const dlattn_api *api = gpu_api();
     struct attention a;
@@ -286,4 +448,70 @@ Test(gpu, refuses_absent_device) {
         a.tensor[t].device.device_id = 63;
     cr_expect(eq(int, forward(api, &a, NULL), DLATTN_DEVICE_UNAVAILABLE));
     cr_expect(strstr(api->last_error(), "63") != NULL, "%s", api->last_error());
+}
+
+/* ---- Two devices ------------------------------------------------------------------------------ */
+
+static const dlattn_api *api_of_two(void) {
+    const dlattn_api *api = gpu_api();
+    if (cuda_open() < 2)
+        cr_skip_test("one NVIDIA device, this needs two");
+    return api;
+}
+
+/* Each row on both, by one thread whose context is one or the other's, and by two threads at once. */
+Test(gpu, two_devices) {
+    const dlattn_api *api = api_of_two();
+    dlattn_kernel_info rows[MAX_ROWS];
+    for (int row = 0, count = rows_here(api, rows); row < count; row++) {
+        struct worker workers[2];
+        pthread_t threads[2];
+        for (int device = 0; device < 2; device++) {
+            workers[device] = (struct worker){.api = api};
+            make_on(&workers[device].attention, device, dtype_of(&rows[row]),
+                    (const int64_t[]){2, 4, 150, 64}, 11);
+            workers[device].attention.desc.kernel = rows[row].name;
+        }
+        for (int current = 0; current < 2; current++) {
+            for (int device = 0; device < 2; device++) {
+                poison(&workers[device].attention);
+                cuda_use(current);
+                MUST(forward(api, &workers[device].attention, NULL));
+            }
+            cr_expect(same_result(&workers[0].attention, &workers[1].attention), "%s, context %d",
+                      rows[row].name, current);
+        }
+        for (int device = 0; device < 2; device++)
+            poison(&workers[device].attention);
+        for (int device = 0; device < 2; device++)
+            cr_assert(pthread_create(&threads[device], NULL, call_often, &workers[device]) == 0);
+        for (int device = 0; device < 2; device++) {
+            pthread_join(threads[device], NULL);
+            cr_expect(eq(int, workers[device].status, DLATTN_OK));
+        }
+        cr_expect(same_result(&workers[0].attention, &workers[1].attention), "%s, two threads",
+                  rows[row].name);
+    }
+}
+
+/* What lies on another device is refused: by what the tensor says, and by what the driver says of its memory. */
+Test(gpu, refuses_tensors_of_two_devices) {
+    const dlattn_api *api = api_of_two();
+    struct attention here, there;
+    make_on(&there, 1, f16, (const int64_t[]){1, 2, 130, 64}, 12);
+    make_on(&here, 0, f16, (const int64_t[]){1, 2, 130, 64}, 12);
+    here.tensors.key = &there.tensor[1];
+    cr_expect(eq(int, forward(api, &here, NULL), DLATTN_INVALID_ARGUMENT));
+    cr_expect(strstr(api->last_error(), "key: is on cuda 1") != NULL, "%s", api->last_error());
+    there.tensor[1].device.device_id = 0;
+    cr_expect(eq(int, forward(api, &here, NULL), DLATTN_INVALID_ARGUMENT));
+    cr_expect(strstr(api->last_error(), "memory of CUDA device 1") != NULL, "%s",
+              api->last_error());
+    here.tensors.key = &here.tensor[1];
+    const dlattn_exec exec = {
+        .struct_size = sizeof exec, .workspace = there.tensor[0].data, .workspace_bytes = 4096};
+    cr_expect(eq(int, api->forward(&here.desc, &here.tensors, &exec), DLATTN_INVALID_ARGUMENT));
+    cr_expect(strstr(api->last_error(), "workspace") != NULL, "%s", api->last_error());
+    MUST(forward(api, &here, NULL));
+    cuda_wait();
 }

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The GPU's tests on a machine with a driver and nothing of this repository: `./dev gpu-bundle` packs them beside this
+# file, as .gpu/tests/run.sh.
+#   run.sh [OPTION...]  every program, Criterion's with these options; the exit status is the number of those that failed
+#   run.sh sanitize     compute-sanitizer's four tools at once over every row of the table, about a minute
+set -uo pipefail
+cd "$(dirname "$(readlink -f "$0")")/root" || exit 1
+export LD_LIBRARY_PATH=../lib DLATTN_LIBRARY=$PWD/libdlattn.so.1 failed=0
+
+reduced=./tests/gpu/reduced_test
+if [ "${1-}" = sanitize ]; then
+    logs=$(mktemp -d)
+    trap 'rm -rf "$logs"' EXIT
+    for tool in memcheck racecheck initcheck synccheck; do
+        { timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 $reduced >"$logs/$tool" 2>&1 && touch "$logs/$tool.ok"; } &
+    done
+    # It must see a read past the end of a key.
+    {
+        compute-sanitizer $reduced wrong >"$logs/wrong" 2>&1
+        grep -q 'Invalid __global__ read' "$logs/wrong" && touch "$logs/wrong.ok"
+    } &
+    wait
+    for tool in memcheck racecheck initcheck synccheck wrong; do
+        [ -e "$logs/$tool.ok" ] || { failed=$((failed + 1)) && head -n 60 "$logs/$tool"; }
+        echo "$tool: $([ -e "$logs/$tool.ok" ] && echo ok || echo FAILED), $(tail -n 1 "$logs/$tool")"
+    done
+    grep ': .* cases' "$logs/memcheck"
+    exit $failed
+fi
+
+while read -r program; do
+    echo "== $program"
+    "./$program" "$@" || failed=$((failed + 1))
+done <../programs
+exit $failed
