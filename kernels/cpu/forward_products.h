@@ -14,7 +14,9 @@ VEC_INLINE vec dot(vec acc, const void *word, vec x) {
 }
 
 /* c[row][lane] (+)= sum over steps of a[row * row_stride + step * step_stride] * b[step][lane].
- * With `rows` and `vectors` constant the sums stay in rows * vectors registers. */
+ * With `rows` and `vectors` constant the sums stay in rows * vectors registers. They start from 0 and c is added at the
+ * end: sums that start from loads wait for the stores of the tile before. Four steps at a time, because a core whose
+ * other thread is busy decodes only three operations a clock, and addresses and the loop's end are operations too. */
 VEC_INLINE void product_tile(float *c, const float *a, int64_t row_stride, int64_t step_stride,
                              const float *b, int64_t steps, int rows, int vectors, bool add) {
     vec acc[ROW_TILE][VECTORS];
@@ -22,7 +24,8 @@ VEC_INLINE void product_tile(float *c, const float *a, int64_t row_stride, int64
     for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++)
-            acc[r][v] = add ? vec_load(c + r * LANES + v * VEC_LANES) : vec_set(0);
+            acc[r][v] = vec_set(0);
+#pragma clang loop unroll_count(4)
     for (int64_t s = 0; s < steps; s++) {
         vec x[VECTORS];
 #pragma clang loop unroll(full)
@@ -37,8 +40,10 @@ VEC_INLINE void product_tile(float *c, const float *a, int64_t row_stride, int64
 #pragma clang loop unroll(full)
     for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++)
-            vec_store(c + r * LANES + v * VEC_LANES, acc[r][v]);
+        for (int v = 0; v < vectors; v++) {
+            float *to = c + r * LANES + v * VEC_LANES;
+            vec_store(to, add ? vec_add(acc[r][v], vec_load(to)) : acc[r][v]);
+        }
 }
 
 VEC_INLINE void product_rows(float *c, const float *a, int64_t row_stride, int64_t step_stride,
