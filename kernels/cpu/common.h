@@ -27,6 +27,20 @@ static inline void prefetch_rows(const struct rows *rows, int64_t from, int64_t 
             __builtin_prefetch((const char *)row_at(rows, r) + at, 0, 2);
 }
 
+/* Keys and values to be asked for a few at a time beside other work: all at once they would be waited for. */
+struct fetch {
+    struct rows keys, values;
+    int64_t key_bytes, value_bytes; /* of a row */
+    int64_t row, end;               /* what is left */
+};
+
+static inline void fetch_rows(struct fetch *f, int64_t rows) {
+    const int64_t end = rows < f->end - f->row ? f->row + rows : f->end;
+    prefetch_rows(&f->keys, f->row, end, f->key_bytes);
+    prefetch_rows(&f->values, f->row, end, f->value_bytes);
+    f->row = end;
+}
+
 /* logit = softcap(scale * score) + extra - slope * |position - key|, then in units of log2(e). */
 struct logit_rule {
     float scale, softcap;

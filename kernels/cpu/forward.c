@@ -139,7 +139,7 @@ static const float *load_extra(const struct call *c, const struct task *t, int64
 /* One key tile of one block: keys [first_key, first_key + n). */
 static void attend(const struct call *c, const struct task *t, struct block *b, int64_t first_row,
                    const struct operand *key, const struct operand *value, int64_t first_key,
-                   int32_t n, struct scratch *w) {
+                   int32_t n, struct fetch *next, struct scratch *w) {
     const struct problem *p = t->p;
     struct logit_rule rule;
     struct key_tile tile = {
@@ -150,6 +150,7 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
         .dim_qk = p->dim_qk,
         .dim_v = p->dim_v,
         .scale = (float)(p->scale * LOG2_E),
+        .next = next,
     };
     if (needs_rule(p)) {
         rule = (struct logit_rule){
@@ -206,12 +207,15 @@ static struct kv_tile tile_at(const struct task *t, int64_t first, int64_t end, 
     return tile;
 }
 
-/* Fetches block n's share of the next tile into the second-level cache, so that no block waits for memory. */
-static void prefetch_share(const struct problem *p, const struct kv_tile *next, int64_t n,
-                           int64_t blocks) {
-    const int64_t from = next->n * n / blocks, to = next->n * (n + 1) / blocks;
-    prefetch_rows(&next->keys, from, to, p->dim_qk * dtype_bytes(p->dtype));
-    prefetch_rows(&next->values, from, to, p->dim_v * dtype_bytes(p->dtype));
+/* Block n's share of the next tile. */
+static struct fetch share_of(const struct problem *p, const struct kv_tile *next, int64_t n,
+                             int64_t blocks) {
+    return (struct fetch){.keys = next->keys,
+                          .values = next->values,
+                          .key_bytes = p->dim_qk * dtype_bytes(p->dtype),
+                          .value_bytes = p->dim_v * dtype_bytes(p->dtype),
+                          .row = next->n * n / blocks,
+                          .end = next->n * (n + 1) / blocks};
 }
 
 static void run_task(const struct call *c, const struct task *t, struct scratch *w) {
@@ -237,10 +241,11 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
             tile_at(t, tile.first + tile.n, end, tile_k, w->pointers[parity]);
         for (int64_t n = 0; n < blocks; n++) {
             struct block *b = &w->blocks[n];
-            prefetch_share(p, &next, n, blocks);
+            struct fetch share = share_of(p, &next, n, blocks);
             if (tile.first + tile_k > b->first && tile.first < b->end)
                 attend(c, t, b, t->first_row + n * lanes, &key, &value, tile.first,
-                       (int32_t)least(tile.n, b->end - tile.first), w);
+                       (int32_t)least(tile.n, b->end - tile.first), &share, w);
+            fetch_rows(&share, share.end);
         }
         tile = next;
     }

@@ -51,6 +51,7 @@ struct key_tile {
     int64_t dim_qk, dim_v;
     float scale;                   /* of scores, to units of log2(e) */
     const struct logit_rule *rule; /* instead of scale, or NULL */
+    struct fetch *next;            /* of the next tile; what attend() leaves is fetched after it */
 };
 
 struct forward_body {

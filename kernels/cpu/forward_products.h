@@ -2,6 +2,10 @@
 
 enum { ROW_TILE = 6 };
 
+enum { KEYS = PAIRS || VECTORS < 4 ? 2 : 1 }; /* of softmax at a time */
+
+#define HUGE_SUM 0x1p24f
+
 /* acc + word * x: the word of an operand, broadcast, which need not be aligned. */
 VEC_INLINE vec dot(vec acc, const void *word, vec x) {
     float w;
@@ -64,10 +68,12 @@ VEC_INLINE void product_rows(float *c, const float *a, int64_t row_stride, int64
 }
 
 /* All rows: tiles of six, and the last seven to eleven shared by two, so that no tile is too small to hide the
- * latency of its sums. */
+ * latency of its sums. With each goes a row of the next keys and values. */
 VEC_INLINE void product(float *c, const float *a, int64_t row_stride, int64_t step_stride,
-                        const float *b, int64_t steps, int64_t rows, int vectors, bool add) {
+                        const float *b, int64_t steps, int64_t rows, int vectors, bool add,
+                        struct fetch *next) {
     while (rows > 0) {
+        fetch_rows(next, 1);
         const int n = rows >= 2 * ROW_TILE ? ROW_TILE
                       : rows > ROW_TILE    ? (int)(rows + 1) / 2
                                            : (int)rows;
@@ -78,94 +84,127 @@ VEC_INLINE void product(float *c, const float *a, int64_t row_stride, int64_t st
     }
 }
 
-VEC_INLINE void scores_of(float *s, const struct operand *key, const float *query, int64_t words,
-                          int64_t n, int vectors) {
-    product(s, key->words, key->stride, 1, query, words, n, vectors, false);
+VEC_INLINE void scores_of(float *s, const struct block *b, const struct key_tile *t, int vectors) {
+    const int64_t words = PAIRS ? (t->dim_qk + 1) / 2 : t->dim_qk;
+    product(s, t->key.words, t->key.stride, 1, b->query, words, t->n, vectors, false, t->next);
 }
 
-VEC_INLINE void accumulate_of(float *o, const struct operand *value, const float *weights,
-                              int64_t steps, int64_t dim_v, int vectors) {
-    product(o, value->words, 1, value->stride, weights, steps, dim_v, vectors, true);
-}
-
-VEC_FN static void scores(float *s, const struct operand *key, const struct block *b, int32_t n,
-                          int64_t dim) {
-    const int64_t words = PAIRS ? (dim + 1) / 2 : dim;
+VEC_FN static void scores(float *s, const struct block *b, const struct key_tile *t) {
     if (b->vectors == 1)
-        scores_of(s, key, b->query, words, n, 1);
+        scores_of(s, b, t, 1);
     else if (b->vectors == 2 && VECTORS > 2)
-        scores_of(s, key, b->query, words, n, 2);
+        scores_of(s, b, t, 2);
     else
-        scores_of(s, key, b->query, words, n, VECTORS);
+        scores_of(s, b, t, VECTORS);
 }
 
-VEC_FN static void accumulate(const struct block *b, const struct operand *value,
-                              const float *weights, int32_t n, int64_t dim_v) {
-    const int64_t steps = PAIRS ? (n + 1) / 2 : n;
+VEC_INLINE void accumulate_of(const struct block *b, const struct key_tile *t, const float *weights,
+                              int vectors) {
+    const int64_t steps = PAIRS ? (t->n + 1) / 2 : t->n;
+    product(b->output, t->value.words, 1, t->value.stride, weights, steps, t->dim_v, vectors, true,
+            t->next);
+}
+
+VEC_FN static void accumulate(const struct block *b, const struct key_tile *t,
+                              const float *weights) {
     if (b->vectors == 1)
-        accumulate_of(b->output, value, weights, steps, dim_v, 1);
+        accumulate_of(b, t, weights, 1);
     else if (b->vectors == 2 && VECTORS > 2)
-        accumulate_of(b->output, value, weights, steps, dim_v, 2);
+        accumulate_of(b, t, weights, 2);
     else
-        accumulate_of(b->output, value, weights, steps, dim_v, VECTORS);
+        accumulate_of(b, t, weights, VECTORS);
 }
 
-VEC_INLINE void softmax_of(float *s, struct block *b, vec scale, int32_t n, int64_t dim_v,
+/* ---- Softmax ---------------------------------------------------------------------------------------------------- */
+
+/* Scores of `keys` keys, at most KEYS, -> weights; with PAIRS they become one row of words. */
+VEC_INLINE void weigh(float *to, const float *s, int keys, vec scale, const vec *minus, vec *sum,
+                      int vectors) {
+    vec w[KEYS * VECTORS];
+#pragma clang loop unroll(full)
+    for (int i = 0; i < keys * vectors; i++)
+        w[i] = vec_fma(vec_load(s + i / vectors * LANES + i % vectors * VEC_LANES), scale,
+                       minus[i % vectors]);
+    if (PAIRS)
+        exp2_short_each(w, keys * vectors);
+    else
+        exp2_each(w, keys * vectors);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < keys * vectors; i++)
+        sum[i % vectors] = vec_add(sum[i % vectors], w[i]);
+#if PAIRS
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++)
+        vec_store(to + v * VEC_LANES, pack_pairs(w[v], keys > 1 ? w[vectors + v] : vec_set(0)));
+#else
+#pragma clang loop unroll(full)
+    for (int i = 0; i < keys * vectors; i++)
+        vec_store(to + i / vectors * LANES + i % vectors * VEC_LANES, w[i]);
+#endif
+}
+
+/* Scores -> weights relative to the maxima. Those of the tile are looked up only where a lane has none yet, or where
+ * `raise` says so: the sum of the weights tells whether that would have been needed. Then this returns false, and no
+ * weights. Sums and outputs of f32 bear weights up to HUGE_SUM. */
+VEC_INLINE bool softmax_of(float *s, struct block *b, const struct key_tile *t, bool raise,
                            int vectors) {
-    vec tile_max[VECTORS], minus[VECTORS], sum[VECTORS];
-    column_max(tile_max, s, n, vectors);
-    if (max_grows(b, tile_max, scale, vectors))
-        raise_max(b, tile_max, scale, dim_v, vectors);
+    const vec scale = vec_set(t->scale);
+    const int32_t n = t->n;
+    vec minus[VECTORS], sum[VECTORS];
+    uint32_t unseen = 0, huge = 0;
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++)
+        unseen |= vec_mask_bits(vec_equal(vec_load(b->max + v * VEC_LANES), vec_set(-INFINITY)));
+    if (unseen || raise) {
+        vec tile_max[VECTORS];
+        column_max(tile_max, s, n, vectors);
+        if (max_grows(b, tile_max, scale, vectors))
+            raise_max(b, tile_max, scale, t->dim_v, vectors);
+    }
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++) {
         minus[v] = minus_max(b, v);
         sum[v] = vec_set(0);
     }
-#if PAIRS
-    for (int32_t j = 0; j < n; j += 2)
+    int32_t j = 0;
+    for (; j + KEYS <= n; j += KEYS)
+        weigh(s + j / (PAIRS + 1) * LANES, s + j * LANES, KEYS, scale, minus, sum, vectors);
+    if (j < n)
+        weigh(s + j / (PAIRS + 1) * LANES, s + j * LANES, 1, scale, minus, sum, vectors);
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) {
-            const float *at = s + j * LANES + v * VEC_LANES;
-            vec even = vec_set(0), odd = even;
-            if (j < n)
-                even = exp2_short(vec_fma(vec_load(at), scale, minus[v]));
-            if (j + 1 < n)
-                odd = exp2_short(vec_fma(vec_load(at + LANES), scale, minus[v]));
-            sum[v] = vec_add(sum[v], vec_add(even, odd));
-            vec_store(s + j / 2 * LANES + v * VEC_LANES, pack_pairs(even, odd));
-        }
-#else
-    for (int32_t j = 0; j < n; j++)
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) {
-            float *at = s + j * LANES + v * VEC_LANES;
-            const vec weight = exp2_of(vec_fma(vec_load(at), scale, minus[v]));
-            sum[v] = vec_add(sum[v], weight);
-            vec_store(at, weight);
-        }
-#endif
+    for (int v = 0; v < vectors; v++)
+        huge |= vec_mask_bits(vec_greater(sum[v], vec_set(HUGE_SUM)));
+    if (huge && !raise && !unseen)
+        return false;
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++)
         vec_store(b->sum + v * VEC_LANES, vec_add(vec_load(b->sum + v * VEC_LANES), sum[v]));
+    return true;
 }
 
-VEC_FN static void softmax(float *s, struct block *b, float scale, int32_t n, int64_t dim_v) {
+VEC_FN static bool softmax(float *s, struct block *b, const struct key_tile *t, bool raise) {
     if (b->vectors == 1)
-        softmax_of(s, b, vec_set(scale), n, dim_v, 1);
-    else if (b->vectors == 2 && VECTORS > 2)
-        softmax_of(s, b, vec_set(scale), n, dim_v, 2);
-    else
-        softmax_of(s, b, vec_set(scale), n, dim_v, VECTORS);
+        return softmax_of(s, b, t, raise, 1);
+    if (b->vectors == 2 && VECTORS > 2)
+        return softmax_of(s, b, t, raise, 2);
+    return softmax_of(s, b, t, raise, VECTORS);
 }
 
-static void attend(struct block *b, const struct key_tile *t, float *s) {
-    scores(s, &t->key, b, t->n, t->dim_qk);
+static void make_scores(float *s, const struct block *b, const struct key_tile *t) {
+    scores(s, b, t);
     if (t->rule)
         apply_rule(s, t->rule, b, t->first_key, t->n);
     if (bounded(b, t->first_key, t->n))
         apply_bounds(s, b, t->first_key, t->n);
-    softmax(s, b, t->scale, t->n, t->dim_v);
-    accumulate(b, &t->value, s, t->n, t->dim_v);
+}
+
+static void attend(struct block *b, const struct key_tile *t, float *s) {
+    make_scores(s, b, t);
+    if (!softmax(s, b, t, false)) {
+        make_scores(s, b, t);
+        softmax(s, b, t, true);
+    }
+    accumulate(b, t, s);
 }
 
 static void enter(void) {}

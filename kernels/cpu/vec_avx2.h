@@ -46,16 +46,19 @@ VEC_INLINE float vec_sum(vec x) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* 2^floor(x) * y; 0 below x = -126, -inf included. */
+/* x where 2^floor(x) has a biased exponent: 0 at -127, infinity at 128. NaN is the second operand, so it stays. */
+VEC_INLINE vec vec_bounded(vec x) {
+    return _mm256_min_ps(_mm256_set1_ps(128), _mm256_max_ps(_mm256_set1_ps(-127), x));
+}
+/* 2^floor(x) * y; 0 below x = -126, infinity from 128 on. */
 VEC_INLINE vec vec_scale_floor(vec y, vec x) {
-    const vec n = _mm256_floor_ps(_mm256_max_ps(_mm256_set1_ps(-127), x));
-    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    const __m256i n = _mm256_cvtps_epi32(_mm256_floor_ps(vec_bounded(x)));
+    const __m256i biased = _mm256_add_epi32(n, _mm256_set1_epi32(127));
     return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 }
-/* x - floor(x) down to x = -127, 0 below; NaN for NaN. */
+/* x - floor(x) where 2^floor(x) is finite and not 0, else 0; NaN for NaN. */
 VEC_INLINE vec vec_fraction(vec x) {
-    const vec bounded = _mm256_max_ps(_mm256_set1_ps(-127), x); /* NaN: the second operand */
-    return _mm256_sub_ps(bounded, _mm256_floor_ps(bounded));
+    return _mm256_sub_ps(vec_bounded(x), _mm256_floor_ps(vec_bounded(x)));
 }
 
 /* Elements of another dtype, n of them (1 .. 8); absent ones are 0 and are not read. */
