@@ -1,8 +1,8 @@
 """Attention for PyTorch, on the CPU and on CUDA's current stream.
 
 ``scaled_dot_product_attention`` is a drop-in for the function of that name in
-``torch.nn.functional``; ``attention`` has all of the plugin's features. Both differentiate, and
-compile without a graph break.
+``torch.nn.functional``; ``attention`` has all of the plugin's features. Both differentiate, compile
+without a graph break, and work under ``torch.func`` (vmap goes through the batch, one by one).
 
 Where nothing is recorded (no gradient, no compilation) the plugin is called at once; else through
 the operator ``dlattn::forward``. Its backward pass is computed here, some query rows at a time.
@@ -46,6 +46,8 @@ def scaled_dot_product_attention(
     """
     if dropout_p:
         raise Unsupported(f"dropout_p: is {dropout_p}, dlattn has no dropout")
+    if _is_any_autocast_enabled():
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     axes = query.dim()
     if axes > 4:
         raise Unsupported(f"query: has {axes} axes, dlattn takes at most 4")
@@ -70,6 +72,23 @@ def scaled_dot_product_attention(
 def _with_heads(x: Tensor) -> Tensor:
     """[B, L, D] or [L, D] -> [B, 1, L, D]."""
     return x.unsqueeze(-3) if x.dim() == 3 else x[None, None]
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As PyTorch does for its own attention: floats, but not float64, in autocast's type."""
+    kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        is_cast = x is not None and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if is_cast else x
+
+    return tuple(cast(x) for x in tensors)
+
+
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Any:
@@ -166,7 +185,8 @@ def attention(
         raise InvalidArgument(
             "out, lse, kernel, num_threads, stream: go with no gradient and no compilation"
         )
-    out, lse = torch.ops.dlattn.forward(query, key, value, *tensors, *options)
+    forward = _Forward.apply if _are_transforms_active() else torch.ops.dlattn.forward
+    out, lse = forward(query, key, value, *tensors, *options)
     return (out, lse) if return_lse else out
 
 
@@ -175,16 +195,20 @@ def attention(
 
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether nobody watches: no compilation, no gradient, no tensor that only stands for one."""
-    if torch.compiler.is_compiling():
+    if _is_compiling() or _are_transforms_active():
         return False
-    watched = torch.is_grad_enabled()
+    watched = _is_grad_enabled()
     for x in tensors:
-        if x is not None and (type(x) not in _TENSORS or (watched and x.requires_grad)):
+        if x is not None and (
+            type(x) not in _TENSORS or (watched and x.requires_grad) or x.is_meta
+        ):
             return False
     return True
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active  # of torch.func
 
 
 def _stream(query: Tensor) -> int | None:
@@ -349,6 +373,18 @@ def _autograd(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None,
     )
     without = (None,) * (5 + len(ctx.options))
     return d_query, d_key, d_value, d_bias, None, d_slopes, d_sinks, *without
+
+
+class _Forward(torch.autograd.Function):
+    """The operator for torch.func, which takes gradients from nothing else."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_autograd)
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.dlattn.forward(*inputs)
 
 
 for _device in ("CPU", "CUDA"):

@@ -169,6 +169,47 @@ def test_compiles_without_graph_breaks():
         close(a, b, 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast(dtype):
+    """The type of the result, too, is that of PyTorch's own attention."""
+    tensors = make(dtype=dtype)
+    mask = torch.randn(7, 9, dtype=dtype)
+
+    def model(f, *x):
+        return f(*x, attn_mask=mask) * 2
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = model(ours, *tensors), model(theirs, *tensors)
+        compiled = torch.compile(functools.partial(model, ours), fullgraph=True, backend="eager")
+        assert compiled(*tensors).dtype == expected.dtype
+    assert found.dtype == expected.dtype
+    close(found, expected, 5e-2 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # theirs goes one by one, too
+def test_func_transforms():
+    """torch.func: vmap with and without an axis of its own in each tensor, grad, and both."""
+    x = [torch.stack([t, t.flip(1)]) for t in make()]
+    key = x[1][0]
+
+    def squares(f):
+        return lambda *x: (f(*x, is_causal=True) ** 2).sum()
+
+    for transform in (
+        lambda f: torch.vmap(f)(*x),
+        lambda f: torch.vmap(f, (0, None, 0))(x[0], key, x[2]),
+        lambda f: torch.func.grad(squares(f), (0, 1, 2))(x[0][0], key, x[2][0]),
+        lambda f: torch.vmap(torch.func.grad(squares(f)), (0, None, 0))(x[0], key, x[2]),
+    ):
+        torch.testing.assert_close(transform(ours), transform(theirs), rtol=0, atol=2e-5)
+
+
+def test_meta_device():
+    x = [t.to("meta") for t in make(dtype=torch.float16)]
+    assert ours(*x).shape == theirs(*x).shape
+    assert ours(*x).device.type == "meta"
+
+
 def test_operator():
     tensors = [x.requires_grad_() for x in make()]
     options = (None,) * 9 + (None, 0.0, -1, -1, True, 0, 0, 0)
