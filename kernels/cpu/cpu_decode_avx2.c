@@ -1,7 +1,7 @@
 /* Few query rows: f32, and f16 and bf16 widened to f32 on the way from memory. */
 #include "kernels/cpu/vec_avx2.h"
 
-#define VALUE_VECTORS 2
+#define VALUE_PAIRS 2
 #include "kernels/cpu/decode_template.h"
 
 bool cpu_decode_avx2_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {

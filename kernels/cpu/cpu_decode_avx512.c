@@ -1,7 +1,7 @@
 /* Few query rows: f32, and f16 and bf16 widened to f32 on the way from memory. */
 #include "kernels/cpu/vec_avx512.h"
 
-#define VALUE_VECTORS 4
+#define VALUE_PAIRS 4
 #include "kernels/cpu/decode_template.h"
 
 bool cpu_decode_avx512_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {

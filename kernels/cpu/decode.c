@@ -31,9 +31,10 @@ struct scratch {
 
 static int64_t heads_of(const struct problem *p) { return p->batch * p->heads_kv; }
 
-static int64_t rows_of(const struct problem *p) {
-    return round_up(p->len_q * group_of(p), ROW_GROUP);
-}
+/* As a part has them, of so many in use. */
+static int64_t padded_rows(int64_t rows) { return rows == 1 ? 1 : round_up(rows, ROW_GROUP); }
+
+static int64_t rows_of(const struct problem *p) { return padded_rows(p->len_q * group_of(p)); }
 
 static size_t lay_out_part(struct part *part, char *base, const struct problem *p) {
     uintptr_t at = (uintptr_t)base;
@@ -111,7 +112,7 @@ static const float *load_extra(const struct call *c, const struct task *t,
         const struct extra_row row = extra_row_at(p, t->b, query_head(t, r), query_index(t, r));
         c->body->load_extra_row(line, &row, &layout, tile->first_key, tile->n);
         for (int32_t j = 0; j < tile->n; j++)
-            extra[score_index(r, j)] = line[j];
+            extra[score_index(r, j, (int32_t)padded_rows(t->rows))] = line[j];
     }
     return extra;
 }
@@ -146,7 +147,7 @@ static struct part part_at(const struct call *c, const struct task *t, int64_t h
                            int64_t split) {
     const struct problem *p = t->p;
     struct part part = {.dtype = p->dtype,
-                        .rows = (int32_t)round_up(t->rows, ROW_GROUP),
+                        .rows = (int32_t)padded_rows(t->rows),
                         .dim_qk = p->dim_qk,
                         .dim_v = p->dim_v};
     lay_out_part(&part, c->parts + (size_t)(head * c->plan->splits + split) * c->part_bytes, p);

@@ -3,8 +3,9 @@
  * bodies (decode_template.h) agree on.
  *
  * A task is (batch, kv head, part of the keys) and reads its keys and values once for all query rows of the head's
- * group: row r is query row r / group of head r % group. Here the vectors run along d; rows are padded to whole
- * groups of four, and scores lie as [row / 4][key][row % 4], so that a vector holds all four rows of some keys.
+ * group: row r is query row r / group of head r % group. Here the vectors run along d. Rows are taken four at a time,
+ * padded with zeros, or a single one by itself; scores lie as [row / 4][key][row % 4], so that a vector holds all four rows
+ * of some keys, or as [key].
  */
 #ifndef DLATTN_CPU_DECODE_H_
 #define DLATTN_CPU_DECODE_H_
@@ -13,19 +14,22 @@
 
 enum { MAX_ROWS = 16, ROW_GROUP = 4, DECODE_TILE_K = 64, MAX_SPLITS = 64 };
 
-static inline int64_t score_index(int64_t row, int64_t key) {
-    return row / ROW_GROUP * (DECODE_TILE_K * ROW_GROUP) + key * ROW_GROUP + row % ROW_GROUP;
+/* Of `rows` in a part. */
+static inline int64_t score_index(int64_t row, int64_t key, int32_t rows) {
+    return rows == 1
+               ? key
+               : row / ROW_GROUP * (DECODE_TILE_K * ROW_GROUP) + key * ROW_GROUP + row % ROW_GROUP;
 }
 
 /* The rows of one task and what they have gathered from its keys. */
 struct part {
     enum dtype dtype;
-    int32_t rows; /* a multiple of ROW_GROUP */
+    int32_t rows; /* 1 or a multiple of ROW_GROUP */
     int64_t dim_qk, dim_v;
-    float *query;                       /* [row][dim_qk, padded to 16] */
-    float *scores;                      /* MAX_ROWS * DECODE_TILE_K */
-    float *output;                      /* [row][dim_v, padded to 16], not yet divided by sum */
-    float *max, *sum;                   /* [row]; max is the log2 of the scale of sum and output */
+    float *query;     /* [row][dim_qk, padded to 16], in the order of widen() */
+    float *scores;    /* MAX_ROWS * DECODE_TILE_K */
+    float *output;    /* [row][dim_v, padded to 16], likewise, not yet divided by sum */
+    float *max, *sum; /* [row]; max is the log2 of the scale of sum and output */
     int64_t lo[MAX_ROWS], hi[MAX_ROWS]; /* keys that a row sees */
     float position[MAX_ROWS], slope[MAX_ROWS];
 };
@@ -42,6 +46,7 @@ struct part_tile {
 };
 
 struct decode_body {
+    /* A row of the query to f32 and one of the output back, in the order in which attend() takes elements. */
     void (*widen)(float *to, const char *from, int64_t n, enum dtype dtype);
     void (*narrow)(char *to, const float *from, int64_t n, enum dtype dtype);
     /* to[j] = extra logit of key first_key + j, n <= DECODE_TILE_K of them. */

@@ -1,6 +1,6 @@
 /*
  * The body of a cpu_decode row, over the vectors of vec_*.h. A row's file defines
- *     VALUE_VECTORS   vectors of d_v whose sums for four rows are kept in registers
+ *     VALUE_PAIRS   pairs of vectors of d_v whose sums are kept in registers for one row; half as many for four
  */
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/vec_extra.h"
@@ -8,63 +8,109 @@
 
 #include <math.h>
 
-enum { KEYS = VEC_LANES / ROW_GROUP }; /* whose scores with four rows fill a vector */
+/* `rows` is 1 or ROW_GROUP; so many keys' scores with these rows fill a vector. */
+#define KEYS(rows) (VEC_LANES / (rows))
 
-/* sums[key][row] += key[d ..] * query[d ..], n <= VEC_LANES products in each lane's own place. */
-VEC_INLINE void add_products(vec *sums, const char *const *keys, const float *query,
-                             int64_t query_stride, int64_t d, int64_t n, enum dtype dtype) {
-    const int64_t bytes = dtype == DTYPE_F32 ? 4 : 2;
-    vec q[ROW_GROUP];
-#pragma clang loop unroll(full)
-    for (int r = 0; r < ROW_GROUP; r++)
-        q[r] = vec_load(query + r * query_stride + d);
-#pragma clang loop unroll(full)
-    for (int k = 0; k < KEYS; k++) {
-        const vec key = load_some(keys[k] + d * bytes, dtype, n);
-#pragma clang loop unroll(full)
-        for (int r = 0; r < ROW_GROUP; r++)
-            sums[k * ROW_GROUP + r] = vec_fma(key, q[r], sums[k * ROW_GROUP + r]);
+/* ---- The order of elements --------------------------------------------------------------------------------------
+ * bf16 is widened two vectors at a time, the even elements by a shift and the odd ones by a mask, which takes fewer
+ * instructions than spreading them out in order. So queries and outputs hold even and odd elements apart, too, in each PAIR of
+ * vectors; what is left of a row behind its last whole pair is in order. */
+
+enum { PAIR = 2 * VEC_LANES };
+
+VEC_INLINE void load_pair(vec x[2], const char *p, enum dtype dtype) {
+    if (dtype == DTYPE_BF16) {
+        vec_load_bf16_halves(x, p);
+        return;
     }
+    x[0] = load_some(p, dtype, VEC_LANES);
+    x[1] = load_some(p + VEC_LANES * dtype_bytes(dtype), dtype, VEC_LANES);
 }
 
-/* to[key][row] = dot product, for KEYS keys and four rows. */
-VEC_INLINE void score_keys(float *to, const char *const *keys, const float *query,
-                           int64_t query_stride, int64_t dim, enum dtype dtype) {
-    vec sums[KEYS * ROW_GROUP];
+VEC_FN static void widen_query(float *to, const char *from, int64_t n, enum dtype dtype) {
+    const int64_t pairs = n / PAIR * PAIR;
+    vec x[2];
+    for (int64_t d = 0; d < pairs; d += PAIR) {
+        load_pair(x, from + d * dtype_bytes(dtype), dtype);
+        vec_store(to + d, x[0]);
+        vec_store(to + d + VEC_LANES, x[1]);
+    }
+    widen(to + pairs, from + pairs * dtype_bytes(dtype), n - pairs, dtype);
+}
+
+VEC_FN static void narrow_output(char *to, const float *from, int64_t n, enum dtype dtype) {
+    const int64_t pairs = dtype == DTYPE_BF16 ? n / PAIR * PAIR : 0;
+    float part[PAIR];
+    for (int64_t d = 0; d < pairs; d += PAIR) {
+        for (int l = 0; l < VEC_LANES; l++) {
+            part[2 * l] = from[d + l];
+            part[2 * l + 1] = from[d + VEC_LANES + l];
+        }
+        narrow(to + d * 2, part, PAIR, dtype);
+    }
+    narrow(to + pairs * dtype_bytes(dtype), from + pairs, n - pairs, dtype);
+}
+
+/* ---- Scores and values ------------------------------------------------------------------------------------------ */
+
+/* sums[key][row] += key * query[row] in each lane's own place. */
+VEC_INLINE void add_products(vec *sum, vec key, const float *query, int64_t query_stride,
+                             int rows) {
 #pragma clang loop unroll(full)
-    for (int n = 0; n < KEYS * ROW_GROUP; n++)
+    for (int r = 0; r < rows; r++)
+        sum[r] = vec_fma(key, vec_load(query + r * query_stride), sum[r]);
+}
+
+/* to[key][row] = dot product, for a vector's keys. */
+VEC_INLINE void score_keys(float *to, const char *const *keys, const float *query,
+                           int64_t query_stride, int64_t dim, int rows, enum dtype dtype) {
+    const int64_t bytes = dtype_bytes(dtype);
+    vec sums[VEC_LANES];
+#pragma clang loop unroll(full)
+    for (int n = 0; n < VEC_LANES; n++)
         sums[n] = vec_set(0);
     int64_t d = 0;
-    for (; d + VEC_LANES <= dim; d += VEC_LANES)
-        add_products(sums, keys, query, query_stride, d, VEC_LANES, dtype);
-    if (d < dim)
-        add_products(sums, keys, query, query_stride, d, dim - d, dtype);
+    for (; d + PAIR <= dim; d += PAIR)
+#pragma clang loop unroll(full)
+        for (int k = 0; k < KEYS(rows); k++) {
+            vec key[2];
+            load_pair(key, keys[k] + d * bytes, dtype);
+            add_products(sums + k * rows, key[0], query + d, query_stride, rows);
+            add_products(sums + k * rows, key[1], query + d + VEC_LANES, query_stride, rows);
+        }
+    for (; d < dim; d += VEC_LANES)
+#pragma clang loop unroll(full)
+        for (int k = 0; k < KEYS(rows); k++)
+            add_products(sums + k * rows,
+                         load_some(keys[k] + d * bytes, dtype, at_most(dim - d, VEC_LANES)),
+                         query + d, query_stride, rows);
     vec_store(to, vec_sums(sums));
 }
 
-/* Four rows of scores, and the tile's values fetched meanwhile; a tile whose keys do not fill the last vector repeats its last key there. */
+/* Scores of a tile, and its values fetched meanwhile; a tile whose keys do not fill the last vector repeats its last key there. */
 VEC_INLINE void score_tile(float *to, const struct part_tile *tile, const float *query,
-                           int64_t query_stride, int64_t dim, int64_t value_bytes,
+                           int64_t query_stride, int64_t dim, int64_t value_bytes, int rows,
                            enum dtype dtype) {
-    for (int32_t j = 0; j < tile->n; j += KEYS) {
-        const char *keys[KEYS];
-        prefetch_rows(&tile->value, j, least(j + KEYS, tile->n), value_bytes);
+    for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
+        const char *keys[KEYS(1)];
+        prefetch_rows(&tile->value, j, least(j + KEYS(rows), tile->n), value_bytes);
 #pragma clang loop unroll(full)
-        for (int k = 0; k < KEYS; k++)
+        for (int k = 0; k < KEYS(rows); k++)
             keys[k] = row_at(&tile->key, j + k < tile->n ? j + k : tile->n - 1);
-        score_keys(to + j * ROW_GROUP, keys, query, query_stride, dim, dtype);
+        score_keys(to + j * rows, keys, query, query_stride, dim, rows, dtype);
     }
 }
 
-/* output[row][d] += weights[key][row] * value[key][d] for four rows and `vectors` vectors of d. The first of them fetches the
- * next tile's keys. */
+/* output[row][d] += weights[key][row] * value[key][d] for `pairs` pairs of vectors of d, or for n <= VEC_LANES elements if it is 0.
+ * The first of them fetches the next tile's keys. */
 VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
-                           const struct part_tile *tile, int64_t d, int64_t n, int vectors,
-                           int64_t key_bytes, enum dtype dtype) {
-    const int64_t bytes = dtype == DTYPE_F32 ? 4 : 2;
-    vec sums[ROW_GROUP][VALUE_VECTORS];
+                           const struct part_tile *tile, int64_t d, int pairs, int64_t n,
+                           int64_t key_bytes, int rows, enum dtype dtype) {
+    const int64_t bytes = dtype_bytes(dtype);
+    const int vectors = pairs ? 2 * pairs : 1;
+    vec sums[ROW_GROUP][2 * VALUE_PAIRS];
 #pragma clang loop unroll(full)
-    for (int r = 0; r < ROW_GROUP; r++)
+    for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++)
             sums[r][v] = vec_load(output + r * stride + d + v * VEC_LANES);
@@ -72,100 +118,105 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
         const char *value = (const char *)row_at(&tile->value, j) + d * bytes;
         if (d == 0 && j < tile->n_next)
             prefetch_rows(&tile->key, tile->n + j, tile->n + j + 1, key_bytes);
-        vec x[VALUE_VECTORS];
+        vec x[2 * VALUE_PAIRS];
+        if (pairs == 0)
+            x[0] = load_some(value, dtype, n);
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++)
-            x[v] = load_some(value + v * VEC_LANES * bytes, dtype, n);
+        for (int v = 0; v < pairs; v++)
+            load_pair(x + 2 * v, value + v * PAIR * bytes, dtype);
 #pragma clang loop unroll(full)
-        for (int r = 0; r < ROW_GROUP; r++) {
-            const vec weight = vec_set(weights[j * ROW_GROUP + r]);
+        for (int r = 0; r < rows; r++) {
+            const vec weight = vec_set(weights[j * rows + r]);
 #pragma clang loop unroll(full)
             for (int v = 0; v < vectors; v++)
                 sums[r][v] = vec_fma(weight, x[v], sums[r][v]);
         }
     }
 #pragma clang loop unroll(full)
-    for (int r = 0; r < ROW_GROUP; r++)
+    for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++)
             vec_store(output + r * stride + d + v * VEC_LANES, sums[r][v]);
 }
 
 VEC_INLINE void value_tile(float *output, int64_t stride, const float *weights,
-                           const struct part_tile *tile, int64_t dim, int64_t key_bytes,
+                           const struct part_tile *tile, int64_t dim, int64_t key_bytes, int rows,
                            enum dtype dtype) {
+    const int pairs = rows == 1 ? VALUE_PAIRS : VALUE_PAIRS / 2;
     int64_t d = 0;
-    for (; d + VALUE_VECTORS * VEC_LANES <= dim; d += VALUE_VECTORS * VEC_LANES)
-        add_values(output, stride, weights, tile, d, VEC_LANES, VALUE_VECTORS, key_bytes, dtype);
+    for (; d + pairs * PAIR <= dim; d += pairs * PAIR)
+        add_values(output, stride, weights, tile, d, pairs, 0, key_bytes, rows, dtype);
+    for (; d + PAIR <= dim; d += PAIR)
+        add_values(output, stride, weights, tile, d, 1, 0, key_bytes, rows, dtype);
     for (; d < dim; d += VEC_LANES)
-        add_values(output, stride, weights, tile, d, at_most(dim - d, VEC_LANES), 1, key_bytes,
-                   dtype);
+        add_values(output, stride, weights, tile, d, 0, at_most(dim - d, VEC_LANES), key_bytes,
+                   rows, dtype);
 }
 
-/* The four values of a row group, once for each key of a vector. */
-VEC_INLINE vec repeat_rows(const float *rows) {
+/* ---- Softmax ---------------------------------------------------------------------------------------------------- */
+
+/* The values of the rows, once for each key of a vector. */
+VEC_INLINE vec repeat_rows(const float *of_row, int rows) {
     float lanes[VEC_LANES];
 #pragma clang loop unroll(full)
-    for (int k = 0; k < KEYS; k++)
-        memcpy(lanes + k * ROW_GROUP, rows, sizeof(float) * ROW_GROUP);
+    for (int l = 0; l < VEC_LANES; l++)
+        lanes[l] = of_row[l % rows];
     return vec_load(lanes);
 }
 
 /* Key index of each lane, from `first` on. */
-VEC_INLINE vec key_lanes(float first) {
+VEC_INLINE vec key_lanes(float first, int rows) {
     float lanes[VEC_LANES];
 #pragma clang loop unroll(full)
     for (int n = 0; n < VEC_LANES; n++) {
-        const int key = n / ROW_GROUP;
+        const int key = n / rows;
         lanes[n] = first + (float)key;
     }
     return vec_load(lanes);
 }
 
 VEC_INLINE void rule_tile(float *s, const float *extra, const struct part *part, int32_t row,
-                          const struct part_tile *tile) {
-    const vec position = repeat_rows(part->position + row), slope = repeat_rows(part->slope + row);
-    for (int32_t j = 0; j < tile->n; j += KEYS) {
-        const vec key = key_lanes((float)(tile->first_key + j));
-        vec_store(s + j * ROW_GROUP,
-                  logit_of(vec_load(s + j * ROW_GROUP), tile->rule, slope,
-                           vec_abs(vec_sub(position, key)),
-                           extra ? vec_load(extra + j * ROW_GROUP) : vec_set(0)));
+                          const struct part_tile *tile, int rows) {
+    const vec position = repeat_rows(part->position + row, rows),
+              slope = repeat_rows(part->slope + row, rows);
+    for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
+        const vec key = key_lanes((float)(tile->first_key + j), rows);
+        vec_store(s + j * rows, logit_of(vec_load(s + j * rows), tile->rule, slope,
+                                         vec_abs(vec_sub(position, key)),
+                                         extra ? vec_load(extra + j * rows) : vec_set(0)));
     }
 }
 
 /* -inf where a row does not see the key, and past the last key. */
 VEC_INLINE void bound_tile(float *s, const struct part *part, int32_t row,
-                           const struct part_tile *tile) {
+                           const struct part_tile *tile, int rows) {
     float lo[ROW_GROUP], hi[ROW_GROUP]; /* in keys of this tile */
-    for (int r = 0; r < ROW_GROUP; r++) {
+    for (int r = 0; r < rows; r++) {
         const int64_t low = part->lo[row + r] - tile->first_key,
                       high = part->hi[row + r] - tile->first_key;
         lo[r] = (float)(low < 0 ? 0 : at_most(low, tile->n)) - 0.5f;
         hi[r] = (float)(high < 0 ? 0 : at_most(high, tile->n)) - 0.5f;
     }
-    const vec low = repeat_rows(lo), high = repeat_rows(hi);
-    for (int32_t j = 0; j < tile->n; j += KEYS) {
-        const vec key = key_lanes((float)j), x = vec_load(s + j * ROW_GROUP);
-        vec_store(s + j * ROW_GROUP,
-                  vec_blend(vec_set(-INFINITY), x,
-                            vec_and(vec_greater(key, low), vec_greater(high, key))));
+    const vec low = repeat_rows(lo, rows), high = repeat_rows(hi, rows);
+    for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
+        const vec key = key_lanes((float)j, rows), x = vec_load(s + j * rows);
+        vec_store(s + j * rows, vec_blend(vec_set(-INFINITY), x,
+                                          vec_and(vec_greater(key, low), vec_greater(high, key))));
     }
 }
 
-/* Raises the maxima of four rows to those of the tile; output and sum follow. */
+/* Raises the maxima of the rows to those of the tile; output and sum follow. */
 VEC_INLINE void raise_max(const struct part *part, int32_t row, const float *s,
-                          const struct part_tile *tile, float *output, int64_t stride) {
+                          const struct part_tile *tile, float *output, int64_t stride, int rows) {
     float lanes[VEC_LANES];
     vec tile_max = vec_set(-INFINITY);
-    for (int32_t j = 0; j < tile->n; j += KEYS)
-        tile_max = vec_max(vec_load(s + j * ROW_GROUP), tile_max);
+    for (int32_t j = 0; j < tile->n; j += KEYS(rows))
+        tile_max = vec_max(vec_load(s + j * rows), tile_max);
     vec_store(lanes, tile_max);
-    for (int r = 0; r < ROW_GROUP; r++) {
+    for (int r = 0; r < rows; r++) {
         float most_of_row = -INFINITY;
-        for (int k = 0; k < KEYS; k++)
-            most_of_row =
-                lanes[k * ROW_GROUP + r] > most_of_row ? lanes[k * ROW_GROUP + r] : most_of_row;
+        for (int l = r; l < VEC_LANES; l += rows)
+            most_of_row = lanes[l] > most_of_row ? lanes[l] : most_of_row;
         most_of_row *= tile->scale;
         const float before = part->max[row + r];
         if (!(most_of_row > before + 8)) /* weights up to 2^8 do no harm */
@@ -182,49 +233,60 @@ VEC_INLINE void raise_max(const struct part *part, int32_t row, const float *s,
 
 /* Scores become weights. A row that has seen no key has scores -inf: weight 0 relative to 2^0. */
 VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
-                           const struct part_tile *tile) {
+                           const struct part_tile *tile, int rows) {
     float minus_max[ROW_GROUP], lanes[VEC_LANES];
-    for (int r = 0; r < ROW_GROUP; r++)
+    for (int r = 0; r < rows; r++)
         minus_max[r] = part->max[row + r] == -INFINITY ? 0 : -part->max[row + r];
-    const vec minus = repeat_rows(minus_max), scale = vec_set(tile->scale);
+    const vec minus = repeat_rows(minus_max, rows), scale = vec_set(tile->scale);
     vec sum = vec_set(0);
-    for (int32_t j = 0; j < tile->n; j += KEYS) {
-        const vec weight = exp2_of(vec_fma(vec_load(s + j * ROW_GROUP), scale, minus));
+    for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
+        const vec weight = exp2_of(vec_fma(vec_load(s + j * rows), scale, minus));
         sum = vec_add(sum, weight);
-        vec_store(s + j * ROW_GROUP, weight);
+        vec_store(s + j * rows, weight);
     }
     vec_store(lanes, sum);
     for (int n = 0; n < VEC_LANES; n++)
-        part->sum[row + n % ROW_GROUP] += lanes[n];
+        part->sum[row + n % rows] += lanes[n];
 }
 
-VEC_INLINE void attend_as(const struct part *part, const struct part_tile *tile, enum dtype dtype) {
+/* ---- A part and a tile of keys ---------------------------------------------------------------------------------- */
+
+VEC_INLINE void attend_as(const struct part *part, const struct part_tile *tile, int rows,
+                          enum dtype dtype) {
     const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16),
-                  bytes = dtype == DTYPE_F32 ? 4 : 2;
-    for (int32_t row = 0; row < part->rows; row += ROW_GROUP) {
-        float *s = part->scores + score_index(row, 0), *output = part->output + row * stride;
+                  bytes = dtype_bytes(dtype);
+    for (int32_t row = 0; row < part->rows; row += rows) {
+        const int64_t at = score_index(row, 0, part->rows);
+        float *s = part->scores + at, *output = part->output + row * stride;
         score_tile(s, tile, part->query + row * query_stride, query_stride, part->dim_qk,
-                   row == 0 ? part->dim_v * bytes : 0, dtype);
+                   row == 0 ? part->dim_v * bytes : 0, rows, dtype);
         if (tile->rule)
-            rule_tile(s, tile->rule->extra ? tile->rule->extra + score_index(row, 0) : NULL, part,
-                      row, tile);
-        if (tile->bounded || tile->n % KEYS != 0)
-            bound_tile(s, part, row, tile);
-        raise_max(part, row, s, tile, output, stride);
-        weigh_tile(part, row, s, tile);
-        value_tile(output, stride, s, tile, part->dim_v, row == 0 ? part->dim_qk * bytes : 0,
+            rule_tile(s, tile->rule->extra ? tile->rule->extra + at : NULL, part, row, tile, rows);
+        if (tile->bounded || tile->n % KEYS(rows) != 0)
+            bound_tile(s, part, row, tile, rows);
+        raise_max(part, row, s, tile, output, stride, rows);
+        weigh_tile(part, row, s, tile, rows);
+        value_tile(output, stride, s, tile, part->dim_v, row == 0 ? part->dim_qk * bytes : 0, rows,
                    dtype);
     }
 }
 
+#define ATTEND(dtype)                                                                              \
+    if (part->rows == 1)                                                                           \
+        attend_as(part, tile, 1, dtype);                                                           \
+    else                                                                                           \
+        attend_as(part, tile, ROW_GROUP, dtype)
+
 VEC_FN static void attend(const struct part *part, const struct part_tile *tile) {
     if (part->dtype == DTYPE_F32)
-        attend_as(part, tile, DTYPE_F32);
+        ATTEND(DTYPE_F32);
     else if (part->dtype == DTYPE_F16)
-        attend_as(part, tile, DTYPE_F16);
+        ATTEND(DTYPE_F16);
     else
-        attend_as(part, tile, DTYPE_BF16);
+        ATTEND(DTYPE_BF16);
 }
 
-static const struct decode_body body = {
-    .widen = widen, .narrow = narrow, .load_extra_row = load_extra_row, .attend = attend};
+static const struct decode_body body = {.widen = widen_query,
+                                        .narrow = narrow_output,
+                                        .load_extra_row = load_extra_row,
+                                        .attend = attend};

@@ -86,6 +86,12 @@ VEC_INLINE vec vec_load_f16(const void *p, int64_t n) {
 VEC_INLINE vec vec_load_bf16(const void *p, int64_t n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(vec_load_halves(p, n)), 16));
 }
+/* The even elements of 16 bf16 and the odd ones. */
+VEC_INLINE void vec_load_bf16_halves(vec halves[2], const void *p) {
+    const __m256i words = _mm256_loadu_si256(p);
+    halves[0] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+    halves[1] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
+}
 /* The lanes whose byte is not 0, of n. */
 VEC_INLINE vec_mask vec_load_flags(const uint8_t *p, int64_t n) {
     uint64_t bytes = 0;

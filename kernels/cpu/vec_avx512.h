@@ -62,6 +62,12 @@ VEC_INLINE vec vec_load_bf16(const void *p, int64_t n) {
     const __m256i half = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+/* The even elements of 32 bf16 and the odd ones. */
+VEC_INLINE void vec_load_bf16_halves(vec halves[2], const void *p) {
+    const __m512i words = _mm512_loadu_si512(p);
+    halves[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    halves[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+}
 /* The lanes whose byte is not 0, of n. */
 VEC_INLINE vec_mask vec_load_flags(const uint8_t *p, int64_t n) {
     const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p);
