@@ -433,18 +433,23 @@ static int run(struct call *c, PyObject *const *args, struct planned *p, PyObjec
     return status == DLATTN_OK ? 0 : -1;
 }
 
+/* Plans and computes a call that has been opened. */
+static int compute(struct call *c, PyObject *const *args) {
+    PyObject *owner = NULL;
+    struct planned *p = find_plan(&c->desc, c->arguments, &c->tensors);
+    const int status = p ? run(c, args, p, &owner) : -1;
+    release_plan(p);
+    Py_XDECREF(owner);
+    return status;
+}
+
 /* forward(query, ..., allocate): computes into output and lse. */
 static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     struct call c;
-    PyObject *owner = NULL;
     int status = open_call(&c, args, count);
     (void)self;
-    if (status == 0) {
-        struct planned *p = find_plan(&c.desc, c.arguments, &c.tensors);
-        status = p ? run(&c, args, p, &owner) : -1;
-        release_plan(p);
-    }
-    Py_XDECREF(owner);
+    if (status == 0)
+        status = compute(&c, args);
     close_arguments(c.arguments, SLOTS);
     if (status != 0)
         return NULL;
@@ -473,6 +478,94 @@ static PyObject *query(PyObject *self, PyObject *const *args, Py_ssize_t count) 
                          PyBool_FromLong(s.deterministic), PyBool_FromLong(s.bit_stable), s.tile_q,
                          s.tile_k, s.num_splits, s.num_threads);
 }
+
+/* ---- PyTorch's common case ------------------------------------------------------------------- */
+
+/* What of PyTorch plain() asks, as dlattn.torch has named it. */
+static struct {
+    PyObject *tensor, *parameter;           /* the types of tensors that stand for no others */
+    PyObject *is_transforming, *is_casting; /* whether somebody must see every call */
+    PyObject *is_recording, *requires_grad; /* whether a tensor's gradient is recorded */
+    PyObject *empty_like;
+} torch;
+static PyObject *defaults[ARGUMENTS];
+
+/* bind_torch(...): the members of `torch`, in their order. */
+static PyObject *bind_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    PyObject **members = (PyObject **)&torch;
+    (void)self;
+    if (count != sizeof torch / sizeof *members)
+        return PyErr_Format(PyExc_TypeError, "bind_torch: %zd arguments", count);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_INCREF(args[i]);
+        Py_XDECREF(members[i]);
+        members[i] = args[i];
+    }
+    Py_RETURN_NONE;
+}
+
+/* Whether that object, which is given away, is true; an error is. */
+static int is_true(PyObject *object) {
+    const int truth = object ? PyObject_IsTrue(object) : -1;
+    Py_XDECREF(object);
+    PyErr_Clear();
+    return truth != 0;
+}
+
+static int is_plain(PyObject *const *tensors) {
+    const int recording = is_true(PyObject_CallNoArgs(torch.is_recording));
+    for (int i = 0; i < OUTPUT; i++) {
+        PyObject *type = (PyObject *)Py_TYPE(tensors[i]);
+        if ((type != torch.tensor && type != torch.parameter) ||
+            (recording && is_true(PyObject_GetAttr(tensors[i], torch.requires_grad))))
+            return 0;
+    }
+    return exchange_of(Py_TYPE(tensors[0])) && !is_true(PyObject_CallNoArgs(torch.is_casting)) &&
+           !is_true(PyObject_CallNoArgs(torch.is_transforming));
+}
+
+/* The output of [B, H, L, D] tensors whose output is like the query; NULL without an exception if
+ * they are others. */
+static PyObject *output_like_query(const struct call *c, PyObject *query, int any_heads) {
+    const DLTensor *q = &c->arguments[0].tensor, *k = &c->arguments[1].tensor,
+                   *v = &c->arguments[2].tensor;
+    if (q->ndim != 4 || k->ndim != 4 || v->ndim != 4 || q->shape[3] != v->shape[3] ||
+        (q->shape[1] != k->shape[1] && k->shape[1] != 1 && !any_heads))
+        return NULL;
+    return PyObject_CallFunctionObjArgs(torch.empty_like, query, NULL);
+}
+
+/* plain(query, key, value, scale, causal, any_heads) -> the output; or None where dlattn.torch must
+ * look closer: somebody watches, the output is not like the query, or an error is to be said. Half
+ * the steps that the same takes in Python, which on tiny problems are a third of the time. */
+static PyObject *plain(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    struct call c;
+    PyObject *args[ARGUMENTS], *output = NULL;
+    int status = -1;
+    (void)self;
+    if (count != 6)
+        return PyErr_Format(PyExc_TypeError, "plain: %zd arguments, must be 6", count);
+    if (!is_plain(given))
+        Py_RETURN_NONE;
+    memcpy(args, defaults, sizeof args);
+    memcpy(args, given, OUTPUT * sizeof *args);
+    args[SCALE] = given[3];
+    args[CAUSAL] = given[4];
+    if (open_call(&c, args, ARGUMENTS) == 0)
+        output = output_like_query(&c, given[0], PyObject_IsTrue(given[5]) == 1);
+    if (output && open_argument(&c.arguments[OUTPUT], output, OUTPUT, Py_None) == 0) {
+        c.tensors.output = &c.arguments[OUTPUT].tensor;
+        status = compute(&c, args);
+    }
+    close_arguments(c.arguments, SLOTS);
+    if (status == 0)
+        return output;
+    Py_XDECREF(output);
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
+/* ---- Listings -------------------------------------------------------------------------------- */
 
 /* library() -> (path, version, (abi major, abi minor)) of the plugin that is in use. */
 static PyObject *library(PyObject *self, PyObject *none) {
@@ -505,6 +598,8 @@ static PyObject *kernels(PyObject *self, PyObject *none) {
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, NULL},
     {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL, NULL},
+    {"bind_torch", (PyCFunction)(void (*)(void))bind_torch, METH_FASTCALL, NULL},
+    {"plain", (PyCFunction)(void (*)(void))plain, METH_FASTCALL, NULL},
     {"library", library, METH_NOARGS, NULL},
     {"kernels", kernels, METH_NOARGS, NULL},
     {0},
@@ -523,6 +618,14 @@ PyMODINIT_FUNC PyInit__core(void) {
     str_max_version = PyUnicode_InternFromString("max_version");
     max_version_kw =
         Py_BuildValue("{s(ii)}", "max_version", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
+    for (int i = 0; i < ARGUMENTS; i++) {
+        const int is_count = i == CAUSAL || i == ALIGNMENT || i == NUM_THREADS ||
+                             i == MAX_SEQLEN_Q || i == MAX_SEQLEN_K;
+        defaults[i] = i == SOFTCAP                            ? PyFloat_FromDouble(0)
+                      : i == WINDOW_LEFT || i == WINDOW_RIGHT ? PyLong_FromLong(-1)
+                      : is_count                              ? PyLong_FromLong(0)
+                                                              : Py_NewRef(Py_None);
+    }
     if (!errors || !max_version_kw)
         return NULL;
     if (pthread_key_create(&scratch_key, free_scratch) != 0)

@@ -44,6 +44,10 @@ def scaled_dot_product_attention(
     Raises ``dlattn.Unsupported`` (a NotImplementedError) for dropout, ``dlattn.InvalidArgument`` (a
     ValueError) for tensors that do not go together.
     """
+    if attn_mask is None and not dropout_p and not _is_compiling():
+        output = _core.plain(query, key, value, scale, is_causal, enable_gqa)
+        if output is not None:
+            return output
     if dropout_p:
         raise Unsupported(f"dropout_p: is {dropout_p}, dlattn has no dropout")
     if _is_any_autocast_enabled():
@@ -59,7 +63,7 @@ def scaled_dot_product_attention(
             f"key: has {heads_kv} heads, query {heads}; enable_gqa=True allows it"
         )
     if attn_mask is None:
-        output = _attention(query, key, value, scale, is_causal)
+        output = attention(query, key, value, causal=is_causal, scale=scale)
     else:
         if axes == 3 and attn_mask.dim() == 3:
             attn_mask = attn_mask.unsqueeze(1)
@@ -86,40 +90,6 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return x.to(dtype) if is_cast else x
 
     return tuple(cast(x) for x in tensors)
-
-
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Any:
-    """The common case with as few steps as can be: it costs less than the framework's own."""
-    if not _is_plain(query, key, value):
-        return attention(query, key, value, causal=causal, scale=scale)
-    same = query.size(3) == value.size(3)
-    output = torch.empty_like(query) if same else _output(query, value)
-    _core.forward(
-        query,
-        key,
-        value,
-        output,
-        *_NO_TENSORS,
-        scale,
-        0.0,
-        -1,
-        -1,
-        causal,
-        0,
-        0,
-        0,
-        None,
-        0,
-        None if _HAS_EXCHANGE else _stream(query),
-        _workspace,
-    )
-    return output
-
-
-_NO_TENSORS = (None,) * 10  # lse and all after it
 
 
 def attention(
@@ -208,7 +178,16 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active  # of torch.func
+_core.bind_torch(
+    *_TENSORS,
+    _are_transforms_active,
+    _is_any_autocast_enabled,
+    _is_grad_enabled,
+    "requires_grad",
+    torch.empty_like,
+)
 
 
 def _stream(query: Tensor) -> int | None:
