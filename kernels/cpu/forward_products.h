@@ -41,6 +41,7 @@ VEC_INLINE void product_tile(float *c, const float *a, int64_t row_stride, int64
             for (int v = 0; v < vectors; v++)
                 acc[r][v] = dot(acc[r][v], a + r * row_stride + s * step_stride, x[v]);
     }
+    __asm__("" : "+r"(c)); /* or each of its offsets gets a register, and those are spilled */
 #pragma clang loop unroll(full)
     for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
