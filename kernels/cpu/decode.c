@@ -117,6 +117,16 @@ static const float *load_extra(const struct call *c, const struct task *t,
     return extra;
 }
 
+static struct row_fetch rows_to_fetch(const struct rows *rows, int64_t first, int32_t n,
+                                      int64_t bytes) {
+    enum { PAGE = 4096, MOST_LOG2 = 3 };
+    struct row_fetch f = {.rows = *rows, .first = first, .n = n, .bytes = bytes};
+    if (n == DECODE_TILE_K && !rows->rows && rows->stride == bytes)
+        while (f.pages_log2 < MOST_LOG2 && DECODE_TILE_K * bytes > PAGE << f.pages_log2)
+            f.pages_log2++;
+    return f;
+}
+
 static void attend_tile(const struct call *c, const struct task *t, const struct part *part,
                         int64_t first_key, int32_t n, int32_t n_next, struct scratch *w) {
     const struct problem *p = t->p;
@@ -127,9 +137,11 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
                          w->pointers + DECODE_TILE_K),
         .first_key = first_key,
         .n = n,
-        .n_next = p->features & DLATTN_FEATURE_PAGED ? 0 : n_next,
         .scale = (float)(p->scale * LOG2_E),
     };
+    tile.values = rows_to_fetch(&tile.value, 0, n, p->dim_v * dtype_bytes(p->dtype));
+    if (!tile.key.rows) /* rows in pages are looked up tile by tile */
+        tile.keys = rows_to_fetch(&tile.key, n, n_next, p->dim_qk * dtype_bytes(p->dtype));
     for (int32_t r = 0; r < t->rows; r++)
         tile.bounded |= part->lo[r] > first_key || part->hi[r] < first_key + n;
     if (needs_rule(p)) {

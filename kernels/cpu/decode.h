@@ -34,12 +34,30 @@ struct part {
     float position[MAX_ROWS], slope[MAX_ROWS];
 };
 
+/* Rows of a tile to be fetched one by one beside other work. Those of a whole tile that lie side by side are taken from
+ * each of its pages in turn: the hardware reads ahead within a page by itself, and so in all of them at once. */
+struct row_fetch {
+    struct rows rows;
+    int64_t first, bytes; /* of a row */
+    int32_t n, done;
+    int32_t pages_log2;
+};
+
+static inline void fetch_next(struct row_fetch *f) {
+    if (f->done == f->n)
+        return;
+    const int32_t j = f->done++, page = j & ((1 << f->pages_log2) - 1);
+    const int64_t row = f->first + page * (DECODE_TILE_K >> f->pages_log2) + (j >> f->pages_log2);
+    prefetch_rows(&f->rows, row, row + 1, f->bytes);
+}
+
 /* Keys [first_key, first_key + n) of it, n <= DECODE_TILE_K. */
 struct part_tile {
     struct rows key, value;
     int64_t first_key;
     int32_t n;
-    int32_t n_next;                /* keys that follow evenly, worth fetching ahead */
+    struct row_fetch values;       /* of this tile, while its keys are scored */
+    struct row_fetch keys;         /* of the next one, while values are summed */
     float scale;                   /* to units of log2(e) */
     const struct logit_rule *rule; /* instead of scale, or NULL */
     bool bounded;                  /* some row does not see every key */
@@ -52,7 +70,7 @@ struct decode_body {
     /* to[j] = extra logit of key first_key + j, n <= DECODE_TILE_K of them. */
     void (*load_extra_row)(float *to, const struct extra_row *row,
                            const struct extra_layout *layout, int64_t first_key, int32_t n);
-    void (*attend)(const struct part *part, const struct part_tile *tile);
+    void (*attend)(const struct part *part, struct part_tile *tile);
 };
 
 bool decode_plan(struct plan *plan, const struct problem *p);

@@ -88,24 +88,24 @@ VEC_INLINE void score_keys(float *to, const char *const *keys, const float *quer
 }
 
 /* Scores of a tile, and its values fetched meanwhile; a tile whose keys do not fill the last vector repeats its last key there. */
-VEC_INLINE void score_tile(float *to, const struct part_tile *tile, const float *query,
-                           int64_t query_stride, int64_t dim, int64_t value_bytes, int rows,
-                           enum dtype dtype) {
+VEC_INLINE void score_tile(float *to, struct part_tile *tile, const float *query,
+                           int64_t query_stride, int64_t dim, int rows, enum dtype dtype) {
     for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
         const char *keys[KEYS(1)];
-        prefetch_rows(&tile->value, j, least(j + KEYS(rows), tile->n), value_bytes);
 #pragma clang loop unroll(full)
-        for (int k = 0; k < KEYS(rows); k++)
+        for (int k = 0; k < KEYS(rows); k++) {
+            fetch_next(&tile->values);
             keys[k] = row_at(&tile->key, j + k < tile->n ? j + k : tile->n - 1);
+        }
         score_keys(to + j * rows, keys, query, query_stride, dim, rows, dtype);
     }
 }
 
 /* output[row][d] += weights[key][row] * value[key][d] for `pairs` pairs of vectors of d, or for n <= VEC_LANES elements if it is 0.
- * The first of them fetches the next tile's keys. */
+ * Each `passes` keys fetch one of the next tile's. */
 VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
-                           const struct part_tile *tile, int64_t d, int pairs, int64_t n,
-                           int64_t key_bytes, int rows, enum dtype dtype) {
+                           struct part_tile *tile, int64_t d, int pairs, int64_t n, int64_t passes,
+                           int rows, enum dtype dtype) {
     const int64_t bytes = dtype_bytes(dtype);
     const int vectors = pairs ? 2 * pairs : 1;
     vec sums[ROW_GROUP][2 * VALUE_PAIRS];
@@ -114,10 +114,13 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++)
             sums[r][v] = vec_load(output + r * stride + d + v * VEC_LANES);
+    int64_t wait = 0;
     for (int32_t j = 0; j < tile->n; j++) {
         const char *value = (const char *)row_at(&tile->value, j) + d * bytes;
-        if (d == 0 && j < tile->n_next)
-            prefetch_rows(&tile->key, tile->n + j, tile->n + j + 1, key_bytes);
+        if (wait-- == 0) {
+            fetch_next(&tile->keys);
+            wait = passes - 1;
+        }
         vec x[2 * VALUE_PAIRS];
         if (pairs == 0)
             x[0] = load_some(value, dtype, n);
@@ -140,17 +143,17 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
 }
 
 VEC_INLINE void value_tile(float *output, int64_t stride, const float *weights,
-                           const struct part_tile *tile, int64_t dim, int64_t key_bytes, int rows,
-                           enum dtype dtype) {
+                           struct part_tile *tile, int64_t dim, int rows, enum dtype dtype) {
     const int pairs = rows == 1 ? VALUE_PAIRS : VALUE_PAIRS / 2;
+    const int64_t passes = most(1, dim / (pairs * PAIR));
     int64_t d = 0;
     for (; d + pairs * PAIR <= dim; d += pairs * PAIR)
-        add_values(output, stride, weights, tile, d, pairs, 0, key_bytes, rows, dtype);
+        add_values(output, stride, weights, tile, d, pairs, 0, passes, rows, dtype);
     for (; d + PAIR <= dim; d += PAIR)
-        add_values(output, stride, weights, tile, d, 1, 0, key_bytes, rows, dtype);
+        add_values(output, stride, weights, tile, d, 1, 0, passes, rows, dtype);
     for (; d < dim; d += VEC_LANES)
-        add_values(output, stride, weights, tile, d, 0, at_most(dim - d, VEC_LANES), key_bytes,
-                   rows, dtype);
+        add_values(output, stride, weights, tile, d, 0, at_most(dim - d, VEC_LANES), passes, rows,
+                   dtype);
 }
 
 /* ---- Softmax ---------------------------------------------------------------------------------------------------- */
@@ -251,23 +254,21 @@ VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
 
 /* ---- A part and a tile of keys ---------------------------------------------------------------------------------- */
 
-VEC_INLINE void attend_as(const struct part *part, const struct part_tile *tile, int rows,
+VEC_INLINE void attend_as(const struct part *part, struct part_tile *tile, int rows,
                           enum dtype dtype) {
-    const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16),
-                  bytes = dtype_bytes(dtype);
+    const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16);
     for (int32_t row = 0; row < part->rows; row += rows) {
         const int64_t at = score_index(row, 0, part->rows);
         float *s = part->scores + at, *output = part->output + row * stride;
-        score_tile(s, tile, part->query + row * query_stride, query_stride, part->dim_qk,
-                   row == 0 ? part->dim_v * bytes : 0, rows, dtype);
+        score_tile(s, tile, part->query + row * query_stride, query_stride, part->dim_qk, rows,
+                   dtype);
         if (tile->rule)
             rule_tile(s, tile->rule->extra ? tile->rule->extra + at : NULL, part, row, tile, rows);
         if (tile->bounded || tile->n % KEYS(rows) != 0)
             bound_tile(s, part, row, tile, rows);
         raise_max(part, row, s, tile, output, stride, rows);
         weigh_tile(part, row, s, tile, rows);
-        value_tile(output, stride, s, tile, part->dim_v, row == 0 ? part->dim_qk * bytes : 0, rows,
-                   dtype);
+        value_tile(output, stride, s, tile, part->dim_v, rows, dtype);
     }
 }
 
@@ -277,7 +278,7 @@ VEC_INLINE void attend_as(const struct part *part, const struct part_tile *tile,
     else                                                                                           \
         attend_as(part, tile, ROW_GROUP, dtype)
 
-VEC_FN static void attend(const struct part *part, const struct part_tile *tile) {
+VEC_FN static void attend(const struct part *part, struct part_tile *tile) {
     if (part->dtype == DTYPE_F32)
         ATTEND(DTYPE_F32);
     else if (part->dtype == DTYPE_F16)
