@@ -76,8 +76,10 @@ unsigned char *cuda_take(size_t bytes) {
 void cuda_give(unsigned char *data) { MUST(cuMemFree_v2, (uint64_t)(uintptr_t)data); }
 
 void cuda_store(unsigned char *to, const void *from, size_t bytes) {
-    if (bytes)
-        MUST(cuMemcpyHtoD_v2, (uint64_t)(uintptr_t)to, from, bytes);
+    if (!bytes)
+        return;
+    MUST(cuMemcpyHtoD_v2, (uint64_t)(uintptr_t)to, from, bytes);
+    cuda_wait(); /* the copy may return before the device has it, and other streams do not wait */
 }
 
 void cuda_fetch(void *to, const unsigned char *from, size_t bytes) {
