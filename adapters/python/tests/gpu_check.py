@@ -267,9 +267,9 @@ def check_torch() -> None:
 
 
 def check_compile() -> None:
-    """One graph, by Inductor. On the GPU it compiles the operations around ours. On the CPU there are
-    none, for it would first start PyTorch anew for each instruction set, to see whether its C++
-    runs: a minute or more.
+    """One graph, by Inductor. On the GPU it compiles the operations around ours. On the CPU there
+    are none, for it would first start PyTorch anew for each instruction set, to see whether its
+    C++ runs: a minute or more.
     """
     import dlattn.torch
     import torch
