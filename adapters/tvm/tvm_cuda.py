@@ -1,17 +1,13 @@
 """libdlattn_tvm.so on a GPU with torch tensors, against torch's own attention in float32.
 
-    python3 adapters/tvm/tvm_cuda.py [CALLS.csv]
+    python3 adapters/tvm/tvm_cuda.py
 
 needs torch, apache-tvm-ffi and the environment variables DLATTN_LIBRARY (libdlattn.so.1) and
 DLATTN_TVM_LIBRARY (libdlattn_tvm.so). Prints a line for each test and fails with the first that
-does; with a file's name, also writes what a call costs.
+does.
 """
 
-import datetime
 import os
-import statistics
-import sys
-import time
 
 import torch
 import tvm_ffi
@@ -139,53 +135,10 @@ def test_refusals():
     assert (output == 5).all()
 
 
-def microseconds(call, runs=201, calls=50):
-    """Host time to enqueue one call: median and spread (between the quartiles, in percent)."""
-    figures = []
-    for _ in range(runs):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        figures.append((time.perf_counter() - began) / calls * 1e6)
-    low, median, high = statistics.quantiles(figures, n=4)
-    return median, (high - low) / median * 100
-
-
-def measure(path):
-    query, key, value = problem(heads=4, kv_heads=4, rows=16, keys=16)
-    query, key, value = (x[:1].contiguous() for x in (query, key, value))
-    output = torch.empty_like(query)
-    kernel = dlattn.dlattn_kernel(query, key, value, output)
-    forward = dlattn.dlattn_forward
-    rows = [
-        ("tvm-ffi-dlattn", kernel, *microseconds(lambda: forward(query, key, value, output))),
-        ("torch-sdpa", "", *microseconds(lambda: sdpa(query, key, value))),
-    ]
-    today = datetime.date.today().isoformat()
-    commit = os.environ.get("DLATTN_COMMIT", "")
-    device = torch.cuda.get_device_name()
-    with open(path, "w") as file:
-        print(
-            "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,"
-            "median_us,spread_pct,tflops,gbs",
-            file=file,
-        )
-        for name, row, middle, spread in rows:
-            print(
-                f"{today},{commit},{device},call,f16,1,4,4,16,16,64,64,0,1,{name},{row},"
-                f"{middle:.3f},{spread:.1f},,",
-                file=file,
-            )
-            print(f"{name}: {middle:.2f} us for each call, spread {spread:.0f} %")
-
-
 if __name__ == "__main__":
     torch.manual_seed(0)
     for name, test in list(globals().items()):
         if name.startswith("test_"):
             test()
             torch.cuda.synchronize()
-            print(name, "ok", flush=True)
-    if len(sys.argv) > 1:
-        measure(sys.argv[1])
+            print("ok  ", name, flush=True)
