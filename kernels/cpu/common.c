@@ -13,11 +13,6 @@ void *carve(uintptr_t *at, int64_t bytes) {
 
 int64_t group_of(const struct problem *p) { return p->heads_kv > 0 ? p->heads_q / p->heads_kv : 0; }
 
-char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l) {
-    return (char *)v->data +
-           (b * v->stride[0] + h * v->stride[1] + l * v->stride[2]) * dtype_bytes(dtype);
-}
-
 struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int64_t i) {
     const int64_t m = b * p->mask.stride[0] + h * p->mask.stride[1] + i * p->mask.stride[2];
     return (struct extra_row){

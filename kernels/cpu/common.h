@@ -69,7 +69,11 @@ void *carve(uintptr_t *at, int64_t bytes);
 int64_t group_of(const struct problem *p);
 
 /* Element 0 of row l of head h of batch b. */
-char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h, int64_t l);
+static inline char *element_at(const struct view *v, enum dtype dtype, int64_t b, int64_t h,
+                               int64_t l) {
+    return (char *)v->data +
+           (b * v->stride[0] + h * v->stride[1] + l * v->stride[2]) * dtype_bytes(dtype);
+}
 
 /* Bias and mask of row i of head h of batch b, from key 0 on. */
 struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int64_t i);

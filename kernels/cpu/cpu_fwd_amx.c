@@ -374,6 +374,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
         .elements_per_word = 2,                                                                    \
         .terms = count,                                                                            \
         .score_bytes = (SCORE_KEYS + TILE_K(count) * count / 2) * LANES * 4,                       \
+        .adds = true,                                                                              \
         .enter = enter,                                                                            \
         .leave = leave,                                                                            \
         .pack_query = pack_query_##name,                                                           \

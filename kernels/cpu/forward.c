@@ -75,9 +75,20 @@ struct task {
     int64_t first_row, rows; /* of the group's rows, i * group + g */
 };
 
-static int64_t query_index(const struct task *t, int64_t row) { return row / t->group; }
-static int64_t query_head(const struct task *t, int64_t row) {
-    return t->kv_head * t->group + row % t->group;
+/* Query row i of head h. */
+struct query_row {
+    int64_t i, h;
+};
+
+static struct query_row query_row_at(const struct task *t, int64_t row) {
+    return (struct query_row){row / t->group, t->kv_head * t->group + row % t->group};
+}
+
+static void next_query_row(const struct task *t, struct query_row *row) {
+    if (++row->h == (t->kv_head + 1) * t->group) {
+        row->h -= t->group;
+        row->i++;
+    }
 }
 
 /* The block of rows [first, first + count) of the task's group. */
@@ -92,32 +103,34 @@ static void start_block(const struct call *c, const struct task *t, struct block
     b->fresh = true;
     b->first = b->full_end = INT64_MAX;
     b->end = b->full_first = 0;
-    for (int32_t lane = 0; lane < body->lanes; lane++) {
+    struct query_row row = query_row_at(t, first);
+    for (int32_t lane = 0; lane < b->vectors * body->vector_lanes; lane++) {
         b->max[lane] = -INFINITY;
         b->sum[lane] = b->slope[lane] = b->position[lane] = 0;
         b->lo[lane] = 0; /* lanes out of use compute with a query of 0 and are never stored */
         b->hi[lane] = INT64_MAX;
         if (lane >= count)
             continue;
-        const int64_t i = query_index(t, first + lane), h = query_head(t, first + lane);
-        visible_keys(p, &t->s, i, &b->lo[lane], &b->hi[lane]);
-        b->position[lane] = (float)(i + t->s.diagonal);
+        visible_keys(p, &t->s, row.i, &b->lo[lane], &b->hi[lane]);
+        b->position[lane] = (float)(row.i + t->s.diagonal);
         if (p->alibi_slopes.data)
             b->slope[lane] = (float)load_element(p->alibi_slopes.data, DTYPE_F32,
                                                  t->b * p->alibi_slopes.stride[0] +
-                                                     h * p->alibi_slopes.stride[1]);
-        rows[lane] = element_at(&p->query, p->dtype, t->b, h, t->s.q_start + i);
+                                                     row.h * p->alibi_slopes.stride[1]);
+        rows[lane] = element_at(&p->query, p->dtype, t->b, row.h, t->s.q_start + row.i);
         b->full_first = most(b->full_first, b->lo[lane]);
         b->full_end = least(b->full_end, b->hi[lane]);
         if (b->lo[lane] < b->hi[lane]) {
             b->first = least(b->first, b->lo[lane]);
             b->end = most(b->end, b->hi[lane]);
         }
+        next_query_row(t, &row);
     }
     if (b->first >= b->end)
         return;
     body->pack_query(b, rows, p->dim_qk, p->dtype, w->rows);
-    memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * body->lanes * 4));
+    if (body->adds)
+        memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * body->lanes * 4));
 }
 
 static const float *load_extra(const struct call *c, const struct task *t, int64_t first_row,
@@ -127,10 +140,9 @@ static const float *load_extra(const struct call *c, const struct task *t, int64
     if (!p->bias.data && !p->mask.data)
         return NULL;
     struct extra_row rows[MAX_LANES];
-    for (int32_t lane = 0; lane < b->rows; lane++) {
-        const int64_t row = first_row + lane;
-        rows[lane] = extra_row_at(p, t->b, query_head(t, row), query_index(t, row));
-    }
+    struct query_row row = query_row_at(t, first_row);
+    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
+        rows[lane] = extra_row_at(p, t->b, row.h, row.i);
     const struct extra_layout layout = {p->bias_dtype, p->bias.stride[3], p->mask.stride[3]};
     c->body->load_extra(w->extra, rows, &layout, b, first_key, n, w->rows);
     return w->extra;
@@ -174,19 +186,18 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     float factor[MAX_LANES];
     char *rows[MAX_LANES];
     bool not_finite[MAX_LANES];
-    for (int32_t lane = 0; lane < b->rows; lane++) {
-        const int64_t i = query_index(t, first_row + lane), h = query_head(t, first_row + lane);
-        factor[lane] = end_row(p, &t->s, t->b, h, i, b->max[lane], b->sum[lane]);
-        rows[lane] = element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i);
+    struct query_row row = query_row_at(t, first_row);
+    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row)) {
+        factor[lane] = end_row(p, &t->s, t->b, row.h, row.i, b->max[lane], b->sum[lane]);
+        rows[lane] = element_at(&p->output, p->dtype, t->b, row.h, t->s.q_start + row.i);
     }
     if (b->first >= b->end)
         memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
     c->body->store(b, factor, rows, p->dim_v, p->dtype, w->rows, not_finite);
-    for (int32_t lane = 0; lane < b->rows; lane++) {
+    row = query_row_at(t, first_row);
+    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
         if (not_finite[lane] && (c->body->terms > 1 || !isnan(b->sum[lane])))
-            cpu_fwd_ref_row(p, &t->s, t->b, query_head(t, first_row + lane),
-                            query_index(t, first_row + lane), w->exact);
-    }
+            cpu_fwd_ref_row(p, &t->s, t->b, row.h, row.i, w->exact);
 }
 
 struct kv_tile {

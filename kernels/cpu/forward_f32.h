@@ -3,7 +3,7 @@
 VEC_FN static void pack_query(const struct block *b, const char *const *rows, int64_t dim,
                               enum dtype dtype, float *scratch) {
     const int64_t stride = padded(dim, 16), lanes = b->vectors * VEC_LANES;
-    memset(scratch, 0, (size_t)(lanes * stride * 4));
+    memset(scratch + b->rows * stride, 0, (size_t)((lanes - b->rows) * stride * 4));
     for (int32_t r = 0; r < b->rows; r++)
         widen(scratch + r * stride, rows[r], dim, dtype);
     transpose_in(b->query, scratch, stride, stride, lanes);

@@ -11,7 +11,7 @@ VEC_FN static void pack_query(const struct block *b, const char *const *rows, in
                               enum dtype dtype, float *scratch) {
     (void)dtype;
     const int64_t stride = padded((dim + 1) / 2, 16), lanes = b->vectors * VEC_LANES;
-    memset(scratch, 0, (size_t)(lanes * stride * 4));
+    memset(scratch + b->rows * stride, 0, (size_t)((lanes - b->rows) * stride * 4));
     for (int32_t r = 0; r < b->rows; r++)
         copy_pairs(scratch + r * stride, rows[r], dim);
     transpose_in(b->query, scratch, stride, stride, lanes);

@@ -42,13 +42,17 @@ VEC_INLINE void product_tile(float *c, const float *a, int64_t row_stride, int64
                 acc[r][v] = dot(acc[r][v], a + r * row_stride + s * step_stride, x[v]);
     }
     __asm__("" : "+r"(c)); /* or each of its offsets gets a register, and those are spilled */
+    if (add)
+#pragma clang loop unroll(full)
+        for (int r = 0; r < rows; r++)
+#pragma clang loop unroll(full)
+            for (int v = 0; v < vectors; v++)
+                acc[r][v] = vec_add(acc[r][v], vec_load(c + r * LANES + v * VEC_LANES));
 #pragma clang loop unroll(full)
     for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) {
-            float *to = c + r * LANES + v * VEC_LANES;
-            vec_store(to, add ? vec_add(acc[r][v], vec_load(to)) : acc[r][v]);
-        }
+        for (int v = 0; v < vectors; v++)
+            vec_store(c + r * LANES + v * VEC_LANES, acc[r][v]);
 }
 
 VEC_INLINE void product_rows(float *c, const float *a, int64_t row_stride, int64_t step_stride,
@@ -100,20 +104,20 @@ VEC_FN static void scores(float *s, const struct block *b, const struct key_tile
 }
 
 VEC_INLINE void accumulate_of(const struct block *b, const struct key_tile *t, const float *weights,
-                              int vectors) {
+                              bool add, int vectors) {
     const int64_t steps = PAIRS ? (t->n + 1) / 2 : t->n;
-    product(b->output, t->value.words, 1, t->value.stride, weights, steps, t->dim_v, vectors, true,
+    product(b->output, t->value.words, 1, t->value.stride, weights, steps, t->dim_v, vectors, add,
             t->next);
 }
 
-VEC_FN static void accumulate(const struct block *b, const struct key_tile *t,
-                              const float *weights) {
+VEC_FN static void accumulate(const struct block *b, const struct key_tile *t, const float *weights,
+                              bool add) {
     if (b->vectors == 1)
-        accumulate_of(b, t, weights, 1);
+        accumulate_of(b, t, weights, add, 1);
     else if (b->vectors == 2 && VECTORS > 2)
-        accumulate_of(b, t, weights, 2);
+        accumulate_of(b, t, weights, add, 2);
     else
-        accumulate_of(b, t, weights, VECTORS);
+        accumulate_of(b, t, weights, add, VECTORS);
 }
 
 /* ---- Softmax ---------------------------------------------------------------------------------------------------- */
@@ -200,12 +204,13 @@ static void make_scores(float *s, const struct block *b, const struct key_tile *
 }
 
 static void attend(struct block *b, const struct key_tile *t, float *s) {
+    const bool fresh = b->fresh;
     make_scores(s, b, t);
     if (!softmax(s, b, t, false)) {
         make_scores(s, b, t);
         softmax(s, b, t, true);
     }
-    accumulate(b, t, s);
+    accumulate(b, t, s, !fresh);
 }
 
 static void enter(void) {}

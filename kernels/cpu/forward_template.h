@@ -140,26 +140,41 @@ VEC_INLINE vec minus_max(const struct block *b, int v) {
 
 /* ---- The end of a block ----------------------------------------------------------------------------------------- */
 
+/* to[0 .. n) = from * factor; true if some of it is not finite. `from` has zeros up to whole vectors. */
+VEC_INLINE bool store_row_as(char *to, const float *from, float factor, int64_t n,
+                             enum dtype dtype) {
+    vec zeros = vec_set(0); /* 0 * x is NaN for NaN and infinity */
+    int64_t d = 0;
+    for (; d + VEC_LANES <= n; d += VEC_LANES) {
+        const vec x = vec_mul(vec_load(from + d), vec_set(factor));
+        zeros = vec_fma(x, vec_set(0), zeros);
+        store_some(to + d * dtype_bytes(dtype), x, dtype, VEC_LANES);
+    }
+    if (d < n) {
+        const vec x = vec_mul(vec_load(from + d), vec_set(factor));
+        zeros = vec_fma(x, vec_set(0), zeros);
+        store_some(to + d * dtype_bytes(dtype), x, dtype, n - d);
+    }
+    return vec_mask_bits(vec_is_nan(zeros));
+}
+
+VEC_INLINE bool store_row(char *to, const float *from, float factor, int64_t n, enum dtype dtype) {
+    return dtype == DTYPE_F32   ? store_row_as(to, from, factor, n, DTYPE_F32)
+           : dtype == DTYPE_F16 ? store_row_as(to, from, factor, n, DTYPE_F16)
+                                : store_row_as(to, from, factor, n, DTYPE_BF16);
+}
+
 VEC_FN static void store(const struct block *b, const float *factor, char *const *rows,
                          int64_t dim_v, enum dtype dtype, float *scratch, bool *not_finite) {
     const int64_t stride = padded(dim_v, 16);
-    for (int32_t v = 0; v * VEC_LANES < b->rows; v++) {
-        const int32_t first = v * VEC_LANES, count = (int32_t)at_most(b->rows - first, VEC_LANES);
-        float *output = b->output + first, part[VEC_LANES] = {0};
-        memcpy(part, factor + first, (size_t)count * sizeof part[0]);
-        const vec f = vec_load(part);
-        vec zeros = vec_set(0); /* 0 * x is NaN for NaN and infinity */
-        for (int64_t d = 0; d < dim_v; d++) {
-            const vec x = vec_mul(vec_load(output + d * LANES), f);
-            zeros = vec_fma(x, vec_set(0), zeros);
-            vec_store(output + d * LANES, x);
-        }
-        const uint32_t bad = vec_mask_bits(vec_is_nan(zeros));
+    for (int32_t first = 0; first < b->rows; first += VEC_LANES) {
+        float *output = b->output + first;
+        for (int64_t d = dim_v; d < padded(dim_v, VEC_LANES); d++)
+            vec_store(output + d * LANES, vec_set(0));
         for (int64_t d = 0; d < dim_v; d += VEC_LANES)
             vec_transpose(scratch + d, stride, output + d * LANES, LANES);
-        for (int32_t r = 0; r < count; r++) {
-            narrow(rows[first + r], scratch + r * stride, dim_v, dtype);
-            not_finite[first + r] = bad >> r & 1;
-        }
+        for (int32_t r = 0; r < at_most(b->rows - first, VEC_LANES); r++)
+            not_finite[first + r] =
+                store_row(rows[first + r], scratch + r * stride, factor[first + r], dim_v, dtype);
     }
 }
