@@ -80,7 +80,7 @@ typedef struct dlattn_forward_desc {
     int64_t max_seqlen_q; /* varlen: longest query sequence; 0 = total_q. Longer ones are an error (CPU), cut (GPU) */
     int64_t max_seqlen_k; /* varlen: longest key sequence; 0 = total_k */
     const char *kernel;   /* run this row (kernel_info.name) or refuse; NULL = the first that accepts */
-    int32_t num_threads;  /* CPU threads to plan for; 0 = DLATTN_NUM_THREADS or the cores of the process */
+    int32_t num_threads;  /* CPU threads to plan for; 0 = as many as pay, of DLATTN_NUM_THREADS or the process's cores */
     int32_t reserved0;    /* zero */
 } dlattn_forward_desc;
 

@@ -85,7 +85,7 @@ static int32_t build(struct problem *p, const dlattn_forward_desc *desc,
     if (status == DLATTN_OK)
         status = caps_get(caps, p->backend, p->device_id);
     if (status == DLATTN_OK && p->threads == 0)
-        p->threads = caps->threads;
+        p->threads = plan_threads(p, caps->threads);
     return status;
 }
 

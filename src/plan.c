@@ -127,6 +127,14 @@ int32_t plan_choose(struct plan *plan, const struct problem *p, const struct cap
     return refuse(p, nearest, best);
 }
 
+int32_t plan_threads(const struct problem *p, int32_t most) {
+    const double keys = (double)p->batch * (double)p->len_k * (double)(p->dim_qk + p->dim_v),
+                 products = keys * (double)p->heads_q * (double)p->len_q,
+                 bytes = keys * (double)p->heads_kv * (double)dtype_bytes(p->dtype);
+    const double worth = products / (1 << 20) + bytes / (1 << 18);
+    return worth < 1 ? 1 : worth > most ? most : (int32_t)worth;
+}
+
 void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku *sku) {
     const struct kernel *k = plan->kernel;
     sku->kernel = k->name;

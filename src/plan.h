@@ -8,6 +8,10 @@
  * asked. When nothing accepts, the message names the nearest row and what it lacks. */
 int32_t plan_choose(struct plan *plan, const struct problem *p, const struct caps *caps);
 
+/* CPU threads that pay where the caller left the number open, at most `most`: waking one takes 5 to 35 us, so each gets
+ * about as much work. */
+int32_t plan_threads(const struct problem *p, int32_t most);
+
 /* What a caller is told about a choice. `sku->struct_size` is left alone. */
 void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku *sku);
 

@@ -52,6 +52,17 @@ Test(pool, number_from_affinity) {
     cr_expect(eq(int, threads_of_process(), before), "one core needs no other thread");
 }
 
+Test(pool, little_work_wakes_no_thread) {
+    const dlattn_api *api = test_api();
+    setenv("DLATTN_NUM_THREADS", "3", 1);
+    for (int32_t asked = 0; asked <= 2; asked += 2) {
+        struct ready r;
+        prepare(api, &r, (struct shape){1, 4, 4, 16, 16, 64, 64}, 1, asked);
+        cr_expect(eq(int, r.sku.num_threads, asked == 0 ? 1 : asked));
+        discard(&r);
+    }
+}
+
 Test(pool, number_that_is_none) {
     setenv("DLATTN_NUM_THREADS", "many", 1);
     cr_expect(default_threads() >= 1);

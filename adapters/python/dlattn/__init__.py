@@ -157,7 +157,8 @@ def attention(
     lse:    float32 or E ``[B, H, Lq]`` (packed: ``[H, total_q]``) to write log-sum-exp of the
             logits to (natural logarithm; -inf for a row that sees no key).
     kernel: name of the kernel to use (``kernels()``), default the best.
-    num_threads: CPU threads; default ``DLATTN_NUM_THREADS`` or the cores of the process.
+    num_threads: CPU threads; default as many as pay, of ``DLATTN_NUM_THREADS`` or the process's
+            cores.
     stream: CUstream as an integer; default: the framework's current stream if it can be asked for
             (PyTorch), else CUDA's legacy default stream. On a GPU the call returns at once; keep
             inputs that the framework does not order by stream alive until the stream has run it.

@@ -37,7 +37,7 @@ pub struct Options {
     pub max_seqlen_k: usize,
     /// Run this kernel or refuse; `None` is the first that accepts.
     pub kernel: Option<String>,
-    /// CPU threads; 0 is `DLATTN_NUM_THREADS` or the cores of the process.
+    /// CPU threads; 0 is as many as pay, of `DLATTN_NUM_THREADS` or the process's cores.
     pub num_threads: u32,
 }
 
