@@ -1,7 +1,10 @@
 /*
  * Every row of the GPU, each with few small cases, in one process: what compute-sanitizer can run in a minute, and what
- * tells which rows a machine has. With the argument `few` one of four cases; with `wrong` one call instead, whose
- * key ends before its extents say: memcheck must see it.
+ * tells which rows a machine has.
+ *   reduced_test          all cases
+ *   reduced_test few ROW  one of five cases of this row
+ *   reduced_test rows     only the names of the rows that a machine has
+ *   reduced_test wrong    one call whose key ends before its extents say: memcheck must see it
  */
 #include "tests/gpu/cuda.h"
 #include "tests/support/check.h"
@@ -42,11 +45,11 @@ static bool lists(const char *dtypes, enum element e) {
     return false;
 }
 
-/* Whether one of `every` cases failed: all shapes with the first two features, all features with the first shape. */
-static bool row_fails(const dlattn_api *api, const char *kernel, enum element e, int every) {
+/* Whether a case failed: all shapes with the first two features, all features with the first shape. */
+static bool row_fails(const dlattn_api *api, const char *kernel, enum element e, bool few) {
     const struct subject subject = {.api = api, .place = &place_gpu, .kernel = kernel};
     int outcomes[3] = {0};
-    for (int i = 0; i < 2 * SHAPES + FEATURES; i += every) {
+    for (int i = few ? 2 : 0; i < 2 * SHAPES + FEATURES; i += few ? 5 : 1) {
         const struct shape *const shape = &shapes[i < 2 * SHAPES ? i / 2 : 0];
         const char *const name = features[i < 2 * SHAPES ? i % 2 : i - 2 * SHAPES];
         const struct test_case c = {*shape, *features_named(name), e, (uint64_t)i};
@@ -58,23 +61,37 @@ static bool row_fails(const dlattn_api *api, const char *kernel, enum element e,
     }
     printf("%s %s: %d cases passed, %d failed, %d declined\n", kernel, element_name(e),
            outcomes[PASSED], outcomes[FAILED], outcomes[DECLINED]);
+    fflush(stdout);
     return outcomes[FAILED] > 0 || outcomes[PASSED] == 0;
 }
 
-/* The number of rows that fail. */
-static int check_rows(const dlattn_api *api, int every) {
+/* Row `i` of the table, if it is the GPU's and runs here. */
+static bool row_here(const dlattn_api *api, int32_t i, dlattn_kernel_info *row) {
+    *row = (dlattn_kernel_info){.struct_size = sizeof *row};
+    return api->kernel_info(i, row) == DLATTN_OK && strcmp(row->backend, "cuda") == 0 &&
+           row->available;
+}
+
+/* The number of types for which rows fail; `only`: one row, or NULL for all. */
+static int check_rows(const dlattn_api *api, bool few, const char *only) {
     int failed = 0;
     for (int32_t i = 0; i < api->kernel_count(); i++) {
-        dlattn_kernel_info row = {.struct_size = sizeof row};
-        api->kernel_info(i, &row);
-        if (strcmp(row.backend, "cuda") != 0)
+        dlattn_kernel_info row;
+        if (!row_here(api, i, &row) || (only && strcmp(row.name, only) != 0))
             continue;
-        if (!row.available)
-            printf("%s: needs %s\n", row.name, row.arch);
-        for (enum element e = F64; row.available && e <= BF16; e++)
-            failed += lists(row.dtypes, e) && row_fails(api, row.name, e, every);
+        for (enum element e = F64; e <= BF16; e++)
+            failed += lists(row.dtypes, e) && row_fails(api, row.name, e, few);
     }
     return failed;
+}
+
+static int print_rows(const dlattn_api *api) {
+    dlattn_kernel_info row;
+    for (int32_t i = 0; i < api->kernel_count(); i++) {
+        if (row_here(api, i, &row))
+            puts(row.name);
+    }
+    return 0;
 }
 
 /* 64 keys, of which the last 48 are in nobody's memory. */
@@ -112,7 +129,10 @@ int main(int argc, char **argv) {
         return 0;
     }
     const char *const what = argc > 1 ? argv[1] : "";
+    if (strcmp(what, "rows") == 0)
+        return print_rows(api);
     if (strcmp(what, "wrong") == 0)
         return call_wrongly(api);
-    return check_rows(api, strcmp(what, "few") == 0 ? 4 : 1) != 0;
+    const bool few = strcmp(what, "few") == 0;
+    return check_rows(api, few, few && argc > 2 ? argv[2] : NULL) != 0;
 }

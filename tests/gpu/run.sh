@@ -14,24 +14,26 @@ if [ "${1-}" = sanitize ]; then
     # start NAME TOOL-WITH-OPTIONS ARGUMENT...
     start() {
         local tool
+        names+=("$1")
         read -ra tool <<<"$2"
-        timeout 100 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 $reduced "${@:3}" >"$logs/$1" 2>&1 &&
-            touch "$logs/$1.ok"
+        { timeout 100 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 $reduced "${@:3}" && touch "$logs/$1.ok"; } \
+            >"$logs/$1" 2>&1 &
     }
-    start memcheck "memcheck --padding 1024" & # or one tensor would begin where another ends
-    start racecheck racecheck few &            # by far the slowest
-    start initcheck initcheck &
-    start synccheck synccheck &
-    # It must see a read past the end of a key.
-    {
-        start wrong "memcheck --padding 1024" wrong
-        rm -f "$logs/wrong.ok"
-        grep -q 'Invalid __global__ read' "$logs/wrong" && touch "$logs/wrong.ok"
-    } &
+    names=()
+    start memcheck "memcheck --padding 1024" # or one tensor would begin where another ends
+    start initcheck initcheck
+    start synccheck synccheck
+    for row in $($reduced rows); do # by far the slowest
+        start "racecheck-$row" racecheck few "$row"
+    done
+    start wrong "memcheck --padding 1024" wrong
     wait
-    for tool in memcheck racecheck initcheck synccheck wrong; do
-        [ -e "$logs/$tool.ok" ] || { failed=$((failed + 1)) && head -n 40 "$logs/$tool"; }
-        echo "$tool: $([ -e "$logs/$tool.ok" ] && echo ok || echo FAILED), $(tail -n 1 "$logs/$tool")"
+    # It must see a read past the end of a key.
+    rm -f "$logs/wrong.ok"
+    grep -q 'Invalid __global__ read' "$logs/wrong" && touch "$logs/wrong.ok"
+    for name in "${names[@]}"; do
+        [ -e "$logs/$name.ok" ] || { failed=$((failed + 1)) && head -n 40 "$logs/$name"; }
+        echo "$name: $([ -e "$logs/$name.ok" ] && echo ok || echo FAILED), $(tail -n 1 "$logs/$name")"
     done
     grep ': .* cases' "$logs/memcheck"
     exit $failed
