@@ -20,16 +20,6 @@ static int32_t window(int64_t keys) {
     return keys < FWD_MAX_LENGTH ? (int32_t)keys : FWD_UNBOUNDED;
 }
 
-/* Heads whose keys and values together fill about half of an Ampere L2 (40 MB): with a causal mask the blocks of such
- * a section run longest first, which evens out the end of the grid, and still find their keys in the cache. */
-static int32_t section(const struct problem *p) {
-    const int64_t head_bytes = p->len_k * (p->dim_qk + p->dim_v) * dtype_bytes(p->dtype);
-    const int64_t heads =
-        head_bytes > 0 ? (INT64_C(24) << 20) / head_bytes * (p->heads_q / p->heads_kv) : 1;
-    const int64_t all = p->batch * p->heads_q;
-    return (int32_t)(heads < 1 ? 1 : heads > all ? all : heads);
-}
-
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks) {
     const int64_t bytes = dtype_bytes(p->dtype);
     const bool causal = p->window_right != UNBOUNDED;
@@ -71,9 +61,9 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
                  (p->lse_dtype == DTYPE_F32 ? FWD_LSE_F32 : 0) |
                  (p->bias_dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0),
         .row_blocks = (int32_t)((p->len_q + tile_q - 1) / tile_q),
-        .section = causal ? section(p) : 1,
         .scale = p->scale,
         .softcap = p->softcap,
+        .exponent_scale = (float)(p->scale * 1.4426950408889634),
     };
     *blocks = params->row_blocks * p->batch * p->heads_q;
 }

@@ -8,7 +8,7 @@
 /* True if lengths and counts fit the kernels' 32-bit indices. */
 bool fwd_fits(const struct problem *p);
 
-/* Parameters for blocks of `tile_q` rows; *blocks is how many there are. `l2_bytes` of the device, for the order. */
+/* Parameters for blocks of `tile_q` rows; *blocks is how many there are. */
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks);
 
 #endif /* DLATTN_CUDA_FILL_H_ */

@@ -42,9 +42,9 @@ struct fwd_params {
     int32_t window_left, window_right; /* FWD_UNBOUNDED: none; causal is window_right 0 */
     int32_t flags;
     int32_t row_blocks; /* blocks that share one head */
-    int32_t section;    /* heads whose blocks are interleaved, so that their keys stay in L2 */
     double scale;
-    double softcap; /* 0 = none */
+    double softcap;       /* 0 = none */
+    float exponent_scale; /* scale * log2(e): exponents of 2 per unit of score */
 };
 
 #endif /* DLATTN_CUDA_PARAMS_H_ */

@@ -42,10 +42,34 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], uint32_
                  : "r"(from));
 }
 
+// Barrier `id` of `threads` threads of the block; barrier_any also says whether x holds for any of them.
+__device__ __forceinline__ void barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ bool barrier_any(int id, int threads, bool x) {
+    int any;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.s32 p, %3, 0;\n"
+                 "bar.red.or.pred p, %1, %2, p;\n"
+                 "selp.s32 %0, 1, 0, p;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"((int)x)
+                 : "memory");
+    return any;
+}
+
 // 2^x; -inf gives 0, NaN stays NaN.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -54,11 +78,15 @@ struct Element; // the two 16-bit types
 
 template <>
 struct Element<__half> {
-    static constexpr uint32_t one = 0x3c00, exponent = 0x7c00, exponent_step = 0x0400;
     __device__ __forceinline__ static uint32_t pack(float low, float high) {
         uint32_t r;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
         return r;
+    }
+    // sum + 0 * pair: stays 0 as long as all pairs are finite.
+    __device__ __forceinline__ static uint32_t zero_times(uint32_t pair, uint32_t sum) {
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+        return sum;
     }
     __device__ __forceinline__ static float widen(uint16_t bits) {
         return __half2float(__ushort_as_half(bits));
@@ -76,11 +104,15 @@ struct Element<__half> {
 
 template <>
 struct Element<__nv_bfloat16> {
-    static constexpr uint32_t one = 0x3f80, exponent = 0x7f80, exponent_step = 0x0080;
     __device__ __forceinline__ static uint32_t pack(float low, float high) {
         uint32_t r;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
         return r;
+    }
+    // sum + 0 * pair: stays 0 as long as all pairs are finite.
+    __device__ __forceinline__ static uint32_t zero_times(uint32_t pair, uint32_t sum) {
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+        return sum;
     }
     __device__ __forceinline__ static float widen(uint16_t bits) {
         return __uint_as_float((uint32_t)bits << 16);
@@ -94,13 +126,3 @@ struct Element<__nv_bfloat16> {
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 };
-
-// All ones in each half of a pair that is Inf or NaN.
-template <typename E>
-__device__ __forceinline__ uint32_t not_finite(uint32_t pair) {
-    const uint32_t exponents = Element<E>::exponent * 0x10001,
-                   step = Element<E>::exponent_step * 0x10001;
-    uint32_t mask; // a full exponent carries into the sign, which prmt spreads
-    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"((pair & exponents) + step));
-    return mask;
-}

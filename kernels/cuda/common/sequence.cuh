@@ -51,14 +51,11 @@ struct Work {
     int b, h, row_block;
 
     __device__ __forceinline__ Work(const fwd_params &p) {
-        const unsigned heads = p.batch * p.heads_q,
-                       whole = p.section * p.row_blocks; // blocks of a section
-        const unsigned section = blockIdx.x / whole, rest = blockIdx.x % whole;
-        const unsigned first = section * p.section, wide = min(heads - first, (unsigned)p.section);
-        row_block = rest / wide;
+        const unsigned head = blockIdx.x / p.row_blocks;
+        row_block = blockIdx.x % p.row_blocks;
         if (p.flags & FWD_LONGEST_FIRST)
             row_block = p.row_blocks - 1 - row_block;
-        b = (first + rest % wide) / p.heads_q;
-        h = (first + rest % wide) % p.heads_q;
+        b = head / p.heads_q;
+        h = head % p.heads_q;
     }
 };

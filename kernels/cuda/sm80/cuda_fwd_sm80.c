@@ -20,17 +20,17 @@ struct tile {
     struct cuda_kernel f16, bf16;
 };
 
-#define TILE(D, DV, WARPS, MT, BN, STAGES, AHEAD, MINB, EXTRAS)                                    \
+#define TILE(D, DV, WARPS, MT, BN, STAGES, SPLIT, MINB, EXTRAS)                                    \
     {D,                                                                                            \
      DV,                                                                                           \
-     (WARPS) * (MT) * 16,                                                                          \
+     TILE_ROWS(WARPS, MT, SPLIT),                                                                  \
      BN,                                                                                           \
      MINB,                                                                                         \
      EXTRAS,                                                                                       \
-     INSTANCE("f16_" #D "_" #DV "_" #WARPS "_" #BN "_" #EXTRAS, WARPS,                             \
-              TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES)),                                    \
-     INSTANCE("bf16_" #D "_" #DV "_" #WARPS "_" #BN "_" #EXTRAS, WARPS,                            \
-              TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES))},
+     INSTANCE("f16_" #D "_" #DV "_" #WARPS "_" #MT "_" #BN "_" #STAGES "_" #EXTRAS, WARPS,         \
+              TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES, SPLIT)),                             \
+     INSTANCE("bf16_" #D "_" #DV "_" #WARPS "_" #MT "_" #BN "_" #STAGES "_" #EXTRAS, WARPS,        \
+              TILE_SHARED_BYTES(D, DV, WARPS, MT, BN, STAGES, SPLIT))},
 static struct tile tiles[] = {
 #include "kernels/cuda/sm80/tiles.inc"
 };

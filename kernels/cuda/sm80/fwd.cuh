@@ -1,12 +1,11 @@
 // Forward attention on the tensor cores of Ampere and later: cp.async, ldmatrix, mma.m16n8k16. See docs/cuda-sm80.md.
 //
-// A block owns WARPS * MT * 16 query rows of one head and walks over the keys in steps of BN. A warp owns MT * 16 rows
-// and all of their output, so warps meet only to share the tiles of K and V. Step g of a warp is
-//   AHEAD = 1: Q K^T of tile g + 1 with the exponentials of tile g in between, then P V of tile g with the row maxima of
-//              tile g + 1 in between,
-//   AHEAD = 0: P V of tile g with its exponentials in between, then Q K^T of tile g + 1 and its maxima,
-// so that the tensor cores and the special function unit work at the same time. Either way a step needs K of tile g + 1
-// and V of tile g, which share a stage of the ring, and step first - 1 only multiplies.
+// A block owns WARPS / SPLIT * MT * 16 query rows of one head and walks over the keys in steps of BN. A warp owns MT * 16
+// rows and all of their output; where that is more than its registers hold, SPLIT = 2 warps share the rows: each computes
+// the scores of half of the keys, and half of the output's columns from the P of both. Step g of a warp is P V of tile g
+// with its exponentials in between, so that the tensor cores and the special function unit work at the same time, then
+// Q K^T of tile g + 1 and its row maxima. So a step needs K of tile g + 1 and V of tile g, which share a stage of the
+// ring, and step first - 1 only multiplies.
 //
 // The maximum that exponents are relative to follows the true one only when that has grown by more than 2^8
 // (the scheme of FlashAttention 4): P stays below 2^8, sums are in f32, and rescaling the output is rare.
@@ -34,6 +33,18 @@ __device__ __forceinline__ void unrolled(Body &&body) {
     unrolled(std::make_integer_sequence<int, N>(), body);
 }
 
+// x in a register from here on: the compiler would work it out again in every step, but repeats no shuffle of what might
+// differ between lanes.
+template <typename T>
+__device__ __forceinline__ T kept(T x) {
+    uint32_t lane;
+    asm("mov.u32 %0, %laneid;" : "=r"(lane));
+    return __shfl_sync(~0u, lane < 32 ? x : T(0), lane);
+}
+
+// The same for a number that all lanes have.
+__device__ __forceinline__ int kept_by_all(int x) { return __reduce_max_sync(~0u, x); }
+
 // A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
 // rows of a matrix lie in different banks, and a 128-byte line of global memory stays one line.
 template <int COLS>
@@ -49,106 +60,111 @@ struct Rows {
     }
 };
 
-template <int D, int DV, int WARPS, int MT, int BN, int STAGES>
+template <int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
 struct Tile {
-    static constexpr int THREADS = WARPS * 32, ROWS = WARPS * MT * 16;
+    static constexpr int THREADS = WARPS * 32, ROWS = WARPS / SPLIT * MT * 16;
     static constexpr int Q_BYTES = ROWS * D * 2, K_BYTES = BN * D * 2, V_BYTES = BN * DV * 2;
-    static constexpr int STAGE_BYTES = K_BYTES + V_BYTES,
-                         SHARED_BYTES = Q_BYTES + STAGES * STAGE_BYTES;
+    static constexpr int STAGE_BYTES = K_BYTES + V_BYTES, P_BYTES = SPLIT > 1 ? ROWS *BN * 2 : 0;
+    static constexpr int SHARED_BYTES = Q_BYTES + STAGES * STAGE_BYTES + P_BYTES;
     static_assert(DV <= D, "the output is staged where the queries were");
 };
 
-// Loads COUNT rows of a tensor into shared memory: `dim` elements each, zeros past them and past `rows`.
+// Loads COUNT rows of COLS elements into shared memory, with zeros past `dim` elements of a row.
 template <typename E, int THREADS, int COUNT, int COLS>
 struct Loader {
-    static constexpr int CHUNKS = COLS / 8, TOTAL = COUNT * CHUNKS;
+    // A panel is as many chunks of a row as change places among themselves. Threads lie on WIDTH chunks of STEP rows, so
+    // one keeps its column and its place in the permutation wherever it copies.
+    static constexpr int CHUNKS = COLS / 8, WIDTH = Rows<COLS>::GROUP * 2, STEP = THREADS / WIDTH;
+    static_assert(CHUNKS % WIDTH == 0 && STEP % 8 == 0, "");
 
-    // 16-byte aligned rows at a fixed distance.
-    __device__ __forceinline__ static void aligned(uint32_t to, const E *from, int64_t stride,
-                                                   int rows, int dim) {
-        if constexpr (THREADS % (8 * CHUNKS) == 0 &&
-                      TOTAL % THREADS == 0) { // a thread stays in its column
-            constexpr int STEP = THREADS / CHUNKS;
-            const int c = threadIdx.x % CHUNKS, r = threadIdx.x / CHUNKS,
-                      left = c * 8 < dim ? rows - r : 0;
-            const char *const begin = (const char *)(from + r * stride + c * 8);
-            const int64_t distance = STEP * 2 * stride;
-            to += Rows<COLS>::at(r, c);
+    // Where this thread's first chunk is, in the tile and in the tensor.
+    __device__ __forceinline__ static uint32_t place() {
+        return Rows<COLS>::at(threadIdx.x / WIDTH, threadIdx.x % WIDTH);
+    }
+    __device__ __forceinline__ static const char *start(const E *from, int64_t stride) {
+        return (const char *)(from + threadIdx.x / WIDTH * stride + threadIdx.x % WIDTH * 8);
+    }
+
+    // How many columns exist from this thread's first on.
+    __device__ __forceinline__ static int columns(int dim) { return dim - threadIdx.x % WIDTH * 8; }
+
+    // 16-byte aligned rows: `rows` exist, or ALL. `to`, `from` and `columns` are of this thread; `from` moves on by COUNT
+    // rows.
+    template <bool ALL>
+    __device__ __forceinline__ static void aligned(uint32_t to, const char *&from, int64_t stride,
+                                                   int rows, int columns) {
+        const int row = threadIdx.x / WIDTH;
 #pragma unroll
-            for (int i = 0; i < COUNT / STEP; ++i)
-                copy_async(to + i * STEP * COLS * 2, begin + i * distance, i * STEP < left);
-        } else {
+        for (int i = 0; i < COUNT; i += STEP) {
 #pragma unroll
-            for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
-                const int x = threadIdx.x + i * THREADS, r = x / CHUNKS, c = x % CHUNKS;
-                if (TOTAL % THREADS == 0 || x < TOTAL)
-                    copy_async(to + Rows<COLS>::at(r, c), from + r * stride + c * 8,
-                               r < rows && c * 8 < dim);
-            }
+            for (int c = 0; c < CHUNKS; c += WIDTH)
+                if (COUNT % STEP == 0 || i + row < COUNT)
+                    copy_async(to + i * COLS * 2 + c * 16, from + c * 16,
+                               c * 8 < columns && (ALL || i + row < rows));
+            from += (i + STEP <= COUNT ? STEP : COUNT % STEP) * 2 * stride;
         }
     }
 
-    // Any layout: row_of(r) says where a row starts. Chunks if these are aligned, else single elements.
+    // Any layout, element by element: row_of(r) says where a row starts.
     template <typename RowOf>
-    __device__ static void any(uint32_t to, RowOf row_of, int64_t inner, int rows, int dim,
-                               bool chunks) {
+    __device__ static void any(uint32_t to, RowOf row_of, int64_t inner, int rows, int dim) {
 #pragma unroll 1
-        for (int x = threadIdx.x; x < TOTAL; x += THREADS) {
+        for (int x = threadIdx.x; x < COUNT * CHUNKS; x += THREADS) {
             const int r = x / CHUNKS, c = x % CHUNKS * 8;
-            const E *const row = row_of(r < rows ? r : 0);
-            const uint32_t at = to + Rows<COLS>::at(r, c / 8);
-            if (chunks) {
-                copy_async(at, row + c, r < rows && c < dim);
-                continue;
-            }
+            const uint16_t *const row = (const uint16_t *)row_of(r < rows ? r : 0);
             uint32_t pairs[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int e = 0; e < 8; ++e)
                 if (r < rows && c + e < dim)
-                    pairs[e / 2] |= (uint32_t)((const uint16_t *)row)[(c + e) * inner]
-                                    << e % 2 * 16;
-            store_chunk(at, pairs);
+                    pairs[e / 2] |= (uint32_t)row[(c + e) * inner] << e % 2 * 16;
+            store_chunk(to + Rows<COLS>::at(r, c / 8), pairs);
         }
     }
 
-    __device__ __forceinline__ static void strided(uint32_t to, const E *from, const fwd_view &v,
-                                                   int rows, int dim, bool fast) {
-        if (fast)
-            aligned(to, from, v.stride[2], rows, dim);
-        else
-            any(to, [=](int r) { return from + r * v.stride[2]; }, v.stride[3], rows, dim, false);
+    // 16-byte aligned rows that lie anywhere, in pages.
+    template <typename RowOf>
+    __device__ static void paged(uint32_t to, RowOf row_of, int rows, int dim) {
+#pragma unroll 1
+        for (int x = threadIdx.x; x < COUNT * CHUNKS; x += THREADS) {
+            const int r = x / CHUNKS, c = x % CHUNKS * 8;
+            copy_async(to + Rows<COLS>::at(r, c / 8), row_of(r < rows ? r : 0) + c,
+                       r < rows && c < dim);
+        }
     }
 };
 
-// One warp's share. Element [mt][n][e] of a tile of accumulators is row mt * 16 + lane / 4 + e / 2 * 8 of the warp and
-// column n * 8 + lane % 4 * 2 + e % 2: the layout of mma.m16n8k16.
-template <typename E, int D, int DV, int MT, int BN, int AHEAD>
+// One warp's share: MT * 16 rows, or with SPLIT = 2 the scores of half of the keys and half of the output's columns of
+// twice as many. Element [mt][n][e] of a tile of accumulators is row mt * 16 + lane / 4 + e / 2 * 8 and column
+// n * 8 + lane % 4 * 2 + e % 2 of it: the layout of mma.m16n8k16.
+template <typename E, int D, int DV, int MT, int BN, int SPLIT>
 struct Warp {
-    static constexpr int KS = D / 16, NT = BN / 8, VS = BN / 16, VN = DV / 16, PAIRS = MT * NT * 2;
+    static constexpr int KEYS = BN / SPLIT, COLUMNS = DV / SPLIT;
+    static constexpr int KS = D / 16, NT = KEYS / 8, VS = BN / 16, VN = COLUMNS / 16,
+                         PAIRS = MT * NT * 2;
+    static_assert(SPLIT == 1 || DV % 32 == 0, "");
 
-    float out[MT][DV / 8][4];
-    float score[AHEAD + 1][MT][NT][4]; // of the current tile and, in [AHEAD], of the next one
-    uint32_t prob[MT][VS][4];          // P of the current tile as operand of the next product
-    uint32_t odd;                      // not 0: a value of a tile with masked keys was NaN or Inf
-    float most[MT][2]; // row maxima as exponents are relative to them; of scores without the slope
-    float bias[MT][2]; // most * slope
+    float out[MT][COLUMNS / 8][4];
+    float score[MT][NT][4];
+    uint32_t prob[MT][SPLIT > 1 ? 1 : VS]
+                 [4]; // P of the current tile as operand of the next product
+    float bias[MT]
+              [2]; // the exponents of 2 that those of a row are relative to, 0 before its first key
+    float limit[MT][2]; // the score above which bias moves, -inf before the first key of a row
     float tile_most[MT][2];
     float sum[MT][2];
-    float
-        slope; // exponent of 2 per unit of score: scale * log2(e), or 1 if extras() has applied it
+    float slope; // exponent of 2 per unit of score; 1 if extras() has applied it
 
     __device__ __forceinline__ void init(float exponent_slope) {
         slope = exponent_slope;
-        odd = 0;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                most[mt][half] = NEG_INF;
+                limit[mt][half] = NEG_INF;
                 bias[mt][half] = sum[mt][half] = 0;
             }
 #pragma unroll
-            for (int n = 0; n < DV / 8; ++n)
+            for (int n = 0; n < COLUMNS / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
                     out[mt][n][e] = 0;
@@ -163,36 +179,51 @@ struct Warp {
               half(word % 2) {}
     };
 
+    __device__ __forceinline__ uint32_t exponential(Pair p) {
+        const float x = score[p.mt][p.n][2 * p.half], y = score[p.mt][p.n][2 * p.half + 1];
+        const float a = exp2_fast(fmaf(x, slope, -bias[p.mt][p.half]));
+        const float b = exp2_fast(fmaf(y, slope, -bias[p.mt][p.half]));
+        sum[p.mt][p.half] += a;
+        sum[p.mt][p.half] += b;
+        return Element<E>::pack(a, b);
+    }
+
     // Exponentials of pairs [FROM, TO) of the current tile.
     template <int FROM, int TO>
     __device__ __forceinline__ void exponentials() {
 #pragma unroll
         for (int i = FROM; i < TO; ++i) {
             const Pair p(i);
-            const float x = score[0][p.mt][p.n][2 * p.half],
-                        y = score[0][p.mt][p.n][2 * p.half + 1];
-            const float a = exp2_fast(fmaf(x, slope, -bias[p.mt][p.half]));
-            const float b = exp2_fast(fmaf(y, slope, -bias[p.mt][p.half]));
-            sum[p.mt][p.half] += a;
-            sum[p.mt][p.half] += b;
-            prob[p.mt][p.step][p.word] = Element<E>::pack(a, b);
+            prob[p.mt][p.step][p.word] = exponential(p);
         }
     }
 
-    template <int FROM, int TO>
-    __device__ __forceinline__ void maxima() {
+    // All of them, into the tile that two warps share.
+    __device__ __forceinline__ void share_exponentials(char *tile) {
+        const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % SPLIT * (KEYS / 8);
 #pragma unroll
-        for (int i = FROM; i < TO; ++i) {
+        for (int i = 0; i < PAIRS; ++i) {
             const Pair p(i);
-            const float x = score[AHEAD][p.mt][p.n][2 * p.half],
-                        y = score[AHEAD][p.mt][p.n][2 * p.half + 1];
-            tile_most[p.mt][p.half] = fmaxf(tile_most[p.mt][p.half], fmaxf(x, y));
+            *(uint32_t *)(tile + Rows<BN>::at(p.mt * 16 + p.half * 8 + lane / 4, first + p.n) +
+                          lane % 4 * 4) = exponential(p);
         }
     }
 
-    // Scores of the next tile, Q K^T, and if EXP the exponentials of the current tile in between. Matrices are loaded
-    // two products early.
-    template <bool EXP>
+    __device__ __forceinline__ void find_maxima() {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                tile_most[mt][half] = NEG_INF;
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+                    tile_most[mt][half] =
+                        fmaxf(tile_most[mt][half],
+                              fmaxf(score[mt][n][2 * half], score[mt][n][2 * half + 1]));
+            }
+    }
+
+    // Scores of the next tile, Q K^T. Matrices are loaded two products early.
     __device__ __forceinline__ void multiply_keys(uint32_t q, uint32_t k) {
         constexpr int PARTS = NT / 2, ITEMS = KS * PARTS;
         uint32_t a[2][MT][4], b[3][4];
@@ -213,7 +244,7 @@ struct Warp {
             for (int n = 0; n < NT; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    score[AHEAD][mt][n][e] = 0;
+                    score[mt][n][e] = 0;
         unrolled<ITEMS>([&](auto item) {
             constexpr int i = decltype(item)::value, step = i / PARTS, n = i % PARTS * 2;
             if (i + 2 < ITEMS)
@@ -222,101 +253,144 @@ struct Warp {
                 load_q(step + 1);
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
-                Element<E>::mma(score[AHEAD][mt][n], a[step % 2][mt], b[i % 3][0], b[i % 3][1]);
-                Element<E>::mma(score[AHEAD][mt][n + 1], a[step % 2][mt], b[i % 3][2], b[i % 3][3]);
+                Element<E>::mma(score[mt][n], a[step % 2][mt], b[i % 3][0], b[i % 3][1]);
+                Element<E>::mma(score[mt][n + 1], a[step % 2][mt], b[i % 3][2], b[i % 3][3]);
             }
-            if constexpr (EXP)
-                exponentials<PAIRS * i / ITEMS, PAIRS *(i + 1) / ITEMS>();
         });
     }
 
-    // out += P V. In between: the maxima of the next tile (AHEAD = 1) or the exponentials that make P (AHEAD = 0).
-    __device__ __forceinline__ void add_values(uint32_t v) {
+    // out += P V, and in between the exponentials that make P, unless it lies in shared memory, at `shared_p`.
+    __device__ __forceinline__ void add_values(uint32_t v, uint32_t shared_p) {
         constexpr int ITEMS = VS * VN, PART = PAIRS / VS;
-        uint32_t b[3][4];
-        const auto load_v = [&](int i) {
-            load_matrix_transposed(b[i % 3], Rows<DV>::after(v, i % VN) + i / VN * 16 * DV * 2);
+        uint32_t a[2][MT][4], b[3][4];
+        const auto load_p = [&](int step) {
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt)
+                load_matrix(a[step % 2][mt], Rows<BN>::after(shared_p, step) + mt * 16 * BN * 2);
         };
+        const auto load_v = [&](int i) {
+            load_matrix_transposed(b[i % 3],
+                                   Rows<DV>::after(v, i % VN * SPLIT) + i / VN * 16 * DV * 2);
+        };
+        if (SPLIT > 1)
+            load_p(0);
         load_v(0);
         load_v(1);
-        if (!AHEAD)
+        if constexpr (SPLIT == 1)
             exponentials<0, PART>();
         unrolled<ITEMS>([&](auto item) {
             constexpr int i = decltype(item)::value, step = i / VN, n = i % VN;
             if (i + 2 < ITEMS)
                 load_v(i + 2);
+            if (SPLIT > 1 && n == VN / 2 && step + 1 < VS)
+                load_p(step + 1);
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
-                Element<E>::mma(out[mt][2 * n], prob[mt][step], b[i % 3][0], b[i % 3][1]);
-                Element<E>::mma(out[mt][2 * n + 1], prob[mt][step], b[i % 3][2], b[i % 3][3]);
+                const uint32_t(&p)[4] =
+                    SPLIT > 1 ? a[step % 2][mt] : prob[mt][SPLIT > 1 ? 0 : step];
+                Element<E>::mma(out[mt][2 * n], p, b[i % 3][0], b[i % 3][1]);
+                Element<E>::mma(out[mt][2 * n + 1], p, b[i % 3][2], b[i % 3][3]);
             }
-            if constexpr (AHEAD)
-                maxima<PAIRS * i / ITEMS, PAIRS *(i + 1) / ITEMS>();
-            else if constexpr (step + 1 < VS)
+            if constexpr (SPLIT == 1 && step + 1 < VS)
                 exponentials<PART *(step + 1) + PART * n / VN,
                              PART *(step + 1) + PART *(n + 1) / VN>();
         });
     }
 
-    // The same for a tile with masked keys, whose values must not count even if they are NaN or Inf: those are taken as 0
-    // here, and the rows are written once more by write_rows_exactly().
-    __device__ __forceinline__ void add_masked_values(uint32_t v) {
-        unrolled<VS * VN>([&](auto item) {
-            constexpr int i = decltype(item)::value, step = i / VN, n = i % VN;
-            uint32_t b[4];
-            load_matrix_transposed(b, Rows<DV>::after(v, n) + step * 16 * DV * 2);
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const uint32_t bad = not_finite<E>(b[w]);
-                odd |= bad;
-                b[w] &= ~bad;
-            }
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
-                Element<E>::mma(out[mt][2 * n], prob[mt][step], b[0], b[1]);
-                Element<E>::mma(out[mt][2 * n + 1], prob[mt][step], b[2], b[3]);
-            }
-        });
+    // Any warp of those that share rows, or any lane of one.
+    __device__ __forceinline__ static bool any(bool x) {
+        return SPLIT > 1 ? barrier_any(1 + threadIdx.x / 64, 64, x) : __any_sync(~0u, x);
     }
 
-    __device__ __forceinline__ void forget_maxima() {
+    // What the other warp of the same rows has as x; `memory` is free for that.
+    __device__ __forceinline__ static void trade(float (&x)[MT][2], float *memory) {
+        const int pair = 1 + threadIdx.x / 64, own = threadIdx.x / 32 % 2, lane = threadIdx.x % 32;
+        barrier(pair, 64);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
-            tile_most[mt][0] = tile_most[mt][1] = NEG_INF;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (lane % 4 == 0)
+                    memory[own * MT * 16 + mt * 16 + half * 8 + lane / 4] = x[mt][half];
+        barrier(pair, 64);
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                x[mt][half] = memory[(1 - own) * MT * 16 + mt * 16 + half * 8 + lane / 4];
+        barrier(pair, 64);
+    }
+
+    // Sums of rows from sums of threads.
+    __device__ __forceinline__ void add_up_sums(float *memory) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                sum[mt][half] += __shfl_xor_sync(~0u, sum[mt][half], 1);
+                sum[mt][half] += __shfl_xor_sync(~0u, sum[mt][half], 2);
+            }
+        if constexpr (SPLIT > 1) {
+            float other[MT][2];
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    other[mt][half] = sum[mt][half];
+            trade(other, memory);
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    sum[mt][half] += other[mt][half];
+        }
     }
 
     // Makes the maxima of the next tile the reference if a row of the warp has outgrown it.
-    __device__ __forceinline__ void follow_maxima() {
-        const float enough = LAZY / slope;
+    __device__ __forceinline__ void follow_maxima(char *memory) {
         bool grown = false;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                grown |= tile_most[mt][half] > most[mt][half] + enough;
-        if (!__any_sync(~0u, grown))
+                grown |= tile_most[mt][half] > limit[mt][half];
+        if (!any(grown))
             return;
+        float most[MT][2], other[MT][2];
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float x = tile_most[mt][half];
                 x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-                x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-                x = fmaxf(x, most[mt][half]);
-                const float shrink = x == NEG_INF ? 1.0f : exp2_fast((most[mt][half] - x) * slope);
-                most[mt][half] = x;
-                bias[mt][half] = x == NEG_INF ? 0.0f : x * slope;
+                most[mt][half] = other[mt][half] = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+            }
+        if (SPLIT > 1)
+            trade(other, (float *)memory);
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const bool fresh = limit[mt][half] == NEG_INF;
+                float x = fmaxf(most[mt][half], other[mt][half]) * slope;
+                if (!fresh)
+                    x = fmaxf(x, bias[mt][half]);
+                limit[mt][half] = (x + LAZY) * reciprocal(slope);
+                x = x == NEG_INF ? 0.0f : x;
+                const float shrink = fresh ? 0.0f : exp2_fast(bias[mt][half] - x);
+                bias[mt][half] = x;
                 sum[mt][half] *= shrink;
 #pragma unroll
-                for (int n = 0; n < DV / 8; ++n) {
+                for (int n = 0; n < COLUMNS / 8; ++n) {
                     out[mt][n][2 * half] *= shrink;
                     out[mt][n][2 * half + 1] *= shrink;
                 }
             }
     }
 
-    // Hides the keys of the next tile that lie outside the window. `row`, `key`: the first of this thread and of the tile.
+    // Hides the keys of the next tile from the window's end on, or before its beginning. `row`, `key`: the first of this
+    // thread's rows and of the warp's keys.
+    template <bool END>
     __device__ __forceinline__ void mask(const fwd_params &p, const Sequence &seq, int row,
                                          int key) {
         const int column = key + threadIdx.x % 4 * 2;
@@ -325,13 +399,13 @@ struct Warp {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int i = row + mt * 16 + half * 8;
-                const int first = seq.first_key(p, i) - column, end = seq.end_key(p, i) - column;
+                const int edge = (END ? seq.end_key(p, i) : seq.first_key(p, i)) - column;
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
-                        if (n * 8 + e < first || n * 8 + e >= end)
-                            score[AHEAD][mt][n][2 * half + e] = NEG_INF;
+                        if (END ? n * 8 + e >= edge : n * 8 + e < edge)
+                            score[mt][n][2 * half + e] = NEG_INF;
             }
     }
 
@@ -360,7 +434,7 @@ struct Warp {
                     for (int e = 0; e < 2; ++e) {
                         const int j = key + n * 8 + threadIdx.x % 4 * 2 + e;
                         const bool exists = i < seq.q_len && j < seq.k_len;
-                        float x = score[AHEAD][mt][n][2 * half + e] * scale;
+                        float x = score[mt][n][2 * half + e] * scale;
                         if (cap > 0) // tanh(x) = 1 - 2 / (exp(2 x) + 1)
                             x = cap - 2 * cap / (exp2_fast(2 * LOG2E * x / cap) + 1);
                         if (bias_head && exists) {
@@ -374,33 +448,48 @@ struct Warp {
                         if (p.mask.data && exists &&
                             !mask_head[i * p.mask.stride[2] + j * p.mask.stride[3]])
                             x = NEG_INF;
-                        score[AHEAD][mt][n][2 * half + e] = x;
+                        score[mt][n][2 * half + e] = x;
                     }
             }
     }
-
-    __device__ __forceinline__ void advance() {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    score[0][mt][n][e] = score[AHEAD][mt][n][e];
-        }
-    }
 };
 
-template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int AHEAD, bool EXTRAS>
+// ROWS rows of a tile, from `first` on, by one warp to their places in `out`; `rows` of the tile exist.
+template <typename E, int COLS, int DV, int ROWS>
+__device__ __forceinline__ void store_rows(const fwd_params &p, const char *tile, int first,
+                                           int rows, E *out) {
+    constexpr int CHUNKS = DV / 8;
+    const int lane = threadIdx.x % 32;
+    if (p.flags & FWD_ALIGNED_OUTPUT) {
+#pragma unroll 8
+        for (int x = lane; x < ROWS * CHUNKS; x += 32) {
+            const int r = first + x / CHUNKS, c = x % CHUNKS;
+            if (r < rows && c * 8 < p.dim_v)
+                *(uint4 *)(out + r * p.output.stride[2] + c * 8) =
+                    *(const uint4 *)(tile + Rows<COLS>::at(r, c));
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int x = lane; x < ROWS * DV; x += 32) {
+        const int r = first + x / DV, c = x % DV;
+        if (r < rows && c < p.dim_v)
+            out[r * p.output.stride[2] + c * p.output.stride[3]] =
+                *(const E *)(tile + Rows<COLS>::at(r, c / 8) + c % 8 * 2);
+    }
+}
+
+template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
 __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
-    using T = Tile<D, DV, WARPS, MT, BN, STAGES>;
-    using W = Warp<E, D, DV, MT, BN, AHEAD>;
+    using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
+    using W = Warp<E, D, DV, MT, BN, SPLIT>;
     using LoadQ = Loader<E, T::THREADS, T::ROWS, D>;
     using LoadK = Loader<E, T::THREADS, BN, D>;
     using LoadV = Loader<E, T::THREADS, BN, DV>;
     extern __shared__ __align__(16) char shared[];
     const uint32_t q_tile = (uint32_t)__cvta_generic_to_shared(shared), ring = q_tile + T::Q_BYTES;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, warps = kept_by_all(threadIdx.x / 32), warp = warps / SPLIT,
+              part = warps % SPLIT;
 
     const Work work(p);
     const Sequence seq(p, work.b);
@@ -408,13 +497,12 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     if (rows <= 0)
         return;
     const int kv_head = work.h / p.group, first_row = block_row + warp * MT * 16;
+    const bool pages = EXTRAS && p.page_size;
     const E *const q = (const E *)p.query.data + work.b * p.query.stride[0] +
                        work.h * p.query.stride[1] + (seq.q_start + block_row) * p.query.stride[2];
-    const E *const k = (const E *)p.key.data +
-                       (EXTRAS && p.page_size ? 0 : work.b * p.key.stride[0]) +
+    const E *const k = (const E *)p.key.data + (pages ? 0 : work.b * p.key.stride[0]) +
                        kv_head * p.key.stride[1] + seq.k_start * p.key.stride[2];
-    const E *const v = (const E *)p.value.data +
-                       (EXTRAS && p.page_size ? 0 : work.b * p.value.stride[0]) +
+    const E *const v = (const E *)p.value.data + (pages ? 0 : work.b * p.value.stride[0]) +
                        kv_head * p.value.stride[1] + seq.k_start * p.value.stride[2];
 
     // Tiles [first, end) of the block and of this warp; [clean_first, clean_end) are seen whole by all rows of the warp.
@@ -426,96 +514,149 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     int first, end, warp_first, warp_end;
     tiles(block_row, T::ROWS, first, end);
     tiles(first_row, MT * 16, warp_first, warp_end);
-    const int clean_first = (seq.first_key(p, first_row + MT * 16 - 1) + BN - 1) / BN;
-    const int clean_end = EXTRAS ? 0 : seq.end_key(p, first_row) / BN;
+    warp_first = kept_by_all(warp_first);
+    warp_end = kept_by_all(warp_end);
+    end = kept_by_all(end);
+    const int clean_first = kept_by_all((seq.first_key(p, first_row + MT * 16 - 1) + BN - 1) / BN);
+    const int clean_end = kept_by_all(seq.end_key(p, first_row) / BN);
 
-    // Tiles K of g + 1 and V of g.
-    const auto load_pair = [&](int g, int slot) {
-        const uint32_t to = ring + slot * T::STAGE_BYTES;
-        const int k0 = (g + 1) * BN, v0 = g * BN;
-        if (EXTRAS && p.page_size) {
-            const auto page_row = [&](const E *base, const fwd_view &view, int j) {
-                const int page =
-                    ((const int *)p.block_table.data)[work.b * p.block_table.stride[0] +
-                                                      j / p.page_size * p.block_table.stride[1]];
-                return base + clamped(page, 0, p.pages - 1) * view.stride[0] +
-                       j % p.page_size * view.stride[2];
-            };
-            if (g + 1 < end)
-                LoadK::any(
-                    to, [&](int r) { return page_row(k, p.key, k0 + r); }, p.key.stride[3],
-                    seq.k_len - k0, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
-            if (g >= first && g < end)
-                LoadV::any(
-                    to + T::K_BYTES, [&](int r) { return page_row(v, p.value, v0 + r); },
-                    p.value.stride[3], seq.k_len - v0, p.dim_v, p.flags & FWD_ALIGNED_VALUE);
-        } else {
-            if (g + 1 < end)
-                LoadK::strided(to, k + k0 * p.key.stride[2], p.key, seq.k_len - k0, p.dim_qk,
-                               p.flags & FWD_ALIGNED_KEY);
-            if (g >= first && g < end)
-                LoadV::strided(to + T::K_BYTES, v + v0 * p.value.stride[2], p.value, seq.k_len - v0,
-                               p.dim_v, p.flags & FWD_ALIGNED_VALUE);
-        }
-        copy_commit();
+    // One row of a page.
+    const auto page_row = [&](const E *base, const fwd_view &view, int j) {
+        const int page =
+            ((const int *)p.block_table.data)[work.b * p.block_table.stride[0] +
+                                              j / p.page_size * p.block_table.stride[1]];
+        return base + clamped(page, 0, p.pages - 1) * view.stride[0] +
+               j % p.page_size * view.stride[2];
     };
-
-    W w;
-    w.init(EXTRAS ? 1.0f : (float)p.scale * LOG2E);
-    LoadQ::strided(q_tile, q, p.query, rows, p.dim_qk, p.flags & FWD_ALIGNED_QUERY);
+    // `rows` rows from `row` on of a tile that is not simply aligned rows.
+    const auto load_slowly = [&](auto loader, uint32_t to, const E *base, const fwd_view &view,
+                                 int row, int rows, int dim, bool aligned) {
+        using Load = decltype(loader);
+        if (!pages)
+            Load::any(
+                to, [&](int r) { return base + (row + r) * view.stride[2]; }, view.stride[3], rows,
+                dim);
+        else if (aligned)
+            Load::paged(to, [&](int r) { return page_row(base, view, row + r); }, rows, dim);
+        else
+            Load::any(
+                to, [&](int r) { return page_row(base, view, row + r); }, view.stride[3], rows,
+                dim);
+    };
+    // Tiles [first, whole) are simply aligned rows.
+    const int aligned = FWD_ALIGNED_KEY | FWD_ALIGNED_VALUE;
+    const int whole =
+        kept_by_all(pages || (p.flags & aligned) != aligned ? 0 : min(end, seq.k_len / BN));
+    const char *next_key = LoadK::start(k + (int64_t)first * BN * p.key.stride[2], p.key.stride[2]);
+    const char *next_value =
+        LoadV::start(v + (int64_t)first * BN * p.value.stride[2], p.value.stride[2]);
+    const uint32_t key_to = kept(ring + LoadK::place()),
+                   value_to =
+                       D == DV ? key_to + T::K_BYTES : kept(ring + T::K_BYTES + LoadV::place());
+    const int key_columns = kept(LoadK::columns(p.dim_qk)),
+              value_columns = kept(LoadV::columns(p.dim_v));
+    // Tiles one after the other from `first` on, into the stage at `offset`.
+    const auto load_key = [&](int tile, uint32_t offset) {
+        const int left = seq.k_len - tile * BN;
+        if (tile < whole)
+            LoadK::template aligned<true>(key_to + offset, next_key, p.key.stride[2], left,
+                                          key_columns);
+        else if (tile < end && !pages && p.flags & FWD_ALIGNED_KEY)
+            LoadK::template aligned<false>(key_to + offset, next_key, p.key.stride[2], left,
+                                           key_columns);
+        else if (tile < end)
+            load_slowly(LoadK(), ring + offset, k, p.key, tile * BN, left, p.dim_qk,
+                        p.flags & FWD_ALIGNED_KEY);
+    };
+    const auto load_value = [&](int tile, uint32_t offset) {
+        const int left = seq.k_len - tile * BN;
+        if (tile < whole)
+            LoadV::template aligned<true>(value_to + offset, next_value, p.value.stride[2], left,
+                                          value_columns);
+        else if (tile < end && !pages && p.flags & FWD_ALIGNED_VALUE)
+            LoadV::template aligned<false>(value_to + offset, next_value, p.value.stride[2], left,
+                                           value_columns);
+        else if (tile < end)
+            load_slowly(LoadV(), ring + T::K_BYTES + offset, v, p.value, tile * BN, left, p.dim_v,
+                        p.flags & FWD_ALIGNED_VALUE);
+    };
+    if (p.flags & FWD_ALIGNED_QUERY) {
+        const char *from = LoadQ::start(q, p.query.stride[2]);
+        LoadQ::template aligned<false>(q_tile + LoadQ::place(), from, p.query.stride[2], rows,
+                                       LoadQ::columns(p.dim_qk));
+    } else {
+        LoadQ::any(
+            q_tile, [&](int r) { return q + r * p.query.stride[2]; }, p.query.stride[3], rows,
+            p.dim_qk);
+    }
+    if (STAGES > 1) {
+        load_key(first, 0);
+        copy_commit();
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i)
-        load_pair(first - 1 + i, i);
+        for (int i = 1; i < STAGES; ++i) {
+            load_key(first + i, i * T::STAGE_BYTES);
+            load_value(first + i - 1, i * T::STAGE_BYTES);
+            copy_commit();
+        }
+    }
+    W w;
+    w.init(EXTRAS ? 1.0f : p.exponent_scale);
 
-    const uint32_t q_at = q_tile + warp * MT * 16 * D * 2 + Rows<D>::at(lane % 16, lane / 16);
-    const uint32_t k_at = ring + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    const uint32_t v_at = ring + T::K_BYTES + Rows<DV>::at(lane % 16, lane / 16);
-    // Steps whose current and next tile are both clean.
-    const int steady_first = max(warp_first, clean_first),
-              steady_end = min(warp_end, clean_end) - 1;
-    int slot = 0;
+    const uint32_t q_at = kept(q_tile + warp * MT * 16 * D * 2 + Rows<D>::at(lane % 16, lane / 16));
+    const uint32_t k_at =
+        kept(ring + part * W::KEYS * D * 2 + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+    const uint32_t v_at = kept(ring + T::K_BYTES + Rows<DV>::at(lane % 16, part * 2 + lane / 16));
+    const uint32_t p_tile = T::Q_BYTES + STAGES * T::STAGE_BYTES + warp * MT * 16 * BN * 2;
+    const uint32_t p_at =
+        SPLIT > 1 ? kept(q_tile + p_tile + Rows<BN>::at(lane % 16, lane / 16)) : 0;
+    uint32_t offset = 0;
 #pragma unroll 1
     for (int g = first - 1; g < end; ++g) {
-        if (g < first)
-            copy_wait<STAGES - 1>();
-        else
-            copy_wait<STAGES - 2>();
-        __syncthreads(); // the pair of this step is there, and all warps are done with the step before
-        if (g >= first)
-            load_pair(g + STAGES - 1, slot == 0 ? STAGES - 1 : slot - 1);
-        const uint32_t offset = slot * T::STAGE_BYTES;
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-        if (!EXTRAS && g >= steady_first && g < steady_end) {
-            w.forget_maxima();
-            if (AHEAD) {
-                w.template multiply_keys<true>(q_at, k_at + offset);
-                w.add_values(v_at + offset);
-            } else {
-                w.add_values(v_at + offset);
-                w.template multiply_keys<false>(q_at, k_at + offset);
-                w.template maxima<0, W::PAIRS>();
+        const bool current = g >= warp_first && g < warp_end,
+                   next = g + 1 >= warp_first && g + 1 < warp_end;
+        if (STAGES == 1) {
+            // K of the next tile is on its way while V of this one is used, and the other way round.
+            copy_wait<0>();
+            __syncthreads();
+            load_key(g + 1, 0);
+            copy_commit();
+        } else {
+            if (g < first)
+                copy_wait<STAGES - 1>();
+            else
+                copy_wait<STAGES - 2>();
+            __syncthreads(); // the pair of this step is there, and all warps are done with the step before
+            if (g >= first) {
+                const uint32_t free =
+                    offset == 0 ? (STAGES - 1) * T::STAGE_BYTES : offset - T::STAGE_BYTES;
+                load_key(g + STAGES, free);
+                load_value(g + STAGES - 1, free);
+                copy_commit();
             }
-            w.follow_maxima();
-            w.advance();
-            continue;
         }
-
-        // The edges: tiles that a mask cuts, and the first and the last step.
-        if (g >= warp_first && g < warp_end) {
-            w.template exponentials<0, W::PAIRS>();
-            w.add_masked_values(v_at + offset);
+        if (current)
+            w.add_values(v_at + offset, p_at);
+        if (STAGES == 1) {
+            copy_wait<0>();
+            __syncthreads();
+            load_value(g + 1, 0);
+            copy_commit();
         }
-        if (g + 1 >= warp_first && g + 1 < warp_end) {
-            w.template multiply_keys<false>(q_at, k_at + offset);
+        if (next) {
+            const int key = (g + 1) * BN + part * W::KEYS;
+            w.multiply_keys(q_at, k_at + offset);
             if (EXTRAS)
-                w.extras(p, seq, work.b, work.h, first_row + lane / 4, (g + 1) * BN);
-            if (g + 1 < clean_first || g + 1 >= clean_end)
-                w.mask(p, seq, first_row + lane / 4, (g + 1) * BN);
-            w.forget_maxima();
-            w.template maxima<0, W::PAIRS>();
-            w.follow_maxima();
-            w.advance();
+                w.extras(p, seq, work.b, work.h, first_row + lane / 4, key);
+            if (g + 1 < clean_first)
+                w.template mask<false>(p, seq, first_row + lane / 4, key);
+            if (g + 1 >= clean_end)
+                w.template mask<true>(p, seq, first_row + lane / 4, key);
+            w.find_maxima();
+            w.follow_maxima(shared + p_tile);
+            if (SPLIT > 1)
+                w.share_exponentials(shared + p_tile);
         }
+        offset = offset + T::STAGE_BYTES == STAGES * T::STAGE_BYTES ? 0 : offset + T::STAGE_BYTES;
     }
     copy_wait<0>();
     if (first >= end)
@@ -524,63 +665,61 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     // The output of a warp takes the place of its own queries on its way to whole 16-byte writes.
     const float sink =
         p.sinks.data ? ((const float *)p.sinks.data)[work.h * p.sinks.stride[1]] * LOG2E : NEG_INF;
+    w.add_up_sums((float *)(shared + p_tile));
+    uint32_t odd = 0; // not 0: the output has a NaN or Inf
+    float lse_total = 0,
+          lse_top = 0; // of row lane % 4 of those of this thread, with lane / 4 in common
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4, i = block_row + local;
-            float total = w.sum[mt][half], top = w.most[mt][half] * w.slope;
-            total += __shfl_xor_sync(~0u, total, 1);
-            total += __shfl_xor_sync(~0u, total, 2);
-            const bool empty = i >= seq.q_len || total == 0;
+            const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4;
+            float total = w.sum[mt][half], top = w.bias[mt][half];
+            const bool empty = block_row + local >= seq.q_len || total == 0;
             if (empty) {
                 total = 0;
                 top = NEG_INF;
             }
+            float factor = reciprocal(total);
             if (sink > NEG_INF) {
-                const float higher = fmaxf(top, sink);
-                const float shrink = exp2_fast(top - higher);
+                const float higher = fmaxf(top, sink), shrink = exp2_fast(top - higher);
                 total = total * shrink + exp2_fast(sink - higher);
-                w.sum[mt][half] = shrink / total;
+                factor = shrink * reciprocal(total);
                 top = higher;
-            } else {
-                w.sum[mt][half] = 1 / total;
             }
-            if (p.lse.data && lane % 4 == 0 && local < rows) {
-                const float none = p.flags & FWD_EMPTY_LSE_INF ? POS_INF : NEG_INF;
-                const float lse = total == 0 ? none : (top + log2f(total)) * LN2;
-                const int64_t at = work.b * p.lse.stride[0] + work.h * p.lse.stride[1] +
-                                   (seq.q_start + i) * p.lse.stride[2];
-                if (p.flags & FWD_LSE_F32)
-                    ((float *)p.lse.data)[at] = lse;
-                else
-                    ((uint16_t *)p.lse.data)[at] = (uint16_t)Element<E>::pack(lse, 0);
+            if (lane % 4 == mt * 2 + half) {
+                lse_total = total;
+                lse_top = top;
             }
 #pragma unroll
-            for (int n = 0; n < DV / 8; ++n) {
-                const float a = empty ? 0 : w.out[mt][n][2 * half] * w.sum[mt][half];
-                const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * w.sum[mt][half];
-                *(uint32_t *)(shared + Rows<D>::at(local, n) + lane % 4 * 4) =
-                    Element<E>::pack(a, b);
+            for (int n = 0; n < W::COLUMNS / 8; ++n) {
+                const float a = empty ? 0 : w.out[mt][n][2 * half] * factor;
+                const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * factor;
+                const uint32_t pair = Element<E>::pack(a, b);
+                odd = Element<E>::zero_times(pair, odd);
+                const int chunk = (n / 2 * SPLIT + part) * 2 + n % 2;
+                *(uint32_t *)(shared + Rows<D>::at(local, chunk) + lane % 4 * 4) = pair;
             }
         }
-    __syncwarp();
-    E *const out = (E *)p.output.data + work.b * p.output.stride[0] + work.h * p.output.stride[1] +
-                   (seq.q_start + block_row) * p.output.stride[2];
-    const bool wide = p.flags & FWD_ALIGNED_OUTPUT;
-#pragma unroll 1
-    for (int x = lane; x < MT * 16 * (DV / 8); x += 32) {
-        const int local = warp * MT * 16 + x / (DV / 8), c = x % (DV / 8) * 8;
-        const E *const from = (const E *)(shared + Rows<D>::at(local, c / 8));
-        E *const to = out + local * p.output.stride[2];
-        if (local >= rows)
-            break;
-        if (wide && c + 8 <= p.dim_v)
-            *(uint4 *)(to + c) = *(const uint4 *)from;
+    const int lse_row = warp * MT * 16 + lane % 4 * 8 + lane / 4;
+    if (p.lse.data && part == 0 && lane % 4 < MT * 2 && lse_row < rows) {
+        const float none = p.flags & FWD_EMPTY_LSE_INF ? POS_INF : NEG_INF;
+        const float lse = lse_total == 0 ? none : (lse_top + log2f(lse_total)) * LN2;
+        const int64_t at = work.b * p.lse.stride[0] + work.h * p.lse.stride[1] +
+                           (seq.q_start + block_row + lse_row) * p.lse.stride[2];
+        if (p.flags & FWD_LSE_F32)
+            ((float *)p.lse.data)[at] = lse;
         else
-            for (int e = 0; e < 8 && c + e < p.dim_v; ++e)
-                to[(c + e) * p.output.stride[3]] = from[e];
+            ((uint16_t *)p.lse.data)[at] = (uint16_t)Element<E>::pack(lse, 0);
     }
-    if (__any_sync(~0u, w.odd != 0))
-        write_rows_exactly<E>(p, work.b, work.h, first_row, first_row + MT * 16);
+    const bool exactly = W::any(odd != 0);
+    constexpr int ROWS = MT * 16 / SPLIT; // of those that warps share, each writes some
+    const int mine = warp * MT * 16 + part * ROWS;
+    __syncwarp();
+    store_rows<E, D, DV, ROWS>(p, shared, mine, rows,
+                               (E *)p.output.data + work.b * p.output.stride[0] +
+                                   work.h * p.output.stride[1] +
+                                   (seq.q_start + block_row) * p.output.stride[2]);
+    if (exactly)
+        write_rows_exactly<E>(p, work.b, work.h, block_row + mine, block_row + mine + ROWS);
 }
