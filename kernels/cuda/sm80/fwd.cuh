@@ -409,48 +409,66 @@ struct Warp {
             }
     }
 
-    // The options of the forward pass, one after the other; leaves logits times log2(e). Rows and keys outside the
-    // tensors give anything: mask() hides them.
-    __device__ __forceinline__ void extras(const fwd_params &p, const Sequence &seq, int b, int h,
-                                           int row, int key) {
-        const float scale = (float)p.scale, cap = (float)p.softcap;
-        const float alibi =
-            p.alibi_slopes.data
-                ? ((const float *)p.alibi_slopes
-                       .data)[b * p.alibi_slopes.stride[0] + h * p.alibi_slopes.stride[1]]
-                : 0.0f;
-        const char *const bias_head = (const char *)p.bias.data;
-        const int64_t bias_offset = b * p.bias.stride[0] + h * p.bias.stride[1];
-        const uint8_t *const mask_head =
-            (const uint8_t *)p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1];
+    // Each score x of row i and key j becomes change(x, i, j). `row`, `key` as in mask().
+    template <typename Change>
+    __device__ __forceinline__ void change_scores(int row, int key, Change change) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int i = row + mt * 16 + half * 8;
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const int j = key + n * 8 + threadIdx.x % 4 * 2 + e;
-                        const bool exists = i < seq.q_len && j < seq.k_len;
-                        float x = score[mt][n][2 * half + e] * scale;
-                        if (cap > 0) // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-                            x = cap - 2 * cap / (exp2_fast(2 * LOG2E * x / cap) + 1);
-                        if (bias_head && exists) {
-                            const int64_t at =
-                                bias_offset + i * p.bias.stride[2] + j * p.bias.stride[3];
-                            x += p.flags & FWD_BIAS_F32
-                                     ? ((const float *)bias_head)[at]
-                                     : Element<E>::widen(((const uint16_t *)bias_head)[at]);
-                        }
-                        x = (x - alibi * abs(i + seq.diagonal - j)) * LOG2E;
-                        if (p.mask.data && exists &&
-                            !mask_head[i * p.mask.stride[2] + j * p.mask.stride[3]])
-                            x = NEG_INF;
-                        score[mt][n][2 * half + e] = x;
+                        float &x = score[mt][n][2 * half + e];
+                        x = change(x, row + mt * 16 + half * 8,
+                                   key + n * 8 + threadIdx.x % 4 * 2 + e);
                     }
-            }
+    }
+
+    // The options of the forward pass, one after the other; leaves logits times log2(e). Rows and keys outside the
+    // tensors give anything: mask() hides them.
+    __device__ __forceinline__ void extras(const fwd_params &p, const Sequence &seq, int b, int h,
+                                           int row, int key) {
+        const auto place = [&](const fwd_view &v, int i, int j) {
+            return b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
+        };
+        const auto exists = [&](int i, int j) { return i < seq.q_len && j < seq.k_len; };
+        if (p.softcap > 0) { // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+            const float cap = (float)p.softcap * LOG2E,
+                        inner = 2 * p.exponent_scale / (float)p.softcap;
+            change_scores(row, key, [&](float x, int, int) {
+                return cap - 2 * cap * reciprocal(exp2_fast(x * inner) + 1);
+            });
+        } else {
+            change_scores(row, key, [&](float x, int, int) { return x * p.exponent_scale; });
+        }
+        if (p.bias.data && p.flags & FWD_BIAS_F32)
+            change_scores(row, key, [&](float x, int i, int j) {
+                return exists(i, j)
+                           ? fmaf(((const float *)p.bias.data)[place(p.bias, i, j)], LOG2E, x)
+                           : x;
+            });
+        else if (p.bias.data)
+            change_scores(row, key, [&](float x, int i, int j) {
+                return exists(i, j) ? fmaf(Element<E>::widen((
+                                               (const uint16_t *)p.bias.data)[place(p.bias, i, j)]),
+                                           LOG2E, x)
+                                    : x;
+            });
+        if (p.alibi_slopes.data) {
+            const fwd_view &v = p.alibi_slopes;
+            const float alibi = ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] * LOG2E;
+            change_scores(row, key, [&](float x, int i, int j) {
+                return fmaf(-alibi, abs(i + seq.diagonal - j), x);
+            });
+        }
+        if (p.mask.data)
+            change_scores(row, key, [&](float x, int i, int j) {
+                return exists(i, j) && !((const uint8_t *)p.mask.data)[place(p.mask, i, j)]
+                           ? NEG_INF
+                           : x;
+            });
     }
 };
 
