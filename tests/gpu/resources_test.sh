@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # resources_test.sh CUOBJDUMP NVDISASM FATBIN...
 # Reads what was compiled: no kernel uses static shared memory beside the dynamic one that the plan counts, none has a
-# large stack, and the main loop of every tensor core kernel (the straight code with the most HMMA) keeps to registers
-# but for a few scalars. A spilled accumulator would show as dozens of LDL and STL there.
+# large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or more) keeps to registers but
+# for a few scalars. A spilled accumulator would show as dozens of LDL and STL there.
 set -euo pipefail
 cuobjdump=$1 nvdisasm=$2
 shift 2
@@ -32,7 +32,7 @@ for image in "$@"; do
                 failed=1
             fi
         done < <("$nvdisasm" -c "$cubin" | awk '
-            function block() { if (mma > most) { most = mma; worst = moved } mma = moved = 0 }
+            function block() { if (mma >= 16) { if (mma > most) most = mma; if (moved > worst) worst = moved } mma = moved = 0 }
             function kernel() { block(); if (most > 0) print name, most, worst; most = worst = 0 }
             /^\.text\./ { kernel(); name = substr($1, 7); sub(":$", "", name) }
             / BRA / { block() }
