@@ -529,12 +529,15 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
         first = seq.first_key(p, from) / BN;
         end = most < from ? 0 : (seq.end_key(p, most) + BN - 1) / BN;
     };
-    int first, end, warp_first, warp_end;
+    int first, end;
     tiles(block_row, T::ROWS, first, end);
-    tiles(first_row, MT * 16, warp_first, warp_end);
+    end = kept_by_all(end);
+    int warp_first = first,
+        warp_end = end; // pairs of warps all take the same steps, with the same barriers
+    if (SPLIT == 1)
+        tiles(first_row, MT * 16, warp_first, warp_end);
     warp_first = kept_by_all(warp_first);
     warp_end = kept_by_all(warp_end);
-    end = kept_by_all(end);
     const int clean_first = kept_by_all((seq.first_key(p, first_row + MT * 16 - 1) + BN - 1) / BN);
     const int clean_end = kept_by_all(seq.end_key(p, first_row) / BN);
 
