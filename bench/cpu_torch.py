@@ -5,7 +5,9 @@
 The two take turns in bouts: a pause, so that neither inherits the other's spinning threads, two
 calls to warm up, then timed ones. The figures are medians; the spread is the distance between the
 quartiles in percent of the median. Every output is compared with PyTorch's in f32.
-FLOPs = 4 B H Lq Lk D, halved for causal; bytes are those of key and value.
+FLOPs = 4 B H Lq Lk D, halved for causal; bytes are those of key and value. A third in turn, "read",
+only adds up the keys and values of a decoding step: what memory allows. In the end the speed of
+each case on all threads is compared with that on the fewest.
 """
 
 import argparse
@@ -62,7 +64,11 @@ def bench(library, dtype, threads, case, seconds):
 
     output = torch.empty_like(q)
     call = library.call(causal, threads=threads, query=q, key=k, value=v, output=output)
-    times = bouts({"torch": torch_sdpa, "dlattn": call}, seconds)
+    functions = {"torch": torch_sdpa, "dlattn": call}
+    if op == "decode":
+        words = k.view(torch.float32), v.view(torch.float32)
+        functions["read"] = lambda: [w.sum() for w in words]
+    times = bouts(functions, seconds)
     exact = functional.scaled_dot_product_attention(
         q.float(), k.float(), v.float(), is_causal=causal, enable_gqa=gqa
     )
@@ -83,9 +89,35 @@ def bench(library, dtype, threads, case, seconds):
             kernel=call.kernel if impl == "dlattn" else "",
             median_us=round(median, 2),
             spread_pct=round(spread, 1),
-            tflops=round(flops / median / 1e6, 4),
+            tflops=round(flops / median / 1e6, 4) if impl != "read" else "",
             gbs=round(read / median / 1e3, 2),
+            workspace=call.exec.workspace_bytes // threads if impl == "dlattn" else "",
         )
+
+
+def report(rows):
+    """One line: the case, both speeds, their ratio, the machine's own reading, workspace."""
+    peer, own = rows["torch"], rows["dlattn"]
+    unit, name = ("gbs", "GB/s") if own["op"] == "decode" else ("tflops", "TFLOP/s")
+    limit = f", read {rows['read']['gbs']} GB/s" if "read" in rows else ""
+    print(
+        *(own[f] for f in COLUMNS[:14] if f in own),
+        f"{own['kernel']} {own[unit]} {name} beside {peer[unit]}{limit}:",
+        f"x{peer['median_us'] / own['median_us']:.2f},",
+        f"{own['workspace'] / 1024:.0f} KiB a thread",
+        flush=True,
+    )
+
+
+def report_scaling(speeds):
+    """speeds: (dtype, case) -> {threads: TFLOP/s}"""
+    for (dtype, case), speed in speeds.items():
+        few, many = min(speed), max(speed)
+        if few < many:
+            print(
+                f"{dtype} {case}: {many} threads do {speed[many] / speed[few]:.1f} times",
+                f"the work of {few}",
+            )
 
 
 def main():
@@ -103,22 +135,21 @@ def main():
     with open(
         options.out or f"bench/results/{date}-{device}-cpu-torch.csv", "w", newline=""
     ) as file:
-        out = csv.DictWriter(file, COLUMNS, restval="")
+        out = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         out.writeheader()
+        speeds = {}
         for threads in map(int, options.threads.split(",")):
             for dtype in DTYPES:
                 for case in CASES:
-                    peer, own = bench(library, dtype, threads, case, options.seconds)
-                    for row in (peer, own):
+                    rows = {
+                        r["impl"]: r for r in bench(library, dtype, threads, case, options.seconds)
+                    }
+                    for row in rows.values():
                         out.writerow(dict(row, date=date, commit=commit, device=device))
                     file.flush()
-                    unit = "gbs" if own["op"] == "decode" else "tflops"
-                    faster = peer["median_us"] / own["median_us"]
-                    print(
-                        *(own[f] for f in COLUMNS if f in own and f != "impl"),
-                        f"{unit} {own[unit]} beside {peer[unit]}: x{faster:.2f}",
-                        flush=True,
-                    )
+                    report(rows)
+                    speeds.setdefault((dtype, case), {})[threads] = rows["dlattn"]["tflops"]
+        report_scaling(speeds)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
  * product of two elements the sum of the products of their terms, without those below the last bit: one product for
  * bf16, four (scores) or three (values) for f16, six for f32, of exact factors and with sums in f32.
  *
+ * Tiles and vectors are units of their own, which work side by side if their instructions alternate: the softmax of some
+ * keys runs beside the products of the next ones' scores.
+ *
  * Operands are packed in tiles of 16 rows x 16 words, 1 KiB each, in the order in which products take them: rows of
  * tiles, of each the steps along the summed axis, of each step the terms. Tile registers cannot be moved to vectors,
- * so scores and outputs go through memory: scores a few keys at a time, which stay in the first-level cache, and
- * outputs once for all keys of a tile.
+ * so scores and outputs go through memory: scores a few keys at a time, which stay in the first-level cache.
  */
 #define VEC_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,amx-tile,amx-bf16"
 #include "kernels/cpu/vec_avx512.h"
+#include "kernels/cpu/vec_bf16.h"
 
 #define VECTORS 4
 #include "kernels/cpu/forward_template.h"
@@ -20,11 +23,10 @@ enum {
     ROWS = 16,              /* of a tile */
     STEP = 32,              /* elements of a tile along the summed axis */
     TILE = ROWS * STEP / 2, /* words */
-    SCORE_KEYS = 64,        /* whose scores are held at a time */
-    WEIGHT_KEYS = 256       /* times terms: whose weights are */
+    SCORE_KEYS = 32         /* whose scores are held at a time, 32 or 64 */
 };
 
-#define TILE_K(terms) (WEIGHT_KEYS / (terms) / SCORE_KEYS * SCORE_KEYS)
+#define TILE_K(terms) ((terms) == 3 ? 128 : 256)
 
 /* Every tile 16 rows of 64 bytes (Intel SDM, LDTILECFG). */
 VEC_FN static void enter(void) {
@@ -42,6 +44,90 @@ VEC_FN static void enter(void) {
 
 VEC_FN static void leave(void) { _tile_release(); }
 
+/* ---- Softmax ---------------------------------------------------------------------------------------------------- */
+
+/* Weights in the making: of n keys' scores, one vector of lanes after the other. */
+struct weighing {
+    const float *scores;
+    float *weights; /* tiles of 32 keys x 16 lanes */
+    int64_t row;    /* words from the tiles of one vector to those of the next */
+    int32_t n;
+    vec scale, minus[VECTORS], sum[VECTORS];
+};
+
+/* Two keys' weights as words of the product; past the last key they are 0. */
+VEC_INLINE vec weigh_pair(float *to, const float *s, int32_t left, vec scale, vec minus,
+                          int terms) {
+    vec even = vec_set(0), odd = even, words[3];
+    if (left > 0) {
+        even = vec_fma(vec_load(s), scale, minus);
+        even = terms == 3 ? exp2_of(even) : exp2_rough(even);
+    }
+    if (left > 1) {
+        odd = vec_fma(vec_load(s + LANES), scale, minus);
+        odd = terms == 3 ? exp2_of(odd) : exp2_rough(odd);
+    }
+    pair_terms(words, even, odd, terms);
+#pragma clang loop unroll(full)
+    for (int t = 0; t < terms; t++)
+        vec_store(to + t * TILE, words[t]);
+    return vec_add(even, odd);
+}
+
+/* Keys [from, to) of vector v, both even; n >= to unless `tail`. */
+VEC_INLINE void weigh_keys(struct weighing *w, int v, int32_t from, int32_t to, int terms,
+                           bool tail) {
+    const vec scale = w->scale, minus = w->minus[v];
+    vec sum = w->sum[v];
+    for (int32_t k = from; k < to; k += 2)
+        sum = vec_add(sum, weigh_pair(w->weights + v * w->row + k / STEP * terms * TILE +
+                                          k % STEP * (ROWS / 2),
+                                      w->scores + k * LANES + v * VEC_LANES, tail ? w->n - k : 2,
+                                      scale, minus, terms));
+    w->sum[v] = sum;
+}
+
+/* All that is left of a whole step, and zeros. */
+VEC_INLINE void weigh_all(struct weighing *w, int vectors, int terms) {
+    for (int v = 0; v < vectors; v++) {
+        const int32_t whole = w->n / 2 * 2;
+        weigh_keys(w, v, 0, whole, terms, false);
+        weigh_keys(w, v, whole, (int32_t)padded(w->n, STEP), terms, true);
+    }
+}
+
+/* Some lane has no maximum yet. */
+VEC_INLINE bool unseen(const struct block *b, int vectors) {
+    uint32_t none = 0;
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++)
+        none |= vec_mask_bits(vec_equal(vec_load(b->max + v * VEC_LANES), vec_set(-INFINITY)));
+    return none;
+}
+
+/* Relative to the maxima that the block has. */
+VEC_INLINE void start_weighing(struct weighing *w, const struct block *b, int vectors) {
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++) {
+        w->minus[v] = minus_max(b, v);
+        w->sum[v] = vec_set(0);
+    }
+}
+
+/* False, and no sums, if some lane's maximum has grown so far that its weights are too large. */
+VEC_INLINE bool end_weighing(const struct weighing *w, struct block *b, int vectors) {
+    uint32_t huge = 0;
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++)
+        huge |= vec_mask_bits(vec_greater(w->sum[v], vec_set(HUGE_SUM)));
+    if (huge)
+        return false;
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++)
+        vec_store(b->sum + v * VEC_LANES, vec_add(vec_load(b->sum + v * VEC_LANES), w->sum[v]));
+    return true;
+}
+
 /* ---- Products --------------------------------------------------------------------------------------------------- */
 
 /* One row of tiles of an operand begins `row` words after the one before. */
@@ -51,10 +137,17 @@ struct tiles {
 };
 
 /* c[row][lane] += sum over `steps` of a . b for 2 x 2 tiles of sums (0-3), or as many as there are rows and columns; c
- * starts from 0 unless `add`. Two tiles of a (4, 5) and two of b (6, 7): four products for four loads at most. */
+ * starts from 0 unless `add`. Two tiles of a (4, 5) and two of b (6, 7): four products for four loads at most. Between
+ * them vectors [first, end) of SCORE_KEYS scores are weighed, unless `beside` is NULL: products and vectors run side by
+ * side. */
 VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t steps, int terms,
-                             bool two_rows, bool two_columns, bool add) {
+                             bool two_rows, bool two_columns, bool add, struct weighing *beside,
+                             int first, int end) {
     const size_t lanes = LANES * 4;
+    const int products = terms == 3 ? 6 : terms == 2 ? 3 + !add : 1;
+    const int64_t share = beside ? (SCORE_KEYS / 2 << 16) / (steps * products) : 0;
+    int64_t due = 0; /* pairs of keys, in units of 2^-16 */
+    int32_t weighed = 0;
     float *c1 = c + ROWS * LANES;
 #define LOAD_A(term)                                                                               \
     do {                                                                                           \
@@ -77,6 +170,12 @@ VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t s
             _tile_dpbf16ps(2, 5, 6);                                                               \
         if (two_rows && two_columns)                                                               \
             _tile_dpbf16ps(3, 5, 7);                                                               \
+        if (beside) {                                                                              \
+            const int32_t now = (int32_t)((due += share) >> 16) * 2;                               \
+            for (int v = first; v < end; v++)                                                      \
+                weigh_keys(beside, v, weighed, now, terms, false);                                 \
+            weighed = now;                                                                         \
+        }                                                                                          \
     } while (0)
     if (add) {
         _tile_loadd(0, c, lanes);
@@ -128,6 +227,10 @@ VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t s
         a.words += terms * TILE;
         b.words += terms * TILE;
     }
+    if (beside) {
+        for (int v = first; v < end; v++)
+            weigh_keys(beside, v, weighed, SCORE_KEYS, terms, false);
+    }
     _tile_stored(0, c, lanes);
     if (two_columns)
         _tile_stored(1, c + 16, lanes);
@@ -140,26 +243,32 @@ VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t s
 #undef MULTIPLY
 }
 
-/* All rows (a multiple of 16) of c for the block's vectors. */
+/* All rows (a multiple of 16) of c for the block's vectors, which are weighed beside the 2 x 2 tiles, the same number beside
+ * each. */
 VEC_INLINE void product(float *c, struct tiles a, struct tiles b, int64_t steps, int64_t rows,
-                        int vectors, int terms, bool add) {
+                        int vectors, int terms, bool add, struct weighing *beside) {
+    const int share = vectors > 1 ? 2 * STEP / SCORE_KEYS : 1;
+    int weighed = 0;
     for (int64_t r = 0; r < rows; r += 2 * ROWS)
-        for (int v = 0; v < vectors; v += 2) {
+        for (int v = 0; v < vectors; v += 2, weighed += share) {
             float *to = c + r * LANES + v * 16;
             const struct tiles left = {a.words + r / ROWS * a.row, a.row},
                                right = {b.words + v * b.row, b.row};
             const bool two_rows = r + ROWS < rows, two_columns = v + 1 < vectors;
-            if (two_rows && two_columns)
-                product_tile(to, left, right, steps, terms, true, true, add);
+            if (beside && weighed < vectors)
+                product_tile(to, left, right, steps, terms, true, two_columns, add, beside, weighed,
+                             weighed + share);
+            else if (two_rows && two_columns)
+                product_tile(to, left, right, steps, terms, true, true, add, NULL, 0, 0);
             else
-                product_tile(to, left, right, steps, terms, two_rows, two_columns, add);
+                product_tile(to, left, right, steps, terms, two_rows, two_columns, add, NULL, 0, 0);
         }
 }
 
 /* ---- Operands --------------------------------------------------------------------------------------------------- */
 
-/* The terms of 32 elements from element d of a row on, 0 past its end. Scores are sums of products of terms, down to 2^-126:
- * keys and queries beyond 2^60 are made NaN, so that the smallest terms of the others cannot count. */
+/* The terms of 32 elements from element d of a row on, 0 past its end. Terms below 2^-126 are lost to the products: f32 keys
+ * and queries of 2^60 and more, which could tell, are made NaN, and the reference row computes what meets them. */
 VEC_INLINE void load_step(vec *words, const char *row, int64_t d, int64_t dim, enum dtype dtype,
                           int terms) {
     if (terms == 1) {
@@ -197,30 +306,42 @@ VEC_INLINE struct operand load_key_terms(float *to, const struct rows *rows, int
     return (struct operand){to, row};
 }
 
+/* The terms of elements d and on of two rows, in pairs; an absent row is 0. */
+VEC_INLINE void load_pair(vec *words, const char *even, const char *odd, int64_t d, int64_t n,
+                          enum dtype dtype, int terms) {
+    if (terms == 1) {
+        words[0] =
+            even ? pair_words((const uint16_t *)even + d, odd ? (const uint16_t *)odd + d : NULL, n)
+                 : vec_set(0);
+        return;
+    }
+    const int64_t at = d * dtype_bytes(dtype);
+    pair_terms(words, even ? load_some(even + at, dtype, n) : vec_set(0),
+               odd ? load_some(odd + at, dtype, n) : vec_set(0), terms);
+}
+
 /* Tiles of 16 d_v x 32 keys, 0 past the last key and the last d_v. */
 VEC_INLINE struct operand load_value_terms(float *to, const struct rows *rows, int32_t n,
                                            int64_t dim, enum dtype dtype, int terms) {
     const int64_t row = TILE_K(terms) / STEP * terms * TILE;
-    for (int32_t j = 0; j < n; j += STEP)
+    for (int32_t j = 0; j < n; j += STEP) {
+        const char *keys[STEP];
+        for (int32_t k = 0; k < STEP; k++)
+            keys[k] = j + k < n ? row_at(rows, j + k) : NULL;
         for (int64_t d = 0; d < dim; d += ROWS) {
             float words[3][TILE];
             const int64_t some = at_most(dim - d, VEC_LANES);
-            for (int32_t r = 0; r < VEC_LANES; r++) {
-                vec pair[3], key[2];
-                for (int k = 0; k < 2; k++)
-                    key[k] = j + 2 * r + k < n
-                                 ? load_some((const char *)row_at(rows, j + 2 * r + k) +
-                                                 d * dtype_bytes(dtype),
-                                             dtype, some)
-                                 : vec_set(0);
-                pair_terms(pair, key[0], key[1], terms);
+            for (int32_t k = 0; k < STEP; k += 2) {
+                vec pair[3];
+                load_pair(pair, keys[k], keys[k + 1], d, some, dtype, terms);
                 for (int t = 0; t < terms; t++)
-                    vec_store(words[t] + r * (STEP / 2), pair[t]);
+                    vec_store(words[t] + k * (ROWS / 2), pair[t]);
             }
             for (int t = 0; t < terms; t++)
                 vec_transpose(to + d / ROWS * row + (j / STEP * terms + t) * TILE, STEP / 2,
                               words[t], STEP / 2);
         }
+    }
     return (struct operand){to, row};
 }
 
@@ -244,97 +365,111 @@ VEC_INLINE void pack_query_terms(const struct block *b, const char *const *rows,
         }
 }
 
-/* ---- Softmax ---------------------------------------------------------------------------------------------------- */
-
-/* Two keys' weights as words of the product; past the last key they are 0. */
-VEC_INLINE vec weigh_pair(float *to, const float *s, int32_t left, vec scale, vec minus,
-                          int terms) {
-    vec even = vec_set(0), odd = even, words[3];
-    if (left > 0) {
-        even = vec_fma(vec_load(s), scale, minus);
-        even = terms == 3 ? exp2_of(even) : exp2_rough(even);
-    }
-    if (left > 1) {
-        odd = vec_fma(vec_load(s + LANES), scale, minus);
-        odd = terms == 3 ? exp2_of(odd) : exp2_rough(odd);
-    }
-    pair_terms(words, even, odd, terms);
-#pragma clang loop unroll(full)
-    for (int t = 0; t < terms; t++)
-        vec_store(to + t * TILE, words[t]);
-    return vec_add(even, odd);
-}
-
-/* Scores of n keys become weights: tiles of 32 keys x 16 lanes, rows of tiles `row` words apart. */
-VEC_INLINE void weigh(float *weights, int64_t row, const float *s, struct block *b, vec scale,
-                      int32_t n, int vectors, int terms) {
-    for (int v = 0; v < vectors; v++) {
-        const vec minus = minus_max(b, v);
-        vec sum = vec_load(b->sum + v * VEC_LANES);
-        for (int32_t j = 0; j < n; j += STEP) {
-            const float *from = s + j * LANES + v * VEC_LANES;
-            float *to = weights + v * row + j / STEP * terms * TILE;
-            if (n - j >= STEP)
-                for (int32_t k = 0; k < STEP; k += 2)
-                    sum = vec_add(sum, weigh_pair(to + k * (ROWS / 2), from + k * LANES, 2, scale,
-                                                  minus, terms));
-            else
-                for (int32_t k = 0; k < STEP; k += 2)
-                    sum = vec_add(sum, weigh_pair(to + k * (ROWS / 2), from + k * LANES, n - j - k,
-                                                  scale, minus, terms));
-        }
-        vec_store(b->sum + v * VEC_LANES, sum);
-    }
-}
-
 /* ---- A block and a tile of keys --------------------------------------------------------------------------------- */
 
-VEC_INLINE void accumulate(const struct block *b, const struct key_tile *t, struct tiles weights,
-                           int32_t from, int32_t to, int vectors, int terms) {
-    const int64_t first = from / STEP, steps = padded(to, STEP) / STEP - first;
-    if (steps <= 0)
-        return;
-    weights.words += first * terms * TILE;
-    const struct tiles value = {t->value.words + first * terms * TILE, t->value.stride};
-    product(b->output, value, weights, steps, padded(t->dim_v, ROWS), vectors, terms, true);
+/* Products of n keys from key j of the tile on become scores. */
+static void finish_scores(float *s, const struct block *b, const struct key_tile *t, int32_t j,
+                          int32_t n) {
+    if (t->rule) {
+        struct logit_rule rule = *t->rule;
+        rule.extra = rule.extra ? rule.extra + j * LANES : NULL;
+        apply_rule(s, &rule, b, t->first_key + j, n);
+    }
+    if (bounded(b, t->first_key + j, n))
+        apply_bounds(s, b, t->first_key + j, n);
 }
 
-/* Scores and weights, a few keys at a time; then all their values at once, unless a maximum grows on the way: the
- * weights so far belong to the old one. */
+/* A tile of keys, a few at a time. */
+struct attending {
+    struct block *b;
+    const struct key_tile *t;
+    float *scores[2]; /* SCORE_KEYS x LANES each: weighed now, and next */
+    float *weights;   /* tiles of 32 keys x 16 lanes */
+    int64_t weight_row;
+    int32_t from; /* the first key that is not yet in the output */
+};
+
+/* Values of keys [from, to). */
+VEC_INLINE void accumulate(struct attending *a, int32_t to, int vectors, int terms) {
+    const struct key_tile *t = a->t;
+    const int64_t first = a->from / STEP, steps = padded(to, STEP) / STEP - first;
+    if (steps > 0)
+        product(a->b->output,
+                (struct tiles){t->value.words + first * terms * TILE, t->value.stride},
+                (struct tiles){a->weights + first * terms * TILE, a->weight_row}, steps,
+                padded(t->dim_v, ROWS), vectors, terms, true, NULL);
+    a->from = to;
+}
+
+/* The scores of up to SCORE_KEYS keys from key j on. */
+VEC_INLINE void score(const struct attending *a, float *s, int32_t j, struct weighing *beside,
+                      int vectors, int terms) {
+    const struct key_tile *t = a->t;
+    const int32_t n = (int32_t)at_most(t->n - j, SCORE_KEYS);
+    const int64_t steps = padded(t->dim_qk, STEP) / STEP;
+    fetch_rows(t->next, 8);
+    product(s, (struct tiles){t->key.words + j / ROWS * t->key.stride, t->key.stride},
+            (struct tiles){a->b->query, steps * terms * TILE}, steps, padded(n, ROWS), vectors,
+            terms, false, beside);
+    finish_scores(s, a->b, t, j, n);
+}
+
+/* Brings the maxima up to the scores from key j on, and the output up to key j: its weights belong to the old maxima. */
+VEC_INLINE void raise(struct attending *a, const struct weighing *w, int32_t j, int vectors,
+                      int terms) {
+    vec tile_max[VECTORS];
+    column_max(tile_max, w->scores, w->n, vectors);
+    if (!max_grows(a->b, tile_max, w->scale, vectors))
+        return;
+    accumulate(a, j, vectors, terms);
+    raise_max(a->b, tile_max, w->scale, a->t->dim_v, vectors);
+}
+
+/* The weights of keys from j on; beside them the scores of the next keys, if there are as many. */
+VEC_INLINE void weigh(struct attending *a, int32_t j, bool last, int vectors, int terms) {
+    struct weighing w = {
+        .scores = a->scores[0],
+        .weights = a->weights + j / STEP * terms * TILE,
+        .row = a->weight_row,
+        .n = (int32_t)at_most(a->t->n - j, SCORE_KEYS),
+        .scale = vec_set(a->t->scale),
+    };
+    if (unseen(a->b, vectors))
+        raise(a, &w, j, vectors, terms);
+    start_weighing(&w, a->b, vectors);
+    if (!last && a->t->n - j >= 2 * SCORE_KEYS) {
+        score(a, a->scores[1], j + SCORE_KEYS, &w, vectors, terms);
+    } else {
+        weigh_all(&w, vectors, terms);
+        if (!last)
+            score(a, a->scores[1], j + SCORE_KEYS, NULL, vectors, terms);
+    }
+    if (end_weighing(&w, a->b, vectors))
+        return;
+    raise(a, &w, j, vectors, terms);
+    start_weighing(&w, a->b, vectors);
+    weigh_all(&w, vectors, terms);
+    end_weighing(&w, a->b, vectors);
+}
+
+/* Scores and weights of all keys, then all their values at once. */
 VEC_INLINE void attend_vectors(struct block *b, const struct key_tile *t, float *scratch,
                                int vectors, int terms) {
-    float *s = scratch, *weights = scratch + SCORE_KEYS * LANES;
-    const int64_t weight_row = TILE_K(terms) / STEP * terms * TILE,
-                  steps = padded(t->dim_qk, STEP) / STEP;
-    const struct tiles query = {b->query, steps * terms * TILE};
-    const vec scale = vec_set(t->scale);
-    int32_t from = 0; /* the first key that is not yet in the output */
-    for (int32_t j = 0; j < t->n; j += SCORE_KEYS) {
-        const int64_t first_key = t->first_key + j;
-        const int32_t n = (int32_t)at_most(t->n - j, SCORE_KEYS);
-        vec tile_max[VECTORS];
-        if (from == j && first_key + n <= b->first) {
-            from += SCORE_KEYS;
-            continue;
-        }
-        product(s, (struct tiles){t->key.words + j / ROWS * t->key.stride, t->key.stride}, query,
-                steps, padded(n, ROWS), vectors, terms, false);
-        if (t->rule) {
-            struct logit_rule rule = *t->rule;
-            rule.extra = rule.extra ? rule.extra + j * LANES : NULL;
-            apply_rule(s, &rule, b, first_key, n);
-        }
-        if (bounded(b, first_key, n))
-            apply_bounds(s, b, first_key, n);
-        column_max(tile_max, s, n, vectors);
-        if (max_grows(b, tile_max, scale, vectors)) {
-            accumulate(b, t, (struct tiles){weights, weight_row}, from, j, vectors, terms);
-            from = j;
-            raise_max(b, tile_max, scale, t->dim_v, vectors);
-        }
-        weigh(weights + j / STEP * terms * TILE, weight_row, s, b, scale, n, vectors, terms);
+    struct attending a = {.b = b,
+                          .t = t,
+                          .scores = {scratch, scratch + SCORE_KEYS * LANES},
+                          .weights = scratch + 2 * SCORE_KEYS * LANES,
+                          .weight_row = TILE_K(terms) / STEP * terms * TILE};
+    while (t->first_key + a.from + SCORE_KEYS <= b->first)
+        a.from += SCORE_KEYS;
+    score(&a, a.scores[0], a.from, NULL, vectors, terms);
+    for (int32_t j = a.from; j < t->n; j += SCORE_KEYS) {
+        weigh(&a, j, j + SCORE_KEYS >= t->n, vectors, terms);
+        float *const now = a.scores[0];
+        a.scores[0] = a.scores[1];
+        a.scores[1] = now;
     }
-    accumulate(b, t, (struct tiles){weights, weight_row}, from, t->n, vectors, terms);
+    accumulate(&a, t->n, vectors, terms);
 }
 
 VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *scratch, int terms) {
@@ -373,7 +508,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
         .tile_k = TILE_K(count),                                                                   \
         .elements_per_word = 2,                                                                    \
         .terms = count,                                                                            \
-        .score_bytes = (SCORE_KEYS + TILE_K(count) * count / 2) * LANES * 4,                       \
+        .score_bytes = (2 * SCORE_KEYS + TILE_K(count) * count / 2) * LANES * 4,                   \
         .adds = true,                                                                              \
         .enter = enter,                                                                            \
         .leave = leave,                                                                            \

@@ -4,8 +4,6 @@ enum { ROW_TILE = 6 };
 
 enum { KEYS = PAIRS || VECTORS < 4 ? 2 : 1 }; /* of softmax at a time */
 
-#define HUGE_SUM 0x1p24f
-
 /* acc + word * x: the word of an operand, broadcast, which need not be aligned. */
 VEC_INLINE vec dot(vec acc, const void *word, vec x) {
     float w;
@@ -150,7 +148,7 @@ VEC_INLINE void weigh(float *to, const float *s, int keys, vec scale, const vec 
 
 /* Scores -> weights relative to the maxima. Those of the tile are looked up only where a lane has none yet, or where
  * `raise` says so: the sum of the weights tells whether that would have been needed. Then this returns false, and no
- * weights. Sums and outputs of f32 bear weights up to HUGE_SUM. */
+ * weights. */
 VEC_INLINE bool softmax_of(float *s, struct block *b, const struct key_tile *t, bool raise,
                            int vectors) {
     const vec scale = vec_set(t->scale);

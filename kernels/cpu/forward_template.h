@@ -102,6 +102,9 @@ VEC_INLINE void rescale(struct block *b, const vec *factor, int64_t dim_v, int v
         }
 }
 
+/* Sums and outputs of f32 bear weights that add up to this. */
+#define HUGE_SUM 0x1p24f
+
 /* Weights up to 2^8 do no harm, so while no lane's maximum has grown by more, the old ones serve and the output needs no
  * rescaling. */
 VEC_INLINE bool max_grows(const struct block *b, const vec *tile_max, vec scale, int vectors) {

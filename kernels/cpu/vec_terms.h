@@ -13,10 +13,10 @@ VEC_INLINE __m512i next_term(vec *x, bool last) {
     const __m512i bits = _mm512_castps_si512(*x);
     if (last)
         return bits;
-    const __m512i term = _mm512_and_si512(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)),
-                                          _mm512_set1_epi32((int)0xffff0000));
-    *x = vec_sub(*x, _mm512_castsi512_ps(term));
-    return term;
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)),
+                  upper = _mm512_set1_epi32((int)0xffff0000);
+    *x = vec_sub(*x, _mm512_castsi512_ps(_mm512_and_si512(rounded, upper)));
+    return rounded;
 }
 
 /* words[term] of (even, odd) in each lane. A weight of one term is rounded. */
