@@ -26,6 +26,7 @@ enum {
     SCORE_KEYS = 32         /* whose scores are held at a time, 32 or 64 */
 };
 
+#define VAST 0x1p60f /* of f32: see load_step() */
 #define TILE_K(terms) ((terms) == 3 ? 128 : 256)
 
 /* Every tile 16 rows of 64 bytes (Intel SDM, LDTILECFG). */
@@ -283,7 +284,7 @@ VEC_INLINE void load_step(vec *words, const char *row, int64_t d, int64_t dim, e
         half[h] = n > 0 ? load_some(row + d * dtype_bytes(dtype), dtype, n) : vec_set(0);
         if (dtype == DTYPE_F32)
             half[h] =
-                vec_blend(vec_set(NAN), half[h], vec_greater(vec_set(0x1p60f), vec_abs(half[h])));
+                vec_blend(vec_set(NAN), half[h], vec_greater(vec_set(VAST), vec_abs(half[h])));
     }
     row_terms(words, half[0], half[1], terms);
 }
@@ -530,6 +531,9 @@ static const struct forward_body *body_of(const struct problem *p) {
 
 bool cpu_fwd_amx_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
+    /* A vast scale would show what terms of f32 lose, as vast keys would. */
+    if (p->dtype == DTYPE_F32 && fabs(p->scale) >= VAST)
+        return false;
     return forward_plan(plan, p, body_of(p));
 }
 
