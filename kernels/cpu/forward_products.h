@@ -1,6 +1,8 @@
 /* attend() by products of a broadcast scalar and vectors. */
 
-enum { ROW_TILE = 6 };
+/* Rows of sums that are kept in registers; a single vector of each needs more of them to hide the latency of its sums. */
+enum { ROW_TILE = 6, MOST_ROWS = 2 * ROW_TILE };
+#define ROWS(vectors) ((vectors) == 1 ? MOST_ROWS : ROW_TILE)
 
 enum { KEYS = PAIRS || VECTORS < 4 ? 2 : 1 }; /* of softmax at a time */
 
@@ -21,7 +23,7 @@ VEC_INLINE vec dot(vec acc, const void *word, vec x) {
  * other thread is busy decodes only three operations a clock, and addresses and the loop's end are operations too. */
 VEC_INLINE void product_tile(float *c, const float *a, int64_t row_stride, int64_t step_stride,
                              const float *b, int64_t steps, int rows, int vectors, bool add) {
-    vec acc[ROW_TILE][VECTORS];
+    vec acc[MOST_ROWS][VECTORS];
 #pragma clang loop unroll(full)
     for (int r = 0; r < rows; r++)
 #pragma clang loop unroll(full)
@@ -57,7 +59,8 @@ VEC_INLINE void product_rows(float *c, const float *a, int64_t row_stride, int64
                              const float *b, int64_t steps, int rows, int vectors, bool add) {
 #define CASE(n)                                                                                    \
     case n:                                                                                        \
-        product_tile(c, a, row_stride, step_stride, b, steps, n, vectors, add);                    \
+        if (n <= ROWS(vectors))                                                                    \
+            product_tile(c, a, row_stride, step_stride, b, steps, n, vectors, add);                \
         break
     switch (rows) {
         CASE(1);
@@ -66,20 +69,27 @@ VEC_INLINE void product_rows(float *c, const float *a, int64_t row_stride, int64
         CASE(4);
         CASE(5);
         CASE(6);
+        CASE(7);
+        CASE(8);
+        CASE(9);
+        CASE(10);
+        CASE(11);
+        CASE(12);
     }
 #undef CASE
 }
 
-/* All rows: tiles of six, and the last seven to eleven shared by two, so that no tile is too small to hide the
+/* All rows: whole tiles, and what is left after the last but one shared by two, so that none is too small to hide the
  * latency of its sums. With each goes a row of the next keys and values. */
 VEC_INLINE void product(float *c, const float *a, int64_t row_stride, int64_t step_stride,
                         const float *b, int64_t steps, int64_t rows, int vectors, bool add,
                         struct fetch *next) {
+    const int most_rows = ROWS(vectors);
     while (rows > 0) {
         fetch_rows(next, 1);
-        const int n = rows >= 2 * ROW_TILE ? ROW_TILE
-                      : rows > ROW_TILE    ? (int)(rows + 1) / 2
-                                           : (int)rows;
+        const int n = rows >= 2 * most_rows ? most_rows
+                      : rows > most_rows    ? (int)(rows + 1) / 2
+                                            : (int)rows;
         product_rows(c, a, row_stride, step_stride, b, steps, n, vectors, add);
         c += n * LANES;
         a += n * row_stride;
