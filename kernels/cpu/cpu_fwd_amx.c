@@ -531,8 +531,9 @@ static const struct forward_body *body_of(const struct problem *p) {
 
 bool cpu_fwd_amx_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
-    /* A vast scale would show what terms of f32 lose, as vast keys would. */
-    if (p->dtype == DTYPE_F32 && fabs(p->scale) >= VAST)
+    /* f32 only where it is asked for: 1.4 times as fast as by FMA on a core of its own, 0.75 times on one whose other thread
+     * multiplies tiles, too. A vast scale would show what its terms lose, as vast keys would. */
+    if (p->dtype == DTYPE_F32 && (!p->kernel || fabs(p->scale) >= VAST))
         return false;
     return forward_plan(plan, p, body_of(p));
 }

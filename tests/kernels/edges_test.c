@@ -1,0 +1,119 @@
+/*
+ * f32 at the edges of its range: infinity, the largest numbers, and logits of common size from vast keys and tiny queries or
+ * the reverse. Each row of the CPU against the reference row; loose bounds, for kernels_test has the tight ones.
+ */
+#include "tests/support/check.h"
+
+#include <criterion/criterion.h>
+#include <criterion/new/assert.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { LENGTH = 150, DIM = 64, COUNT = LENGTH * DIM, SPECIAL = 70 * DIM + 3 };
+
+struct edge {
+    const char *name;
+    float key, value;             /* in one element; 0: none */
+    float query_scale, key_scale; /* of all */
+    double scale;                 /* 0: the default */
+};
+static const struct edge edges[] = {
+    {"plain", 0, 0, 1, 1, 0},
+    {"infinite key", INFINITY, 0, 1, 1, 0},
+    {"key of minus infinity", -INFINITY, 0, 1, 1, 0},
+    {"NaN in a key", NAN, 0, 1, 1, 0},
+    {"infinite value", 0, INFINITY, 1, 1, 0},
+    {"largest value", 0, 3.4028235e38f, 1, 1, 0},
+    {"tiny queries, vast keys", 0, 0, 1e-36f, 1e36f, 0},
+    {"vast queries, tiny keys", 0, 0, 1e36f, 1e-36f, 0},
+    {"tiny queries, vast scale", 0, 0, 1e-36f, 1, 1e36},
+    {"tiny keys, vast scale", 0, 0, 1, 1e-36f, 1e36},
+};
+
+struct arrays {
+    float query[COUNT], key[COUNT], value[COUNT], output[COUNT], lse[LENGTH];
+};
+
+static void fill(struct arrays *a, const struct edge *edge) {
+    for (uint64_t i = 0; i < COUNT; i++) {
+        a->query[i] = (float)random_normal(1, i) * edge->query_scale;
+        a->key[i] = (float)random_normal(2, i) * edge->key_scale;
+        a->value[i] = (float)random_normal(3, i);
+    }
+    /* A key of minus infinity gives minus infinity to each row, and so weight 0. */
+    for (int i = SPECIAL % DIM; edge->key == -INFINITY && i < COUNT; i += DIM)
+        a->query[i] = fabsf(a->query[i]) + 0.1f;
+    if (edge->key != 0)
+        a->key[SPECIAL] = edge->key;
+    if (edge->value != 0)
+        a->value[SPECIAL] = edge->value;
+}
+
+static void forward(struct arrays *a, const char *kernel, const struct edge *edge) {
+    const dlattn_api *api = test_api();
+    int64_t shape[] = {1, 1, LENGTH, DIM};
+    const DLTensor like = {
+        .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 32, 1}, .shape = shape};
+    DLTensor query = like, key = like, value = like, output = like, lse = like;
+    query.data = a->query, key.data = a->key, value.data = a->value, output.data = a->output;
+    lse.data = a->lse, lse.ndim = 3;
+    const dlattn_tensors tensors = {.struct_size = sizeof tensors,
+                                    .query = &query,
+                                    .key = &key,
+                                    .value = &value,
+                                    .output = &output,
+                                    .lse = &lse};
+    const dlattn_forward_desc desc = {.struct_size = sizeof desc,
+                                      .causal = 1,
+                                      .kernel = kernel,
+                                      .scale = edge->scale,
+                                      .num_threads = 1};
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    cr_assert(eq(int, api->forward_query(&desc, &tensors, &sku), DLATTN_OK));
+    dlattn_exec exec = {.struct_size = sizeof exec, .workspace_bytes = sku.workspace_bytes};
+    exec.workspace = aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64);
+    cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK));
+    free(exec.workspace);
+}
+
+/* How many elements differ: by kind, or by more than f32 explains. */
+static int wrong(const float *got, const float *want, int count) {
+    int n = 0;
+    for (int i = 0; i < count; i++)
+        n += isnan(want[i])   ? !isnan(got[i])
+             : isinf(want[i]) ? got[i] != want[i]
+                              : !(fabsf(got[i] - want[i]) <= 1e-5f * fmaxf(1, fabsf(want[i])));
+    return n;
+}
+
+Test(edges, every_cpu_row) {
+    const dlattn_api *api = test_api();
+    struct arrays *got = malloc(sizeof *got), *want = malloc(sizeof *want);
+    for (int32_t row = 0; row < api->kernel_count(); row++) {
+        dlattn_kernel_info info = {.struct_size = sizeof info};
+        cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
+        if (strncmp(info.name, "cpu_fwd", 7) != 0 || !strstr(info.dtypes, "f32"))
+            continue;
+        if (!info.available) {
+            fprintf(stderr, "%s is skipped: it needs %s\n", info.name, info.arch);
+            continue;
+        }
+        for (size_t e = 0; e < sizeof edges / sizeof edges[0]; e++) {
+            fill(got, &edges[e]);
+            fill(want, &edges[e]);
+            /* A row may decline vast scales; then the library's choice must do them. */
+            const bool named = edges[e].scale == 0 || strcmp(info.name, "cpu_fwd_amx") != 0;
+            forward(got, named ? info.name : NULL, &edges[e]);
+            forward(want, "cpu_fwd_ref", &edges[e]);
+            cr_expect(eq(int, wrong(got->output, want->output, COUNT), 0), "%s: %s: output",
+                      info.name, edges[e].name);
+            cr_expect(eq(int, wrong(got->lse, want->lse, LENGTH), 0), "%s: %s: lse", info.name,
+                      edges[e].name);
+        }
+    }
+    free(got);
+    free(want);
+}
