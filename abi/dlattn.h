@@ -80,8 +80,8 @@ typedef struct dlattn_forward_desc {
     int64_t max_seqlen_q; /* varlen: longest query sequence; 0 = total_q. Longer ones are an error (CPU), cut (GPU) */
     int64_t max_seqlen_k; /* varlen: longest key sequence; 0 = total_k */
     const char *kernel;   /* run this row (kernel_info.name) or refuse; NULL = the first that accepts */
-    int32_t num_threads;  /* CPU threads to plan for; 0 = as many as pay, of DLATTN_NUM_THREADS or the process's cores */
-    int32_t reserved0;    /* zero */
+    int32_t num_threads; /* CPU threads to plan for; 0 = as many as pay, of DLATTN_NUM_THREADS or the process's cores */
+    int32_t reserved0;   /* zero */
 } dlattn_forward_desc;
 
 /*
@@ -189,7 +189,7 @@ typedef struct dlattn_sku {
     const char *kernel;      /* row name, the same in tests, benchmarks and profilers */
     const char *backend;     /* "cpu" or "cuda" */
     const char *arch;        /* least machine of the row: "x86-64", "avx512", "sm_80" ... */
-    const char *math;        /* precision of the products: "f64", "f32", "f16", "bf16" */
+    const char *math;        /* precision of the products: "f64", "f32", "tf32x3" (f32 in three), "f16", "bf16" */
     const char *accumulator; /* precision of the sums: "f64" or "f32" */
     uint64_t features;       /* what this problem asks, DLATTN_FEATURE_* */
     size_t workspace_bytes;

@@ -83,7 +83,12 @@ Test(gpu_plan, rows_by_dtype) {
     const struct problem half = problem_of(DTYPE_F16, 128, 128, 0),
                          single = problem_of(DTYPE_F32, 128, 128, 0);
     cr_expect(strcmp(row_of(&machines[2], &half), "cuda_fwd_sm80") == 0);
-    cr_expect(strcmp(row_of(&machines[2], &single), "cuda_fwd_simt") == 0);
+    for (int m = 0; m < MACHINES; m++) {
+        const bool fast_tf32 =
+            machines[m].sm == 80 || machines[m].sm == 90 || machines[m].sm == 100;
+        const char *const want = fast_tf32 ? "cuda_fwd_tf32x3" : "cuda_fwd_simt";
+        cr_expect(strcmp(row_of(&machines[m], &single), want) == 0, "sm_%d", machines[m].sm);
+    }
 }
 
 Test(gpu_plan, refuses_older_gpus_and_wider_heads) {

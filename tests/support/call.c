@@ -354,7 +354,7 @@ static void poison_unseen(struct call *c) {
     poison_pages(c);
 }
 
-/* NaN in one element that takes part, if chance finds one. */
+/* NaN, or what is planted, in one element that takes part, if chance finds one. */
 static void set_nan(struct call *c) {
     static const enum slot slots[] = {[NAN_QUERY] = QUERY, [NAN_KEY] = KEY, [NAN_VALUE] = VALUE};
     const struct shape *s = &c->made_from.shape;
@@ -373,7 +373,8 @@ static void set_nan(struct call *c) {
         call_row(c, slot, b, h, l, index);
         const int last = c->tensor[slot].dl.ndim - 1;
         index[last] = random_below(draw(c, DRAW_NAN), attempt + 3, c->tensor[slot].shape[last]);
-        tensor_set(&c->tensor[slot], index, NAN);
+        const double planted = c->made_from.features.planted;
+        tensor_set(&c->tensor[slot], index, planted == 0 ? NAN : planted);
         return;
     }
 }

@@ -37,6 +37,7 @@ struct features {
     enum layout layout;
     bool broadcast_heads; /* key and value have stride 0 over their heads */
     enum { NO_NAN, NAN_QUERY, NAN_KEY, NAN_VALUE } nan; /* in one element that some rows see */
+    double planted;                                     /* there, instead of the NaN; 0 = NaN */
     double logits;                                      /* multiplies the query; 0 = 1 */
 };
 
