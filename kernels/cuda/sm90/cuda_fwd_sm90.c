@@ -16,7 +16,7 @@ MODULE(192)
 MODULE(256)
 
 /* What a tile is for, see tiles.inc. */
-enum use { ANY, SHORT_BOUNDED, SHORT_FULL };
+enum use { ANY, SHORT_BOUNDED };
 
 /* One compiled tile: for each element type without and with softcap. */
 struct tile {
@@ -56,9 +56,8 @@ static bool bounded(const struct problem *p) {
 }
 
 static bool suits(const struct tile *t, const struct problem *p) {
-    const bool is_short = p->len_k <= 1024;
     return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v &&
-           (t->use == ANY || (is_short && (t->use == SHORT_BOUNDED) == bounded(p)));
+           (t->use == ANY || (bounded(p) && p->len_k <= 1024));
 }
 
 /* What a tensor map can say: [B, H, L, D] with strides that are not 0 and below 2^40 bytes. */
@@ -78,7 +77,8 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
         ceil_divide(p->len_q, 64) * p->heads_q * p->batch > INT32_MAX ||
         !mappable(&p->query, p->batch, p->heads_q, p->len_q) ||
         !mappable(&p->key, p->batch, p->heads_kv, p->len_k) ||
-        !mappable(&p->value, p->batch, p->heads_kv, p->len_k))
+        !mappable(&p->value, p->batch, p->heads_kv, p->len_k) ||
+        !mappable(&p->output, p->batch, p->heads_q, p->len_q))
         return false;
     for (int32_t i = 0; i < TILES; i++) {
         if (!suits(&tiles[i], p))
@@ -153,16 +153,19 @@ static struct sm90_strides strides(const struct view *v) {
 /* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
 static uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
 
-/* [D, pack, Lq, H / pack, B]: the query heads of one tile are neighbours. */
-static int32_t map_query(struct sm90_params *params, const struct problem *p) {
+/* Q or O as [D, pack, Lq, H / pack, B], the query heads of one tile being neighbours, in boxes of `rows` rows. */
+static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p,
+                        const struct sm90_params *params, const struct view *v, int64_t dim,
+                        int64_t rows) {
     const int64_t pack = INT64_C(1) << params->pack_log2;
-    const int64_t *s = p->query.stride;
-    const uint64_t extent[] = {(uint64_t)p->dim_qk, (uint64_t)pack, (uint64_t)p->len_q,
+    const int64_t heads = pack < rows ? pack : rows;
+    const int64_t *s = v->stride;
+    const uint64_t extent[] = {(uint64_t)dim, (uint64_t)pack, (uint64_t)p->len_q,
                                (uint64_t)params->heads, (uint64_t)p->batch};
     const uint64_t stride[] = {step(s[1]), step(s[2]), step(s[1] * pack), step(s[0])};
-    const uint32_t box[] = {64, (uint32_t)pack, (uint32_t)(64 / pack), 1, 1};
-    return cuda_tensor_map((struct cuda_tensor_map *)&params->query_map, p->device_id, p->dtype,
-                           p->query.data, 5, extent, stride, box, 128);
+    const uint32_t box[] = {64, (uint32_t)heads, (uint32_t)(rows / heads), 1, 1};
+    return cuda_tensor_map((struct cuda_tensor_map *)map, p->device_id, p->dtype, v->data, 5,
+                           extent, stride, box, 128);
 }
 
 static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, const struct view *v,
@@ -223,7 +226,9 @@ int32_t cuda_fwd_sm90_launch(const struct plan *plan, const struct problem *p,
         return status;
     fill_problem(&params, p);
     fill_tiles(&params, p, plan->tile_q, caps.multiprocessors);
-    status = map_query(&params, p);
+    status = map_rows(&params.query_map, p, &params, &p->query, p->dim_qk, 64);
+    if (status == DLATTN_OK)
+        status = map_rows(&params.output_map, p, &params, &p->output, p->dim_v, 16);
     if (status == DLATTN_OK)
         status = map_keys(&params.key_map, p, &p->key, p->dim_qk, plan->tile_k);
     if (status == DLATTN_OK)

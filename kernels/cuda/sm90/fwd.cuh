@@ -11,8 +11,9 @@
 #ifndef DLATTN_SM90_FWD_CUH_
 #define DLATTN_SM90_FWD_CUH_
 
-#include "kernels/cuda/sm90/pipeline.cuh"
 #include "kernels/cuda/sm90/store.cuh"
+
+#include <type_traits>
 
 namespace sm90 {
 
@@ -29,10 +30,10 @@ struct Consumer {
     float shift
         [2]; /* what is subtracted from the exponents of 2: a maximum of the row, -inf before its first key */
     float sum[2]; /* of the weights, this thread's part */
+    bool fresh;   /* O holds nothing of this tile yet */
 
     /* S = Q K^T */
-    __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
-        const Descriptor a(query, 16, 1024), b(key, 16, 1024);
+    __device__ __forceinline__ void start_scores(const Descriptor &a, const Descriptor &b) {
 #pragma unroll
         for (int k = 0; k < C::kDimQk / 16; k++)
             Wgmma<E, C::kTileK>::ss(score, a.at(k / 4 * 64 * 128 + 32 * (k % 4)),
@@ -40,26 +41,32 @@ struct Consumer {
         wgmma_commit();
     }
 
-    /* O += P V */
-    __device__ __forceinline__ void start_outputs(uint32_t value) {
-        const Descriptor b(value, C::kKeyColumn, 1024);
+    /* O += P V, or O = P V for the first key tile. */
+    __device__ __forceinline__ void start_outputs(const Descriptor &b) {
 #pragma unroll
         for (int k = 0; k < C::kTileK / 16; k++)
             Wgmma<E, C::kDimV>::rs(output, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
-                                   weight[4 * k + 3], b.at(k * 16 * 128));
+                                   weight[4 * k + 3], b.at(k * 16 * 128), k > 0 || !fresh);
         wgmma_commit();
+    }
+
+    /* Keys of this thread, two of every eight, among the first `count` from its first one on. */
+    static __device__ __forceinline__ int keys_before(int count) {
+        const int inside = min(max(count, 0), C::kTileK);
+        return inside / 8 * 2 + min(inside % 8, 2);
     }
 
     /* Hides keys outside [low, high); `column` = first key of this thread. */
     __device__ __forceinline__ void mask(int column, const int (&low)[2], const int (&high)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int end = high[half] - column, begin = low[half] - column;
+            const int begin = keys_before(low[half] - column),
+                      end = keys_before(high[half] - column);
+            const uint32_t visible = ones(begin, max(end - begin, 0));
 #pragma unroll
             for (int i = 0; i < kScores / 2; i++) {
-                const int offset = 8 * (i / 2) + i % 2;
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s = offset < end && offset >= begin ? s : -INFINITY;
+                s = visible >> i & 1 ? s : -INFINITY;
             }
         }
     }
@@ -77,10 +84,12 @@ struct Consumer {
     __device__ __forceinline__ void track_maximum(float scale_log2, float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float m = score[2 * half];
+            /* Four maxima side by side: one would be a chain of kScores / 2 instructions. */
+            float m4[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll
-            for (int i = 1; i < kScores / 2; i++)
-                m = fmaxf(m, score[4 * (i / 2) + 2 * half + i % 2]);
+            for (int i = 0; i < kScores / 2; i++)
+                m4[i % 4] = fmaxf(m4[i % 4], score[4 * (i / 2) + 2 * half + i % 2]);
+            float m = fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
             m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
             m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
             const float growth = m * scale_log2 - shift[half];
@@ -110,7 +119,7 @@ struct Consumer {
     __device__ __forceinline__ void limit(float (&part)[2], float (&factor)[2]) {
         constexpr float kLimit = 16384.f;
         factor[0] = factor[1] = 1.f;
-        if (!__any_sync(~0u, part[0] > kLimit || part[1] > kLimit))
+        if (__builtin_expect(!__any_sync(~0u, part[0] > kLimit || part[1] > kLimit), true))
             return;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -130,7 +139,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void rescale_output(const float (&factor)[2]) {
-        if (!__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f))
+        if (__builtin_expect(!__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f), true))
             return;
 #pragma unroll
         for (int i = 0; i < kOutputs; i++)
@@ -142,12 +151,6 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kScores / 2; i++)
             weight[i] = pack<E>(score[2 * i], score[2 * i + 1]);
-    }
-
-    __device__ __forceinline__ void clear_output() {
-#pragma unroll
-        for (int i = 0; i < kOutputs; i++)
-            output[i] = 0;
     }
 
     __device__ __forceinline__ void finite_shift(float (&offset)[2]) const {
@@ -174,59 +177,42 @@ struct Consumer {
         mask(block * C::kTileK + threadIdx.x % 4 * 2, low, high);
     }
 
-    __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s, const Tile &t,
-                                          int n, Pipeline<C> &pipe);
     template <bool kMasked, bool kNewTile>
     __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile &t,
-                                         int n, Pipeline<C> &pipe, int finished);
-    __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s, const Tile &t,
-                                         Pipeline<C> &pipe);
+                                         int n, bool tile_done, Pipeline<C> &pipe,
+                                         const Place &finished);
 };
 
-/* S and weights of the first key tile of all, n. */
-template <class C>
-__device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const Shared<C> &s,
-                                                   const Tile &t, int n, Pipeline<C> &pipe) {
-    clear_output();
-    clear_sums();
-    mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
-    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
-    wgmma_fence();
-    start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
-    wgmma_wait<0>();
-    pin(score);
-    pipe.key_read(n == t.first_block);
-    shape_scores<true>(p, t, pipe.wg, n);
-    float factor[2], offset[2];
-    track_maximum(p.scale_log2, factor);
-    finite_shift(offset);
-    exponentials(p.scale_log2, offset, sum);
-    round_weights();
-}
-
-/* S of key tile n of tile t, and O of the key tile before, whose weights are ready. If t is new, that one
- * belongs to the tile of index `finished`, whose rows are stored then. */
+/* S of key tile n of tile t (of its queries the last use if `tile_done`), and O of the key tile before, whose weights
+ * are ready. If t is new, that one belongs to the tile `finished`, whose rows are stored then. Before the first tile and
+ * after the last, one of the two products is of whatever lies in shared memory, and goes nowhere: code of their own would
+ * have to be fetched from device memory for one run, which takes longer. */
 template <class C>
 template <bool kMasked, bool kNewTile>
 __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
-                                                  const Tile &t, int n, Pipeline<C> &pipe,
-                                                  int finished) {
+                                                  const Tile &t, int n, bool tile_done,
+                                                  Pipeline<C> &pipe, const Place &finished) {
+    const bool starting = kNewTile && finished.index < 0, ending = kNewTile && t.index < 0;
     pipe.skip_values();
-    if (kNewTile)
-        mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
-    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+    /* Before the turn: nothing but GEMMs is to be done in it. */
+    const Descriptor query(s.query(pipe.queries.stage, pipe.wg), 16, 1024),
+        key(s.key(pipe.keys.stage), 16, 1024),
+        value(s.value(pipe.values.stage), C::kKeyColumn, 1024);
+    /* At the end no more keys come; waiting for the phase before returns at once. */
+    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase ^ ending);
     wait_turn<C>(pipe.wg);
     pin(output);
     pin(weight);
     wgmma_fence();
-    start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
+    start_scores(query, key);
     mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
     wgmma_fence();
-    start_outputs(s.value(pipe.values.stage));
+    start_outputs(value);
+    fresh = kNewTile;
     pass_turn<C>(pipe.wg);
     wgmma_wait<1>();
     pin(score);
-    pipe.key_read(n == t.first_block);
+    pipe.key_read(tile_done);
     const float finished_shift[2] = {shift[0], shift[1]}, finished_sum[2] = {sum[0], sum[1]};
     if (kNewTile)
         clear_sums();
@@ -242,7 +228,7 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     wgmma_wait<0>();
     pin(output);
     pin(weight);
-    pipe.value_read();
+    pipe.value_read(!starting);
     if (!kTrack)
         limit(part, factor);
     sum[0] += part[0];
@@ -250,80 +236,77 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     if (!kNewTile)
         rescale_output(factor);
     round_weights();
-    if (kNewTile) {
-        store_rows<C>(p, tile_at<C>(p, finished), pipe.wg, output, finished_shift, finished_sum);
-        clear_output();
-    }
-}
-
-/* O of the last key tile of all. */
-template <class C>
-__device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Shared<C> &s,
-                                                  const Tile &t, Pipeline<C> &pipe) {
-    pipe.skip_values();
-    mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
-    pin(output);
-    pin(weight);
-    wgmma_fence();
-    start_outputs(s.value(pipe.values.stage));
-    wgmma_wait<0>();
-    pin(output);
-    store_rows<C>(p, t, pipe.wg, output, shift, sum);
+    if (kNewTile)
+        store_rows<C>(p, s, pipe.wg, finished, output, finished_shift, finished_sum);
 }
 
 template <class C>
 __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s, int wg) {
     Pipeline<C> pipe(s, wg);
     Consumer<C> rows;
-    int previous = -1; /* index of the tile whose output is unfinished */
+    Place previous; /* the tile whose output is unfinished */
+    previous.index = -1;
+    int slot = 0;
+    rows.fresh = true;
     if (wg == C::kWarpgroups - 1)
         pass_turn<C>(wg);
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-        const Tile t = tile_at<C>(p, index);
-        if (t.first_block >= t.end_block) {
+    for (;;) {
+        mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
+        /* In registers where there are some to spare. */
+        std::conditional_t<C::kWarpgroups == 2, const Tile, const Tile &> t = *s.tile(slot, wg);
+        const bool ending = t.index < 0;
+        slot = slot + 1 == C::kTileSlots ? 0 : slot + 1;
+        if (ending && previous.index < 0)
+            break;
+        if (!ending && !t.sees_keys()) {
             store_empty<C>(p, t, wg);
+            pipe.query_read();
             continue;
         }
+        const int first_block = t.first_block;
         int n = end_block_of<C>(p, t, wg) - 1;
         const bool whole = n >= t.first_whole && n < t.end_whole;
-        const int skipped = t.end_block - 1 - n;
+        const int skipped = max(t.end_block - 1 - n, 0);
+        pipe.skip_values(); /* or the producer would wait for their buffers before the keys below */
         pipe.skip_keys(skipped);
-        if (previous < 0)
-            rows.first(p, s, t, n, pipe);
-        else if (whole)
-            rows.template step<false, true>(p, s, t, n, pipe, previous);
+        if (whole)
+            rows.template step<false, true>(p, s, t, n, n == first_block, pipe, previous);
         else
-            rows.template step<true, true>(p, s, t, n, pipe, previous);
+            rows.template step<true, true>(p, s, t, n, n == first_block, pipe, previous);
+        if (ending)
+            break;
         pipe.unwanted = skipped;
-        /* Maxima are tracked until every row has seen a key: up to the first whole tile. */
-        const int end_untracked = t.end_block > t.end_whole ? t.end_whole - 1 : t.end_whole;
-        for (n--; n >= t.first_block; n--) {
-            if (n >= t.first_whole && n < end_untracked)
-                rows.template step<false, false>(p, s, t, n, pipe, index);
+        const int first_whole = t.first_whole, end_untracked = t.end_untracked;
+        for (n--; n >= first_block; n--) {
+            if (n >= first_whole && n < end_untracked)
+                rows.template step<false, false>(p, s, t, n, n == first_block, pipe, t);
             else
-                rows.template step<true, false>(p, s, t, n, pipe, index);
+                rows.template step<true, false>(p, s, t, n, n == first_block, pipe, t);
         }
-        previous = index;
+        previous = t;
     }
-    if (previous >= 0)
-        rows.last(p, s, tile_at<C>(p, previous), pipe);
+    if (threadIdx.x % 32 == 0)
+        bulk_wait_read<0>(); /* buffers live as long as the block */
 }
 
 template <class C>
 __device__ __forceinline__ void forward(const sm90_params &p) {
     extern __shared__ char raw[];
-    const Shared<C> s{(shared_address(raw) + 1023) & ~1023u};
+    const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
+    const Shared<C> s{base,
+                      reinterpret_cast<Tile *>(raw + (base - shared_address(raw) + C::kTiles))};
     const int warpgroup = uniform(threadIdx.x / 128);
     if (threadIdx.x == 0) {
         tma_prefetch_map(&p.query_map);
         tma_prefetch_map(&p.key_map);
         tma_prefetch_map(&p.value_map);
+        tma_prefetch_map(&p.output_map);
         init_barriers<C>(s);
     }
     __syncthreads();
     if (warpgroup == 0) {
         registers_decrease<C::kProducerRegisters>();
-        if (threadIdx.x == 0)
+        if (threadIdx.x < 32)
             produce<C>(p, s);
     } else {
         registers_increase<C::kConsumerRegisters>();

@@ -32,6 +32,8 @@ struct sm90_params {
         query_map; /* [D, pack, Lq, H / pack, B], box {64, pack, 64 / pack, 1, 1} */
     struct sm90_tensor_map key_map;   /* [D, Lk, H_kv, B], box {64, tile_k, 1, 1} */
     struct sm90_tensor_map value_map; /* [D_v, Lk, H_kv, B], box {64, tile_k, 1, 1} */
+    struct sm90_tensor_map
+        output_map; /* [D_v, pack, Lq, H / pack, B], a box of 16 rows of 64 elements */
 
     void *output;
     void *lse;                                  /* NULL: not wanted */

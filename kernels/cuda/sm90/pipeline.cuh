@@ -30,6 +30,10 @@ struct Ring {
 template <class C>
 struct Shared {
     uint32_t base;
+    Tile *tiles; /* what the producer tells the consumers */
+    __device__ __forceinline__ Tile *tile(int slot, int wg) const {
+        return tiles + slot * C::kWarpgroups + wg;
+    }
     __device__ __forceinline__ uint32_t query(int stage, int wg) const {
         return base + C::kQuery + (stage * C::kWarpgroups + wg) * C::kQueryBytes;
     }
@@ -38,6 +42,9 @@ struct Shared {
     }
     __device__ __forceinline__ uint32_t value(int stage) const {
         return base + C::kValue + stage * C::kValueBytes;
+    }
+    __device__ __forceinline__ uint32_t output(int wg, int warp) const {
+        return base + C::kOutput + (4 * wg + warp) * C::kOutputSlots * C::kSlotBytes;
     }
     __device__ __forceinline__ Ring<C::kQueryStages> query_ring(int wg) const {
         return {base + C::kBarriers + 16 * C::kQueryStages * wg,
@@ -69,13 +76,23 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
     mbarrier_init_fence();
 }
 
-/* ---- Producer: one thread ---- */
+/* ---- Producer: a warp, whose first lane does what is done once ---- */
 
+/* Tells a warpgroup of a tile, with its queries. */
 template <class C>
-__device__ __forceinline__ void load_query(const sm90_params &p, const Shared<C> &s,
-                                           Ring<C::kQueryStages> ring, const Tile &t, int wg) {
+__device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
+                                         const Ring<C::kQueryStages> &ring, int slot, const Tile &t,
+                                         int wg) {
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+    if (threadIdx.x != 0)
+        return;
+    *s.tile(slot, wg) = t;
+    if (!t.sees_keys()) {
+        mbarrier_arrive(ring.full_barrier());
+        return;
+    }
     mbarrier_expect_bytes(ring.full_barrier(), C::kQueryBytes);
+#pragma unroll 1
     for (int c = 0; c < C::kColumnsQk; c++)
         tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
                     64 * c, 0, (t.first_row + 64 * wg) >> p.pack_log2, t.head, t.batch);
@@ -86,22 +103,14 @@ template <class C, int kColumns>
 __device__ __forceinline__ void load_block(const sm90_tensor_map &map, uint32_t dst,
                                            Ring<C::kStages> &ring, const Tile &t, int block) {
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-    mbarrier_expect_bytes(ring.full_barrier(), kColumns * C::kKeyColumn);
-    for (int c = 0; c < kColumns; c++)
-        tma_load_4d(dst + c * C::kKeyColumn, &map, ring.full_barrier(), 64 * c, block * C::kTileK,
-                    t.kv_head, t.batch);
-    ring.advance();
-}
-
-/* The next tile of this block that sees a key, from `index` on; false if there is none. */
-template <class C>
-__device__ __forceinline__ bool next_tile(const sm90_params &p, int &index, Tile &t) {
-    for (; index < p.tiles; index += gridDim.x) {
-        t = tile_at<C>(p, index);
-        if (t.first_block < t.end_block)
-            return true;
+    if (threadIdx.x == 0) {
+        mbarrier_expect_bytes(ring.full_barrier(), kColumns * C::kKeyColumn);
+#pragma unroll 1
+        for (int c = 0; c < kColumns; c++)
+            tma_load_4d(dst + c * C::kKeyColumn, &map, ring.full_barrier(), 64 * c,
+                        block * C::kTileK, t.kv_head, t.batch);
     }
-    return false;
+    ring.advance();
 }
 
 /* Loads in the order in which buffers become free and are needed, across tiles: each V one K later, and Q of the next
@@ -110,16 +119,17 @@ template <class C>
 __device__ __forceinline__ void produce(const sm90_params &p, const Shared<C> &s) {
     Ring<C::kStages> keys = s.key_ring(), values = s.value_ring();
     Ring<C::kQueryStages> queries = s.query_ring(0);
-    Tile t, next;
-    int index = blockIdx.x;
-    const auto load_queries = [&](const Tile &of) {
+    int slot = 0;
+    const auto announce_tile = [&](const Tile &of) {
+#pragma unroll 1
         for (int wg = 0; wg < C::kWarpgroups; wg++) {
             Ring<C::kQueryStages> ring = s.query_ring(wg);
             ring.stage = queries.stage;
             ring.phase = queries.phase;
-            load_query<C>(p, s, ring, of, wg);
+            announce<C>(p, s, ring, slot, of, wg);
         }
         queries.advance();
+        slot = slot + 1 == C::kTileSlots ? 0 : slot + 1;
     };
     const auto load_key = [&](const Tile &of, int n) {
         load_block<C, C::kColumnsQk>(p.key_map, s.key(keys.stage), keys, of, n);
@@ -127,25 +137,24 @@ __device__ __forceinline__ void produce(const sm90_params &p, const Shared<C> &s
     const auto load_value = [&](const Tile &of, int n) {
         load_block<C, C::kColumnsV>(p.value_map, s.value(values.stage), values, of, n);
     };
-    bool more = next_tile<C>(p, index, t);
-    if (more) {
-        load_queries(t);
-        load_key(t, t.end_block - 1);
-    }
-    while (more) {
-        index += gridDim.x;
-        more = next_tile<C>(p, index, next);
-        if (more && C::kQueryStages > 1)
-            load_queries(next);
+    /* Each step of the loop, and each instruction of it, is there once: cold code is slow to fetch. */
+    Tile t = {}; /* sees no keys */
+    for (int index = blockIdx.x;; index += gridDim.x) {
+        const Tile next = tile_at<C>(p, index);
+        if (C::kQueryStages > 1)
+            announce_tile(next);
         for (int n = t.end_block - 1; n > t.first_block; n--) {
             load_key(t, n - 1);
             load_value(t, n);
         }
-        if (more)
+        if (next.sees_keys())
             load_key(next, next.end_block - 1);
-        load_value(t, t.first_block);
-        if (more && C::kQueryStages == 1)
-            load_queries(next);
+        if (t.sees_keys())
+            load_value(t, t.first_block);
+        if (C::kQueryStages == 1)
+            announce_tile(next);
+        if (next.index < 0)
+            break;
         t = next;
     }
 }
@@ -187,9 +196,15 @@ struct Pipeline {
             mbarrier_arrive(queries.empty_barrier());
         queries.advance(tile_done);
     }
-    __device__ __forceinline__ void value_read() {
-        release(values.empty_barrier());
-        values.advance();
+    __device__ __forceinline__ void query_read() {
+        __syncwarp();
+        release(queries.empty_barrier());
+        queries.advance();
+    }
+    __device__ __forceinline__ void value_read(bool really = true) {
+        if (really && (threadIdx.x & 31) == 0)
+            mbarrier_arrive(values.empty_barrier());
+        values.advance(really);
     }
     /* Passes over `count` key tiles that only rows of other warpgroups see, with the turns for their GEMMs. */
     __device__ __forceinline__ void skip_keys(int count) {

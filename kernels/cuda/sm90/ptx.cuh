@@ -33,6 +33,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+/* Arrives, and has the phase wait for this many bytes of TMA loads. */
 __device__ __forceinline__ void mbarrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
@@ -74,6 +75,44 @@ __device__ __forceinline__ void tma_load_5d(uint32_t dst, const void *map, uint3
                  : "memory");
 }
 
+/* One box from shared memory to a tensor map; elements outside the tensor are not written. Reads the buffer after the
+ * call returned: see bulk_wait_read(). */
+__device__ __forceinline__ void tma_store_5d(const void *map, uint32_t src, int c0, int c1, int c2,
+                                             int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group"
+                 " [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+                 "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/* Waits until all but kPending groups of this thread's stores have read their buffers. */
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+/* Waits until this thread's stores have been written. */
+__device__ __forceinline__ void bulk_wait_written() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+/* Makes this thread's writes to shared memory visible to the async proxy (TMA). */
+__device__ __forceinline__ void async_proxy_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* Four 8 x 8 matrices of 16-bit elements, spread over the warp as wgmma leaves them; lane l has the address of row
+ * l % 8 of matrix l / 8. */
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&w)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+}
+
 /* ---- Named barriers (1 to 15; 0 is __syncthreads) ---- */
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
@@ -108,6 +147,19 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* `count` ones from bit `begin` on; both at most 32. */
+__device__ __forceinline__ uint32_t ones(int begin, int count) {
+    uint32_t r;
+    asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(r) : "r"(begin), "r"(count));
+    return r;
 }
 
 /* Two floats as one register of two E, `low` in the lower half. */
@@ -251,15 +303,16 @@ struct Wgmma;
                          : SM90_D##R                                                               \
                          : "l"(a), "l"(b), "r"(accumulate));                                       \
         }                                                                                          \
-        /* A in registers, B MN-major in shared memory; always accumulates. */                     \
+        /* A in registers, B MN-major in shared memory. */                                         \
         static __device__ __forceinline__ void rs(float (&d)[R], uint32_t a0, uint32_t a1,         \
-                                                  uint32_t a2, uint32_t a3, uint64_t b) {          \
+                                                  uint32_t a2, uint32_t a3, uint64_t b,            \
+                                                  int accumulate) {                                \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name           \
                          " {" SM90_R##R "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4       \
                                         ", p, 1, 1, 1;\n}\n"                                       \
                          : SM90_D##R                                                               \
-                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(1));                    \
+                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));           \
         }                                                                                          \
     };
 #define SM90_WGMMA_BOTH(N, R, ...)                                                                 \

@@ -4,7 +4,7 @@
 #ifndef DLATTN_SM90_STORE_CUH_
 #define DLATTN_SM90_STORE_CUH_
 
-#include "kernels/cuda/sm90/tile.cuh"
+#include "kernels/cuda/sm90/pipeline.cuh"
 
 namespace sm90 {
 
@@ -30,13 +30,13 @@ __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
 }
 
 __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_strides &strides,
-                                              const Tile &t, int row) {
+                                              const Place &t, int row) {
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
     return t.batch * strides.batch + head * strides.head + (row >> p.pack_log2) * strides.row;
 }
 
 template <typename E>
-__device__ __forceinline__ void store_lse(const sm90_params &p, const Tile &t, int row, float x) {
+__device__ __forceinline__ void store_lse(const sm90_params &p, const Place &t, int row, float x) {
     if (!p.lse)
         return;
     const int64_t at = row_offset(p, p.lse_strides, t, row);
@@ -46,22 +46,9 @@ __device__ __forceinline__ void store_lse(const sm90_params &p, const Tile &t, i
         static_cast<float *>(p.lse)[at] = x;
 }
 
-/* 4 x 4 transposition over the four threads of a row: register i of thread q becomes register q of thread i. */
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
-    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-    uint32_t a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1),
-             b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
-    (odd ? w[0] : w[1]) = a;
-    (odd ? w[2] : w[3]) = b;
-    a = __shfl_xor_sync(~0u, upper ? w[0] : w[2], 2);
-    b = __shfl_xor_sync(~0u, upper ? w[1] : w[3], 2);
-    (upper ? w[0] : w[2]) = a;
-    (upper ? w[1] : w[3]) = b;
-}
-
 /* One row by one warp, key by key, reading only the keys that it sees. A NaN or Inf in the value of a hidden key
  * spoils a tile's products (0 * NaN), so rows that came out non-finite are computed here
- * again; so are those whose weights overflowed. */
+ * again; so are those whose weights overflowed, and those that see no key. */
 template <class C>
 __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, int row) {
     using E = typename C::Element;
@@ -107,58 +94,81 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, i
                               : (maximum * p.scale_log2 + log2f(sum)) * 0.69314718055994531f);
 }
 
-/* Normalises and stores the 64 rows of a warpgroup, and their lse. Registers are laid out as in Consumer. */
+/* Normalises and stores the 64 rows of a warpgroup, and their lse; for no tile goes through the motions, as a branch
+ * around it all would keep ptxas from beginning early. Registers are laid out as in Consumer. Each warp writes its 16
+ * rows to shared memory, 64 columns at a time and swizzled by 16 bytes as TMA reads them. */
 template <class C>
-__device__ __forceinline__ void store_rows(const sm90_params &p, const Tile &t, int wg,
-                                           const float (&output)[C::kDimV / 2],
+__device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C> &s, int wg,
+                                           const Place &t, const float (&output)[C::kDimV / 2],
                                            const float (&shift)[2], const float (&sum)[2]) {
     using E = typename C::Element;
-    constexpr int kOutputs = C::kDimV / 2;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
+    const int first_row = t.first_row + 64 * wg + 16 * warp;
+    float total[2], normalise[2];
+    uint32_t poison[2] = {0, 0}; /* +0 or -0 in both halves while all is finite */
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        total[half] = sum[half];
+        total[half] += __shfl_xor_sync(~0u, total[half], 1);
+        total[half] += __shfl_xor_sync(~0u, total[half], 2);
+        normalise[half] = reciprocal_approx(total[half]);
+    }
+    const uint32_t row_of_lane =
+        s.output(wg, warp) + 128 * (lane & 15) + ((lane >> 4 ^ (lane & 7)) << 4);
+#pragma unroll
+    for (int column = 0; column < C::kColumnsV; column++) {
+        const uint32_t slot = column % C::kOutputSlots * C::kSlotBytes;
+        if (lane == 0)
+            bulk_wait_read<C::kOutputSlots - 1>();
+        __syncwarp();
+#pragma unroll
+        for (int i = 4 * column; i < 4 * column + 4 && 16 * i < C::kDimV; i++) {
+            uint32_t w[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int half = j & 1;
+                w[j] = pack<E>(output[8 * i + 2 * j] * normalise[half],
+                               output[8 * i + 2 * j + 1] * normalise[half]);
+                poison[half] = multiply_add_zero<E>(w[j], poison[half]);
+            }
+            store_matrices((row_of_lane + slot) ^ i % 4 << 5, w);
+        }
+        async_proxy_fence();
+        __syncwarp();
+        if (lane == 0 && t.index >= 0) {
+            tma_store_5d(&p.output_map, s.output(wg, warp) + slot, 64 * column,
+                         first_row & ((1 << p.pack_log2) - 1), first_row >> p.pack_log2, t.head,
+                         t.batch);
+            bulk_commit();
+        }
+    }
     uint32_t spoilt_threads[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = t.first_row + 64 * wg + 16 * warp + 8 * half + lane / 4;
-        int low, high;
-        row_bounds(p, t, row, low, high);
-        float total = sum[half];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        const bool inside = row >> p.pack_log2 < p.len_q;
-        const bool empty = low >= high;
-        const float normalise = 1.f / total;
-        uint32_t poison = 0; /* +0 or -0 in both halves while all is finite */
-        uint32_t packed[kOutputs / 4];
-#pragma unroll
-        for (int i = 0; i < kOutputs / 4; i++) {
-            packed[i] = pack<E>(output[4 * i + 2 * half] * normalise,
-                                output[4 * i + 2 * half + 1] * normalise);
-            poison = multiply_add_zero<E>(packed[i], poison);
-            if (empty)
-                packed[i] = 0;
-        }
-        spoilt_threads[half] = __ballot_sync(
-            ~0u, inside && !empty &&
-                     (poison & 0x7fff7fff || !(total < INFINITY) || shift[half] == -INFINITY));
-        const bool spoilt = spoilt_threads[half] >> (lane & ~3) & 15;
-        E *out = static_cast<E *>(p.output) + row_offset(p, p.output_strides, t, row);
-#pragma unroll
-        for (int i = 0; i < kOutputs / 16; i++) {
-            uint32_t w[4] = {packed[4 * i], packed[4 * i + 1], packed[4 * i + 2],
-                             packed[4 * i + 3]};
-            transpose_quad(w);
-            const int column = 32 * i + 8 * (lane & 3);
-            if (inside && !spoilt && column < p.dim_v)
-                *reinterpret_cast<uint4 *>(out + column) = make_uint4(w[0], w[1], w[2], w[3]);
-        }
-        if (inside && !spoilt && (lane & 3) == 0)
-            store_lse<E>(p, t, row,
-                         empty ? p.empty_lse : (shift[half] + log2f(total)) * 0.69314718055994531f);
+        const int row = first_row + 8 * half + lane / 4;
+        const bool inside = t.index >= 0 && row >> p.pack_log2 < p.len_q;
+        /* Rows that see no key, or whose scores are all -inf, have no shift. */
+        spoilt_threads[half] =
+            __ballot_sync(~0u, inside && (poison[half] & 0x7fff7fff || !(total[half] < INFINITY) ||
+                                          shift[half] == -INFINITY));
     }
-    if (spoilt_threads[0] | spoilt_threads[1])
+    if (p.lse && t.index >= 0 && (lane & 2) == 0) {
+        const int half = lane & 1, row = first_row + 8 * half + lane / 4;
+        const bool spoilt = (half ? spoilt_threads[1] : spoilt_threads[0]) >> (lane & ~3) & 15;
+        if (row >> p.pack_log2 < p.len_q && !spoilt)
+            store_lse<E>(p, t, row,
+                         ((half ? shift[1] : shift[0]) + log2_approx(half ? total[1] : total[0])) *
+                             0.69314718055994531f);
+    }
+    if (__builtin_expect(spoilt_threads[0] | spoilt_threads[1], 0)) {
+        const Tile tile = tile_at<C>(p, t.index);
+        if (lane == 0)
+            bulk_wait_written();
+        __syncwarp();
         for (int i = 0; i < 16; i++)
             if ((i < 8 ? spoilt_threads[0] : spoilt_threads[1]) >> (4 * (i & 7)) & 15)
-                exact_row<C>(p, t, t.first_row + 64 * wg + 16 * warp + i);
+                exact_row<C>(p, tile, first_row + i);
+    }
 }
 
 /* Rows of a tile that sees no key. */

@@ -22,9 +22,9 @@ struct Config {
     static constexpr int kTileQ = 64 * kWarpgroups;
     static constexpr int kThreads = 128 * (kWarpgroups + 1);
     /* Together no more than the block starts with: 65536 / kThreads, rounded down to 8, each. */
-    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
-    static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : kWarpgroups == 3 ? 160 : 112;
-    static_assert(kWarpgroups >= 2 && kWarpgroups <= 4, "");
+    static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+    static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+    static_assert(kWarpgroups == 2 || kWarpgroups == 3, "");
 
     /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
     static constexpr int kColumnsQk = (kDimQk + 63) / 64, kColumnsV = (kDimV + 63) / 64;
@@ -33,20 +33,35 @@ struct Config {
     static constexpr int kKeyBytes = kKeyColumn * kColumnsQk, kValueBytes = kKeyColumn * kColumnsV;
     static constexpr int kQuery = 0, kKey = kQuery + kQueryStages * kWarpgroups * kQueryBytes;
     static constexpr int kValue = kKey + kStages * kKeyBytes,
-                         kBarriers = kValue + kStages * kValueBytes;
+                         kOutput = kValue + kStages * kValueBytes;
+    /* On its way out a warp's output takes slots of 16 rows x 64 columns. */
+    static constexpr int kOutputSlots = kColumnsV < 2 ? kColumnsV : 2, kSlotBytes = 16 * 128;
+    static constexpr int kTiles = kOutput + kWarpgroups * 4 * kOutputSlots * kSlotBytes;
+    /* A tile's description is read a little longer than its queries. */
+    static constexpr int kTileSlots = kQueryStages + 1;
+    static constexpr int kBarriers = kTiles + 64 * kTileSlots * kWarpgroups;
     static constexpr int kSharedBytes =
         kBarriers + 8 * (2 * kQueryStages * kWarpgroups + 4 * kStages) + 1024; /* 1024 to align */
 
-    static_assert(kTileK % 16 == 0 && kTileK <= 256 && kDimQk % 16 == 0 && kDimV % 32 == 0, "");
+    static_assert(kTileK % 16 == 0 && kTileK <= 128 && kDimQk % 16 == 0 && kDimV % 32 == 0, "");
     static_assert(kSharedBytes <= 227 * 1024, "");
 };
 
-struct Tile {
+/* Where the rows of a tile are. */
+struct Place {
+    int index;     /* in the walk; -1: there are no more */
     int first_row; /* packed */
-    int head, kv_head, batch;
+    int head, batch;
+};
+
+struct alignas(64) Tile : Place {
+    int kv_head;
     int q_len, k_len, diagonal;
     int first_block, end_block; /* key tiles to visit */
     int first_whole, end_whole; /* those of them that every row sees whole */
+    int end_untracked;          /* from here on downwards every row has seen a key */
+
+    __device__ __forceinline__ bool sees_keys() const { return first_block < end_block; }
 };
 
 /* Length of one sequence: the tensor's value, kept inside the extent. */
@@ -61,12 +76,13 @@ __device__ __forceinline__ int divide(int x, const sm90_divisor &d) {
            (d.multiplier ? 0 : x);
 }
 
-/* Tile `index` of the walk. Heads come in groups whose keys and values fit into L2 together; the tiles of a group are
+/* Tile `wanted` of the walk, or none if that is past the end. Heads come in groups whose keys and values fit into L2 together; the tiles of a group are
  * ordered by row, downwards and upwards in turn so that equally heavy causal tiles meet where groups do, and the last
  * group ends with its lightest. Blocks that take every gridDim-th tile then get equal work within a percent or so. */
 template <class C>
-__device__ __forceinline__ Tile tile_at(const sm90_params &p, int index) {
+__device__ __forceinline__ Tile tile_at(const sm90_params &p, int wanted) {
     Tile t;
+    const int index = min(wanted, p.tiles - 1);
     const int group = divide(index, p.by_group_tiles);
     const int in_group = index - group * p.heads_per_group * p.tiles_per_head;
     const int group_heads = min(p.heads_per_group, p.heads_total - group * p.heads_per_group);
@@ -74,6 +90,7 @@ __device__ __forceinline__ Tile tile_at(const sm90_params &p, int index) {
                   divide(in_group, group < p.groups - 1 ? p.by_group_heads : p.by_last_group_heads),
               head = group * p.heads_per_group + in_group - step * group_heads;
     const bool upwards = (p.groups - group & 1) == 0;
+    t.index = wanted < p.tiles ? wanted : -1;
     t.first_row = (upwards ? step : p.tiles_per_head - 1 - step) * C::kTileQ;
     t.batch = divide(head, p.by_heads);
     t.head = head - t.batch * p.heads;
@@ -86,13 +103,14 @@ __device__ __forceinline__ Tile tile_at(const sm90_params &p, int index) {
     const int last = min((t.first_row + C::kTileQ - 1) >> p.pack_log2, t.q_len - 1);
     const int lowest = max(first + t.diagonal - p.window_left, 0);
     const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
-    const bool any = first < t.q_len && lowest < highest;
+    const bool any = t.index >= 0 && first < t.q_len && lowest < highest;
     t.first_block = lowest / C::kTileK;
     t.end_block = any ? (highest + C::kTileK - 1) / C::kTileK : t.first_block;
     const int all_lowest = max(last + t.diagonal - p.window_left, 0);
     const int all_highest = max(min(first + t.diagonal + p.window_right + 1, t.k_len), 0);
     t.first_whole = (all_lowest + C::kTileK - 1) / C::kTileK;
     t.end_whole = all_highest / C::kTileK;
+    t.end_untracked = max(all_highest - 1, 0) / C::kTileK;
     return t;
 }
 
