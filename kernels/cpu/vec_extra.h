@@ -6,14 +6,18 @@
 
 /* n elements, `stride` apart. */
 VEC_INLINE vec load_strided(const char *p, enum dtype dtype, int64_t stride, int64_t n) {
-    const size_t bytes = (size_t)dtype_bytes(dtype);
+    const int64_t bytes = dtype_bytes(dtype);
     char part[VEC_LANES * sizeof(float)];
     if (stride == 1)
         return load_some(p, dtype, n);
     if (stride == 0)
         return vec_set((float)load_element(p, dtype, 0));
-    for (int64_t j = 0; j < n; j++)
-        memcpy(part + (size_t)j * bytes, p + j * stride * (int64_t)bytes, bytes);
+    for (int64_t j = 0; j < n; j++) {
+        if (bytes == 4)
+            memcpy(part + j * 4, p + j * stride * 4, 4);
+        else
+            memcpy(part + j * 2, p + j * stride * 2, 2);
+    }
     return load_some(part, dtype, n);
 }
 
