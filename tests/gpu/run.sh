@@ -16,7 +16,7 @@ if [ "${1-}" = sanitize ]; then
         local tool
         names+=("$1")
         read -ra tool <<<"$2"
-        { timeout 100 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 $reduced "${@:3}" && touch "$logs/$1.ok"; } \
+        { timeout 60 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 $reduced "${@:3}" && touch "$logs/$1.ok"; } \
             >"$logs/$1" 2>&1 &
     }
     names=()
