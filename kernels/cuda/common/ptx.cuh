@@ -42,6 +42,24 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], uint32_
                  : "r"(from));
 }
 
+// Barrier `id` of `threads` threads of the block; barrier_any also says whether x holds for any of them.
+__device__ __forceinline__ void barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ bool barrier_any(int id, int threads, bool x) {
+    int any;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.s32 p, %3, 0;\n"
+                 "bar.red.or.pred p, %1, %2, p;\n"
+                 "selp.s32 %0, 1, 0, p;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"((int)x)
+                 : "memory");
+    return any;
+}
+
 // 2^x; -inf gives 0, NaN stays NaN.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

@@ -297,28 +297,28 @@ struct Warp {
         });
     }
 
-    // Any lane of a warp, or where warps share rows any thread of the block: all of its warps then take the same steps.
+    // Any warp of those that share rows, or any lane of one.
     __device__ __forceinline__ static bool any(bool x) {
-        return SPLIT > 1 ? __syncthreads_or(x) : __any_sync(~0u, x);
+        return SPLIT > 1 ? barrier_any(1 + threadIdx.x / 64, 64, x) : __any_sync(~0u, x);
     }
 
-    // What the other warp of the same rows has as x; `memory` of both is free for that.
+    // What the other warp of the same rows has as x; `memory` is free for that.
     __device__ __forceinline__ static void trade(float (&x)[MT][2], float *memory) {
-        const int own = threadIdx.x / 32 % 2, lane = threadIdx.x % 32;
-        __syncthreads();
+        const int pair = 1 + threadIdx.x / 64, own = threadIdx.x / 32 % 2, lane = threadIdx.x % 32;
+        barrier(pair, 64);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 if (lane % 4 == 0)
                     memory[own * MT * 16 + mt * 16 + half * 8 + lane / 4] = x[mt][half];
-        __syncthreads();
+        barrier(pair, 64);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 x[mt][half] = memory[(1 - own) * MT * 16 + mt * 16 + half * 8 + lane / 4];
-        __syncthreads();
+        barrier(pair, 64);
     }
 
     // Sums of rows from sums of threads.

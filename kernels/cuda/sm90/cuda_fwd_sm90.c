@@ -117,11 +117,14 @@ static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
 }
 
 /* With a bounded window the heads of a group have about one tile for each block of the grid, see tile_at(): what the
- * blocks work on at one time then spans few heads, whose keys and values stay in L2. Other masks take head by head. */
+ * blocks work on at one time then spans few heads, whose keys and values stay in L2; and whole batches where it can, whose
+ * heads lie side by side in device memory. Other masks take head by head. */
 static int64_t heads_per_group(const struct problem *p, const struct sm90_params *params,
                                int32_t multiprocessors) {
-    const int64_t heads =
+    int64_t heads =
         bounded(p) ? (multiprocessors + params->tiles_per_head / 2) / params->tiles_per_head : 1;
+    if (heads > params->heads)
+        heads -= heads % params->heads;
     return heads < 1 ? 1 : heads < params->heads_total ? heads : params->heads_total;
 }
 

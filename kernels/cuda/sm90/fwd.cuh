@@ -13,8 +13,6 @@
 
 #include "kernels/cuda/sm90/store.cuh"
 
-#include <type_traits>
-
 namespace sm90 {
 
 /* The 64 query rows of a warpgroup in registers. A thread holds two rows, `half` 0 and 1, eight apart, and of every
@@ -33,7 +31,8 @@ struct Consumer {
     bool fresh;   /* O holds nothing of this tile yet */
 
     /* S = Q K^T */
-    __device__ __forceinline__ void start_scores(const Descriptor &a, const Descriptor &b) {
+    __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
+        const Descriptor a(query, 16, 1024), b(key, 16, 1024);
 #pragma unroll
         for (int k = 0; k < C::kDimQk / 16; k++)
             Wgmma<E, C::kTileK>::ss(score, a.at(k / 4 * 64 * 128 + 32 * (k % 4)),
@@ -42,7 +41,8 @@ struct Consumer {
     }
 
     /* O += P V, or O = P V for the first key tile. */
-    __device__ __forceinline__ void start_outputs(const Descriptor &b) {
+    __device__ __forceinline__ void start_outputs(uint32_t value) {
+        const Descriptor b(value, C::kKeyColumn, 1024);
 #pragma unroll
         for (int k = 0; k < C::kTileK / 16; k++)
             Wgmma<E, C::kDimV>::rs(output, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
@@ -153,6 +153,13 @@ struct Consumer {
             weight[i] = pack<E>(score[2 * i], score[2 * i + 1]);
     }
 
+    __device__ __forceinline__ void clear_output() {
+#pragma unroll
+        for (int i = 0; i < kOutputs; i++)
+            output[i] = 0;
+        fresh = true;
+    }
+
     __device__ __forceinline__ void finite_shift(float (&offset)[2]) const {
         offset[0] = shift[0] == -INFINITY ? 0.f : shift[0];
         offset[1] = shift[1] == -INFINITY ? 0.f : shift[1];
@@ -177,42 +184,57 @@ struct Consumer {
         mask(block * C::kTileK + threadIdx.x % 4 * 2, low, high);
     }
 
+    __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s, const Tile &t,
+                                          int n, Pipeline<C> &pipe);
     template <bool kMasked, bool kNewTile>
     __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile &t,
-                                         int n, bool tile_done, Pipeline<C> &pipe,
-                                         const Place &finished);
+                                         int n, Pipeline<C> &pipe, const Place &finished);
+    __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s, const Place &t,
+                                         Pipeline<C> &pipe);
 };
 
-/* S of key tile n of tile t (of its queries the last use if `tile_done`), and O of the key tile before, whose weights
- * are ready. If t is new, that one belongs to the tile `finished`, whose rows are stored then. Before the first tile and
- * after the last, one of the two products is of whatever lies in shared memory, and goes nowhere: code of their own would
- * have to be fetched from device memory for one run, which takes longer. */
+/* S and weights of the first key tile of all, n. */
+template <class C>
+__device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const Shared<C> &s,
+                                                   const Tile &t, int n, Pipeline<C> &pipe) {
+    clear_output();
+    clear_sums();
+    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+    wgmma_fence();
+    start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
+    wgmma_wait<0>();
+    pin(score);
+    pipe.key_read(n == t.first_block);
+    shape_scores<true>(p, t, pipe.wg, n);
+    float factor[2], offset[2];
+    track_maximum(p.scale_log2, factor);
+    finite_shift(offset);
+    exponentials(p.scale_log2, offset, sum);
+    round_weights();
+}
+
+/* S of key tile n of tile t, and O of the key tile before, whose weights are ready. If t is new, that one
+ * belongs to the tile `finished`, whose rows are stored then. */
 template <class C>
 template <bool kMasked, bool kNewTile>
 __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
-                                                  const Tile &t, int n, bool tile_done,
-                                                  Pipeline<C> &pipe, const Place &finished) {
-    const bool starting = kNewTile && finished.index < 0, ending = kNewTile && t.index < 0;
+                                                  const Tile &t, int n, Pipeline<C> &pipe,
+                                                  const Place &finished) {
     pipe.skip_values();
-    /* Before the turn: nothing but GEMMs is to be done in it. */
-    const Descriptor query(s.query(pipe.queries.stage, pipe.wg), 16, 1024),
-        key(s.key(pipe.keys.stage), 16, 1024),
-        value(s.value(pipe.values.stage), C::kKeyColumn, 1024);
-    /* At the end no more keys come; waiting for the phase before returns at once. */
-    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase ^ ending);
+    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
     wait_turn<C>(pipe.wg);
     pin(output);
     pin(weight);
     wgmma_fence();
-    start_scores(query, key);
+    start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
     mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
     wgmma_fence();
-    start_outputs(value);
+    start_outputs(s.value(pipe.values.stage));
     fresh = kNewTile;
     pass_turn<C>(pipe.wg);
     wgmma_wait<1>();
     pin(score);
-    pipe.key_read(tile_done);
+    pipe.key_read(n == t.first_block);
     const float finished_shift[2] = {shift[0], shift[1]}, finished_sum[2] = {sum[0], sum[1]};
     if (kNewTile)
         clear_sums();
@@ -228,7 +250,7 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     wgmma_wait<0>();
     pin(output);
     pin(weight);
-    pipe.value_read(!starting);
+    pipe.value_read();
     if (!kTrack)
         limit(part, factor);
     sum[0] += part[0];
@@ -240,51 +262,61 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
         store_rows<C>(p, s, pipe.wg, finished, output, finished_shift, finished_sum);
 }
 
+/* O of the last key tile of all. */
+template <class C>
+__device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Shared<C> &s,
+                                                  const Place &t, Pipeline<C> &pipe) {
+    pipe.skip_values();
+    mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+    pin(output);
+    pin(weight);
+    wgmma_fence();
+    start_outputs(s.value(pipe.values.stage));
+    wgmma_wait<0>();
+    pin(output);
+    store_rows<C>(p, s, pipe.wg, t, output, shift, sum);
+}
+
 template <class C>
 __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s, int wg) {
     Pipeline<C> pipe(s, wg);
     Consumer<C> rows;
     Place previous; /* the tile whose output is unfinished */
     previous.index = -1;
-    int slot = 0;
-    rows.fresh = true;
     if (wg == C::kWarpgroups - 1)
         pass_turn<C>(wg);
     for (;;) {
         mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
-        /* In registers where there are some to spare. */
-        std::conditional_t<C::kWarpgroups == 2, const Tile, const Tile &> t = *s.tile(slot, wg);
-        const bool ending = t.index < 0;
-        slot = slot + 1 == C::kTileSlots ? 0 : slot + 1;
-        if (ending && previous.index < 0)
+        const Tile t = *s.tile(pipe.queries.stage, wg);
+        if (t.index < 0)
             break;
-        if (!ending && !t.sees_keys()) {
+        if (!t.sees_keys()) {
             store_empty<C>(p, t, wg);
             pipe.query_read();
             continue;
         }
-        const int first_block = t.first_block;
         int n = end_block_of<C>(p, t, wg) - 1;
         const bool whole = n >= t.first_whole && n < t.end_whole;
-        const int skipped = max(t.end_block - 1 - n, 0);
+        const int skipped = t.end_block - 1 - n;
         pipe.skip_values(); /* or the producer would wait for their buffers before the keys below */
         pipe.skip_keys(skipped);
-        if (whole)
-            rows.template step<false, true>(p, s, t, n, n == first_block, pipe, previous);
+        if (previous.index < 0)
+            rows.first(p, s, t, n, pipe);
+        else if (whole)
+            rows.template step<false, true>(p, s, t, n, pipe, previous);
         else
-            rows.template step<true, true>(p, s, t, n, n == first_block, pipe, previous);
-        if (ending)
-            break;
+            rows.template step<true, true>(p, s, t, n, pipe, previous);
         pipe.unwanted = skipped;
-        const int first_whole = t.first_whole, end_untracked = t.end_untracked;
-        for (n--; n >= first_block; n--) {
-            if (n >= first_whole && n < end_untracked)
-                rows.template step<false, false>(p, s, t, n, n == first_block, pipe, t);
+        for (n--; n >= t.first_block; n--) {
+            if (n >= t.first_whole && n < t.end_untracked)
+                rows.template step<false, false>(p, s, t, n, pipe, t);
             else
-                rows.template step<true, false>(p, s, t, n, n == first_block, pipe, t);
+                rows.template step<true, false>(p, s, t, n, pipe, t);
         }
         previous = t;
     }
+    if (previous.index >= 0)
+        rows.last(p, s, previous, pipe);
     if (threadIdx.x % 32 == 0)
         bulk_wait_read<0>(); /* buffers live as long as the block */
 }

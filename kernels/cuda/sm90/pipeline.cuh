@@ -31,8 +31,8 @@ template <class C>
 struct Shared {
     uint32_t base;
     Tile *tiles; /* what the producer tells the consumers */
-    __device__ __forceinline__ Tile *tile(int slot, int wg) const {
-        return tiles + slot * C::kWarpgroups + wg;
+    __device__ __forceinline__ Tile *tile(int stage, int wg) const {
+        return tiles + stage * C::kWarpgroups + wg;
     }
     __device__ __forceinline__ uint32_t query(int stage, int wg) const {
         return base + C::kQuery + (stage * C::kWarpgroups + wg) * C::kQueryBytes;
@@ -81,18 +81,16 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
 /* Tells a warpgroup of a tile, with its queries. */
 template <class C>
 __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
-                                         const Ring<C::kQueryStages> &ring, int slot, const Tile &t,
-                                         int wg) {
+                                         const Ring<C::kQueryStages> &ring, const Tile &t, int wg) {
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x != 0)
         return;
-    *s.tile(slot, wg) = t;
+    *s.tile(ring.stage, wg) = t;
     if (!t.sees_keys()) {
         mbarrier_arrive(ring.full_barrier());
         return;
     }
     mbarrier_expect_bytes(ring.full_barrier(), C::kQueryBytes);
-#pragma unroll 1
     for (int c = 0; c < C::kColumnsQk; c++)
         tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
                     64 * c, 0, (t.first_row + 64 * wg) >> p.pack_log2, t.head, t.batch);
@@ -105,7 +103,6 @@ __device__ __forceinline__ void load_block(const sm90_tensor_map &map, uint32_t 
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x == 0) {
         mbarrier_expect_bytes(ring.full_barrier(), kColumns * C::kKeyColumn);
-#pragma unroll 1
         for (int c = 0; c < kColumns; c++)
             tma_load_4d(dst + c * C::kKeyColumn, &map, ring.full_barrier(), 64 * c,
                         block * C::kTileK, t.kv_head, t.batch);
@@ -119,17 +116,14 @@ template <class C>
 __device__ __forceinline__ void produce(const sm90_params &p, const Shared<C> &s) {
     Ring<C::kStages> keys = s.key_ring(), values = s.value_ring();
     Ring<C::kQueryStages> queries = s.query_ring(0);
-    int slot = 0;
     const auto announce_tile = [&](const Tile &of) {
-#pragma unroll 1
         for (int wg = 0; wg < C::kWarpgroups; wg++) {
             Ring<C::kQueryStages> ring = s.query_ring(wg);
             ring.stage = queries.stage;
             ring.phase = queries.phase;
-            announce<C>(p, s, ring, slot, of, wg);
+            announce<C>(p, s, ring, of, wg);
         }
         queries.advance();
-        slot = slot + 1 == C::kTileSlots ? 0 : slot + 1;
     };
     const auto load_key = [&](const Tile &of, int n) {
         load_block<C, C::kColumnsQk>(p.key_map, s.key(keys.stage), keys, of, n);
@@ -137,24 +131,27 @@ __device__ __forceinline__ void produce(const sm90_params &p, const Shared<C> &s
     const auto load_value = [&](const Tile &of, int n) {
         load_block<C, C::kColumnsV>(p.value_map, s.value(values.stage), values, of, n);
     };
-    /* Each step of the loop, and each instruction of it, is there once: cold code is slow to fetch. */
-    Tile t = {}; /* sees no keys */
-    for (int index = blockIdx.x;; index += gridDim.x) {
-        const Tile next = tile_at<C>(p, index);
+    Tile t = tile_at<C>(p, blockIdx.x);
+    announce_tile(t);
+    bool begun = false; /* the first K of t is on its way */
+    while (t.index >= 0) {
+        const Tile next = tile_at<C>(p, t.index + gridDim.x);
         if (C::kQueryStages > 1)
             announce_tile(next);
-        for (int n = t.end_block - 1; n > t.first_block; n--) {
-            load_key(t, n - 1);
-            load_value(t, n);
-        }
-        if (next.sees_keys())
-            load_key(next, next.end_block - 1);
-        if (t.sees_keys())
+        if (t.sees_keys()) {
+            if (!begun)
+                load_key(t, t.end_block - 1);
+            for (int n = t.end_block - 1; n > t.first_block; n--) {
+                load_key(t, n - 1);
+                load_value(t, n);
+            }
+            begun = next.sees_keys();
+            if (begun)
+                load_key(next, next.end_block - 1);
             load_value(t, t.first_block);
+        }
         if (C::kQueryStages == 1)
             announce_tile(next);
-        if (next.index < 0)
-            break;
         t = next;
     }
 }
@@ -201,10 +198,9 @@ struct Pipeline {
         release(queries.empty_barrier());
         queries.advance();
     }
-    __device__ __forceinline__ void value_read(bool really = true) {
-        if (really && (threadIdx.x & 31) == 0)
-            mbarrier_arrive(values.empty_barrier());
-        values.advance(really);
+    __device__ __forceinline__ void value_read() {
+        release(values.empty_barrier());
+        values.advance();
     }
     /* Passes over `count` key tiles that only rows of other warpgroups see, with the turns for their GEMMs. */
     __device__ __forceinline__ void skip_keys(int count) {

@@ -94,9 +94,8 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, i
                               : (maximum * p.scale_log2 + log2f(sum)) * 0.69314718055994531f);
 }
 
-/* Normalises and stores the 64 rows of a warpgroup, and their lse; for no tile goes through the motions, as a branch
- * around it all would keep ptxas from beginning early. Registers are laid out as in Consumer. Each warp writes its 16
- * rows to shared memory, 64 columns at a time and swizzled by 16 bytes as TMA reads them. */
+/* Normalises and stores the 64 rows of a warpgroup, and their lse. Registers are laid out as in Consumer. Each warp
+ * writes its 16 rows to shared memory, 64 columns at a time and swizzled by 16 bytes as TMA reads them. */
 template <class C>
 __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C> &s, int wg,
                                            const Place &t, const float (&output)[C::kDimV / 2],
@@ -135,7 +134,7 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
         }
         async_proxy_fence();
         __syncwarp();
-        if (lane == 0 && t.index >= 0) {
+        if (lane == 0) {
             tma_store_5d(&p.output_map, s.output(wg, warp) + slot, 64 * column,
                          first_row & ((1 << p.pack_log2) - 1), first_row >> p.pack_log2, t.head,
                          t.batch);
@@ -146,13 +145,13 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = first_row + 8 * half + lane / 4;
-        const bool inside = t.index >= 0 && row >> p.pack_log2 < p.len_q;
+        const bool inside = row >> p.pack_log2 < p.len_q;
         /* Rows that see no key, or whose scores are all -inf, have no shift. */
         spoilt_threads[half] =
             __ballot_sync(~0u, inside && (poison[half] & 0x7fff7fff || !(total[half] < INFINITY) ||
                                           shift[half] == -INFINITY));
     }
-    if (p.lse && t.index >= 0 && (lane & 2) == 0) {
+    if (p.lse && (lane & 2) == 0) {
         const int half = lane & 1, row = first_row + 8 * half + lane / 4;
         const bool spoilt = (half ? spoilt_threads[1] : spoilt_threads[0]) >> (lane & ~3) & 15;
         if (row >> p.pack_log2 < p.len_q && !spoilt)

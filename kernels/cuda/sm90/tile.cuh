@@ -22,8 +22,8 @@ struct Config {
     static constexpr int kTileQ = 64 * kWarpgroups;
     static constexpr int kThreads = 128 * (kWarpgroups + 1);
     /* Together no more than the block starts with: 65536 / kThreads, rounded down to 8, each. */
-    static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-    static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
+    static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
     static_assert(kWarpgroups == 2 || kWarpgroups == 3, "");
 
     /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
@@ -37,9 +37,7 @@ struct Config {
     /* On its way out a warp's output takes slots of 16 rows x 64 columns. */
     static constexpr int kOutputSlots = kColumnsV < 2 ? kColumnsV : 2, kSlotBytes = 16 * 128;
     static constexpr int kTiles = kOutput + kWarpgroups * 4 * kOutputSlots * kSlotBytes;
-    /* A tile's description is read a little longer than its queries. */
-    static constexpr int kTileSlots = kQueryStages + 1;
-    static constexpr int kBarriers = kTiles + 64 * kTileSlots * kWarpgroups;
+    static constexpr int kBarriers = kTiles + 64 * kQueryStages * kWarpgroups;
     static constexpr int kSharedBytes =
         kBarriers + 8 * (2 * kQueryStages * kWarpgroups + 4 * kStages) + 1024; /* 1024 to align */
 
