@@ -1,6 +1,6 @@
 """A plot of what gpu_bench.py measured: TFLOP/s over the sequence length by head dim and mask.
 
-python3 bench/gpu_plot.py bench/results/FILE.csv [--dtype bf16] [--out plot.svg]
+./dev gpu-plot bench/results/FILE.csv [--dtype bf16] [--out plot.svg]
 """
 
 import argparse
