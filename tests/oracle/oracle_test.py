@@ -5,95 +5,31 @@ Nothing here knows how the plugin computes: features meet as they do in the form
 
 import ctypes
 import os
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-# ---- The ABI, as far as it is needed
+sys.path.append(str(Path(__file__).parents[2] / "abi"))
+from dlattn_ctypes import Api, Desc, DLTensor, Exec, Tensors
 
-SLOTS = [
-    "query",
-    "key",
-    "value",
-    "output",
-    "lse",
-    "bias",
-    "mask",
-    "alibi_slopes",
-    "sinks",
-    "query_lengths",
-    "key_lengths",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "block_table",
-]
+# ---- The plugin
+
 WINDOW, EXACT_SCALE, EMPTY_LSE_INF = 1, 2, 4
 # DLPack codes and bits by NumPy's names; u2 are the bits of bfloat16.
 DTYPES = {"f8": (2, 64), "f4": (2, 32), "f2": (2, 16), "i4": (0, 32), "u1": (1, 8), "u2": (4, 16)}
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class Desc(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", ctypes.c_size_t),
-        ("flags", ctypes.c_uint64),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-        ("window_left", ctypes.c_int64),
-        ("window_right", ctypes.c_int64),
-        ("causal", ctypes.c_int32),
-        ("alignment", ctypes.c_int32),
-        ("max_seqlen_q", ctypes.c_int64),
-        ("max_seqlen_k", ctypes.c_int64),
-        ("kernel", ctypes.c_char_p),
-        ("num_threads", ctypes.c_int32),
-        ("reserved0", ctypes.c_int32),
-    ]
-
-
-class Tensors(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t)] + [
-        (slot, ctypes.POINTER(DLTensor)) for slot in SLOTS
-    ]
-
-
-class Exec(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("flags", ctypes.c_uint64)] + [
-        (name, ctypes.c_void_p)
-        for name in ("stream", "workspace", "workspace_bytes", "parallel_for", "parallel_ctx")
-    ]
-
-
-def function(slot, result, *arguments):
-    """A function of the table: slot 0 is its size, 1 its version, 3 last_error, 6 forward."""
-    library = ctypes.CDLL(os.environ["DLATTN_LIBRARY"])
-    library.dlattn_get_api.restype = ctypes.POINTER(ctypes.c_void_p)
-    return ctypes.CFUNCTYPE(result, *arguments)(library.dlattn_get_api(1)[slot])
 
 
 def dl_tensor(array):
     strides = [s // array.itemsize for s in array.strides]
     numbers = ctypes.c_int64 * array.ndim
     code, bits = DTYPES[array.dtype.str[1:]]
+    cpu = (ctypes.c_int32 * 2)(1, 0)
     return DLTensor(
         array.ctypes.data,
-        1,
-        0,
+        cpu,
         array.ndim,
         code,
         bits,
@@ -107,24 +43,13 @@ def dl_tensor(array):
 def forward(arrays, **options):
     """Runs the reference row; arrays by slot, strided as they are."""
     held = {slot: dl_tensor(array) for slot, array in arrays.items()}
-    tensors = Tensors(
-        ctypes.sizeof(Tensors), **{slot: ctypes.pointer(t) for slot, t in held.items()}
-    )
-    desc = Desc(ctypes.sizeof(Desc), kernel=b"cpu_fwd_ref", num_threads=1, **options)
+    tensors = Tensors(**{slot: ctypes.pointer(t) for slot, t in held.items()})
+    desc = Desc(kernel=b"cpu_fwd_ref", num_threads=1, **options)
     workspace = np.zeros(1 << 20, np.uint8)
     start = -workspace.ctypes.data % 64
-    run = Exec(
-        ctypes.sizeof(Exec),
-        0,
-        None,
-        workspace.ctypes.data + start,
-        workspace.size - start,
-        None,
-        None,
-    )
-    call = function(6, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    status = call(ctypes.addressof(desc), ctypes.addressof(tensors), ctypes.addressof(run))
-    assert status == 0, function(3, ctypes.c_char_p)().decode()
+    run = Exec(workspace=workspace.ctypes.data + start, workspace_bytes=workspace.size - start)
+    api = Api(os.environ["DLATTN_LIBRARY"])
+    api.check(api.forward(*map(ctypes.addressof, (desc, tensors, run))))
 
 
 # ---- The oracle
