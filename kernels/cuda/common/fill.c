@@ -67,3 +67,8 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
     };
     *blocks = params->row_blocks * p->batch * p->heads_q;
 }
+
+int64_t fwd_blocks(const struct caps *caps, int32_t shared_memory_bytes) {
+    /* A multiprocessor has 1 KiB more than one block may use, and the driver takes 1 KiB of each block. */
+    return (caps->shared_memory_bytes + 1024) / (shared_memory_bytes + 1024);
+}

@@ -11,4 +11,7 @@ bool fwd_fits(const struct problem *p);
 /* Parameters for blocks of `tile_q` rows; *blocks is how many there are. */
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks);
 
+/* How many blocks of so much shared memory a multiprocessor holds. */
+int64_t fwd_blocks(const struct caps *caps, int32_t shared_memory_bytes);
+
 #endif /* DLATTN_CUDA_FILL_H_ */

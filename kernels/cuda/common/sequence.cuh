@@ -46,6 +46,14 @@ struct Sequence {
     }
 };
 
+// Where key j of sequence b lies in a paged tensor: elements from its head in page 0.
+__device__ __forceinline__ int64_t paged_row(const fwd_params &p, const fwd_view &v, int b, int j) {
+    const fwd_view &table = p.block_table;
+    const int page =
+        ((const int *)table.data)[b * table.stride[0] + j / p.page_size * table.stride[1]];
+    return clamped(page, 0, p.pages - 1) * v.stride[0] + j % p.page_size * v.stride[2];
+}
+
 // The head and the block of rows that this thread block computes.
 struct Work {
     int b, h, row_block;

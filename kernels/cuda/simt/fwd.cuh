@@ -258,10 +258,7 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
         const T *const head = (const T *)v.data + kv_head * v.stride[1];
         if (!p.page_size)
             return head + work.b * v.stride[0] + (seq.k_start + j) * v.stride[2];
-        const int page =
-            ((const int *)p.block_table.data)[work.b * p.block_table.stride[0] +
-                                              j / p.page_size * p.block_table.stride[1]];
-        return head + clamped(page, 0, p.pages - 1) * v.stride[0] + j % p.page_size * v.stride[2];
+        return head + paged_row(p, v, work.b, j);
     };
     const auto load_kv = [&](const fwd_view &v, int first, int dim, bool chunks) {
         S::load(

@@ -19,10 +19,7 @@ struct ExactRow {
         const int64_t head = h / p.group * v.stride[1];
         if (!p.page_size)
             return b * v.stride[0] + head + (seq.k_start + j) * v.stride[2];
-        const int page =
-            ((const int *)p.block_table
-                 .data)[b * p.block_table.stride[0] + j / p.page_size * p.block_table.stride[1]];
-        return clamped(page, 0, p.pages - 1) * v.stride[0] + head + j % p.page_size * v.stride[2];
+        return head + paged_row(p, v, b, j);
     }
 
     // -inf for a key that the row does not see.

@@ -543,11 +543,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
 
     // One row of a page.
     const auto page_row = [&](const E *base, const fwd_view &view, int j) {
-        const int page =
-            ((const int *)p.block_table.data)[work.b * p.block_table.stride[0] +
-                                              j / p.page_size * p.block_table.stride[1]];
-        return base + clamped(page, 0, p.pages - 1) * view.stride[0] +
-               j % p.page_size * view.stride[2];
+        return base + paged_row(p, view, work.b, j);
     };
     // `rows` rows from `row` on of a tile that is not simply aligned rows.
     const auto load_slowly = [&](auto loader, uint32_t to, const E *base, const fwd_view &view,

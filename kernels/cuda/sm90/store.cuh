@@ -8,27 +8,6 @@
 
 namespace sm90 {
 
-template <typename E>
-__device__ __forceinline__ float to_float(E x);
-template <>
-__device__ __forceinline__ float to_float(__half x) {
-    return __half2float(x);
-}
-template <>
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
-    return __bfloat162float(x);
-}
-template <typename E>
-__device__ __forceinline__ E from_float(float x);
-template <>
-__device__ __forceinline__ __half from_float(float x) {
-    return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
-    return __float2bfloat16_rn(x);
-}
-
 __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_strides &strides,
                                               const Place &t, int row) {
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
@@ -41,7 +20,7 @@ __device__ __forceinline__ void store_lse(const sm90_params &p, const Place &t, 
         return;
     const int64_t at = row_offset(p, p.lse_strides, t, row);
     if (p.lse_is_element)
-        static_cast<E *>(p.lse)[at] = from_float<E>(x);
+        static_cast<E *>(p.lse)[at] = E(x);
     else
         static_cast<float *>(p.lse)[at] = x;
 }
@@ -66,8 +45,8 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, i
         float score = 0;
         for (int i = 0; i < kQk; i++)
             if (32 * i + lane < p.dim_qk)
-                score += to_float(query[32 * i + lane]) *
-                         to_float(key[j * p.key_strides.row + 32 * i + lane]);
+                score += float(query[32 * i + lane]) *
+                         float(key[j * p.key_strides.row + 32 * i + lane]);
         for (int i = 16; i > 0; i /= 2)
             score += __shfl_xor_sync(~0u, score, i);
         if (C::kSoftcap)
@@ -81,13 +60,13 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, i
         for (int i = 0; i < kV; i++)
             if (32 * i + lane < p.dim_v)
                 output[i] = output[i] * factor +
-                            weight * to_float(value[j * p.value_strides.row + 32 * i + lane]);
+                            weight * float(value[j * p.value_strides.row + 32 * i + lane]);
         maximum = m;
     }
     E *out = static_cast<E *>(p.output) + row_offset(p, p.output_strides, t, row);
     for (int i = 0; i < kV; i++)
         if (32 * i + lane < p.dim_v)
-            out[32 * i + lane] = from_float<E>(sum == 0 ? 0.f : output[i] / sum);
+            out[32 * i + lane] = E(sum == 0 ? 0.f : output[i] / sum);
     if (lane == 0)
         store_lse<E>(p, t, row,
                      sum == 0 ? p.empty_lse

@@ -35,9 +35,8 @@ static bool covers(const struct tile *t, const struct problem *p, const struct c
            t->kernel.shared_memory_bytes <= caps->shared_memory_bytes;
 }
 
-/* A multiprocessor has 1 KiB more than one block may use, and the driver takes 1 KiB of each block. */
 static bool filled(const struct tile *t, const struct caps *caps) {
-    return (caps->shared_memory_bytes + 1024) / (t->kernel.shared_memory_bytes + 1024) >= t->blocks;
+    return fwd_blocks(caps, t->kernel.shared_memory_bytes) >= t->blocks;
 }
 
 bool cuda_fwd_tf32x3_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {

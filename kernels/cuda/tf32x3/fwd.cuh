@@ -340,15 +340,9 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
         const float *const head = (const float *)v.data + kv_head * v.stride[1];
         const int count = seq.k_len - key;
         if (p.page_size) {
-            const auto page_row = [&](int r) {
-                const int j = key + r;
-                const int page =
-                    ((const int *)p.block_table.data)[work.b * p.block_table.stride[0] +
-                                                      j / p.page_size * p.block_table.stride[1]];
-                return head + clamped(page, 0, p.pages - 1) * v.stride[0] +
-                       j % p.page_size * v.stride[2];
-            };
-            LoadKV::any(to, page_row, v.stride[3], count, dim, chunks);
+            LoadKV::any(
+                to, [&](int r) { return head + paged_row(p, v, work.b, key + r); }, v.stride[3],
+                count, dim, chunks);
         } else {
             const float *const from =
                 head + work.b * v.stride[0] + (seq.k_start + key) * v.stride[2];
