@@ -1,37 +1,16 @@
 #include "src/plan.h"
 
+#include <dlattn_features.h>
 #include <stdio.h>
 #include <string.h>
-
-static const struct {
-    uint64_t bit;
-    const char *name;
-} features[] = {
-    {DLATTN_FEATURE_CAUSAL, "causal"},
-    {DLATTN_FEATURE_WINDOW, "window"},
-    {DLATTN_FEATURE_SOFTCAP, "softcap"},
-    {DLATTN_FEATURE_BIAS, "bias"},
-    {DLATTN_FEATURE_MASK, "mask"},
-    {DLATTN_FEATURE_ALIBI, "alibi"},
-    {DLATTN_FEATURE_SINKS, "sinks"},
-    {DLATTN_FEATURE_LENGTHS, "lengths"},
-    {DLATTN_FEATURE_VARLEN, "varlen"},
-    {DLATTN_FEATURE_PAGED, "paged"},
-    {DLATTN_FEATURE_GQA, "gqa"},
-    {DLATTN_FEATURE_HEAD_DIM_V, "head_dim_v"},
-    {DLATTN_FEATURE_STRIDED, "strided"},
-    {DLATTN_FEATURE_INNER_STRIDE, "inner_stride"},
-    {DLATTN_FEATURE_UNALIGNED, "unaligned"},
-    {DLATTN_FEATURE_LSE, "lse"},
-};
 
 const char *feature_names(uint64_t bits, char *text, size_t size) {
     size_t used = 0;
     text[0] = '\0';
-    for (size_t i = 0; i < sizeof features / sizeof features[0] && used < size; i++) {
-        if (bits & features[i].bit)
+    for (size_t i = 0; i < DLATTN_FEATURE_COUNT && used < size; i++) {
+        if (bits & dlattn_features[i].bit)
             used += (size_t)snprintf(text + used, size - used, "%s%s", used ? " " : "",
-                                     features[i].name);
+                                     dlattn_features[i].name);
     }
     return text;
 }

@@ -3,32 +3,10 @@
  * does what. It links nothing of dlattn: the plugin is found by dlattn_loader.h, as any host would
  * find it.
  */
-#include "dlattn_loader.h"
+#include "dlattn_loader.h" /* first: it asks the C library for dladdr */
 
+#include "dlattn_features.h"
 #include <stdbool.h>
-
-static const struct {
-    uint64_t bit;
-    const char *name;
-} features[] = {
-    {DLATTN_FEATURE_CAUSAL, "causal"},
-    {DLATTN_FEATURE_WINDOW, "window"},
-    {DLATTN_FEATURE_SOFTCAP, "softcap"},
-    {DLATTN_FEATURE_BIAS, "bias"},
-    {DLATTN_FEATURE_MASK, "mask"},
-    {DLATTN_FEATURE_ALIBI, "alibi"},
-    {DLATTN_FEATURE_SINKS, "sinks"},
-    {DLATTN_FEATURE_LENGTHS, "lengths"},
-    {DLATTN_FEATURE_VARLEN, "varlen"},
-    {DLATTN_FEATURE_PAGED, "paged"},
-    {DLATTN_FEATURE_GQA, "gqa"},
-    {DLATTN_FEATURE_HEAD_DIM_V, "head_dim_v"},
-    {DLATTN_FEATURE_STRIDED, "strided"},
-    {DLATTN_FEATURE_INNER_STRIDE, "inner_stride"},
-    {DLATTN_FEATURE_UNALIGNED, "unaligned"},
-    {DLATTN_FEATURE_LSE, "lse"},
-};
-enum { FEATURE_COUNT = sizeof features / sizeof features[0] };
 
 /* A way to print: text for people, JSON for programs, Markdown for docs/support.md. */
 struct format {
@@ -69,9 +47,9 @@ static void text_kernel(const dlattn_kernel_info *k, bool first) {
            k->operation, k->arch, k->dtypes);
     print_dim(k->max_head_dim);
     printf("\n   ");
-    for (int i = 0; i < FEATURE_COUNT; i++) {
-        if (k->features & features[i].bit)
-            printf(" %s", features[i].name);
+    for (int i = 0; i < DLATTN_FEATURE_COUNT; i++) {
+        if (k->features & dlattn_features[i].bit)
+            printf(" %s", dlattn_features[i].name);
     }
     printf("\n");
 }
@@ -115,9 +93,9 @@ static void json_kernel(const dlattn_kernel_info *k, bool first) {
            first ? "" : ",", k->name, k->operation, k->backend, k->arch, k->dtypes, k->max_head_dim,
            k->max_head_dim_v, k->tile_q, k->tile_k, k->available ? "true" : "false");
     const char *comma = "";
-    for (int i = 0; i < FEATURE_COUNT; i++) {
-        if (k->features & features[i].bit) {
-            printf("%s\"%s\"", comma, features[i].name);
+    for (int i = 0; i < DLATTN_FEATURE_COUNT; i++) {
+        if (k->features & dlattn_features[i].bit) {
+            printf("%s\"%s\"", comma, dlattn_features[i].name);
             comma = ", ";
         }
     }
@@ -134,10 +112,10 @@ static void markdown_head(const dlattn_api *api) {
            "--markdown`.\n\n"
            "| kernel | machine | dtypes | head_dim, head_dim_v up to |",
            api->version(), api->abi_major, api->abi_minor);
-    for (int i = 0; i < FEATURE_COUNT; i++)
-        printf(" %s |", features[i].name);
+    for (int i = 0; i < DLATTN_FEATURE_COUNT; i++)
+        printf(" %s |", dlattn_features[i].name);
     printf("\n|");
-    for (int i = 0; i < FEATURE_COUNT + 4; i++)
+    for (int i = 0; i < DLATTN_FEATURE_COUNT + 4; i++)
         printf(" --- |");
     printf("\n");
 }
@@ -154,8 +132,8 @@ static void markdown_kernel(const dlattn_kernel_info *k, bool first) {
     printf(", ");
     print_dim(k->max_head_dim_v);
     printf(" |");
-    for (int i = 0; i < FEATURE_COUNT; i++)
-        printf(" %s |", k->features & features[i].bit ? "yes" : "");
+    for (int i = 0; i < DLATTN_FEATURE_COUNT; i++)
+        printf(" %s |", k->features & dlattn_features[i].bit ? "yes" : "");
     printf("\n");
 }
 

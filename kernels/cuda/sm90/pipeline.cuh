@@ -65,7 +65,7 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
     for (int wg = 0; wg < C::kWarpgroups; wg++)
         for (int i = 0; i < C::kQueryStages; i++) {
             mbarrier_init(s.query_ring(wg).full + 8 * i, 1);
-            mbarrier_init(s.query_ring(wg).empty + 8 * i, 4);
+            mbarrier_init(s.query_ring(wg).empty + 8 * i, 128); /* each thread reads the tile */
         }
     for (int i = 0; i < C::kStages; i++) {
         mbarrier_init(s.key_ring().full + 8 * i, 1);
@@ -189,13 +189,12 @@ struct Pipeline {
     __device__ __forceinline__ void key_read(bool tile_done) {
         release(keys.empty_barrier());
         keys.advance();
-        if (tile_done && (threadIdx.x & 31) == 0)
+        if (tile_done)
             mbarrier_arrive(queries.empty_barrier());
         queries.advance(tile_done);
     }
     __device__ __forceinline__ void query_read() {
-        __syncwarp();
-        release(queries.empty_barrier());
+        mbarrier_arrive(queries.empty_barrier());
         queries.advance();
     }
     __device__ __forceinline__ void value_read() {
