@@ -20,10 +20,10 @@
 #include "kernels/cpu/vec_terms.h"
 
 enum {
-    ROWS = 16,              /* of a tile */
-    STEP = 32,              /* elements of a tile along the summed axis */
-    TILE = ROWS * STEP / 2, /* words */
-    SCORE_KEYS = 32         /* whose scores are held at a time, 32 or 64 */
+    ROWS = 16, /* of a tile */
+    STEP = 32, /* elements of a tile along the summed axis */
+    PAIRS = STEP / 2,
+    TILE = ROWS * PAIRS /* words */
 };
 
 #define VAST 0x1p60f /* of f32: see load_step() */
@@ -47,54 +47,52 @@ VEC_FN static void leave(void) { _tile_release(); }
 
 /* ---- Softmax ---------------------------------------------------------------------------------------------------- */
 
-/* Weights in the making: of n keys' scores, one vector of lanes after the other. */
+/* Weights in the making: of n <= STEP keys' scores. A word of the product is a pair of keys, k and k + PAIRS. */
 struct weighing {
     const float *scores;
-    float *weights; /* tiles of 32 keys x 16 lanes */
+    float *weights; /* tiles of STEP keys x 16 lanes */
     int64_t row;    /* words from the tiles of one vector to those of the next */
     int32_t n;
+    int32_t pair;  /* the next one */
+    int32_t share; /* pairs to be weighed beside a tile product, in units of 2^-16 */
     vec scale, minus[VECTORS], sum[VECTORS];
 };
 
-/* Two keys' weights as words of the product; past the last key they are 0. */
-VEC_INLINE vec weigh_pair(float *to, const float *s, int32_t left, vec scale, vec minus,
-                          int terms) {
-    vec even = vec_set(0), odd = even, words[3];
-    if (left > 0) {
-        even = vec_fma(vec_load(s), scale, minus);
-        even = terms == 3 ? exp2_of(even) : exp2_rough(even);
-    }
-    if (left > 1) {
-        odd = vec_fma(vec_load(s + LANES), scale, minus);
-        odd = terms == 3 ? exp2_of(odd) : exp2_rough(odd);
-    }
-    pair_terms(words, even, odd, terms);
+/* The next pair for vectors [first, end), `keys` of it present (0 .. 2); absent ones weigh 0. */
+VEC_INLINE void weigh_pair(struct weighing *w, int first, int end, int keys, int terms) {
+    const int vectors = end - first;
+    const float *s = w->scores + w->pair * LANES + first * VEC_LANES;
+    float *to = w->weights + w->pair++ * (STEP / 2);
+    vec x[2 * VECTORS]; /* even keys of all vectors, odd ones */
 #pragma clang loop unroll(full)
-    for (int t = 0; t < terms; t++)
-        vec_store(to + t * TILE, words[t]);
-    return vec_add(even, odd);
-}
-
-/* Keys [from, to) of vector v, both even; n >= to unless `tail`. */
-VEC_INLINE void weigh_keys(struct weighing *w, int v, int32_t from, int32_t to, int terms,
-                           bool tail) {
-    const vec scale = w->scale, minus = w->minus[v];
-    vec sum = w->sum[v];
-    for (int32_t k = from; k < to; k += 2)
-        sum = vec_add(sum, weigh_pair(w->weights + v * w->row + k / STEP * terms * TILE +
-                                          k % STEP * (ROWS / 2),
-                                      w->scores + k * LANES + v * VEC_LANES, tail ? w->n - k : 2,
-                                      scale, minus, terms));
-    w->sum[v] = sum;
-}
-
-/* All that is left of a whole step, and zeros. */
-VEC_INLINE void weigh_all(struct weighing *w, int vectors, int terms) {
-    for (int v = 0; v < vectors; v++) {
-        const int32_t whole = w->n / 2 * 2;
-        weigh_keys(w, v, 0, whole, terms, false);
-        weigh_keys(w, v, whole, (int32_t)padded(w->n, STEP), terms, true);
+    for (int i = 0; i < keys * vectors; i++)
+        x[i] = vec_fma(vec_load(s + i / vectors * PAIRS * LANES + i % vectors * VEC_LANES),
+                       w->scale, w->minus[first + i % vectors]);
+    if (terms == 3)
+        exp2_each(x, keys * vectors);
+    else
+        exp2_rough_each(x, keys * vectors);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < vectors; i++) {
+        vec words[3];
+        const int v = first + i;
+        const vec even = keys > 0 ? x[i] : vec_set(0), odd = keys > 1 ? x[vectors + i] : vec_set(0);
+        w->sum[v] = vec_add(w->sum[v], vec_add(even, odd));
+        pair_terms(words, even, odd, terms);
+#pragma clang loop unroll(full)
+        for (int t = 0; t < terms; t++)
+            vec_store(to + v * w->row + t * TILE, words[t]);
     }
+}
+
+/* All pairs that are left, up to a whole step. */
+VEC_INLINE void weigh_rest(struct weighing *w, int first, int end, int terms) {
+    while (w->pair < w->n - PAIRS)
+        weigh_pair(w, first, end, 2, terms);
+    while (w->pair < PAIRS && w->pair < w->n)
+        weigh_pair(w, first, end, 1, terms);
+    while (w->pair < PAIRS)
+        weigh_pair(w, first, end, 0, terms);
 }
 
 /* Some lane has no maximum yet. */
@@ -113,6 +111,7 @@ VEC_INLINE void start_weighing(struct weighing *w, const struct block *b, int ve
         w->minus[v] = minus_max(b, v);
         w->sum[v] = vec_set(0);
     }
+    w->pair = 0;
 }
 
 /* False, and no sums, if some lane's maximum has grown so far that its weights are too large. */
@@ -137,46 +136,45 @@ struct tiles {
     int64_t row;
 };
 
+/* Products of tiles for each step, scores or values. f16 scores take all four: their logits may be large. */
+VEC_INLINE int products_of(int terms, bool scores) {
+    return terms == 3 ? 6 : terms == 2 ? 3 + scores : 1;
+}
+
 /* c[row][lane] += sum over `steps` of a . b for 2 x 2 tiles of sums (0-3), or as many as there are rows and columns; c
  * starts from 0 unless `add`. Two tiles of a (4, 5) and two of b (6, 7): four products for four loads at most. Between
- * them vectors [first, end) of SCORE_KEYS scores are weighed, unless `beside` is NULL: products and vectors run side by
- * side. */
+ * them, a little after each, whole pairs are weighed for two vectors from `first` on, unless `beside` is NULL: products
+ * and vectors run side by side. Without those, it is better to load all tiles first. */
 VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t steps, int terms,
-                             bool two_rows, bool two_columns, bool add, struct weighing *beside,
-                             int first, int end) {
+                             bool two_rows, bool two_columns, bool scores, bool add,
+                             struct weighing *beside, int first) {
     const size_t lanes = LANES * 4;
-    const int products = terms == 3 ? 6 : terms == 2 ? 3 + !add : 1;
-    const int64_t share = beside ? (SCORE_KEYS / 2 << 16) / (steps * products) : 0;
-    int64_t due = 0; /* pairs of keys, in units of 2^-16 */
-    int32_t weighed = 0;
     float *c1 = c + ROWS * LANES;
-#define LOAD_A(term)                                                                               \
+    int32_t due = 0;
+#define LOAD(tile, operand, term, there)                                                           \
+    if (there)                                                                                     \
+    _tile_loadd(tile, (operand).words + ((tile) % 2 ? (operand).row : 0) + (term) * TILE, 64)
+#define PRODUCT(sum, left, right, there)                                                           \
     do {                                                                                           \
-        _tile_loadd(4, a.words + (term) * TILE, 64);                                               \
-        if (two_rows)                                                                              \
-            _tile_loadd(5, a.words + a.row + (term) * TILE, 64);                                   \
+        if (there)                                                                                 \
+            _tile_dpbf16ps(sum, left, right);                                                      \
+        if (beside)                                                                                \
+            for (due += beside->share; due >= 1 << 16; due -= 1 << 16)                             \
+                weigh_pair(beside, first, first + 2, 2, terms);                                    \
     } while (0)
-#define LOAD_B(term)                                                                               \
+/* The four products of a term of a and a term of b; -1 is the one that is loaded already. */
+#define MULTIPLY(term_a, term_b)                                                                   \
     do {                                                                                           \
-        _tile_loadd(6, b.words + (term) * TILE, 64);                                               \
-        if (two_columns)                                                                           \
-            _tile_loadd(7, b.words + b.row + (term) * TILE, 64);                                   \
-    } while (0)
-#define MULTIPLY                                                                                   \
-    do {                                                                                           \
-        _tile_dpbf16ps(0, 4, 6);                                                                   \
-        if (two_columns)                                                                           \
-            _tile_dpbf16ps(1, 4, 7);                                                               \
-        if (two_rows)                                                                              \
-            _tile_dpbf16ps(2, 5, 6);                                                               \
-        if (two_rows && two_columns)                                                               \
-            _tile_dpbf16ps(3, 5, 7);                                                               \
-        if (beside) {                                                                              \
-            const int32_t now = (int32_t)((due += share) >> 16) * 2;                               \
-            for (int v = first; v < end; v++)                                                      \
-                weigh_keys(beside, v, weighed, now, terms, false);                                 \
-            weighed = now;                                                                         \
-        }                                                                                          \
+        LOAD(4, a, term_a, (term_a) >= 0);                                                         \
+        LOAD(6, b, term_b, (term_b) >= 0);                                                         \
+        LOAD(7, b, term_b, (term_b) >= 0 && two_columns && !beside);                               \
+        LOAD(5, a, term_a, (term_a) >= 0 && two_rows && !beside);                                  \
+        PRODUCT(0, 4, 6, true);                                                                    \
+        LOAD(7, b, term_b, (term_b) >= 0 && two_columns && beside);                                \
+        PRODUCT(1, 4, 7, two_columns);                                                             \
+        LOAD(5, a, term_a, (term_a) >= 0 && two_rows && beside);                                   \
+        PRODUCT(2, 5, 6, two_rows);                                                                \
+        PRODUCT(3, 5, 7, (two_rows && two_columns));                                               \
     } while (0)
     if (add) {
         _tile_loadd(0, c, lanes);
@@ -195,42 +193,26 @@ VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t s
     for (int64_t s = 0; s < steps; s++) {
         /* One operand changes from product to product. */
         if (terms == 3) {
-            LOAD_A(2);
-            LOAD_B(0);
-            MULTIPLY;
-            LOAD_A(1);
-            MULTIPLY;
-            LOAD_B(1);
-            MULTIPLY;
-            LOAD_A(0);
-            MULTIPLY;
-            LOAD_B(2);
+            MULTIPLY(2, 0);
+            MULTIPLY(1, -1);
+            MULTIPLY(-1, 1);
+            MULTIPLY(0, -1);
+            MULTIPLY(-1, 2);
+            MULTIPLY(-1, 0);
         } else if (terms == 2) {
-            LOAD_A(1);
-            if (!add) { /* f16 scores are exact: their logits may be large */
-                LOAD_B(1);
-                MULTIPLY;
+            if (scores) {
+                MULTIPLY(1, 1);
+                MULTIPLY(-1, 0);
+            } else {
+                MULTIPLY(1, 0);
             }
-            LOAD_B(0);
-            MULTIPLY;
-            LOAD_A(0);
-            MULTIPLY;
-            LOAD_B(1);
+            MULTIPLY(0, -1);
+            MULTIPLY(-1, 1);
         } else {
-            LOAD_A(0);
-            LOAD_B(0);
-        }
-        MULTIPLY;
-        if (terms == 3) {
-            LOAD_B(0);
-            MULTIPLY;
+            MULTIPLY(0, 0);
         }
         a.words += terms * TILE;
         b.words += terms * TILE;
-    }
-    if (beside) {
-        for (int v = first; v < end; v++)
-            weigh_keys(beside, v, weighed, SCORE_KEYS, terms, false);
     }
     _tile_stored(0, c, lanes);
     if (two_columns)
@@ -239,30 +221,25 @@ VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t s
         _tile_stored(2, c1, lanes);
     if (two_rows && two_columns)
         _tile_stored(3, c1 + 16, lanes);
-#undef LOAD_A
-#undef LOAD_B
+#undef LOAD
+#undef PRODUCT
 #undef MULTIPLY
 }
 
-/* All rows (a multiple of 16) of c for the block's vectors, which are weighed beside the 2 x 2 tiles, the same number beside
- * each. */
+/* All rows (a multiple of 16) of c for the block's vectors. */
 VEC_INLINE void product(float *c, struct tiles a, struct tiles b, int64_t steps, int64_t rows,
-                        int vectors, int terms, bool add, struct weighing *beside) {
-    const int share = vectors > 1 ? 2 * STEP / SCORE_KEYS : 1;
-    int weighed = 0;
+                        int vectors, int terms, bool scores, bool add) {
     for (int64_t r = 0; r < rows; r += 2 * ROWS)
-        for (int v = 0; v < vectors; v += 2, weighed += share) {
+        for (int v = 0; v < vectors; v += 2) {
             float *to = c + r * LANES + v * 16;
             const struct tiles left = {a.words + r / ROWS * a.row, a.row},
                                right = {b.words + v * b.row, b.row};
             const bool two_rows = r + ROWS < rows, two_columns = v + 1 < vectors;
-            if (beside && weighed < vectors)
-                product_tile(to, left, right, steps, terms, true, two_columns, add, beside, weighed,
-                             weighed + share);
-            else if (two_rows && two_columns)
-                product_tile(to, left, right, steps, terms, true, true, add, NULL, 0, 0);
+            if (two_rows && two_columns)
+                product_tile(to, left, right, steps, terms, true, true, scores, add, NULL, 0);
             else
-                product_tile(to, left, right, steps, terms, two_rows, two_columns, add, NULL, 0, 0);
+                product_tile(to, left, right, steps, terms, two_rows, two_columns, scores, add,
+                             NULL, 0);
         }
 }
 
@@ -272,10 +249,13 @@ VEC_INLINE void product(float *c, struct tiles a, struct tiles b, int64_t steps,
  * and queries of 2^60 and more, which could tell, are made NaN, and the reference row computes what meets them. */
 VEC_INLINE void load_step(vec *words, const char *row, int64_t d, int64_t dim, enum dtype dtype,
                           int terms) {
+    if (terms == 1 && d + STEP <= dim) {
+        words[0] = vec_load((const float *)(const void *)(row + d * 2));
+        return;
+    }
     if (terms == 1) {
-        const int64_t n = at_most(dim - d, STEP);
         words[0] = _mm512_castsi512_ps(
-            _mm512_maskz_loadu_epi16((__mmask32)((UINT64_C(1) << n) - 1), row + d * 2));
+            _mm512_maskz_loadu_epi16((__mmask32)((UINT64_C(1) << (dim - d)) - 1), row + d * 2));
         return;
     }
     vec half[2];
@@ -321,26 +301,49 @@ VEC_INLINE void load_pair(vec *words, const char *even, const char *odd, int64_t
                odd ? load_some(odd + at, dtype, n) : vec_set(0), terms);
 }
 
+/* Two tiles of 16 d_v x 32 keys, of 32 bf16 of 32 keys: words of two d_v are transposed, then their halves are put
+ * beside those of the other key of the pair. */
+VEC_INLINE void transpose_bf16(float *to, int64_t row, const char *from, int64_t stride) {
+    const float *words = (const float *)(const void *)from;
+    for (int d = 0; d < STEP / 2; d += 4) {
+        vec even[4], odd[4];
+        vec_columns(even, words + d, stride / 4);
+        vec_columns(odd, words + d + PAIRS * (stride / 4), stride / 4);
+#pragma clang loop unroll(full)
+        for (int i = 0; i < 4; i++) {
+            float *line = to + (d + i) / (ROWS / 2) * row + (d + i) % (ROWS / 2) * STEP;
+            vec_store(line, low_halves(even[i], odd[i]));
+            vec_store(line + PAIRS, high_halves(even[i], odd[i]));
+        }
+    }
+}
+
 /* Tiles of 16 d_v x 32 keys, 0 past the last key and the last d_v. */
 VEC_INLINE struct operand load_value_terms(float *to, const struct rows *rows, int32_t n,
                                            int64_t dim, enum dtype dtype, int terms) {
     const int64_t row = TILE_K(terms) / STEP * terms * TILE;
+    const bool even = terms == 1 && !rows->rows && rows->stride % 4 == 0;
     for (int32_t j = 0; j < n; j += STEP) {
+        float *step = to + j / STEP * terms * TILE;
+        int64_t d = 0;
+        if (even && j + STEP <= n)
+            for (; d + STEP <= dim; d += STEP)
+                transpose_bf16(step + d / ROWS * row, row, rows->data + j * rows->stride + d * 2,
+                               rows->stride);
         const char *keys[STEP];
-        for (int32_t k = 0; k < STEP; k++)
+        for (int32_t k = 0; d < dim && k < STEP; k++)
             keys[k] = j + k < n ? row_at(rows, j + k) : NULL;
-        for (int64_t d = 0; d < dim; d += ROWS) {
+        for (; d < dim; d += ROWS) {
             float words[3][TILE];
             const int64_t some = at_most(dim - d, VEC_LANES);
-            for (int32_t k = 0; k < STEP; k += 2) {
+            for (int32_t k = 0; k < PAIRS; k++) {
                 vec pair[3];
-                load_pair(pair, keys[k], keys[k + 1], d, some, dtype, terms);
+                load_pair(pair, keys[k], keys[k + PAIRS], d, some, dtype, terms);
                 for (int t = 0; t < terms; t++)
-                    vec_store(words[t] + k * (ROWS / 2), pair[t]);
+                    vec_store(words[t] + k * ROWS, pair[t]);
             }
             for (int t = 0; t < terms; t++)
-                vec_transpose(to + d / ROWS * row + (j / STEP * terms + t) * TILE, STEP / 2,
-                              words[t], STEP / 2);
+                vec_transpose(step + d / ROWS * row + t * TILE, PAIRS, words[t], ROWS);
         }
     }
     return (struct operand){to, row};
@@ -384,7 +387,7 @@ static void finish_scores(float *s, const struct block *b, const struct key_tile
 struct attending {
     struct block *b;
     const struct key_tile *t;
-    float *scores[2]; /* SCORE_KEYS x LANES each: weighed now, and next */
+    float *scores[2]; /* STEP x LANES each: weighed now, and next */
     float *weights;   /* tiles of 32 keys x 16 lanes */
     int64_t weight_row;
     int32_t from; /* the first key that is not yet in the output */
@@ -394,24 +397,37 @@ struct attending {
 VEC_INLINE void accumulate(struct attending *a, int32_t to, int vectors, int terms) {
     const struct key_tile *t = a->t;
     const int64_t first = a->from / STEP, steps = padded(to, STEP) / STEP - first;
-    if (steps > 0)
+    if (steps > 0) {
         product(a->b->output,
                 (struct tiles){t->value.words + first * terms * TILE, t->value.stride},
                 (struct tiles){a->weights + first * terms * TILE, a->weight_row}, steps,
-                padded(t->dim_v, ROWS), vectors, terms, true, NULL);
+                padded(t->dim_v, ROWS), vectors, terms, false, !a->b->fresh);
+        a->b->fresh = false;
+    }
     a->from = to;
 }
 
-/* The scores of up to SCORE_KEYS keys from key j on. */
+/* The scores of up to STEP keys from key j on; of so many, and of all vectors, if pairs are weighed beside them. */
 VEC_INLINE void score(const struct attending *a, float *s, int32_t j, struct weighing *beside,
                       int vectors, int terms) {
     const struct key_tile *t = a->t;
-    const int32_t n = (int32_t)at_most(t->n - j, SCORE_KEYS);
-    const int64_t steps = padded(t->dim_qk, STEP) / STEP;
+    const int32_t n = (int32_t)at_most(t->n - j, STEP);
+    const int64_t steps = padded(t->dim_qk, STEP) / STEP, row = steps * terms * TILE;
+    const struct tiles keys = {t->key.words + j / ROWS * t->key.stride, t->key.stride},
+                       queries = {a->b->query, row};
     fetch_rows(t->next, 8);
-    product(s, (struct tiles){t->key.words + j / ROWS * t->key.stride, t->key.stride},
-            (struct tiles){a->b->query, steps * terms * TILE}, steps, padded(n, ROWS), vectors,
-            terms, false, beside);
+    if (beside) {
+        beside->share = (int32_t)((PAIRS << 16) / (steps * 4 * products_of(terms, true)));
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v += 2) {
+            const struct tiles right = {queries.words + v * row, row};
+            beside->pair = 0;
+            product_tile(s + v * 16, keys, right, steps, terms, true, true, true, false, beside, v);
+            weigh_rest(beside, v, v + 2, terms);
+        }
+    } else {
+        product(s, keys, queries, steps, padded(n, ROWS), vectors, terms, true, false);
+    }
     finish_scores(s, a->b, t, j, n);
 }
 
@@ -432,24 +448,24 @@ VEC_INLINE void weigh(struct attending *a, int32_t j, bool last, int vectors, in
         .scores = a->scores[0],
         .weights = a->weights + j / STEP * terms * TILE,
         .row = a->weight_row,
-        .n = (int32_t)at_most(a->t->n - j, SCORE_KEYS),
+        .n = (int32_t)at_most(a->t->n - j, STEP),
         .scale = vec_set(a->t->scale),
     };
     if (unseen(a->b, vectors))
         raise(a, &w, j, vectors, terms);
     start_weighing(&w, a->b, vectors);
-    if (!last && a->t->n - j >= 2 * SCORE_KEYS) {
-        score(a, a->scores[1], j + SCORE_KEYS, &w, vectors, terms);
+    if (vectors == VECTORS && a->t->n - j >= 2 * STEP) {
+        score(a, a->scores[1], j + STEP, &w, vectors, terms);
     } else {
-        weigh_all(&w, vectors, terms);
+        weigh_rest(&w, 0, vectors, terms);
         if (!last)
-            score(a, a->scores[1], j + SCORE_KEYS, NULL, vectors, terms);
+            score(a, a->scores[1], j + STEP, NULL, vectors, terms);
     }
     if (end_weighing(&w, a->b, vectors))
         return;
     raise(a, &w, j, vectors, terms);
     start_weighing(&w, a->b, vectors);
-    weigh_all(&w, vectors, terms);
+    weigh_rest(&w, 0, vectors, terms);
     end_weighing(&w, a->b, vectors);
 }
 
@@ -458,14 +474,14 @@ VEC_INLINE void attend_vectors(struct block *b, const struct key_tile *t, float 
                                int vectors, int terms) {
     struct attending a = {.b = b,
                           .t = t,
-                          .scores = {scratch, scratch + SCORE_KEYS * LANES},
-                          .weights = scratch + 2 * SCORE_KEYS * LANES,
+                          .scores = {scratch, scratch + STEP * LANES},
+                          .weights = scratch + 2 * STEP * LANES,
                           .weight_row = TILE_K(terms) / STEP * terms * TILE};
-    while (t->first_key + a.from + SCORE_KEYS <= b->first)
-        a.from += SCORE_KEYS;
+    while (t->first_key + a.from + STEP <= b->first)
+        a.from += STEP;
     score(&a, a.scores[0], a.from, NULL, vectors, terms);
-    for (int32_t j = a.from; j < t->n; j += SCORE_KEYS) {
-        weigh(&a, j, j + SCORE_KEYS >= t->n, vectors, terms);
+    for (int32_t j = a.from; j < t->n; j += STEP) {
+        weigh(&a, j, j + STEP >= t->n, vectors, terms);
         float *const now = a.scores[0];
         a.scores[0] = a.scores[1];
         a.scores[1] = now;
@@ -509,8 +525,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
         .tile_k = TILE_K(count),                                                                   \
         .elements_per_word = 2,                                                                    \
         .terms = count,                                                                            \
-        .score_bytes = (2 * SCORE_KEYS + TILE_K(count) * count / 2) * LANES * 4,                   \
-        .adds = true,                                                                              \
+        .score_bytes = (2 * STEP + TILE_K(count) * count / 2) * LANES * 4,                         \
         .enter = enter,                                                                            \
         .leave = leave,                                                                            \
         .pack_query = pack_query_##name,                                                           \

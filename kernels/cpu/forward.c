@@ -91,46 +91,66 @@ static void next_query_row(const struct task *t, struct query_row *row) {
     }
 }
 
+/* Where rows [first, first + count) of the task's group begin in the query or the output. */
+static void point_at_rows(char **rows, const struct view *v, const struct task *t, int64_t first,
+                          int32_t count) {
+    const struct query_row row = query_row_at(t, first);
+    const int64_t bytes = dtype_bytes(t->p->dtype), head = v->stride[1] * bytes,
+                  back = v->stride[2] * bytes - t->group * head;
+    char *at = element_at(v, t->p->dtype, t->b, row.h, t->s.q_start + row.i);
+    int64_t heads = (t->kv_head + 1) * t->group - row.h; /* until the next row of the query */
+    for (int32_t lane = 0; lane < count; lane++, at += head) {
+        if (heads-- == 0) {
+            heads = t->group - 1;
+            at += back;
+        }
+        rows[lane] = at;
+    }
+}
+
 /* The block of rows [first, first + count) of the task's group. */
 static void start_block(const struct call *c, const struct task *t, struct block *b, int64_t first,
                         int32_t count, struct scratch *w) {
     const struct problem *p = t->p;
     const struct forward_body *body = c->body;
-    const char *rows[MAX_LANES];
+    char *rows[MAX_LANES];
     b->rows = count;
     for (b->vectors = 1; b->vectors * body->vector_lanes < count;)
         b->vectors *= 2;
     b->fresh = true;
-    b->first = b->full_end = INT64_MAX;
-    b->end = b->full_first = 0;
-    struct query_row row = query_row_at(t, first);
     for (int32_t lane = 0; lane < b->vectors * body->vector_lanes; lane++) {
         b->max[lane] = -INFINITY;
         b->sum[lane] = b->slope[lane] = b->position[lane] = 0;
         b->lo[lane] = 0; /* lanes out of use compute with a query of 0 and are never stored */
         b->hi[lane] = INT64_MAX;
-        if (lane >= count)
-            continue;
-        visible_keys(p, &t->s, row.i, &b->lo[lane], &b->hi[lane]);
+    }
+    int64_t some_first = INT64_MAX, some_end = 0, all_first = 0, all_end = INT64_MAX;
+    struct query_row row = query_row_at(t, first);
+    for (int32_t lane = 0; lane < count; lane++, next_query_row(t, &row)) {
+        int64_t lo, hi;
+        visible_keys(p, &t->s, row.i, &lo, &hi);
+        b->lo[lane] = lo;
+        b->hi[lane] = hi;
         b->position[lane] = (float)(row.i + t->s.diagonal);
         if (p->alibi_slopes.data)
             b->slope[lane] = (float)load_element(p->alibi_slopes.data, DTYPE_F32,
                                                  t->b * p->alibi_slopes.stride[0] +
                                                      row.h * p->alibi_slopes.stride[1]);
-        rows[lane] = element_at(&p->query, p->dtype, t->b, row.h, t->s.q_start + row.i);
-        b->full_first = most(b->full_first, b->lo[lane]);
-        b->full_end = least(b->full_end, b->hi[lane]);
-        if (b->lo[lane] < b->hi[lane]) {
-            b->first = least(b->first, b->lo[lane]);
-            b->end = most(b->end, b->hi[lane]);
+        all_first = most(all_first, lo);
+        all_end = least(all_end, hi);
+        if (lo < hi) {
+            some_first = least(some_first, lo);
+            some_end = most(some_end, hi);
         }
-        next_query_row(t, &row);
     }
+    b->first = some_first;
+    b->end = some_end;
+    b->full_first = all_first;
+    b->full_end = all_end;
     if (b->first >= b->end)
         return;
-    body->pack_query(b, rows, p->dim_qk, p->dtype, w->rows);
-    if (body->adds)
-        memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * body->lanes * 4));
+    point_at_rows(rows, &p->query, t, first, count);
+    body->pack_query(b, (const char *const *)rows, p->dim_qk, p->dtype, w->rows);
 }
 
 static const float *load_extra(const struct call *c, const struct task *t, int64_t first_row,
@@ -187,17 +207,18 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     char *rows[MAX_LANES];
     bool not_finite[MAX_LANES];
     struct query_row row = query_row_at(t, first_row);
-    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row)) {
+    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
         factor[lane] = end_row(p, &t->s, t->b, row.h, row.i, b->max[lane], b->sum[lane]);
-        rows[lane] = element_at(&p->output, p->dtype, t->b, row.h, t->s.q_start + row.i);
-    }
+    point_at_rows(rows, &p->output, t, first_row, b->rows);
     if (b->first >= b->end)
         memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
     c->body->store(b, factor, rows, p->dim_v, p->dtype, w->rows, not_finite);
-    row = query_row_at(t, first_row);
-    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
-        if (not_finite[lane] && (c->body->terms > 1 || !isnan(b->sum[lane])))
+    for (int32_t lane = 0; lane < b->rows; lane++) {
+        if (not_finite[lane] && (c->body->terms > 1 || !isnan(b->sum[lane]))) {
+            row = query_row_at(t, first_row + lane);
             cpu_fwd_ref_row(p, &t->s, t->b, row.h, row.i, w->exact);
+        }
+    }
 }
 
 struct kv_tile {

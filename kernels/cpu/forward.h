@@ -33,7 +33,7 @@ struct block {
     float *output;                /* [d_v, padded][lanes], not yet divided by sum */
     int32_t rows;                 /* lanes in use */
     int32_t vectors;              /* vectors that cover them */
-    bool fresh;                   /* no lane has a maximum yet, nor any output */
+    bool fresh;                   /* no output yet */
     int64_t first, end;           /* keys that some lane sees */
     int64_t full_first, full_end; /* keys that every lane sees */
     int64_t lo[MAX_LANES], hi[MAX_LANES];
@@ -61,7 +61,6 @@ struct forward_body {
     int32_t elements_per_word; /* 1: f32, 2: bf16 */
     int32_t terms;             /* bf16 whose sum is an element */
     int32_t score_bytes;       /* scratch of attend() */
-    bool adds;                 /* attend() adds to the output of a fresh block, which must be 0 */
 
     /* A worker's set-up and clean-up. */
     void (*enter)(void);

@@ -212,13 +212,13 @@ static void make_scores(float *s, const struct block *b, const struct key_tile *
 }
 
 static void attend(struct block *b, const struct key_tile *t, float *s) {
-    const bool fresh = b->fresh;
     make_scores(s, b, t);
     if (!softmax(s, b, t, false)) {
         make_scores(s, b, t);
         softmax(s, b, t, true);
     }
-    accumulate(b, t, s, !fresh);
+    accumulate(b, t, s, !b->fresh);
+    b->fresh = false;
 }
 
 static void enter(void) {}

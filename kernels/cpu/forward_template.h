@@ -131,7 +131,6 @@ VEC_INLINE void raise_max(struct block *b, const vec *tile_max, vec scale, int64
     }
     if (!b->fresh)
         rescale(b, factor, dim_v, vectors);
-    b->fresh = false;
 }
 
 /* What is added to a scaled score: minus the maximum. A lane that has seen no key keeps -inf; its scores are all
@@ -143,22 +142,39 @@ VEC_INLINE vec minus_max(const struct block *b, int v) {
 
 /* ---- The end of a block ----------------------------------------------------------------------------------------- */
 
-/* to[0 .. n) = from * factor; true if some of it is not finite. `from` has zeros up to whole vectors. */
-VEC_INLINE bool store_row_as(char *to, const float *from, float factor, int64_t n,
-                             enum dtype dtype) {
+/* to[0 .. n) = from * factor; false, and nothing that counts, if some of it is not finite. */
+VEC_INLINE bool store_finite(char *to, const float *from, vec factor, int64_t n, enum dtype dtype) {
     vec zeros = vec_set(0); /* 0 * x is NaN for NaN and infinity */
     int64_t d = 0;
-    for (; d + VEC_LANES <= n; d += VEC_LANES) {
-        const vec x = vec_mul(vec_load(from + d), vec_set(factor));
-        zeros = vec_fma(x, vec_set(0), zeros);
-        store_some(to + d * dtype_bytes(dtype), x, dtype, VEC_LANES);
+    for (; d + 2 * VEC_LANES <= n; d += 2 * VEC_LANES) {
+        const vec x = vec_mul(vec_load(from + d), factor),
+                  y = vec_mul(vec_load(from + d + VEC_LANES), factor);
+        zeros = vec_fma(x, vec_set(0), vec_fma(y, vec_set(0), zeros));
+        if (dtype == DTYPE_BF16) {
+            vec_store_bf16_pair(to + d * 2, x, y);
+        } else {
+            store_some(to + d * dtype_bytes(dtype), x, dtype, VEC_LANES);
+            store_some(to + (d + VEC_LANES) * dtype_bytes(dtype), y, dtype, VEC_LANES);
+        }
     }
-    if (d < n) {
-        const vec x = vec_mul(vec_load(from + d), vec_set(factor));
+    for (; d < n; d += VEC_LANES) {
+        const vec x = vec_mul(vec_load(from + d), factor);
         zeros = vec_fma(x, vec_set(0), zeros);
-        store_some(to + d * dtype_bytes(dtype), x, dtype, n - d);
+        store_some(to + d * dtype_bytes(dtype), x, dtype, at_most(n - d, VEC_LANES));
     }
-    return vec_mask_bits(vec_is_nan(zeros));
+    return !vec_mask_bits(vec_is_nan(zeros));
+}
+
+/* The same for any numbers. `from` has zeros up to whole vectors. */
+VEC_INLINE bool store_row_as(char *to, const float *from, float factor, int64_t n,
+                             enum dtype dtype) {
+    const vec factors = vec_set(factor);
+    if (store_finite(to, from, factors, n, dtype))
+        return true;
+    for (int64_t d = 0; d < n; d += VEC_LANES)
+        store_some(to + d * dtype_bytes(dtype), vec_mul(vec_load(from + d), factors), dtype,
+                   at_most(n - d, VEC_LANES));
+    return false;
 }
 
 VEC_INLINE bool store_row(char *to, const float *from, float factor, int64_t n, enum dtype dtype) {
@@ -178,6 +194,6 @@ VEC_FN static void store(const struct block *b, const float *factor, char *const
             vec_transpose(scratch + d, stride, output + d * LANES, LANES);
         for (int32_t r = 0; r < at_most(b->rows - first, VEC_LANES); r++)
             not_finite[first + r] =
-                store_row(rows[first + r], scratch + r * stride, factor[first + r], dim_v, dtype);
+                !store_row(rows[first + r], scratch + r * stride, factor[first + r], dim_v, dtype);
     }
 }

@@ -117,6 +117,12 @@ VEC_INLINE void vec_store_bf16(void *p, vec x, int64_t n) {
         p, _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)), n);
 }
 
+/* Two vectors that follow each other. */
+VEC_INLINE void vec_store_bf16_pair(void *p, vec first, vec second) {
+    vec_store_bf16(p, first, VEC_LANES);
+    vec_store_bf16((char *)p + VEC_LANES * 2, second, VEC_LANES);
+}
+
 /* Lane n is the sum of the lanes of x[n]. */
 VEC_INLINE vec vec_sums(const vec x[8]) {
     const vec low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3])),

@@ -80,17 +80,26 @@ VEC_INLINE void vec_store_f16(void *p, vec x, int64_t n) {
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1),
                              _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-/* Round to nearest even; NaN stays a quiet NaN. */
-VEC_INLINE __m512i vec_round_bf16(vec x) {
+/* The upper halves are x as bf16, rounded to nearest even; not so for NaN. */
+VEC_INLINE __m512i vec_rounded_bf16(vec x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), vec_is_nan(x),
-                                 _mm512_set1_epi32(0x7fc0));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
+/* NaN stays a quiet NaN. */
 VEC_INLINE void vec_store_bf16(void *p, vec x, int64_t n) {
-    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1),
-                             _mm512_cvtepi32_epi16(vec_round_bf16(x)));
+    const __m512i words = _mm512_mask_mov_epi32(_mm512_srli_epi32(vec_rounded_bf16(x), 16),
+                                                vec_is_nan(x), _mm512_set1_epi32(0x7fc0));
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), _mm512_cvtepi32_epi16(words));
+}
+
+/* Two vectors that follow each other, neither with a NaN. */
+VEC_INLINE void vec_store_bf16_pair(void *p, vec first, vec second) {
+    const __m512i upper_halves =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(vec_rounded_bf16(first), upper_halves,
+                                                     vec_rounded_bf16(second)));
 }
 
 /* Lane n is the sum of the lanes of x[n]. */
@@ -114,40 +123,43 @@ VEC_INLINE vec vec_sums(const vec x[16]) {
     return _mm512_shuffle_f32x4(sums, sums, 0xd8);
 }
 
+/* columns[c][r] = from[r][c], four columns of 16 rows, stride in words. Rows r, r + 4, r + 8 and r + 12 are put together
+ * as they are loaded, which either port for vectors can do; only one of them shuffles. */
+VEC_INLINE void vec_columns(vec columns[4], const float *from, int64_t stride) {
+    __m512 a[4], b[4];
+#define INSERT(quarter)                                                                            \
+    a[r] = _mm512_insertf32x4(a[r], _mm_loadu_ps(at + (quarter) * 4 * stride), quarter);           \
+    __asm__("" : "+v"(a[r])) /* or two and two are put together and shuffled */
+#pragma clang loop unroll(full)
+    for (int r = 0; r < 4; r++) {
+        const float *at = from + r * stride;
+        a[r] = _mm512_castps128_ps512(_mm_loadu_ps(at));
+        INSERT(1);
+        INSERT(2);
+        INSERT(3);
+    }
+#undef INSERT
+#pragma clang loop unroll(full)
+    for (int r = 0; r < 4; r += 2) {
+        b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+    }
+    columns[0] = _mm512_shuffle_ps(b[0], b[2], 0x44);
+    columns[1] = _mm512_shuffle_ps(b[0], b[2], 0xee);
+    columns[2] = _mm512_shuffle_ps(b[1], b[3], 0x44);
+    columns[3] = _mm512_shuffle_ps(b[1], b[3], 0xee);
+}
+
 /* 16 x 16 words: to[c][r] = from[r][c], strides in words. */
 VEC_INLINE void vec_transpose(float *to, int64_t to_stride, const float *from,
                               int64_t from_stride) {
-    __m512 a[16], b[16];
 #pragma clang loop unroll(full)
-    for (int i = 0; i < 16; i++)
-        a[i] = _mm512_loadu_ps(from + i * from_stride);
+    for (int c = 0; c < 16; c += 4) {
+        vec columns[4];
+        vec_columns(columns, from + c, from_stride);
 #pragma clang loop unroll(full)
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-#pragma clang loop unroll(full)
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
-        a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
-        a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-        a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-    }
-    /* a[4 g + c] holds, in 128-bit lane q, column 4 q + c of rows 4 g .. 4 g + 3. */
-#pragma clang loop unroll(full)
-    for (int c = 0; c < 4; c++) {
-        b[c] = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);
-        b[4 + c] = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
-        b[8 + c] = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
-        b[12 + c] = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
-    }
-#pragma clang loop unroll(full)
-    for (int c = 0; c < 4; c++) {
-        _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(b[c], b[8 + c], 0x88));
-        _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(b[c], b[8 + c], 0xdd));
-        _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(b[4 + c], b[12 + c], 0x88));
-        _mm512_storeu_ps(to + (12 + c) * to_stride,
-                         _mm512_shuffle_f32x4(b[4 + c], b[12 + c], 0xdd));
+        for (int n = 0; n < 4; n++)
+            vec_store(to + (c + n) * to_stride, columns[n]);
     }
 }
 

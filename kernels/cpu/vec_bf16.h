@@ -7,14 +7,25 @@ VEC_INLINE vec dot_pairs(vec acc, vec words, vec x) {
     return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)words);
 }
 
+/* Words of the lower halves of two words, and of the upper halves. */
+VEC_INLINE vec join_halves(__m512i low, __m512i high) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000); /* 0xca: upper ? high : low */
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(upper, high, low, 0xca));
+}
+VEC_INLINE vec low_halves(vec even, vec odd) {
+    return join_halves(_mm512_castps_si512(even), _mm512_slli_epi32(_mm512_castps_si512(odd), 16));
+}
+VEC_INLINE vec high_halves(vec even, vec odd) {
+    return join_halves(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+}
+
 /* Each lane (even, odd) as one word, rounded to nearest, ties up, by integers: Intel's vcvtne2ps2bf16 alone takes longer
  * and leaves the halves apart. Weights are never negative; a NaN stays one. */
 VEC_INLINE vec pack_pairs(vec even, vec odd) {
     const __m512i half = _mm512_set1_epi32(0x8000);
     const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even), half),
                   high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-    return _mm512_castsi512_ps(
-        _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
+    return high_halves(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high));
 }
 
 /* Words (even[d], odd[d]) of n <= 16 columns of two rows; odd may be NULL: zeros. */

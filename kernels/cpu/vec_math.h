@@ -89,11 +89,10 @@ VEC_INLINE void exp2_short_each(vec *x, int count) {
                                     0.240153611f,   0.693153083f,   0.99999994f};
     exp2_polynomial(x, count, factors, 6);
 }
-VEC_INLINE vec exp2_rough(vec x) {
+VEC_INLINE void exp2_rough_each(vec *x, int count) {
     static const float factors[] = {0.0135341682f, 0.0520114603f, 0.241442757f, 0.693003834f,
                                     1.00000259f};
-    exp2_polynomial(&x, 1, factors, 5);
-    return x;
+    exp2_polynomial(x, count, factors, 5);
 }
 VEC_INLINE vec exp2_of(vec x) {
     exp2_each(&x, 1);

@@ -1,7 +1,7 @@
 /*
  * Elements as sums of bf16 terms, largest first: bf16 itself of one, f16 of two, f32 of three. Each term rounds what
  * the ones before it have left, so that two hold the 11 bits of f16 and three the 24 of f32. Included after
- * vec_avx512.h and vec_math.h.
+ * vec_avx512.h, vec_bf16.h and vec_math.h.
  *
  * A term of infinity or NaN leaves NaN to the next ones. Terms below 2^-126 count as 0.
  */
@@ -25,8 +25,7 @@ VEC_INLINE void pair_terms(vec *words, vec even, vec odd, int terms) {
     for (int t = 0; t < terms; t++) {
         const __m512i low = next_term(&even, terms > 1 && t == terms - 1),
                       high = next_term(&odd, terms > 1 && t == terms - 1);
-        words[t] = _mm512_castsi512_ps(
-            _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
+        words[t] = high_halves(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high));
     }
 }
 
