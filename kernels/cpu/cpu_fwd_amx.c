@@ -27,7 +27,7 @@ enum {
 };
 
 #define VAST 0x1p60f /* of f32: see load_step() */
-#define TILE_K(terms) ((terms) == 3 ? 128 : 256)
+#define TILE_K(terms) ((terms) == 3 ? 128 : 512)
 
 /* Every tile 16 rows of 64 bytes (Intel SDM, LDTILECFG). */
 VEC_FN static void enter(void) {
@@ -142,9 +142,9 @@ VEC_INLINE int products_of(int terms, bool scores) {
 }
 
 /* c[row][lane] += sum over `steps` of a . b for 2 x 2 tiles of sums (0-3), or as many as there are rows and columns; c
- * starts from 0 unless `add`. Two tiles of a (4, 5) and two of b (6, 7): four products for four loads at most. Between
- * them, a little after each, whole pairs are weighed for two vectors from `first` on, unless `beside` is NULL: products
- * and vectors run side by side. Without those, it is better to load all tiles first. */
+ * starts from 0 unless `add`. Two tiles of a (4, 5) and two of b (6, 7): four products for four loads at most. After
+ * each of them some whole pairs are weighed for two vectors from `first` on, unless `beside` is NULL: tiles and vectors work
+ * side by side only if little of either comes at a time. */
 VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t steps, int terms,
                              bool two_rows, bool two_columns, bool scores, bool add,
                              struct weighing *beside, int first) {
@@ -152,7 +152,7 @@ VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t s
     float *c1 = c + ROWS * LANES;
     int32_t due = 0;
 #define LOAD(tile, operand, term, there)                                                           \
-    if (there)                                                                                     \
+    if ((term) >= 0 && (there))                                                                    \
     _tile_loadd(tile, (operand).words + ((tile) % 2 ? (operand).row : 0) + (term) * TILE, 64)
 #define PRODUCT(sum, left, right, there)                                                           \
     do {                                                                                           \
@@ -162,17 +162,15 @@ VEC_INLINE void product_tile(float *c, struct tiles a, struct tiles b, int64_t s
             for (due += beside->share; due >= 1 << 16; due -= 1 << 16)                             \
                 weigh_pair(beside, first, first + 2, 2, terms);                                    \
     } while (0)
-/* The four products of a term of a and a term of b; -1 is the one that is loaded already. */
+/* The four products of a term of a and a term of b; -1 is the term that is loaded already. */
 #define MULTIPLY(term_a, term_b)                                                                   \
     do {                                                                                           \
-        LOAD(4, a, term_a, (term_a) >= 0);                                                         \
-        LOAD(6, b, term_b, (term_b) >= 0);                                                         \
-        LOAD(7, b, term_b, (term_b) >= 0 && two_columns && !beside);                               \
-        LOAD(5, a, term_a, (term_a) >= 0 && two_rows && !beside);                                  \
+        LOAD(4, a, term_a, true);                                                                  \
+        LOAD(6, b, term_b, true);                                                                  \
         PRODUCT(0, 4, 6, true);                                                                    \
-        LOAD(7, b, term_b, (term_b) >= 0 && two_columns && beside);                                \
+        LOAD(7, b, term_b, two_columns);                                                           \
         PRODUCT(1, 4, 7, two_columns);                                                             \
-        LOAD(5, a, term_a, (term_a) >= 0 && two_rows && beside);                                   \
+        LOAD(5, a, term_a, two_rows);                                                              \
         PRODUCT(2, 5, 6, two_rows);                                                                \
         PRODUCT(3, 5, 7, (two_rows && two_columns));                                               \
     } while (0)
