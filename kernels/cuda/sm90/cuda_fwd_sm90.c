@@ -16,7 +16,7 @@ MODULE(192)
 MODULE(256)
 
 /* What a tile is for, see tiles.inc. */
-enum use { ANY, SHORT_BOUNDED };
+enum use { ANY, MANY_ROWS };
 
 /* One compiled tile: for each element type without and with softcap. */
 struct tile {
@@ -55,9 +55,38 @@ static bool bounded(const struct problem *p) {
     return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
 }
 
-static bool suits(const struct tile *t, const struct problem *p) {
+/* Query heads of a group that share a tile, as a power of two: as many as make fewer tiles, at most the 64 rows of a
+ * warpgroup. */
+static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
+    const int64_t group = p->heads_q / p->heads_kv;
+    int32_t best = 0;
+    for (int32_t log2 = 1; log2 <= 6 && group % (1 << log2) == 0; log2++) {
+        if (ceil_divide(p->len_q << log2, tile_q) < ceil_divide(p->len_q << best, tile_q)
+                                                        << (log2 - best))
+            best = log2;
+    }
+    return best;
+}
+
+/* Query rows of the multiprocessor that has most of them. */
+static int64_t busiest_rows(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
+    const int32_t log2 = pack_log2(p, tile_q);
+    const int64_t heads = p->batch * (p->heads_q >> log2);
+    return ceil_divide(ceil_divide(p->len_q << log2, tile_q) * heads, multiprocessors) * tile_q;
+}
+
+/* Tiles of three warpgroups take a sixth less time for a row than tiles of two, but need more rows to fill the
+ * multiprocessors, and lose with short keys and a causal mask or window, where they multiply more that is hidden. */
+static bool has_many_rows(const struct problem *p, const struct caps *caps) {
+    if (bounded(p) && p->len_k <= 1024)
+        return false;
+    return 5 * busiest_rows(p, 192, caps->multiprocessors) <
+           6 * busiest_rows(p, 128, caps->multiprocessors);
+}
+
+static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
     return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v &&
-           (t->use == ANY || (bounded(p) && p->len_k <= 1024));
+           (t->use == ANY || has_many_rows(p, caps));
 }
 
 /* What a tensor map can say: [B, H, L, D] with strides that are not 0 and below 2^40 bytes. */
@@ -71,7 +100,6 @@ static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t
 }
 
 bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    (void)caps;
     if (!(p->scale > 0) || p->dim_v % 8 != 0 || p->len_k == 0 || p->len_k > SM90_MAX_LENGTH ||
         p->len_q * (p->heads_q / p->heads_kv) > SM90_MAX_LENGTH ||
         ceil_divide(p->len_q, 64) * p->heads_q * p->batch > INT32_MAX ||
@@ -81,7 +109,7 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
         !mappable(&p->output, p->batch, p->heads_q, p->len_q))
         return false;
     for (int32_t i = 0; i < TILES; i++) {
-        if (!suits(&tiles[i], p))
+        if (!suits(&tiles[i], p, caps))
             continue;
         plan->variant = i;
         plan->tile_q = 64 * tiles[i].warpgroups;
@@ -103,26 +131,12 @@ static struct sm90_divisor divisor(int64_t d) {
     return r;
 }
 
-/* Query heads of a group that share a tile, as a power of two: as many as make fewer tiles, at most the 64 rows of a
- * warpgroup. */
-static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
-    const int64_t group = p->heads_q / p->heads_kv;
-    int32_t best = 0;
-    for (int32_t log2 = 1; log2 <= 6 && group % (1 << log2) == 0; log2++) {
-        if (ceil_divide(p->len_q << log2, tile_q) < ceil_divide(p->len_q << best, tile_q)
-                                                        << (log2 - best))
-            best = log2;
-    }
-    return best;
-}
-
-/* With a bounded window the heads of a group have about one tile for each block of the grid, see tile_at(): what the
+/* With a bounded window the heads of a group have at most one tile for each block of the grid, see tile_at(): what the
  * blocks work on at one time then spans few heads, whose keys and values stay in L2; and whole batches where it can, whose
  * heads lie side by side in device memory. Other masks take head by head. */
 static int64_t heads_per_group(const struct problem *p, const struct sm90_params *params,
                                int32_t multiprocessors) {
-    int64_t heads =
-        bounded(p) ? (multiprocessors + params->tiles_per_head / 2) / params->tiles_per_head : 1;
+    int64_t heads = bounded(p) ? multiprocessors / params->tiles_per_head : 1;
     if (heads > params->heads)
         heads -= heads % params->heads;
     return heads < 1 ? 1 : heads < params->heads_total ? heads : params->heads_total;
@@ -139,6 +153,7 @@ static void fill_tiles(struct sm90_params *params, const struct problem *p, int3
     params->tiles = params->tiles_per_head * params->heads_total;
     params->heads_per_group = (int32_t)heads_per_group(p, params, multiprocessors);
     params->groups = (int32_t)ceil_divide(params->heads_total, params->heads_per_group);
+    params->by_tiles_per_head = divisor(params->tiles_per_head);
     params->by_group_tiles = divisor((int64_t)params->heads_per_group * params->tiles_per_head);
     params->by_group_heads = divisor(params->heads_per_group);
     params->by_last_group_heads =

@@ -2,11 +2,11 @@
  * Attention forward for Hopper: O = softmax(scale Q K^T + mask) V, f16 or bf16 in, f32 sums. docs/cuda-sm90.md draws
  * the schedule.
  *
- * One block per SM walks over tiles of 64 * kWarpgroups query rows. A producer warp brings Q, K and V tiles to shared
+ * One block per SM walks over tiles of 64 * kWarpgroups query rows. Two producer warps bring Q, K and V tiles to shared
  * memory by TMA; each consumer warpgroup owns 64 rows, keeps S, P and O in registers, and runs
- *     S' = Q K(n-1)^T and O += P V(n)   on the tensor cores, while
+ *     S' = Q K(n+1)^T and O += P V(n)   on the tensor cores, while
  *     softmax(S')                       runs on the other warpgroup's time (ping-pong) and under its own P V.
- * Key tiles are walked from the last to the first.
+ * Key tiles are walked from the first to the last, so that tiles of one head read the same ones at the same time.
  */
 #ifndef DLATTN_SM90_FWD_CUH_
 #define DLATTN_SM90_FWD_CUH_
@@ -186,7 +186,7 @@ struct Consumer {
 
     __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s, const Tile &t,
                                           int n, Pipeline<C> &pipe);
-    template <bool kMasked, bool kNewTile>
+    template <bool kMasked, bool kNewTile, bool kTrack>
     __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile &t,
                                          int n, Pipeline<C> &pipe, const Place &finished);
     __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s, const Place &t,
@@ -204,7 +204,7 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
     start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
     wgmma_wait<0>();
     pin(score);
-    pipe.key_read(n == t.first_block);
+    pipe.key_read(n == t.end_block - 1);
     shape_scores<true>(p, t, pipe.wg, n);
     float factor[2], offset[2];
     track_maximum(p.scale_log2, factor);
@@ -216,11 +216,10 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
 /* S of key tile n of tile t, and O of the key tile before, whose weights are ready. If t is new, that one
  * belongs to the tile `finished`, whose rows are stored then. */
 template <class C>
-template <bool kMasked, bool kNewTile>
+template <bool kMasked, bool kNewTile, bool kTrack>
 __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
                                                   const Tile &t, int n, Pipeline<C> &pipe,
                                                   const Place &finished) {
-    pipe.skip_values();
     mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
     wait_turn<C>(pipe.wg);
     pin(output);
@@ -234,12 +233,11 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     pass_turn<C>(pipe.wg);
     wgmma_wait<1>();
     pin(score);
-    pipe.key_read(n == t.first_block);
+    pipe.key_read(n == t.end_block - 1);
     const float finished_shift[2] = {shift[0], shift[1]}, finished_sum[2] = {sum[0], sum[1]};
     if (kNewTile)
         clear_sums();
     shape_scores<kMasked>(p, t, pipe.wg, n);
-    constexpr bool kTrack = kMasked || kNewTile;
     float factor[2], offset[2], part[2] = {0, 0};
     if (kTrack)
         track_maximum(p.scale_log2, factor);
@@ -266,7 +264,6 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
 template <class C>
 __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Shared<C> &s,
                                                   const Place &t, Pipeline<C> &pipe) {
-    pipe.skip_values();
     mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
     pin(output);
     pin(weight);
@@ -283,6 +280,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
     Consumer<C> rows;
     Place previous; /* the tile whose output is unfinished */
     previous.index = -1;
+    int skipped = 0; /* key tiles behind its own, whose values are still to pass over */
     if (wg == C::kWarpgroups - 1)
         pass_turn<C>(wg);
     for (;;) {
@@ -295,24 +293,24 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             pipe.query_read();
             continue;
         }
-        int n = end_block_of<C>(p, t, wg) - 1;
-        const bool whole = n >= t.first_whole && n < t.end_whole;
-        const int skipped = t.end_block - 1 - n;
-        pipe.skip_values(); /* or the producer would wait for their buffers before the keys below */
-        pipe.skip_keys(skipped);
+        int n = t.first_block;
         if (previous.index < 0)
             rows.first(p, s, t, n, pipe);
-        else if (whole)
-            rows.template step<false, true>(p, s, t, n, pipe, previous);
+        else if (C::kFirstUnmasked && n >= t.first_whole && n < t.end_whole)
+            rows.template step<false, true, true>(p, s, t, n, pipe, previous);
         else
-            rows.template step<true, true>(p, s, t, n, pipe, previous);
-        pipe.unwanted = skipped;
-        for (n--; n >= t.first_block; n--) {
-            if (n >= t.first_whole && n < t.end_untracked)
-                rows.template step<false, false>(p, s, t, n, pipe, t);
+            rows.template step<true, true, true>(p, s, t, n, pipe, previous);
+        pipe.skip_values(skipped);
+        for (n++; n < t.end_block; n++) {
+            if (n < t.first_untracked)
+                rows.template step<true, false, true>(p, s, t, n, pipe, t);
+            else if (n < t.end_whole)
+                rows.template step<false, false, false>(p, s, t, n, pipe, t);
             else
-                rows.template step<true, false>(p, s, t, n, pipe, t);
+                rows.template step<true, false, false>(p, s, t, n, pipe, t);
         }
+        skipped = t.skipped;
+        pipe.skip_keys(skipped);
         previous = t;
     }
     if (previous.index >= 0)
@@ -338,8 +336,11 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
     __syncthreads();
     if (warpgroup == 0) {
         registers_decrease<C::kProducerRegisters>();
-        if (threadIdx.x < 32)
-            produce<C>(p, s);
+        const int warp = uniform(threadIdx.x / 32);
+        if (warp == 0)
+            produce_keys<C>(p, s);
+        else if (warp == 1)
+            produce_queries<C>(p, s);
     } else {
         registers_increase<C::kConsumerRegisters>();
         consume<C>(p, s, warpgroup - 1);

@@ -66,6 +66,7 @@ struct sm90_params {
     int32_t tiles;           /* tiles_per_head * heads_total */
     int32_t heads_per_group; /* heads whose tiles are interleaved, see tile_at() */
     int32_t groups;
+    struct sm90_divisor by_tiles_per_head;
     struct sm90_divisor by_group_tiles; /* heads_per_group * tiles_per_head */
     struct sm90_divisor by_group_heads, by_last_group_heads, by_heads, by_heads_per_kv;
 };

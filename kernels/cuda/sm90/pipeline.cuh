@@ -76,16 +76,17 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
     mbarrier_init_fence();
 }
 
-/* ---- Producer: a warp, whose first lane does what is done once ---- */
+/* ---- Producers: two warps, whose first lane does what is done once ---- */
 
 /* Tells a warpgroup of a tile, with its queries. */
 template <class C>
 __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
                                          const Ring<C::kQueryStages> &ring, const Tile &t, int wg) {
+    const Tile of_warpgroup = tile_of<C>(p, t, wg);
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-    if (threadIdx.x != 0)
+    if (threadIdx.x % 32 != 0)
         return;
-    *s.tile(ring.stage, wg) = t;
+    *s.tile(ring.stage, wg) = of_warpgroup;
     if (!t.sees_keys()) {
         mbarrier_arrive(ring.full_barrier());
         return;
@@ -93,67 +94,67 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
     mbarrier_expect_bytes(ring.full_barrier(), C::kQueryBytes);
     for (int c = 0; c < C::kColumnsQk; c++)
         tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
-                    64 * c, 0, (t.first_row + 64 * wg) >> p.pack_log2, t.head, t.batch);
+                    evict_first(), 64 * c, 0, (t.first_row + 64 * wg) >> p.pack_log2, t.head,
+                    t.batch);
 }
 
-/* K or V tile `block` into the next free buffer of the ring. */
-template <class C, int kColumns>
-__device__ __forceinline__ void load_block(const sm90_tensor_map &map, uint32_t dst,
-                                           Ring<C::kStages> &ring, const Tile &t, int block) {
-    mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-    if (threadIdx.x == 0) {
-        mbarrier_expect_bytes(ring.full_barrier(), kColumns * C::kKeyColumn);
-        for (int c = 0; c < kColumns; c++)
-            tma_load_4d(dst + c * C::kKeyColumn, &map, ring.full_barrier(), 64 * c,
-                        block * C::kTileK, t.kv_head, t.batch);
-    }
-    ring.advance();
-}
-
-/* Loads in the order in which buffers become free and are needed, across tiles: each V one K later, and Q of the next
- * tile as soon as there is room for it. */
+/* Tells the warpgroups of the tiles of this block, each as soon as there is room for its queries, and that there are
+ * no more. */
 template <class C>
-__device__ __forceinline__ void produce(const sm90_params &p, const Shared<C> &s) {
-    Ring<C::kStages> keys = s.key_ring(), values = s.value_ring();
+__device__ __forceinline__ void produce_queries(const sm90_params &p, const Shared<C> &s) {
     Ring<C::kQueryStages> queries = s.query_ring(0);
-    const auto announce_tile = [&](const Tile &of) {
+    for (Tile t = tile_at<C>(p, first_tile(p));; t = tile_at<C>(p, t.index + gridDim.x)) {
+#pragma unroll 1
         for (int wg = 0; wg < C::kWarpgroups; wg++) {
             Ring<C::kQueryStages> ring = s.query_ring(wg);
             ring.stage = queries.stage;
             ring.phase = queries.phase;
-            announce<C>(p, s, ring, of, wg);
+            announce<C>(p, s, ring, t, wg);
         }
+        if (t.index < 0)
+            return;
         queries.advance();
-    };
-    const auto load_key = [&](const Tile &of, int n) {
-        load_block<C, C::kColumnsQk>(p.key_map, s.key(keys.stage), keys, of, n);
-    };
-    const auto load_value = [&](const Tile &of, int n) {
-        load_block<C, C::kColumnsV>(p.value_map, s.value(values.stage), values, of, n);
-    };
-    Tile t = tile_at<C>(p, blockIdx.x);
-    announce_tile(t);
-    bool begun = false; /* the first K of t is on its way */
-    while (t.index >= 0) {
-        const Tile next = tile_at<C>(p, t.index + gridDim.x);
-        if (C::kQueryStages > 1)
-            announce_tile(next);
-        if (t.sees_keys()) {
-            if (!begun)
-                load_key(t, t.end_block - 1);
-            for (int n = t.end_block - 1; n > t.first_block; n--) {
-                load_key(t, n - 1);
-                load_value(t, n);
-            }
-            begun = next.sees_keys();
-            if (begun)
-                load_key(next, next.end_block - 1);
-            load_value(t, t.first_block);
-        }
-        if (C::kQueryStages == 1)
-            announce_tile(next);
-        t = next;
     }
+}
+
+/* A key tile of a head. */
+struct Block {
+    int head, batch, index; /* index -1: none */
+};
+
+/* K or V of a key tile into the next free buffer of the ring. */
+template <class C, int kColumns>
+__device__ __forceinline__ void load_block(const sm90_tensor_map &map, uint32_t dst,
+                                           Ring<C::kStages> &ring, const Block &block) {
+    mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+    if (threadIdx.x % 32 == 0) {
+        mbarrier_expect_bytes(ring.full_barrier(), kColumns * C::kKeyColumn);
+        for (int c = 0; c < kColumns; c++)
+            tma_load_4d(dst + c * C::kKeyColumn, &map, ring.full_barrier(), evict_last(), 64 * c,
+                        block.index * C::kTileK, block.head, block.batch);
+    }
+    ring.advance();
+}
+
+/* Keys and values in the order in which buffers become free and are needed, across tiles: each V one K later. */
+template <class C>
+__device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<C> &s) {
+    Ring<C::kStages> keys = s.key_ring(), values = s.value_ring();
+    Block before{0, 0, -1}; /* whose V is still to come */
+    const auto load_value = [&] {
+        if (before.index >= 0)
+            load_block<C, C::kColumnsV>(p.value_map, s.value(values.stage), values, before);
+    };
+    for (int index = first_tile(p); index < p.tiles; index += gridDim.x) {
+        const Tile t = tile_at<C>(p, index);
+        for (int n = t.first_block; n < t.end_block; n++) {
+            const Block block{t.kv_head, t.batch, n};
+            load_block<C, C::kColumnsQk>(p.key_map, s.key(keys.stage), keys, block);
+            load_value();
+            before = block;
+        }
+    }
+    load_value();
 }
 
 /* ---- Consumers: where a warpgroup stands, and whose turn it is ---- */
@@ -181,7 +182,6 @@ struct Pipeline {
     int wg;
     Ring<C::kQueryStages> queries;
     Ring<C::kStages> keys, values;
-    int unwanted = 0; /* value tiles to pass over before the next one wanted */
 
     __device__ __forceinline__ Pipeline(const Shared<C> &s, int wg)
         : wg(wg), queries(s.query_ring(wg)), keys(s.key_ring()), values(s.value_ring()) {}
@@ -212,9 +212,9 @@ struct Pipeline {
             keys.advance();
         }
     }
-    __device__ __forceinline__ void skip_values() {
+    __device__ __forceinline__ void skip_values(int count) {
 #pragma unroll 1
-        for (; unwanted > 0; unwanted--) {
+        for (; count > 0; count--) {
             mbarrier_wait(values.full_barrier(), values.phase);
             value_read();
         }

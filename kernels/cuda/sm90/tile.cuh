@@ -25,6 +25,9 @@ struct Config {
     static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
     static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
     static_assert(kWarpgroups == 2 || kWarpgroups == 3, "");
+    /* Has the first step of a tile that needs no mask code of its own? Where GEMMs hide the mask, code costs more: it
+     * comes from device memory. */
+    static constexpr bool kFirstUnmasked = kDimQk < 128;
 
     /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
     static constexpr int kColumnsQk = (kDimQk + 63) / 64, kColumnsV = (kDimV + 63) / 64;
@@ -56,8 +59,10 @@ struct alignas(64) Tile : Place {
     int kv_head;
     int q_len, k_len, diagonal;
     int first_block, end_block; /* key tiles to visit */
+    /* Of one warpgroup, see tile_of(): */
+    int skipped;                /* key tiles behind them that other warpgroups visit */
     int first_whole, end_whole; /* those of them that every row sees whole */
-    int end_untracked;          /* from here on downwards every row has seen a key */
+    int first_untracked;        /* from here on every row has seen a key */
 
     __device__ __forceinline__ bool sees_keys() const { return first_block < end_block; }
 };
@@ -74,9 +79,17 @@ __device__ __forceinline__ int divide(int x, const sm90_divisor &d) {
            (d.multiplier ? 0 : x);
 }
 
-/* Tile `wanted` of the walk, or none if that is past the end. Heads come in groups whose keys and values fit into L2 together; the tiles of a group are
- * ordered by row, downwards and upwards in turn so that equally heavy causal tiles meet where groups do, and the last
- * group ends with its lightest. Blocks that take every gridDim-th tile then get equal work within a percent or so. */
+/* The first tile of a block, which then takes every gridDim-th. Neighbours among the blocks, which are near each other
+ * on the device, get the tiles of one head, which tile_at() puts heads_per_group apart. */
+__device__ __forceinline__ int first_tile(const sm90_params &p) {
+    const int block = blockIdx.x;
+    const int head = divide(block, p.by_tiles_per_head), step = block - head * p.tiles_per_head;
+    return head < p.heads_per_group ? step * p.heads_per_group + head : block;
+}
+
+/* Tile `wanted` of the walk, or none if that is past the end. Heads come in groups whose keys and values fit into L2
+ * together; the tiles of a group are ordered by row, downwards and upwards in turn so that equally heavy causal tiles
+ * meet where groups do, and the last group ends with its lightest. Blocks that take every gridDim-th tile then get equal work within a percent or so. */
 template <class C>
 __device__ __forceinline__ Tile tile_at(const sm90_params &p, int wanted) {
     Tile t;
@@ -104,20 +117,27 @@ __device__ __forceinline__ Tile tile_at(const sm90_params &p, int wanted) {
     const bool any = t.index >= 0 && first < t.q_len && lowest < highest;
     t.first_block = lowest / C::kTileK;
     t.end_block = any ? (highest + C::kTileK - 1) / C::kTileK : t.first_block;
+    return t;
+}
+
+/* Tile t as a warpgroup sees it: it visits at least one key tile, and passes over the last ones, which only rows of
+ * others see. */
+template <class C>
+__device__ __forceinline__ Tile tile_of(const sm90_params &p, Tile t, int wg) {
+    if (!t.sees_keys())
+        return t;
+    const int first = (t.first_row + 64 * wg) >> p.pack_log2;
+    const int last = min((t.first_row + 64 * wg + 63) >> p.pack_log2, t.q_len - 1);
+    const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
+    const int end_block = max((highest + C::kTileK - 1) / C::kTileK, t.first_block + 1);
+    t.skipped = t.end_block - end_block;
+    t.end_block = end_block;
     const int all_lowest = max(last + t.diagonal - p.window_left, 0);
     const int all_highest = max(min(first + t.diagonal + p.window_right + 1, t.k_len), 0);
     t.first_whole = (all_lowest + C::kTileK - 1) / C::kTileK;
     t.end_whole = all_highest / C::kTileK;
-    t.end_untracked = max(all_highest - 1, 0) / C::kTileK;
+    t.first_untracked = all_lowest / C::kTileK + 1;
     return t;
-}
-
-/* End of the key tiles that some row of a warpgroup sees; at least one is left. */
-template <class C>
-__device__ __forceinline__ int end_block_of(const sm90_params &p, const Tile &t, int wg) {
-    const int last = min((t.first_row + 64 * wg + 63) >> p.pack_log2, t.q_len - 1);
-    const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
-    return max((highest + C::kTileK - 1) / C::kTileK, t.first_block + 1);
 }
 
 /* Keys [low, high) that a packed row sees. */
