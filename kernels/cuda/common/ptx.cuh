@@ -19,6 +19,10 @@ __device__ __forceinline__ void store_chunk(uint32_t to, const uint32_t (&words)
                  : "memory");
 }
 
+__device__ __forceinline__ void store_word(uint32_t to, uint32_t word) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -59,6 +63,8 @@ __device__ __forceinline__ bool barrier_any(int id, int threads, bool x) {
                  : "memory");
     return any;
 }
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // 2^x; -inf gives 0, NaN stays NaN.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -18,7 +18,7 @@ struct alignas(16) Vec {
 };
 
 // exp for a logit below its maximum, and 0 for -inf. Masked keys are told from vanishing ones by -0: see weight().
-__device__ __forceinline__ float exponential(float x) { return exp2_fast(x * 1.4426950408889634f); }
+__device__ __forceinline__ float exponential(float x) { return exp2_fast(x * LOG2E); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ bool is_masked(float p) { return __float_as_uint(p) == 0x80000000u; }
 __device__ __forceinline__ bool is_masked(double p) {

@@ -11,16 +11,15 @@
 // (the scheme of FlashAttention 4): P stays below 2^8, sums are in f32, and rescaling the output is rare.
 #pragma once
 
+#include "kernels/cuda/common/exact.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
-#include "kernels/cuda/sm80/exact.cuh"
 
 #include <utility>
 
 #define NEG_INF __int_as_float(0xff800000)
 #define POS_INF __int_as_float(0x7f800000)
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float LAZY = 8; // log2 of the largest P
 
 // body(0) ... body(N - 1), each with its index as a constant: registers have no addresses, so what indexes them must be.
@@ -738,5 +737,5 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
                                    work.h * p.output.stride[1] +
                                    (seq.q_start + block_row) * p.output.stride[2]);
     if (exactly)
-        write_rows_exactly<E>(p, work.b, work.h, block_row + mine, block_row + mine + ROWS);
+        write_rows_exactly<E, float>(p, work.b, work.h, block_row + mine, block_row + mine + ROWS);
 }

@@ -9,11 +9,9 @@
 // their own, the same for both operands, so that a thread reads 16 bytes at a time: see multiply_keys() and add_values().
 #pragma once
 
+#include "kernels/cuda/common/exact.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
-#include "kernels/cuda/tf32x3/exact.cuh"
-
-constexpr float LOG2E = 1.4426950408889634f;
 
 // A tile of rows of COLS floats. The 16-byte chunks of a row are permuted so that the four chunks that a quarter of a warp
 // reads in each of two neighbouring rows (K, Q), or the two in each of four rows two apart (V), lie in different banks.
@@ -475,5 +473,5 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
 #pragma unroll 1
     for (int r = 0; r < 16 && odd_rows; ++r)
         if (odd_rows >> 4 * r & 15)
-            write_row_exactly(p, work.b, work.h, warp_row + r);
+            write_rows_exactly<float, double>(p, work.b, work.h, warp_row + r, warp_row + r + 1);
 }
