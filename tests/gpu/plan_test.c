@@ -79,6 +79,30 @@ Test(gpu_plan, tiles_follow_shared_memory) {
     cr_expect(ne(int, plan[0].variant, plan[2].variant));
 }
 
+/* At D 256 on an H100: blocks of 128 rows where there are enough of them, and masks leave them enough keys. */
+Test(gpu_plan, tiles_follow_lengths) {
+    static const struct {
+        int64_t batch, length, window_left, window_right;
+        int tile_q;
+    } cases[] = {
+        {16, 1024, UNBOUNDED, UNBOUNDED, 128}, {4, 1024, UNBOUNDED, UNBOUNDED, 64},
+        {64, 256, UNBOUNDED, UNBOUNDED, 64},   {16, 1024, UNBOUNDED, 0, 64},
+        {16, 2048, UNBOUNDED, 0, 128},         {16, 2048, 500, 0, 64},
+    };
+    const struct caps caps = caps_of(&machines[3]);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct problem p = problem_of(DTYPE_F16, 256, 256, 0);
+        struct plan plan;
+        p.kernel = "cuda_fwd_sm80";
+        p.batch = cases[i].batch;
+        p.len_q = p.len_k = cases[i].length;
+        p.window_left = cases[i].window_left;
+        p.window_right = cases[i].window_right;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK));
+        cr_expect(eq(int, plan.tile_q, cases[i].tile_q), "case %d", (int)i);
+    }
+}
+
 Test(gpu_plan, rows_by_dtype) {
     const struct problem half = problem_of(DTYPE_F16, 128, 128, 0),
                          single = problem_of(DTYPE_F32, 128, 128, 0);

@@ -16,6 +16,12 @@ static bool aligned(const struct view *v, int64_t bytes, int64_t inner) {
     return (uintptr_t)v->data % 16 == 0 && (strides | inner) * bytes % 16 == 0 && v->stride[3] == 1;
 }
 
+/* True if elements 2 j and 2 j + 1 of every row can be read at once. */
+static bool paired(const struct view *v, int64_t bytes) {
+    const int64_t strides = v->stride[0] | v->stride[1] | v->stride[2];
+    return (uintptr_t)v->data % (2 * bytes) == 0 && strides % 2 == 0 && v->stride[3] == 1;
+}
+
 static int32_t window(int64_t keys) {
     return keys < FWD_MAX_LENGTH ? (int32_t)keys : FWD_UNBOUNDED;
 }
@@ -52,14 +58,16 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
         .max_pages = (int32_t)p->max_pages,
         .window_left = window(p->window_left),
         .window_right = window(p->window_right),
-        .flags = (aligned(&p->query, bytes, p->dim_qk) ? FWD_ALIGNED_QUERY : 0) |
-                 (aligned(&p->key, bytes, p->dim_qk) ? FWD_ALIGNED_KEY : 0) |
-                 (aligned(&p->value, bytes, p->dim_v) ? FWD_ALIGNED_VALUE : 0) |
-                 (aligned(&p->output, bytes, p->dim_v) ? FWD_ALIGNED_OUTPUT : 0) |
-                 (p->bottom_right ? FWD_BOTTOM_RIGHT : 0) |
-                 (p->empty_lse_inf ? FWD_EMPTY_LSE_INF : 0) |
-                 (p->lse_dtype == DTYPE_F32 ? FWD_LSE_F32 : 0) |
-                 (p->bias_dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0),
+        .flags =
+            (aligned(&p->query, bytes, p->dim_qk) ? FWD_ALIGNED_QUERY : 0) |
+            (aligned(&p->key, bytes, p->dim_qk) ? FWD_ALIGNED_KEY : 0) |
+            (aligned(&p->value, bytes, p->dim_v) ? FWD_ALIGNED_VALUE : 0) |
+            (aligned(&p->output, bytes, p->dim_v) ? FWD_ALIGNED_OUTPUT : 0) |
+            (p->bottom_right ? FWD_BOTTOM_RIGHT : 0) | (p->empty_lse_inf ? FWD_EMPTY_LSE_INF : 0) |
+            (p->lse_dtype == DTYPE_F32 ? FWD_LSE_F32 : 0) |
+            (p->bias_dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0) |
+            (paired(&p->bias, dtype_bytes(p->bias_dtype)) ? FWD_PAIRED_BIAS : 0) |
+            (paired(&p->mask, 1) ? FWD_PAIRED_MASK : 0),
         .row_blocks = (int32_t)((p->len_q + tile_q - 1) / tile_q),
         .scale = p->scale,
         .softcap = p->softcap,

@@ -25,6 +25,8 @@ enum {
     FWD_BIAS_F32 = 128,
     FWD_LONGEST_FIRST =
         256, /* blocks of one head from its last row to its first: causal work shrinks to the end */
+    FWD_PAIRED_BIAS = 512, /* keys 2 j and 2 j + 1 of a row are neighbours, aligned as a pair */
+    FWD_PAIRED_MASK = 1024,
 };
 
 /* Lengths, and with them sums of a row, a diagonal and a window, stay inside an int. */

@@ -47,8 +47,20 @@ static bool covers(const struct tile *t, const struct problem *p, const struct c
            t->f16.shared_memory_bytes <= caps->shared_memory_bytes;
 }
 
-static bool filled(const struct tile *t, const struct caps *caps) {
-    return fwd_blocks(caps, t->f16.shared_memory_bytes) >= t->blocks;
+/* True if blocks of so many rows, of which a multiprocessor holds one, and steps of so many keys pay: there is a block for
+ * every multiprocessor, and what a causal mask or a window cuts off is little beside what rows see. */
+static bool is_long(const struct tile *t, const struct problem *p, const struct caps *caps) {
+    const bool cut = p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
+    const bool bounded = p->window_left != UNBOUNDED && p->window_right != UNBOUNDED;
+    const int64_t window = bounded ? p->window_left + p->window_right + 1 : p->len_k;
+    const int64_t seen = window < p->len_k ? window : p->len_k;
+    const int64_t blocks = (p->len_q + t->rows - 1) / t->rows * p->batch * p->heads_q;
+    return seen >= (cut ? 2048 : 512) && blocks >= caps->multiprocessors;
+}
+
+static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
+    return fwd_blocks(caps, t->f16.shared_memory_bytes) >= t->blocks &&
+           (t->keys < 128 || is_long(t, p, caps));
 }
 
 bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
@@ -58,9 +70,9 @@ bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct
             continue;
         if (best && (t->dim_qk != best->dim_qk || t->dim_v != best->dim_v))
             break;
-        if (!best || filled(t, caps))
+        if (!best || suits(t, p, caps))
             best = t;
-        if (filled(best, caps))
+        if (suits(best, p, caps))
             break;
     }
     if (!best || !fwd_fits(p))

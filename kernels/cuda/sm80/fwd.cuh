@@ -44,6 +44,12 @@ __device__ __forceinline__ T kept(T x) {
 // The same for a number that all lanes have.
 __device__ __forceinline__ int kept_by_all(int x) { return __reduce_max_sync(~0u, x); }
 
+// The opposite: x, and what follows from it, is worked out here each time, so that no register holds it meanwhile.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
 // rows of a matrix lie in different banks, and a 128-byte line of global memory stays one line.
 template <int COLS>
@@ -120,14 +126,19 @@ struct Loader {
         }
     }
 
-    // 16-byte aligned rows that lie anywhere, in pages.
+    // 16-byte aligned rows that lie anywhere, in pages; the addresses of two rows are looked up at a time.
     template <typename RowOf>
     __device__ static void paged(uint32_t to, RowOf row_of, int rows, int dim) {
-#pragma unroll 1
-        for (int x = threadIdx.x; x < COUNT * CHUNKS; x += THREADS) {
-            const int r = x / CHUNKS, c = x % CHUNKS * 8;
-            copy_async(to + Rows<COLS>::at(r, c / 8), row_of(r < rows ? r : 0) + c,
-                       r < rows && c < dim);
+        const int row = threadIdx.x / WIDTH, here = columns(dim);
+        to += place();
+#pragma unroll 2
+        for (int i = 0; i < COUNT; i += STEP) {
+            const int r = i + row;
+            const E *const from = row_of(r < rows ? r : 0) + threadIdx.x % WIDTH * 8;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c += WIDTH)
+                if (COUNT % STEP == 0 || r < COUNT)
+                    copy_async(to + i * COLS * 2 + c * 16, from + c * 8, r < rows && c * 8 < here);
         }
     }
 };
@@ -170,41 +181,30 @@ struct Warp {
         }
     }
 
-    // Pair i: two neighbouring keys of a row, in the order in which P V needs them.
-    struct Pair {
-        int step, mt, word, n, half;
-        __device__ __forceinline__ constexpr Pair(int i)
-            : step(i / (MT * 4)), mt(i / 4 % MT), word(i % 4), n(step * 2 + word / 2),
-              half(word % 2) {}
-    };
-
-    __device__ __forceinline__ uint32_t exponential(Pair p) {
-        const float x = score[p.mt][p.n][2 * p.half], y = score[p.mt][p.n][2 * p.half + 1];
-        const float a = exp2_fast(fmaf(x, slope, -bias[p.mt][p.half]));
-        const float b = exp2_fast(fmaf(y, slope, -bias[p.mt][p.half]));
-        sum[p.mt][p.half] += a;
-        sum[p.mt][p.half] += b;
+    __device__ __forceinline__ uint32_t exponential(int mt, int n, int half) {
+        const float x = score[mt][n][2 * half], y = score[mt][n][2 * half + 1];
+        const float a = exp2_fast(fmaf(x, slope, -bias[mt][half]));
+        const float b = exp2_fast(fmaf(y, slope, -bias[mt][half]));
+        sum[mt][half] += a;
+        sum[mt][half] += b;
         return Element<E>::pack(a, b);
     }
 
-    // Exponentials of pairs [FROM, TO) of the current tile.
+    // Exponentials of pairs [FROM, TO) of the current tile, two neighbouring keys of a row each, in the order in which P V
+    // needs them: for the product, or with SPLIT = 2 to `place`, where this thread's part begins in the tile that two warps
+    // share.
     template <int FROM, int TO>
-    __device__ __forceinline__ void exponentials() {
+    __device__ __forceinline__ void exponentials(uint32_t place) {
 #pragma unroll
         for (int i = FROM; i < TO; ++i) {
-            const Pair p(i);
-            prob[p.mt][p.step][p.word] = exponential(p);
-        }
-    }
-
-    // All of them, into the tile that two warps share.
-    __device__ __forceinline__ void share_exponentials(char *tile) {
-        const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % SPLIT * (KEYS / 8);
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i) {
-            const Pair p(i);
-            *(uint32_t *)(tile + Rows<BN>::at(p.mt * 16 + p.half * 8 + lane / 4, first + p.n) +
-                          lane % 4 * 4) = exponential(p);
+            if constexpr (SPLIT == 1) {
+                const int step = i / (MT * 4), mt = i / 4 % MT, word = i % 4;
+                prob[mt][step][word] = exponential(mt, step * 2 + word / 2, word % 2);
+            } else {
+                const int n = i / (MT * 2), mt = i / 2 % MT, half = i % 2;
+                store_word((place ^ n * 16) + (mt * 16 + half * 8) * BN * 2,
+                           exponential(mt, n, half));
+            }
         }
     }
 
@@ -258,31 +258,36 @@ struct Warp {
         });
     }
 
-    // out += P V, and in between the exponentials that make P, unless it lies in shared memory, at `shared_p`.
-    __device__ __forceinline__ void add_values(uint32_t v, uint32_t shared_p) {
-        constexpr int ITEMS = VS * VN, PART = PAIRS / VS;
+    // out += P V, and in between the exponentials of all steps but the first AHEAD, which are there. With SPLIT = 2 step s
+    // multiplies keys 8 s to 8 s + 7 of both warps, so that both make the first half of P before they meet, and the other
+    // one while they multiply the first; `p_at`: P for ldmatrix, `place` as in exponentials().
+    static constexpr int AHEAD = SPLIT > 1 ? VS / 2 : 1, PART = PAIRS / VS;
+    __device__ __forceinline__ void add_values(uint32_t v, uint32_t p_at, uint32_t place) {
+        constexpr int ITEMS = VS * VN, LAST = VN - 1;
         uint32_t a[2][MT][4], b[3][4];
         const auto load_p = [&](int step) {
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt)
-                load_matrix(a[step % 2][mt], Rows<BN>::after(shared_p, step) + mt * 16 * BN * 2);
+                load_matrix(a[step % 2][mt], (p_at ^ step * 16) + mt * 16 * BN * 2);
         };
         const auto load_v = [&](int i) {
-            load_matrix_transposed(b[i % 3],
-                                   Rows<DV>::after(v, i % VN * SPLIT) + i / VN * 16 * DV * 2);
+            load_matrix_transposed(b[i % 3], Rows<DV>::after(v, i % VN * SPLIT) +
+                                                 i / VN * (16 / SPLIT) * DV * 2);
         };
         if (SPLIT > 1)
             load_p(0);
         load_v(0);
         load_v(1);
-        if constexpr (SPLIT == 1)
-            exponentials<0, PART>();
         unrolled<ITEMS>([&](auto item) {
             constexpr int i = decltype(item)::value, step = i / VN, n = i % VN;
             if (i + 2 < ITEMS)
                 load_v(i + 2);
-            if (SPLIT > 1 && n == VN / 2 && step + 1 < VS)
+            constexpr bool meet = step + 1 == AHEAD;
+            if (SPLIT > 1 && step + 1 < VS && n == (meet ? LAST : VN / 2)) {
+                if (meet)
+                    barrier(1 + threadIdx.x / 64, 64);
                 load_p(step + 1);
+            }
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
                 const uint32_t(&p)[4] =
@@ -290,9 +295,10 @@ struct Warp {
                 Element<E>::mma(out[mt][2 * n], p, b[i % 3][0], b[i % 3][1]);
                 Element<E>::mma(out[mt][2 * n + 1], p, b[i % 3][2], b[i % 3][3]);
             }
-            if constexpr (SPLIT == 1 && step + 1 < VS)
-                exponentials<PART *(step + 1) + PART * n / VN,
-                             PART *(step + 1) + PART *(n + 1) / VN>();
+            constexpr int SPAN = SPLIT > 1 ? LAST : VN, from = n < SPAN ? n : SPAN,
+                          to = n + 1 < SPAN ? n + 1 : SPAN, first = PART * (step + AHEAD);
+            if constexpr (step + AHEAD < VS)
+                exponentials<first + PART * from / SPAN, first + PART * to / SPAN>(place);
         });
     }
 
@@ -408,9 +414,9 @@ struct Warp {
             }
     }
 
-    // Each score x of row i and key j becomes change(x, i, j). `row`, `key` as in mask().
+    // Each score x becomes change(x, mt, half, n, e).
     template <typename Change>
-    __device__ __forceinline__ void change_scores(int row, int key, Change change) {
+    __device__ __forceinline__ void change_scores(Change change) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -420,54 +426,84 @@ struct Warp {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         float &x = score[mt][n][2 * half + e];
-                        x = change(x, row + mt * 16 + half * 8,
-                                   key + n * 8 + threadIdx.x % 4 * 2 + e);
+                        x = change(x, mt, half, n, e);
                     }
     }
 
-    // The options of the forward pass, one after the other; leaves logits times log2(e). Rows and keys outside the
-    // tensors give anything: mask() hides them.
+    // Each score x becomes change(x, y), y: the element of `tensor`, [B, H, Lq, Lk] of T, for its row and key. Where these do
+    // not exist y is anything: mask() hides those keys, and nobody sees those rows. `row` as in mask(); `key`: the first of
+    // this thread's; `pairs`: all keys of the tile exist, and two neighbours can be read at once.
+    template <typename T, typename Change>
+    __device__ __forceinline__ void combine_scores(const fwd_view &tensor, const Sequence &seq,
+                                                   int b, int h, int row, int key, bool pairs,
+                                                   Change change) {
+        struct alignas(2 * sizeof(T)) Two {
+            T x, y;
+        };
+        const T *const head = (const T *)tensor.data + b * tensor.stride[0] + h * tensor.stride[1];
+        const auto combine = [&](auto two_of) {
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int i = min(row + mt * 16 + half * 8, seq.q_len - 1), j = anew(key);
+                    const T *const from = head + i * tensor.stride[2];
+#pragma unroll
+                    for (int n = 0; n < NT; ++n) {
+                        const Two y = two_of(from, j + n * 8);
+                        float(&x)[4] = score[mt][n];
+                        x[2 * half] = change(x[2 * half], y.x);
+                        x[2 * half + 1] = change(x[2 * half + 1], y.y);
+                    }
+                }
+        };
+        const auto at = [&](const T *from, int j) {
+            return __any_sync(~0u, j < seq.k_len) ? from[min(j, seq.k_len - 1) * tensor.stride[3]]
+                                                  : T(0);
+        };
+        if (pairs)
+            combine([](const T *from, int j) { return *(const Two *)(from + j); });
+        else
+            combine([&](const T *from, int j) { return Two{at(from, j), at(from, j + 1)}; });
+    }
+
+    // The options of the forward pass, one after the other; leaves logits times log2(e). `row`, `key` as in mask().
     __device__ __forceinline__ void extras(const fwd_params &p, const Sequence &seq, int b, int h,
                                            int row, int key) {
-        const auto place = [&](const fwd_view &v, int i, int j) {
-            return b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
-        };
-        const auto exists = [&](int i, int j) { return i < seq.q_len && j < seq.k_len; };
+        b = anew(b);
+        h = anew(h);
+        row = anew(row);
+        const int column = key + threadIdx.x % 4 * 2;
+        const bool whole = key + KEYS <= seq.k_len;
         if (p.softcap > 0) { // tanh(x) = 1 - 2 / (exp(2 x) + 1)
             const float cap = (float)p.softcap * LOG2E,
-                        inner = 2 * p.exponent_scale / (float)p.softcap;
-            change_scores(row, key, [&](float x, int, int) {
+                        inner = 2 * p.exponent_scale * reciprocal((float)p.softcap);
+            change_scores([&](float x, int, int, int, int) {
                 return cap - 2 * cap * reciprocal(exp2_fast(x * inner) + 1);
             });
         } else {
-            change_scores(row, key, [&](float x, int, int) { return x * p.exponent_scale; });
+            change_scores([&](float x, int, int, int, int) { return x * p.exponent_scale; });
         }
+        const bool bias_pairs = whole && p.flags & FWD_PAIRED_BIAS;
         if (p.bias.data && p.flags & FWD_BIAS_F32)
-            change_scores(row, key, [&](float x, int i, int j) {
-                return exists(i, j)
-                           ? fmaf(((const float *)p.bias.data)[place(p.bias, i, j)], LOG2E, x)
-                           : x;
-            });
+            combine_scores<float>(p.bias, seq, b, h, row, column, bias_pairs,
+                                  [](float x, float y) { return fmaf(y, LOG2E, x); });
         else if (p.bias.data)
-            change_scores(row, key, [&](float x, int i, int j) {
-                return exists(i, j) ? fmaf(Element<E>::widen((
-                                               (const uint16_t *)p.bias.data)[place(p.bias, i, j)]),
-                                           LOG2E, x)
-                                    : x;
-            });
+            combine_scores<uint16_t>(
+                p.bias, seq, b, h, row, column, bias_pairs,
+                [](float x, uint16_t y) { return fmaf(Element<E>::widen(y), LOG2E, x); });
         if (p.alibi_slopes.data) {
             const fwd_view &v = p.alibi_slopes;
             const float alibi = ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] * LOG2E;
-            change_scores(row, key, [&](float x, int i, int j) {
-                return fmaf(-alibi, abs(i + seq.diagonal - j), x);
+            const float distance = row + seq.diagonal - column;
+            change_scores([&](float x, int mt, int half, int n, int e) {
+                return fmaf(-alibi, fabsf(distance + (mt * 16 + half * 8 - n * 8 - e)), x);
             });
         }
         if (p.mask.data)
-            change_scores(row, key, [&](float x, int i, int j) {
-                return exists(i, j) && !((const uint8_t *)p.mask.data)[place(p.mask, i, j)]
-                           ? NEG_INF
-                           : x;
-            });
+            combine_scores<uint8_t>(p.mask, seq, b, h, row, column,
+                                    whole && p.flags & FWD_PAIRED_MASK,
+                                    [](float x, uint8_t y) { return y ? x : NEG_INF; });
     }
 };
 
@@ -475,16 +511,19 @@ struct Warp {
 template <typename E, int COLS, int DV, int ROWS>
 __device__ __forceinline__ void store_rows(const fwd_params &p, const char *tile, int first,
                                            int rows, E *out) {
-    constexpr int CHUNKS = DV / 8;
+    constexpr int CHUNKS = DV / 8,
+                  WIDTH = CHUNKS > 16  ? 32
+                          : CHUNKS > 8 ? 16
+                                       : 8,
+                  STEP = 32 / WIDTH; // a thread keeps its column
     const int lane = threadIdx.x % 32;
     if (p.flags & FWD_ALIGNED_OUTPUT) {
-#pragma unroll 8
-        for (int x = lane; x < ROWS * CHUNKS; x += 32) {
-            const int r = first + x / CHUNKS, c = x % CHUNKS;
-            if (r < rows && c * 8 < p.dim_v)
-                *(uint4 *)(out + r * p.output.stride[2] + c * 8) =
-                    *(const uint4 *)(tile + Rows<COLS>::at(r, c));
-        }
+        const int r = first + lane / WIDTH, c = lane % WIDTH, left = c * 8 < p.dim_v ? rows - r : 0;
+        E *to = out + r * p.output.stride[2] + c * 8;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += STEP, to += STEP * p.output.stride[2])
+            if (i < left)
+                *(uint4 *)to = *(const uint4 *)(tile + Rows<COLS>::at(r + i, c));
         return;
     }
 #pragma unroll 1
@@ -621,10 +660,15 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     const uint32_t q_at = kept(q_tile + warp * MT * 16 * D * 2 + Rows<D>::at(lane % 16, lane / 16));
     const uint32_t k_at =
         kept(ring + part * W::KEYS * D * 2 + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
-    const uint32_t v_at = kept(ring + T::K_BYTES + Rows<DV>::at(lane % 16, part * 2 + lane / 16));
+    const uint32_t v_at = kept(
+        ring + T::K_BYTES +
+        Rows<DV>::at(lane % 8 + lane / 8 % 2 * (SPLIT > 1 ? W::KEYS : 8), part * 2 + lane / 16));
     const uint32_t p_tile = T::Q_BYTES + STAGES * T::STAGE_BYTES + warp * MT * 16 * BN * 2;
-    const uint32_t p_at =
-        SPLIT > 1 ? kept(q_tile + p_tile + Rows<BN>::at(lane % 16, lane / 16)) : 0;
+    const auto p_chunk = [&](int row, int half) {
+        return SPLIT > 1 ? kept(q_tile + p_tile + Rows<BN>::at(row, half * (W::KEYS / 8))) : 0;
+    };
+    const uint32_t p_at = p_chunk(lane % 16, lane / 16),
+                   p_to = p_chunk(lane / 4, part) + lane % 4 * 4;
     uint32_t offset = 0;
 #pragma unroll 1
     for (int g = first - 1; g < end; ++g) {
@@ -632,8 +676,10 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
                    next = g + 1 >= warp_first && g + 1 < warp_end;
         if (STAGES == 1) {
             // K of the next tile is on its way while V of this one is used, and the other way round.
-            copy_wait<0>();
-            __syncthreads();
+            if (g >= first) {
+                copy_wait<0>();
+                __syncthreads();
+            }
             load_key(g + 1, 0);
             copy_commit();
         } else {
@@ -651,7 +697,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
             }
         }
         if (current)
-            w.add_values(v_at + offset, p_at);
+            w.add_values(v_at + offset, p_at, p_to);
         if (STAGES == 1) {
             copy_wait<0>();
             __syncthreads();
@@ -669,8 +715,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
                 w.template mask<true>(p, seq, first_row + lane / 4, key);
             w.find_maxima();
             w.follow_maxima(shared + p_tile);
-            if (SPLIT > 1)
-                w.share_exponentials(shared + p_tile);
+            w.template exponentials<0, W::PART * W::AHEAD>(p_to);
         }
         offset = offset + T::STAGE_BYTES == STAGES * T::STAGE_BYTES ? 0 : offset + T::STAGE_BYTES;
     }
