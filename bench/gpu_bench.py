@@ -6,7 +6,8 @@ Every case is timed in rounds: each implementation once per round, between two C
 short busy loop of the device so that the host's own time stays out. The figures are medians; the
 spread is the distance between the quartiles in percent of the median. A product of 8192 x 8192
 matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 4 B H Lq Lk D,
-halved for causal. Last come host times of one call on a tiny problem: a planned call, and a bare
+halved for causal. The ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L.
+Last come host times of one call on a tiny problem: a planned call, and a bare
 cuLaunchKernel of an empty kernel with as many bytes of parameters.
 """
 
@@ -60,6 +61,7 @@ CODES = {
     torch.bfloat16: (4, 16),
     torch.float32: (2, 32),
     torch.float64: (2, 64),
+    torch.bool: (6, 8),
 }
 
 
@@ -180,21 +182,50 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def grid(dtypes, quick):
-    """(dtype name, D, causal, L): 16k tokens and H * D = 2048, the FlashAttention 3 paper's."""
+    """(op, dtype name, D, causal, L): 16k tokens and H * D = 2048, the FlashAttention 3 paper's."""
     lengths = (512, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
     for dtype in dtypes:
         for dim in (64, 128, 256):
             for causal in (False, True):
                 for length in lengths if dtype != "f32" else lengths[:5:2]:
-                    yield dtype, dim, causal, length
+                    yield "fwd", dtype, dim, causal, length
+            for option in OPTIONS:
+                yield f"fwd+{option}", dtype, dim, False, 2048
 
 
-def implementations(library, q, k, v, causal, kernels):
+def bias(q):
+    """One for all of the batch, as of positions."""
+    tensor = torch.randn(1, q.shape[1], q.shape[2], q.shape[2], device=q.device, dtype=q.dtype)
+    return {"bias": tensor}, tensor
+
+
+def mask(q):
+    """One for all heads; 7 of 10 keys are visible, and in every row the first."""
+    tensor = torch.rand(q.shape[0], 1, q.shape[2], q.shape[2], device=q.device) < 0.7
+    tensor[..., 0] = True
+    return {"mask": tensor}, tensor
+
+
+def alibi(q):
+    """Slopes; what has no such option gets them as a bias."""
+    heads, length = q.shape[1:3]
+    slopes = 2 ** (-8 * torch.arange(1, heads + 1, device=q.device) / heads)
+    row = torch.arange(length, device=q.device)
+    tensor = slopes[:, None, None] * -(row[:, None] - row).abs()
+    return {"alibi_slopes": slopes}, tensor.to(q.dtype)[None]
+
+
+# name -> query -> (what the library gets, the attn_mask that says the same to PyTorch)
+OPTIONS = {"bias": bias, "mask": mask, "alibi": alibi}
+
+
+def implementations(library, q, k, v, causal, option, kernels):
     output = torch.empty_like(q)
+    extra, attn_mask = OPTIONS[option](q) if option else ({}, None)
     found = {}
     for kernel in kernels:
         try:
-            call = library.call(causal, kernel, query=q, key=k, value=v, output=output)
+            call = library.call(causal, kernel, query=q, key=k, value=v, output=output, **extra)
         except RuntimeError:
             continue  # the row does not take this dtype, or not on this device
         if call.kernel not in {c.kernel for _, c in found.values() if isinstance(c, Call)}:
@@ -203,12 +234,12 @@ def implementations(library, q, k, v, causal, kernels):
 
         def peer(backend=backend):
             with sdpa_kernel(backend):
-                functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                functional.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal)
 
         try:
             peer()
         except RuntimeError:
-            continue  # PyTorch's backend does not take this dtype
+            continue  # PyTorch's backend does not take this dtype or a mask
         found[name] = (name, peer)
     return found
 
@@ -267,7 +298,7 @@ def main():
             out.writerow(row)
             print(op, row.get("tflops", row.get("gbs")))
 
-        for dtype, dim, causal, length in grid(options.dtypes.split(","), options.quick):
+        for op, dtype, dim, causal, length in grid(options.dtypes.split(","), options.quick):
             batch, heads = 16384 // length, 2048 // dim
             q, k, v = (
                 torch.randn(
@@ -275,7 +306,8 @@ def main():
                 ).transpose(1, 2)
                 for _ in range(3)
             )
-            found = implementations(library, q, k, v, causal, kernels)
+            option = op.partition("+")[2]
+            found = implementations(library, q, k, v, causal, option, kernels)
             times = rounds({name: f for name, (_, f) in found.items()}, options.rounds)
             flops = 4 * batch * heads * length * length * dim / (2 if causal else 1)
             line = []
@@ -285,7 +317,7 @@ def main():
                 out.writerow(
                     dict(
                         common,
-                        op="fwd",
+                        op=op,
                         dtype=dtype,
                         B=batch,
                         Hq=heads,
@@ -304,6 +336,7 @@ def main():
                 )
                 line.append(f"{kernel or name} {flops / median / 1e6:.0f}")
             print(
+                op,
                 dtype,
                 f"D {dim} causal {int(causal)} L {length}:",
                 ", ".join(line),
