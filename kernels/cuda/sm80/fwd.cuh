@@ -4,8 +4,8 @@
 // rows and all of their output; where that is more than its registers hold, SPLIT = 2 warps share the rows: each computes
 // the scores of half of the keys, and half of the output's columns from the P of both. Step g of a warp is P V of tile g
 // with its exponentials in between, so that the tensor cores and the special function unit work at the same time, then
-// Q K^T of tile g + 1 and its row maxima. So a step needs K of tile g + 1 and V of tile g, which share a stage of the
-// ring, and step first - 1 only multiplies.
+// Q K^T of tile g + 1, its row maxima and its first exponentials. So a step needs K of tile g + 1 and V of tile g, which
+// share a stage of the ring, and step first - 1 only multiplies.
 //
 // The maximum that exponents are relative to follows the true one only when that has grown by more than 2^8
 // (the scheme of FlashAttention 4): P stays below 2^8, sums are in f32, and rescaling the output is rare.
@@ -151,7 +151,8 @@ struct Warp {
     static constexpr int KEYS = BN / SPLIT, COLUMNS = DV / SPLIT;
     static constexpr int KS = D / 16, NT = KEYS / 8, VS = BN / 16, VN = COLUMNS / 16,
                          PAIRS = MT * NT * 2;
-    static_assert(SPLIT == 1 || DV % 32 == 0, "");
+    static_assert(SPLIT == 1 || (DV % 32 == 0 && (NT & (NT - 1)) == 0),
+                  "warps share columns by 16, and keys of P by XOR of the chunk");
 
     float out[MT][COLUMNS / 8][4];
     float score[MT][NT][4];
