@@ -45,8 +45,8 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, i
         float score = 0;
         for (int i = 0; i < kQk; i++)
             if (32 * i + lane < p.dim_qk)
-                score += float(query[32 * i + lane]) *
-                         float(key[j * p.key_strides.row + 32 * i + lane]);
+                score +=
+                    float(query[32 * i + lane]) * float(key[j * p.key_strides.row + 32 * i + lane]);
         for (int i = 16; i > 0; i /= 2)
             score += __shfl_xor_sync(~0u, score, i);
         if (C::kSoftcap)
