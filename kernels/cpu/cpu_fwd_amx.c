@@ -3,8 +3,8 @@
  * product of two elements the sum of the products of their terms, without those below the last bit: one product for
  * bf16, four (scores) or three (values) for f16, six for f32, of exact factors and with sums in f32.
  *
- * Tiles and vectors are units of their own, which work side by side if their instructions alternate: the softmax of some
- * keys runs beside the products of the next ones' scores.
+ * Tiles and vectors are units of their own, which work side by side if their instructions alternate, few of each at a
+ * time: the softmax of some keys runs beside the products of the next ones' scores.
  *
  * Operands are packed in tiles of 16 rows x 16 words, 1 KiB each, in the order in which products take them: rows of
  * tiles, of each the steps along the summed axis, of each step the terms. Tile registers cannot be moved to vectors,
@@ -62,7 +62,7 @@ struct weighing {
 VEC_INLINE void weigh_pair(struct weighing *w, int first, int end, int keys, int terms) {
     const int vectors = end - first;
     const float *s = w->scores + w->pair * LANES + first * VEC_LANES;
-    float *to = w->weights + w->pair++ * (STEP / 2);
+    float *to = w->weights + w->pair++ * ROWS;
     vec x[2 * VECTORS]; /* even keys of all vectors, odd ones */
 #pragma clang loop unroll(full)
     for (int i = 0; i < keys * vectors; i++)
@@ -359,11 +359,11 @@ VEC_INLINE void pack_query_terms(const struct block *b, const char *const *rows,
                 if (v * VEC_LANES + r < b->rows)
                     load_step(lane, rows[v * VEC_LANES + r], d, dim, dtype, terms);
                 for (int t = 0; t < terms; t++)
-                    vec_store(words[t] + r * (STEP / 2), lane[t]);
+                    vec_store(words[t] + r * PAIRS, lane[t]);
             }
             for (int t = 0; t < terms; t++)
-                vec_transpose(b->query + v * row + (d / STEP * terms + t) * TILE, STEP / 2,
-                              words[t], STEP / 2);
+                vec_transpose(b->query + v * row + (d / STEP * terms + t) * TILE, PAIRS, words[t],
+                              PAIRS);
         }
 }
 

@@ -34,8 +34,9 @@ struct part {
     float position[MAX_ROWS], slope[MAX_ROWS];
 };
 
-/* Rows of a tile to be fetched one by one beside other work. Those of a whole tile that lie side by side are taken from
- * each of its pages in turn: the hardware reads ahead within a page by itself, and so in all of them at once. */
+/* Rows of a tile to be fetched into the first-level cache one by one beside other work. Those of a whole tile that lie side
+ * by side are taken from each of its pages in turn: the hardware reads ahead within a page by itself, and so in all of
+ * them at once. */
 struct row_fetch {
     struct rows rows;
     int64_t first, bytes; /* of a row */
@@ -48,7 +49,9 @@ static inline void fetch_next(struct row_fetch *f) {
         return;
     const int32_t j = f->done++, page = j & ((1 << f->pages_log2) - 1);
     const int64_t row = f->first + page * (DECODE_TILE_K >> f->pages_log2) + (j >> f->pages_log2);
-    prefetch_rows(&f->rows, row, row + 1, f->bytes);
+    const char *at = row_at(&f->rows, row);
+    for (int64_t byte = 0; byte < f->bytes; byte += 64)
+        __builtin_prefetch(at + byte, 0, 3);
 }
 
 /* Keys [first_key, first_key + n) of it, n <= DECODE_TILE_K. */
