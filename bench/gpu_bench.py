@@ -1,14 +1,17 @@
 """Forward attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
+                                                                       [--ops fwd,decode,call]
 
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
 short busy loop of the device so that the host's own time stays out. The figures are medians; the
 spread is the distance between the quartiles in percent of the median. A product of 8192 x 8192
 matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 4 B H Lq Lk D,
 halved for causal. The ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L.
-Last come host times of one call on a tiny problem: a planned call, and a bare
-cuLaunchKernel of an empty kernel with as many bytes of parameters.
+Decoding is one query row for each head, and every call of it finds L2 cold: before it 256 MiB are
+read. (Were they written, the call would pay for writing back what of them is still in L2.) Its GB/s
+are those of keys and values. Last come host times of one call on a tiny problem: a planned call,
+and a bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
 """
 
 import argparse
@@ -219,6 +222,26 @@ def alibi(q):
 OPTIONS = {"bias": bias, "mask": mask, "alibi": alibi}
 
 
+# (dtype name, B, Hq, Hkv, Lk, D)
+DECODE = (
+    ("bf16", 1, 32, 8, 1024, 128),
+    ("bf16", 1, 32, 8, 8192, 128),
+    ("bf16", 1, 32, 8, 32768, 128),
+    ("bf16", 1, 64, 8, 131072, 128),
+    ("bf16", 8, 32, 8, 4096, 128),
+    ("bf16", 16, 32, 8, 4096, 128),
+    ("bf16", 16, 32, 8, 8192, 128),
+    ("bf16", 64, 32, 8, 4096, 128),
+    ("bf16", 16, 32, 32, 4096, 128),
+    ("f16", 16, 32, 8, 8192, 128),
+    ("bf16", 1, 32, 8, 8192, 64),
+    ("bf16", 16, 32, 8, 8192, 64),
+    ("bf16", 1, 16, 8, 8192, 256),
+    ("bf16", 16, 16, 8, 4096, 256),
+    ("bf16", 1, 16, 1, 65536, 128),
+)
+
+
 def implementations(library, q, k, v, causal, option, kernels):
     output = torch.empty_like(q)
     extra, attn_mask = OPTIONS[option](q) if option else ({}, None)
@@ -234,7 +257,9 @@ def implementations(library, q, k, v, causal, option, kernels):
 
         def peer(backend=backend):
             with sdpa_kernel(backend):
-                functional.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal)
+                functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+                )
 
         try:
             peer()
@@ -254,12 +279,50 @@ def measure_ceilings(count):
     return rounds({"gemm": lambda: a @ a, "copy": lambda: other.copy_(big)}, count)
 
 
+def decode_rows(library, kernels, count):
+    """What one line of the CSV has beside the common columns, for each implementation of a case."""
+    other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
+    for dtype, batch, heads, heads_kv, length, dim in DECODE:
+        q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPES[dtype])
+        k, v = (
+            torch.randn(batch, heads_kv, length, dim, device="cuda", dtype=DTYPES[dtype])
+            for _ in range(2)
+        )
+        found = implementations(library, q, k, v, False, None, kernels)
+        cold = {}
+        for name, (_, function) in found.items():
+            cold[f"before {name}"] = other.max
+            cold[name] = function
+        times = rounds(cold, count)
+        for name, (impl, function) in found.items():
+            median, spread = times[name]
+            yield {
+                "op": "decode",
+                "dtype": dtype,
+                "B": batch,
+                "Hq": heads,
+                "Hkv": heads_kv,
+                "Lq": 1,
+                "Lk": length,
+                "D": dim,
+                "Dv": dim,
+                "causal": 0,
+                "impl": impl,
+                "kernel": function.kernel if isinstance(function, Call) else "",
+                "median_us": f"{median:.2f}",
+                "spread_pct": f"{spread:.1f}",
+                "tflops": f"{4 * batch * heads * length * dim / median / 1e6:.1f}",
+                "gbs": f"{4 * batch * heads_kv * length * dim / median / 1e3:.0f}",
+            }
+
+
 def main():
     options = argparse.ArgumentParser()
     options.add_argument("--out")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--dtypes", default=",".join(DTYPES))
+    options.add_argument("--ops", default="fwd,decode,call")
     options.add_argument(
         "--kernels",
         default="cuda_fwd_sm80,cuda_fwd_simt",
@@ -298,7 +361,8 @@ def main():
             out.writerow(row)
             print(op, row.get("tflops", row.get("gbs")))
 
-        for op, dtype, dim, causal, length in grid(options.dtypes.split(","), options.quick):
+        dtypes = options.dtypes.split(",") if "fwd" in options.ops else []
+        for op, dtype, dim, causal, length in grid(dtypes, options.quick):
             batch, heads = 16384 // length, 2048 // dim
             q, k, v = (
                 torch.randn(
@@ -343,6 +407,13 @@ def main():
                 flush=True,
             )
 
+        rows = decode_rows(library, kernels, options.rounds) if "decode" in options.ops else ()
+        for row in rows:
+            out.writerow(dict(common, **row))
+            print(*(row[c] for c in COLUMNS if c in row), flush=True)
+
+        if "call" not in options.ops:
+            return
         calls = {"cuLaunchKernel": bare_launch()}
         for kernel in None, b"cuda_fwd_sm80":
             name, planned = planned_call(library, kernel)

@@ -24,6 +24,7 @@ enum {
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
     CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9,
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
     CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2,
     CU_POINTER_ATTRIBUTE_IS_MANAGED = 8,
     CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
@@ -32,6 +33,22 @@ enum {
     CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
     CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
+};
+
+/* CUlaunchAttribute */
+struct launch_attribute {
+    int id;
+    int padding;
+    int value[16]; /* a union of what attributes need */
+};
+
+/* CUlaunchConfig */
+struct launch_config {
+    unsigned grid[3], block[3];
+    unsigned shared_bytes;
+    CUstream stream;
+    struct launch_attribute *attributes;
+    unsigned attribute_count;
 };
 
 /* What is used of it: result, name, parameters. */
@@ -53,9 +70,8 @@ enum {
        unsigned jit_count, int *options, void **values, unsigned count))                           \
     F(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char *name))                \
     F(cuKernelSetAttribute, (int attribute, int value, CUkernel kernel, CUdevice device))          \
-    F(cuLaunchKernel, (CUkernel function, unsigned grid_x, unsigned grid_y, unsigned grid_z,       \
-                       unsigned block_x, unsigned block_y, unsigned block_z,                       \
-                       unsigned shared_bytes, CUstream stream, void **parameters, void **extra))   \
+    F(cuLaunchKernelEx,                                                                            \
+      (const struct launch_config *config, CUkernel function, void **parameters, void **extra))    \
     F(cuPointerGetAttributes, (unsigned count, int *attributes, void **values, uint64_t pointer))  \
     F(cuStreamSynchronize, (CUstream stream))                                                      \
     F(cuThreadExchangeStreamCaptureMode, (int *mode))                                              \
@@ -327,8 +343,15 @@ static int32_t load(struct cuda_kernel *k, struct device *d) {
     return status;
 }
 
-int32_t cuda_launch(struct cuda_kernel *k, int32_t device, int64_t blocks, void *stream,
-                    void *params) {
+static int32_t launch(struct cuda_kernel *k, int32_t device, int64_t blocks, bool early,
+                      void *stream, void *params) {
+    struct launch_attribute at_once = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                       .value = {1}};
+    struct launch_config config = {.grid = {(unsigned)blocks, 1, 1},
+                                   .block = {(unsigned)k->threads, 1, 1},
+                                   .shared_bytes = (unsigned)k->shared_memory_bytes,
+                                   .stream = stream,
+                                   .attributes = &at_once};
     struct device *d;
     bool entered = false;
     int32_t status = open_device(&d, device);
@@ -339,17 +362,27 @@ int32_t cuda_launch(struct cuda_kernel *k, int32_t device, int64_t blocks, void 
         status = enter(d, &entered);
     if (status != DLATTN_OK)
         return status;
+    config.attribute_count = early && d->caps.sm >= 90;
     if (!(atomic_load_explicit(&k->ready, memory_order_acquire) >> (d - devices) & 1))
         status = load(k, d);
     if (status == DLATTN_OK && blocks > 0) {
-        const CUresult error = cu.cuLaunchKernel(
-            atomic_load_explicit(&k->function, memory_order_relaxed), (unsigned)blocks, 1, 1,
-            (unsigned)k->threads, 1, 1, (unsigned)k->shared_memory_bytes, stream, &params, NULL);
+        const CUresult error = cu.cuLaunchKernelEx(
+            &config, atomic_load_explicit(&k->function, memory_order_relaxed), &params, NULL);
         if (error != CUDA_SUCCESS)
             status = driver_failed(error, k->name);
     }
     leave(entered);
     return status;
+}
+
+int32_t cuda_launch(struct cuda_kernel *k, int32_t device, int64_t blocks, void *stream,
+                    void *params) {
+    return launch(k, device, blocks, false, stream, params);
+}
+
+int32_t cuda_launch_early(struct cuda_kernel *k, int32_t device, int64_t blocks, void *stream,
+                          void *params) {
+    return launch(k, device, blocks, true, stream, params);
 }
 
 int32_t cuda_synchronize(int32_t device, void *stream) {

@@ -47,6 +47,11 @@ int32_t cuda_check_pointers(const struct problem *p, const void *workspace);
 int32_t cuda_launch(struct cuda_kernel *kernel, int32_t device, int64_t blocks, void *stream,
                     void *params);
 
+/* The same for a kernel that, compiled for sm_90 or later, waits by griddepcontrol for the kernel before it in the stream:
+ * there it may start before that has ended. */
+int32_t cuda_launch_early(struct cuda_kernel *kernel, int32_t device, int64_t blocks, void *stream,
+                          void *params);
+
 /* Waits for a stream: only where the ABI says that a call does. */
 int32_t cuda_synchronize(int32_t device, void *stream);
 

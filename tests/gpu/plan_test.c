@@ -115,6 +115,38 @@ Test(gpu_plan, rows_by_dtype) {
     }
 }
 
+/* Few rows: their own kernel, in about as many blocks as the GPU has multiprocessors, and workspace for what those leave. */
+Test(gpu_plan, decoding_is_split_until_it_fills_the_gpu) {
+    static const struct {
+        int64_t batch, heads_q, heads_kv, len_q, len_k;
+        int32_t splits, rows;
+    } cases[] = {{1, 32, 8, 1, 8192, 12, 8},  {1, 32, 8, 1, 1000, 7, 8},
+                 {1, 32, 8, 1, 100, 1, 8},    {60, 8, 8, 1, 8192, 1, 8},
+                 {1, 16, 1, 1, 8192, 64, 16}, {1, 64, 8, 3, 8192, 25, 32},
+                 {1, 12, 4, 100, 8192, 5, 32}};
+    for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
+        struct problem p = problem_of(DTYPE_BF16, 128, 128, DLATTN_FEATURE_GQA);
+        p.batch = cases[n].batch;
+        p.heads_q = cases[n].heads_q;
+        p.heads_kv = cases[n].heads_kv;
+        p.len_q = cases[n].len_q;
+        p.len_k = cases[n].len_k;
+        for (int m = 0; m < MACHINES; m++) {
+            const struct caps caps = caps_of(&machines[m]);
+            struct plan plan;
+            cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK));
+            cr_expect(strcmp(plan.kernel->name, "cuda_decode_sm80") == 0, "case %d", (int)n);
+            cr_expect(eq(int, plan.splits, cases[n].splits), "case %d", (int)n);
+            cr_expect(eq(int, plan.tile_q, cases[n].rows), "case %d", (int)n);
+            const int64_t packed = p.heads_q / p.heads_kv * p.len_q,
+                          tiles = p.batch * p.heads_kv * ((packed + plan.tile_q - 1) / plan.tile_q),
+                          floats = tiles * plan.splits * plan.tile_q * (128 + 2);
+            cr_expect(eq(sz, plan.workspace_bytes, plan.splits > 1 ? (size_t)floats * 4 : 0),
+                      "case %d", (int)n);
+        }
+    }
+}
+
 Test(gpu_plan, refuses_older_gpus_and_wider_heads) {
     const struct machine turing = {75, 65536};
     const struct problem p = problem_of(DTYPE_F16, 64, 64, 0),

@@ -94,7 +94,7 @@ static void loop_features(struct loop *loop) {
         check(loop, &shapes[i % 4], &feature_sets[i]);
         if (SHARE == 1) {
             check(loop, &shapes[(i + 1) % 4], &feature_sets[i]);
-            check(loop, &(struct shape){2, 6, 2, 1, 333, 40, 40}, &feature_sets[i]);
+            check(loop, &(struct shape){4, 6, 2, 5, 333, 40, 40}, &feature_sets[i]);
         }
     }
 }

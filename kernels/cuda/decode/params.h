@@ -1,0 +1,26 @@
+/*
+ * What the two kernels of cuda_decode_sm80 get, by value. Shared by the C side, which fills it, and CUDA C++.
+ */
+#ifndef DLATTN_CUDA_DECODE_PARAMS_H_
+#define DLATTN_CUDA_DECODE_PARAMS_H_
+
+#include "kernels/cuda/common/params.h"
+
+/* x / d is x * multiplier >> shift for all x below 2^31: an integer division takes a hundred cycles. */
+struct divisor {
+    uint32_t multiplier, shift;
+};
+
+struct decode_params {
+    struct fwd_params fwd; /* row_blocks: tiles of packed rows that share one kv head */
+    int32_t heads_kv;
+    int32_t tile_rows;
+    int32_t splits;
+    struct divisor by_splits, by_row_blocks, by_heads_kv, by_group;
+    /* In the caller's workspace, of row r in split s of tile t; unused where there is one split. */
+    float *outputs; /* [t][s][r][dim_v], not yet divided by the sum */
+    float *
+        sums; /* [t][s][r][2]: log2 of the scale of output and sum, -inf if no key was seen; the sum */
+};
+
+#endif /* DLATTN_CUDA_DECODE_PARAMS_H_ */
