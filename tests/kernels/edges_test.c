@@ -1,6 +1,7 @@
 /*
  * f32 at the edges of its range: infinity, the largest numbers, and logits of common size from vast keys and tiny queries or
- * the reverse. Each row of the CPU against the reference row; loose bounds, for kernels_test has the tight ones.
+ * the reverse. Each row of the CPU against the reference row; loose bounds, for kernels_test has the tight ones. And a
+ * NaN that rounding to bf16 must not carry over into another number.
  */
 #include "tests/support/check.h"
 
@@ -116,4 +117,50 @@ Test(edges, every_cpu_row) {
     }
     free(got);
     free(want);
+}
+
+/* The bias of one row is a NaN of all bits: that row of bf16 is NaN, and no other. */
+Test(edges, nan_of_all_bits) {
+    enum { ROWS = 20, HIT = 3, ELEMENTS = ROWS * DIM };
+    static uint16_t one[ELEMENTS], output[ELEMENTS];
+    static float bias[ROWS * ROWS];
+    const dlattn_api *api = test_api();
+    int64_t shape[] = {1, 1, ROWS, DIM}, square[] = {1, 1, ROWS, ROWS};
+    const DLTensor like = {
+        .data = one, .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLBfloat, 16, 1}, .shape = shape};
+    DLTensor query = like, key = like, value = like, result = like, extra = like;
+    for (int i = 0; i < ELEMENTS; i++)
+        one[i] = 0x3f80;
+    memset(&bias[HIT * ROWS + 5], 0x7f, sizeof bias[0]);
+    memset(&bias[HIT * ROWS + 5], 0xff, sizeof bias[0] - 1); /* 0x7fffffff */
+    result.data = output;
+    extra.data = bias, extra.shape = square, extra.dtype = (DLDataType){kDLFloat, 32, 1};
+    const dlattn_tensors tensors = {.struct_size = sizeof tensors,
+                                    .query = &query,
+                                    .key = &key,
+                                    .value = &value,
+                                    .output = &result,
+                                    .bias = &extra};
+    for (int32_t row = 0; row < api->kernel_count(); row++) {
+        dlattn_kernel_info info = {.struct_size = sizeof info};
+        cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
+        if (strncmp(info.name, "cpu_fwd", 7) != 0 || !strstr(info.dtypes, "bf16") ||
+            !info.available)
+            continue;
+        const dlattn_forward_desc desc = {
+            .struct_size = sizeof desc, .kernel = info.name, .num_threads = 1};
+        dlattn_sku sku = {.struct_size = sizeof sku};
+        cr_assert(eq(int, api->forward_query(&desc, &tensors, &sku), DLATTN_OK));
+        const dlattn_exec exec = {.struct_size = sizeof exec,
+                                  .workspace =
+                                      aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64),
+                                  .workspace_bytes = sku.workspace_bytes};
+        memset(output, 0, sizeof output);
+        cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK));
+        int differ = 0;
+        for (int i = 0; i < ELEMENTS; i++)
+            differ += i / DIM == HIT ? (output[i] & 0x7fff) <= 0x7f80 : output[i] != one[0];
+        cr_expect(eq(int, differ, 0), "%s", info.name);
+        free(exec.workspace);
+    }
 }
