@@ -412,9 +412,8 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
                             rows.kv_head * p.key.stride[1] + seq.k_start * p.key.stride[2],
                   start_v = (p.page_size ? 0 : rows.b * p.value.stride[0]) +
                             rows.kv_head * p.value.stride[1] + seq.k_start * p.value.stride[2];
-    const E *const k = (const E *)p.key.data + start_k + lane % 8 * 8, *const v =
-                                                                           (const E *)p.value.data +
-                                                                           start_v + lane % 8 * 8;
+    const E *const k = (const E *)p.key.data + start_k + lane % 8 * 8;
+    const E *const v = (const E *)p.value.data + start_v + lane % 8 * 8;
     const auto copy = [&](auto cols, uint32_t to, const E *from, int64_t row_start, int left,
                           int columns) {
         constexpr int COLS = decltype(cols)::value;
@@ -551,13 +550,13 @@ __device__ __forceinline__ void cuda_decode_sm80_merge(const decode_params &dp) 
               r = packed - row_block * dp.tile_rows;
     const Rows rows(dp, tile, dp.tile_rows);
     const Sequence seq(p, rows.b);
+#if __CUDA_ARCH__ >= 900
+    // All of it may start before the other kernel has ended, and none of it may end before.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
     if (rows.query(r) >= seq.q_rows)
         return;
     const int64_t first = tile * (int64_t)dp.splits * dp.tile_rows + r;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::
-                     : "memory"); // this kernel may start before the other has ended
-#endif
     const Merged<2> own = merged<2>(
         warp, WARPS, dp.splits, p.dim_v,
         [&](int s) { return ((const float2 *)dp.sums)[first + s * dp.tile_rows]; },
