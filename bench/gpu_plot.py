@@ -50,9 +50,9 @@ def main():
         )
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=8)
     figure.suptitle(f"{options.csv.stem}, {options.dtype}, 16k tokens, H * D = 2048")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(options.out or options.csv.with_suffix(".svg"))
 
 
