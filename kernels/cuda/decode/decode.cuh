@@ -10,28 +10,10 @@
 #include "kernels/cuda/common/exact.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
+#include "kernels/cuda/common/sixteen_bit.cuh"
 #include "kernels/cuda/decode/params.h"
 
 #include <type_traits>
-
-#define NEG_INF __int_as_float(0xff800000)
-#define POS_INF __int_as_float(0x7f800000)
-
-constexpr float LAZY = 8; // log2 of the largest P
-
-// A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
-// rows of a matrix lie in different banks.
-template <int COLS>
-struct Chunks {
-    static_assert(COLS % 64 == 0, "");
-    __device__ __forceinline__ static uint32_t at(int row, int chunk) {
-        return row * COLS * 2 + ((chunk ^ (row & 7)) << 4);
-    }
-    // The address `pairs` pairs of chunks after one that at() gave.
-    __device__ __forceinline__ static uint32_t after(uint32_t address, int pairs) {
-        return (address ^ pairs % 4 * 32) + pairs / 4 * 128;
-    }
-};
 
 // The transpose of an 8x8 matrix of 16-bit elements that lies in the registers of a warp.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
@@ -143,26 +125,10 @@ __device__ __forceinline__ void finish_row(const fwd_params &p, const Sequence &
                                            const Rows &rows, int r, const Merged<COLUMNS> &row) {
     const int i = rows.query(r), h = rows.head(r), lane = threadIdx.x % 32;
     const bool empty = i >= seq.q_len || row.total == 0;
-    float top = empty ? NEG_INF : row.top, total = empty ? 0 : row.total,
-          factor = reciprocal(total);
-    const float sink =
-        p.sinks.data ? ((const float *)p.sinks.data)[h * p.sinks.stride[1]] * LOG2E : NEG_INF;
-    if (sink > NEG_INF) {
-        const float higher = fmaxf(top, sink), shrink = exp2_fast(top - higher);
-        total = total * shrink + exp2_fast(sink - higher);
-        factor = shrink * reciprocal(total);
-        top = higher;
-    }
-    if (lane == 0 && p.lse.data) {
-        const float none = p.flags & FWD_EMPTY_LSE_INF ? POS_INF : NEG_INF;
-        const float lse = total == 0 ? none : (top + log2f(total)) * LN2;
-        const int64_t at =
-            rows.b * p.lse.stride[0] + h * p.lse.stride[1] + (seq.q_start + i) * p.lse.stride[2];
-        if (p.flags & FWD_LSE_F32)
-            ((float *)p.lse.data)[at] = lse;
-        else
-            ((uint16_t *)p.lse.data)[at] = (uint16_t)Element<E>::pack(lse, 0);
-    }
+    float top = empty ? NEG_INF : row.top, total = empty ? 0 : row.total;
+    const float factor = end_row(sink_of(p, h), top, total);
+    if (lane == 0 && p.lse.data)
+        store_lse<E>(p, rows.b, h, seq.q_start + i, top, total);
     E *const to = (E *)p.output.data + rows.b * p.output.stride[0] + h * p.output.stride[1] +
                   (seq.q_start + i) * p.output.stride[2];
     uint32_t odd = 0; // not 0: the output has a NaN or Inf

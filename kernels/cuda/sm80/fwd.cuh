@@ -14,13 +14,9 @@
 #include "kernels/cuda/common/exact.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
+#include "kernels/cuda/common/sixteen_bit.cuh"
 
 #include <utility>
-
-#define NEG_INF __int_as_float(0xff800000)
-#define POS_INF __int_as_float(0x7f800000)
-
-constexpr float LAZY = 8; // log2 of the largest P
 
 // body(0) ... body(N - 1), each with its index as a constant: registers have no addresses, so what indexes them must be.
 template <typename Body, int... I>
@@ -50,21 +46,6 @@ __device__ __forceinline__ int anew(int x) {
     return x;
 }
 
-// A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
-// rows of a matrix lie in different banks, and a 128-byte line of global memory stays one line.
-template <int COLS>
-struct Rows {
-    static constexpr int PITCH = COLS * 2,
-                         GROUP = COLS % 64 == 0 ? 4 : 2; // pairs of chunks that change places
-    __device__ __forceinline__ static uint32_t at(int row, int chunk) {
-        return row * PITCH + ((chunk ^ (GROUP == 4 ? row & 7 : row >> 1 & 3)) << 4);
-    }
-    // The address `pairs` pairs of chunks after one that at() gave.
-    __device__ __forceinline__ static uint32_t after(uint32_t address, int pairs) {
-        return (address ^ pairs % GROUP * 32) + pairs / GROUP * GROUP * 32;
-    }
-};
-
 template <int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
 struct Tile {
     static constexpr int THREADS = WARPS * 32, ROWS = WARPS / SPLIT * MT * 16;
@@ -79,12 +60,12 @@ template <typename E, int THREADS, int COUNT, int COLS>
 struct Loader {
     // A panel is as many chunks of a row as change places among themselves. Threads lie on WIDTH chunks of STEP rows, so
     // one keeps its column and its place in the permutation wherever it copies.
-    static constexpr int CHUNKS = COLS / 8, WIDTH = Rows<COLS>::GROUP * 2, STEP = THREADS / WIDTH;
+    static constexpr int CHUNKS = COLS / 8, WIDTH = Chunks<COLS>::GROUP * 2, STEP = THREADS / WIDTH;
     static_assert(CHUNKS % WIDTH == 0 && STEP % 8 == 0, "");
 
     // Where this thread's first chunk is, in the tile and in the tensor.
     __device__ __forceinline__ static uint32_t place() {
-        return Rows<COLS>::at(threadIdx.x / WIDTH, threadIdx.x % WIDTH);
+        return Chunks<COLS>::at(threadIdx.x / WIDTH, threadIdx.x % WIDTH);
     }
     __device__ __forceinline__ static const char *start(const E *from, int64_t stride) {
         return (const char *)(from + threadIdx.x / WIDTH * stride + threadIdx.x % WIDTH * 8);
@@ -122,7 +103,7 @@ struct Loader {
             for (int e = 0; e < 8; ++e)
                 if (r < rows && c + e < dim)
                     pairs[e / 2] |= (uint32_t)row[(c + e) * inner] << e % 2 * 16;
-            store_chunk(to + Rows<COLS>::at(r, c / 8), pairs);
+            store_chunk(to + Chunks<COLS>::at(r, c / 8), pairs);
         }
     }
 
@@ -230,10 +211,10 @@ struct Warp {
         const auto load_q = [&](int step) {
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt)
-                load_matrix(a[step % 2][mt], Rows<D>::after(q, step) + mt * 16 * D * 2);
+                load_matrix(a[step % 2][mt], Chunks<D>::after(q, step) + mt * 16 * D * 2);
         };
         const auto load_k = [&](int i) {
-            load_matrix(b[i % 3], Rows<D>::after(k, i / PARTS) + i % PARTS * 16 * D * 2);
+            load_matrix(b[i % 3], Chunks<D>::after(k, i / PARTS) + i % PARTS * 16 * D * 2);
         };
         load_q(0);
         load_k(0);
@@ -272,7 +253,7 @@ struct Warp {
                 load_matrix(a[step % 2][mt], (p_at ^ step * 16) + mt * 16 * BN * 2);
         };
         const auto load_v = [&](int i) {
-            load_matrix_transposed(b[i % 3], Rows<DV>::after(v, i % VN * SPLIT) +
+            load_matrix_transposed(b[i % 3], Chunks<DV>::after(v, i % VN * SPLIT) +
                                                  i / VN * (16 / SPLIT) * DV * 2);
         };
         if (SPLIT > 1)
@@ -524,7 +505,7 @@ __device__ __forceinline__ void store_rows(const fwd_params &p, const char *tile
 #pragma unroll
         for (int i = 0; i < ROWS; i += STEP, to += STEP * p.output.stride[2])
             if (i < left)
-                *(uint4 *)to = *(const uint4 *)(tile + Rows<COLS>::at(r + i, c));
+                *(uint4 *)to = *(const uint4 *)(tile + Chunks<COLS>::at(r + i, c));
         return;
     }
 #pragma unroll 1
@@ -532,7 +513,7 @@ __device__ __forceinline__ void store_rows(const fwd_params &p, const char *tile
         const int r = first + x / DV, c = x % DV;
         if (r < rows && c < p.dim_v)
             out[r * p.output.stride[2] + c * p.output.stride[3]] =
-                *(const E *)(tile + Rows<COLS>::at(r, c / 8) + c % 8 * 2);
+                *(const E *)(tile + Chunks<COLS>::at(r, c / 8) + c % 8 * 2);
     }
 }
 
@@ -658,15 +639,16 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     W w;
     w.init(EXTRAS ? 1.0f : p.exponent_scale);
 
-    const uint32_t q_at = kept(q_tile + warp * MT * 16 * D * 2 + Rows<D>::at(lane % 16, lane / 16));
+    const uint32_t q_at =
+        kept(q_tile + warp * MT * 16 * D * 2 + Chunks<D>::at(lane % 16, lane / 16));
     const uint32_t k_at =
-        kept(ring + part * W::KEYS * D * 2 + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+        kept(ring + part * W::KEYS * D * 2 + Chunks<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
     const uint32_t v_at = kept(
         ring + T::K_BYTES +
-        Rows<DV>::at(lane % 8 + lane / 8 % 2 * (SPLIT > 1 ? W::KEYS : 8), part * 2 + lane / 16));
+        Chunks<DV>::at(lane % 8 + lane / 8 % 2 * (SPLIT > 1 ? W::KEYS : 8), part * 2 + lane / 16));
     const uint32_t p_tile = T::Q_BYTES + STAGES * T::STAGE_BYTES + warp * MT * 16 * BN * 2;
     const auto p_chunk = [&](int row, int half) {
-        return SPLIT > 1 ? kept(q_tile + p_tile + Rows<BN>::at(row, half * (W::KEYS / 8))) : 0;
+        return SPLIT > 1 ? kept(q_tile + p_tile + Chunks<BN>::at(row, half * (W::KEYS / 8))) : 0;
     };
     const uint32_t p_at = p_chunk(lane % 16, lane / 16),
                    p_to = p_chunk(lane / 4, part) + lane % 4 * 4;
@@ -725,8 +707,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
         __syncthreads(); // no step has waited for the queries; their tile is about to be reused
 
     // The output of a warp takes the place of its own queries on its way to whole 16-byte writes.
-    const float sink =
-        p.sinks.data ? ((const float *)p.sinks.data)[work.h * p.sinks.stride[1]] * LOG2E : NEG_INF;
+    const float sink = sink_of(p, work.h);
     w.add_up_sums((float *)(shared + p_tile));
     uint32_t odd = 0; // not 0: the output has a NaN or Inf
     float lse_total = 0,
@@ -742,13 +723,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
                 total = 0;
                 top = NEG_INF;
             }
-            float factor = reciprocal(total);
-            if (sink > NEG_INF) {
-                const float higher = fmaxf(top, sink), shrink = exp2_fast(top - higher);
-                total = total * shrink + exp2_fast(sink - higher);
-                factor = shrink * reciprocal(total);
-                top = higher;
-            }
+            const float factor = end_row(sink, top, total);
             if (lane % 4 == mt * 2 + half) {
                 lse_total = total;
                 lse_top = top;
@@ -760,20 +735,12 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
                 const uint32_t pair = Element<E>::pack(a, b);
                 odd = Element<E>::zero_times(pair, odd);
                 const int chunk = (n / 2 * SPLIT + part) * 2 + n % 2;
-                *(uint32_t *)(shared + Rows<D>::at(local, chunk) + lane % 4 * 4) = pair;
+                *(uint32_t *)(shared + Chunks<D>::at(local, chunk) + lane % 4 * 4) = pair;
             }
         }
     const int lse_row = warp * MT * 16 + lane % 4 * 8 + lane / 4;
-    if (p.lse.data && part == 0 && lane % 4 < MT * 2 && lse_row < rows) {
-        const float none = p.flags & FWD_EMPTY_LSE_INF ? POS_INF : NEG_INF;
-        const float lse = lse_total == 0 ? none : (lse_top + log2f(lse_total)) * LN2;
-        const int64_t at = work.b * p.lse.stride[0] + work.h * p.lse.stride[1] +
-                           (seq.q_start + block_row + lse_row) * p.lse.stride[2];
-        if (p.flags & FWD_LSE_F32)
-            ((float *)p.lse.data)[at] = lse;
-        else
-            ((uint16_t *)p.lse.data)[at] = (uint16_t)Element<E>::pack(lse, 0);
-    }
+    if (p.lse.data && part == 0 && lane % 4 < MT * 2 && lse_row < rows)
+        store_lse<E>(p, work.b, work.h, seq.q_start + block_row + lse_row, lse_top, lse_total);
     const bool exactly = W::any(odd != 0);
     constexpr int ROWS = MT * 16 / SPLIT; // of those that warps share, each writes some
     const int mine = warp * MT * 16 + part * ROWS;

@@ -1,0 +1,56 @@
+// What the rows for 16-bit elements share: their tiles in shared memory, their exponents, and how a row of theirs ends.
+#pragma once
+
+#include "kernels/cuda/common/params.h"
+#include "kernels/cuda/common/ptx.cuh"
+
+#define NEG_INF __int_as_float(0xff800000)
+#define POS_INF __int_as_float(0x7f800000)
+
+constexpr float LAZY = 8; // log2 of the largest P
+
+// A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
+// rows of a matrix lie in different banks, and a 128-byte line of global memory stays one line.
+template <int COLS>
+struct Chunks {
+    static constexpr int PITCH = COLS * 2,
+                         GROUP = COLS % 64 == 0 ? 4 : 2; // pairs of chunks that change places
+    __device__ __forceinline__ static uint32_t at(int row, int chunk) {
+        return row * PITCH + ((chunk ^ (GROUP == 4 ? row & 7 : row >> 1 & 3)) << 4);
+    }
+    // The address `pairs` pairs of chunks after one that at() gave.
+    __device__ __forceinline__ static uint32_t after(uint32_t address, int pairs) {
+        return (address ^ pairs % GROUP * 32) + pairs / GROUP * GROUP * 32;
+    }
+};
+
+// The sink of a head as an exponent of 2, -inf if there is none.
+__device__ __forceinline__ float sink_of(const fwd_params &p, int h) {
+    return p.sinks.data ? ((const float *)p.sinks.data)[h * p.sinks.stride[1]] * LOG2E : NEG_INF;
+}
+
+// A row of which `total` is the sum of the weights relative to 2^top: both with the sink, and what the output is multiplied
+// by.
+__device__ __forceinline__ float end_row(float sink, float &top, float &total) {
+    float factor = reciprocal(total);
+    if (sink > NEG_INF) {
+        const float higher = fmaxf(top, sink), shrink = exp2_fast(top - higher);
+        total = total * shrink + exp2_fast(sink - higher);
+        factor = shrink * reciprocal(total);
+        top = higher;
+    }
+    return factor;
+}
+
+// The log-sum-exp of such a row to that row of the tensor.
+template <typename E>
+__device__ __forceinline__ void store_lse(const fwd_params &p, int b, int h, int64_t row, float top,
+                                          float total) {
+    const float none = p.flags & FWD_EMPTY_LSE_INF ? POS_INF : NEG_INF;
+    const float lse = total == 0 ? none : (top + log2f(total)) * LN2;
+    const int64_t at = b * p.lse.stride[0] + h * p.lse.stride[1] + row * p.lse.stride[2];
+    if (p.flags & FWD_LSE_F32)
+        ((float *)p.lse.data)[at] = lse;
+    else
+        ((uint16_t *)p.lse.data)[at] = (uint16_t)Element<E>::pack(lse, 0);
+}
