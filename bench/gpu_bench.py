@@ -279,8 +279,51 @@ def measure_ceilings(count):
     return rounds({"gemm": lambda: a @ a, "copy": lambda: other.copy_(big)}, count)
 
 
+def case_rows(op, dtype, q, k, causal, found, times, read=0):
+    """What the CSV has of each implementation beside the common columns; `read` bytes are GB/s."""
+    batch, heads, length_q, dim = q.shape
+    heads_kv, length_k = k.shape[1:3]
+    flops = 4 * batch * heads * length_q * length_k * dim / (2 if causal else 1)
+    for name, (impl, function) in found.items():
+        median, spread = times[name]
+        yield {
+            "op": op,
+            "dtype": dtype,
+            "B": batch,
+            "Hq": heads,
+            "Hkv": heads_kv,
+            "Lq": length_q,
+            "Lk": length_k,
+            "D": dim,
+            "Dv": dim,
+            "causal": int(causal),
+            "impl": impl,
+            "kernel": function.kernel if isinstance(function, Call) else "",
+            "median_us": f"{median:.2f}",
+            "spread_pct": f"{spread:.1f}",
+            "tflops": f"{flops / median / 1e6:.1f}",
+            "gbs": f"{read / median / 1e3:.0f}" if read else "",
+        }
+
+
+def forward_rows(library, dtypes, quick, kernels, count):
+    """The case_rows of each case of the grid."""
+    for op, dtype, dim, causal, length in grid(dtypes, quick):
+        batch, heads = 16384 // length, 2048 // dim
+        q, k, v = (
+            torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype]).transpose(
+                1, 2
+            )
+            for _ in range(3)
+        )
+        option = op.partition("+")[2]
+        found = implementations(library, q, k, v, causal, option, kernels)
+        times = rounds({name: f for name, (_, f) in found.items()}, count)
+        yield list(case_rows(op, dtype, q, k, causal, found, times))
+
+
 def decode_rows(library, kernels, count):
-    """What one line of the CSV has beside the common columns, for each implementation of a case."""
+    """The case_rows of each case of DECODE, with the GB/s of its keys and values."""
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
     for dtype, batch, heads, heads_kv, length, dim in DECODE:
         q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPES[dtype])
@@ -293,27 +336,8 @@ def decode_rows(library, kernels, count):
         for name, (_, function) in found.items():
             cold[f"before {name}"] = other.max
             cold[name] = function
-        times = rounds(cold, count)
-        for name, (impl, function) in found.items():
-            median, spread = times[name]
-            yield {
-                "op": "decode",
-                "dtype": dtype,
-                "B": batch,
-                "Hq": heads,
-                "Hkv": heads_kv,
-                "Lq": 1,
-                "Lk": length,
-                "D": dim,
-                "Dv": dim,
-                "causal": 0,
-                "impl": impl,
-                "kernel": function.kernel if isinstance(function, Call) else "",
-                "median_us": f"{median:.2f}",
-                "spread_pct": f"{spread:.1f}",
-                "tflops": f"{4 * batch * heads * length * dim / median / 1e6:.1f}",
-                "gbs": f"{4 * batch * heads_kv * length * dim / median / 1e3:.0f}",
-            }
+        read = 4 * batch * heads_kv * length * dim
+        yield from case_rows("decode", dtype, q, k, False, found, rounds(cold, count), read)
 
 
 def main():
@@ -362,48 +386,13 @@ def main():
             print(op, row.get("tflops", row.get("gbs")))
 
         dtypes = options.dtypes.split(",") if "fwd" in options.ops else []
-        for op, dtype, dim, causal, length in grid(dtypes, options.quick):
-            batch, heads = 16384 // length, 2048 // dim
-            q, k, v = (
-                torch.randn(
-                    batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype]
-                ).transpose(1, 2)
-                for _ in range(3)
-            )
-            option = op.partition("+")[2]
-            found = implementations(library, q, k, v, causal, option, kernels)
-            times = rounds({name: f for name, (_, f) in found.items()}, options.rounds)
-            flops = 4 * batch * heads * length * length * dim / (2 if causal else 1)
-            line = []
-            for name, (median, spread) in times.items():
-                impl, function = found[name]
-                kernel = function.kernel if isinstance(function, Call) else ""
-                out.writerow(
-                    dict(
-                        common,
-                        op=op,
-                        dtype=dtype,
-                        B=batch,
-                        Hq=heads,
-                        Hkv=heads,
-                        Lq=length,
-                        Lk=length,
-                        D=dim,
-                        Dv=dim,
-                        causal=int(causal),
-                        impl=impl,
-                        kernel=kernel,
-                        median_us=f"{median:.2f}",
-                        spread_pct=f"{spread:.1f}",
-                        tflops=f"{flops / median / 1e6:.1f}",
-                    )
-                )
-                line.append(f"{kernel or name} {flops / median / 1e6:.0f}")
+        for rows in forward_rows(library, dtypes, options.quick, kernels, options.rounds):
+            out.writerows(dict(common, **row) for row in rows)
+            case = rows[0]
             print(
-                op,
-                dtype,
-                f"D {dim} causal {int(causal)} L {length}:",
-                ", ".join(line),
+                *(case["op"], case["dtype"]),
+                f"D {case['D']} causal {case['causal']} L {case['Lq']}:",
+                ", ".join(f"{r['kernel'] or r['impl']} {r['tflops']}" for r in rows),
                 flush=True,
             )
 
