@@ -53,8 +53,30 @@ static void fill(struct arrays *a, const struct edge *edge) {
         a->value[SPECIAL] = edge->value;
 }
 
-static void forward(struct arrays *a, const char *kernel, const struct edge *edge) {
+/* A call with workspace of its own. */
+static void run(const dlattn_forward_desc *desc, const dlattn_tensors *tensors) {
     const dlattn_api *api = test_api();
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    cr_assert(eq(int, api->forward_query(desc, tensors, &sku), DLATTN_OK));
+    void *workspace = aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64);
+    const dlattn_exec exec = {
+        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
+    cr_assert(eq(int, api->forward(desc, tensors, &exec), DLATTN_OK));
+    free(workspace);
+}
+
+/* Row `index`, if it is one of the CPU's forward rows for this dtype that this machine can run; says which it cannot. */
+static bool is_cpu_row(int32_t index, const char *dtype, dlattn_kernel_info *info) {
+    *info = (dlattn_kernel_info){.struct_size = sizeof *info};
+    cr_assert(eq(int, test_api()->kernel_info(index, info), DLATTN_OK));
+    if (strncmp(info->name, "cpu_fwd", 7) != 0 || !strstr(info->dtypes, dtype))
+        return false;
+    if (!info->available)
+        fprintf(stderr, "%s is skipped: it needs %s\n", info->name, info->arch);
+    return info->available;
+}
+
+static void forward(struct arrays *a, const char *kernel, const struct edge *edge) {
     int64_t shape[] = {1, 1, LENGTH, DIM};
     const DLTensor like = {
         .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 32, 1}, .shape = shape};
@@ -72,12 +94,7 @@ static void forward(struct arrays *a, const char *kernel, const struct edge *edg
                                       .kernel = kernel,
                                       .scale = edge->scale,
                                       .num_threads = 1};
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    cr_assert(eq(int, api->forward_query(&desc, &tensors, &sku), DLATTN_OK));
-    dlattn_exec exec = {.struct_size = sizeof exec, .workspace_bytes = sku.workspace_bytes};
-    exec.workspace = aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64);
-    cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK));
-    free(exec.workspace);
+    run(&desc, &tensors);
 }
 
 /* How many elements differ: by kind, or by more than f32 explains. */
@@ -94,14 +111,9 @@ Test(edges, every_cpu_row) {
     const dlattn_api *api = test_api();
     struct arrays *got = malloc(sizeof *got), *want = malloc(sizeof *want);
     for (int32_t row = 0; row < api->kernel_count(); row++) {
-        dlattn_kernel_info info = {.struct_size = sizeof info};
-        cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
-        if (strncmp(info.name, "cpu_fwd", 7) != 0 || !strstr(info.dtypes, "f32"))
+        dlattn_kernel_info info;
+        if (!is_cpu_row(row, "f32", &info))
             continue;
-        if (!info.available) {
-            fprintf(stderr, "%s is skipped: it needs %s\n", info.name, info.arch);
-            continue;
-        }
         for (size_t e = 0; e < sizeof edges / sizeof edges[0]; e++) {
             fill(got, &edges[e]);
             fill(want, &edges[e]);
@@ -142,25 +154,16 @@ Test(edges, nan_of_all_bits) {
                                     .output = &result,
                                     .bias = &extra};
     for (int32_t row = 0; row < api->kernel_count(); row++) {
-        dlattn_kernel_info info = {.struct_size = sizeof info};
-        cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
-        if (strncmp(info.name, "cpu_fwd", 7) != 0 || !strstr(info.dtypes, "bf16") ||
-            !info.available)
+        dlattn_kernel_info info;
+        if (!is_cpu_row(row, "bf16", &info))
             continue;
         const dlattn_forward_desc desc = {
             .struct_size = sizeof desc, .kernel = info.name, .num_threads = 1};
-        dlattn_sku sku = {.struct_size = sizeof sku};
-        cr_assert(eq(int, api->forward_query(&desc, &tensors, &sku), DLATTN_OK));
-        const dlattn_exec exec = {.struct_size = sizeof exec,
-                                  .workspace =
-                                      aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64),
-                                  .workspace_bytes = sku.workspace_bytes};
         memset(output, 0, sizeof output);
-        cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK));
+        run(&desc, &tensors);
         int differ = 0;
         for (int i = 0; i < ELEMENTS; i++)
             differ += i / DIM == HIT ? (output[i] & 0x7fff) <= 0x7f80 : output[i] != one[0];
         cr_expect(eq(int, differ, 0), "%s", info.name);
-        free(exec.workspace);
     }
 }
