@@ -9,7 +9,7 @@ system looks.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Literal, NamedTuple, Optional, TypeVar
+from typing import Any, Callable, NamedTuple, TypeVar
 
 from . import _core
 from ._errors import (
@@ -24,6 +24,7 @@ from ._errors import (
     Unsupported,
     VersionMismatch,
 )
+from ._options import Alignment, Window, alignment_code, window_sides
 
 __all__ = [
     "BufferTooSmall",
@@ -46,8 +47,6 @@ __all__ = [
 ]
 
 Array = TypeVar("Array")
-Alignment = Literal["top_left", "bottom_right"]
-Window = tuple[Optional[int], Optional[int]]
 
 
 class Sku(NamedTuple):
@@ -176,7 +175,7 @@ def attention(
         return framework.attention(**options)
     if out is None:
         out = framework.empty(query, (*query.shape[:-1], value.shape[-1]))
-    left, right = window or (None, None)
+    left, right = window_sides(window)
     _core.forward(
         query,
         key,
@@ -194,10 +193,10 @@ def attention(
         block_table,
         scale,
         softcap,
-        -1 if left is None else left,
-        -1 if right is None else right,
+        left,
+        right,
         causal,
-        ALIGNMENTS[alignment],
+        alignment_code(alignment),
         max_seqlen_q,
         max_seqlen_k,
         kernel,
@@ -217,10 +216,8 @@ def select(query: Any, key: Any, value: Any, **options: Any) -> Sku:
     framework = _framework(type(query))
     if o["out"] is None:
         o["out"] = framework.empty(query, (*query.shape[:-1], value.shape[-1]))
-    left, right = o["window"] or (None, None)
-    o["window_left"] = -1 if left is None else left
-    o["window_right"] = -1 if right is None else right
-    o["alignment"] = ALIGNMENTS[o["alignment"]]
+    o["window_left"], o["window_right"] = window_sides(o["window"])
+    o["alignment"] = alignment_code(o["alignment"])
     return Sku(*_core.query(query, key, value, *(o[name] for name in _ORDER), framework.workspace))
 
 
@@ -231,7 +228,6 @@ _ORDER = (
     *("window_left", "window_right", "causal", "alignment"),
     *("max_seqlen_q", "max_seqlen_k", "kernel", "num_threads", "stream"),
 )
-ALIGNMENTS = {"top_left": 0, "bottom_right": 1}
 
 
 class _Framework(NamedTuple):

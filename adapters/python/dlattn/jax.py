@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from . import ALIGNMENTS, Alignment, Sku, Unsupported, Window, _core
+from . import Sku, Unsupported, _core
+from ._options import ALIGNMENTS, Alignment, Window, alignment_code, window_sides
 
 __all__ = ["attention", "dot_product_attention"]
 
@@ -155,9 +156,9 @@ def attention(
     Returns the output; with ``return_lse`` also the float32 log-sum-exp ``[B, H, Lq]`` (packed:
     ``[H, total_q]``). Packed and paged calls have no gradient and cannot be vmapped.
     """
-    left, right = (-1 if side is None else side for side in window or (None, None))
+    left, right = window_sides(window)
     options = Options(
-        scale, softcap, left, right, causal, ALIGNMENTS[alignment], max_seqlen_q, max_seqlen_k
+        scale, softcap, left, right, causal, alignment_code(alignment), max_seqlen_q, max_seqlen_k
     )
     tensors = Tensors(
         query,

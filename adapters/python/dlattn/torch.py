@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ALIGNMENTS, Alignment, InvalidArgument, Unsupported, Window, _core
+from . import InvalidArgument, Unsupported, _core
+from ._options import Alignment, Window, alignment_code, window_sides
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -126,7 +127,7 @@ def attention(
     but not where ``out``, ``lse``, ``kernel``, ``num_threads`` or ``stream`` is given, nor for
     packed and paged calls.
     """
-    left, right = window or (None, None)
+    left, right = window_sides(window)
     tensors = (
         *(bias, mask, alibi_slopes, sinks, query_lengths, key_lengths),
         *(cu_seqlens_q, cu_seqlens_k, block_table),
@@ -134,10 +135,10 @@ def attention(
     options = (
         scale,
         softcap,
-        -1 if left is None else left,
-        -1 if right is None else right,
+        left,
+        right,
         causal,
-        ALIGNMENTS[alignment],
+        alignment_code(alignment),
         max_seqlen_q,
         max_seqlen_k,
     )
