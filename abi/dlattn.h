@@ -63,7 +63,7 @@ enum {
 };
 
 /* dlattn_forward_desc.flags */
-#define DLATTN_WINDOW UINT64_C(1)        /* window_left and window_right are given */
+#define DLATTN_WINDOW UINT64_C(1)        /* window_left and window_right are given; without it they are 0 or -1 */
 #define DLATTN_EXACT_SCALE UINT64_C(2)   /* `scale` is taken as it is, even 0 */
 #define DLATTN_EMPTY_LSE_INF UINT64_C(4) /* a row that sees no key gets lse +inf (FlashAttention 2), not -inf */
 
@@ -85,15 +85,16 @@ typedef struct dlattn_forward_desc {
 } dlattn_forward_desc;
 
 /*
- * The tensors of one call, `T` being how they are handed over. Logical axes, any strides, byte_offset honoured,
- * NULL strides = compact row-major, no extent above 2^31 - 1. Optional ones are NULL. dtype E: float16, bfloat16, float32 or float64,
+ * The tensors of one call, `T` being how they are handed over. Logical axes, any strides (0 broadcasts an input, negative ones
+ * run backwards from element 0), byte_offset honoured, NULL strides = compact row-major, no extent above 2^31 - 1. On a GPU each
+ * element is aligned to its own size. Optional ones are NULL. dtype E: float16, bfloat16, float32 or float64,
  * the same for query, key, value and output. All live on one device (kDLCPU or kDLCUDAHost; kDLCUDA or kDLCUDAManaged).
  *
  *   query          E  [B, H, Lq, D]           or packed [total_q, H, D] with cu_seqlens_q
  *   key            E  [B, H_kv, Lk, D]        or packed [total_k, H_kv, D] with cu_seqlens_k,
  *                                             or pages  [pages, H_kv, page_size, D] with block_table
  *   value          E  [B, H_kv, Lk, D_v]      as key; H must be a multiple of H_kv (query head h reads kv head h / (H / H_kv))
- *   output         E  [B, H, Lq, D_v]         or packed [total_q, H, D_v]; written whole; no stride 0, no overlap
+ *   output         E  [B, H, Lq, D_v]         or packed [total_q, H, D_v]; written whole; no stride 0, no element twice
  *   lse            float32 or E  [B, H, Lq]   or packed [H, total_q]; optional; natural logarithm; written whole
  *   bias           float32 or E  [B|1, H|1, Lq|1, Lk|1]  optional; added to the capped logit
  *   mask           bool or uint8 [B|1, H|1, Lq|1, Lk|1]  optional; non-zero = visible
@@ -106,6 +107,8 @@ typedef struct dlattn_forward_desc {
  *   block_table    int32 [B, max_pages]       optional; page of keys [n * page_size, (n + 1) * page_size) of batch b
  *
  * A stride-0 head axis on both key and value is multi-query attention, whatever the head count says.
+ * Output and lse share no element with each other or with an input; they may lie in turns with them in one buffer.
+ * Entries of block_table for pages in which no row sees a key may be anything.
  * Integer tensors in host memory are checked before anything is written. On a GPU their values cannot be seen
  * from the host: lengths are clamped to the extents, rows and keys outside them are neither read nor written.
  */
@@ -149,7 +152,8 @@ typedef struct dlattn_versioned_tensors {
 typedef void (*dlattn_parallel_body)(void *body_ctx, int64_t index);
 typedef void (*dlattn_parallel_for)(void *ctx, int64_t count, dlattn_parallel_body body, void *body_ctx);
 
-/* dlattn_exec.flags. Managed calls run every deleter exactly once before returning, also on error. */
+/* dlattn_exec.flags. Managed calls take their tensors: once `tensors` and `exec` could be read, every deleter runs exactly once
+ * before the call returns, whatever else is wrong, an unreadable desc included. */
 #define DLATTN_TAKE_OWNERSHIP UINT64_C(1)
 
 /* How one call runs. All zero: default stream, no workspace, the library's own threads. */
@@ -180,7 +184,8 @@ typedef struct dlattn_exec {
 #define DLATTN_FEATURE_HEAD_DIM_V UINT64_C(0x800)    /* D_v != D_qk */
 #define DLATTN_FEATURE_STRIDED UINT64_C(0x1000)      /* any outer strides, innermost stride 1 */
 #define DLATTN_FEATURE_INNER_STRIDE UINT64_C(0x2000) /* an innermost stride other than 1 */
-#define DLATTN_FEATURE_UNALIGNED UINT64_C(0x4000)    /* a base or stride that is not a multiple of 16 bytes */
+#define DLATTN_FEATURE_UNALIGNED                                                                                       \
+    UINT64_C(0x4000) /* a base or outer stride of query, key, value or output that is not a multiple of 16 bytes */
 #define DLATTN_FEATURE_LSE UINT64_C(0x8000)
 
 /* The kernel that a call gets, and what it guarantees. Strings are static. */
@@ -258,7 +263,8 @@ typedef struct dlattn_api {
     int32_t (*forward)(const dlattn_forward_desc *desc, const dlattn_tensors *tensors, const dlattn_exec *exec);
     /* forward() on managed tensors, which stay the caller's unless DLATTN_TAKE_OWNERSHIP (then a GPU call
      * synchronises the stream before it runs the deleters). A NULL deleter is skipped. When `tensors` or `exec`
-     * itself cannot be read (NULL, too small, an unknown tail) the tensors stay the caller's. */
+     * itself cannot be read (NULL, too small, an unknown tail) the tensors stay the caller's; a desc that cannot be read
+     * keeps nothing back. */
     int32_t (*forward_managed)(const dlattn_forward_desc *desc, const dlattn_managed_tensors *tensors,
                                const dlattn_exec *exec);
     int32_t (*forward_versioned)(const dlattn_forward_desc *desc, const dlattn_versioned_tensors *tensors,

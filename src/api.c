@@ -14,6 +14,8 @@
 
 struct dlattn_plan {
     struct plan choice;
+    struct plan
+        unaligned; /* for tensors that `choice` does not take as they lie; may be the same */
     struct problem problem;
     dlattn_forward_desc desc;
 };
@@ -158,44 +160,55 @@ static int32_t forward_query(const dlattn_forward_desc *desc, const dlattn_tenso
     return DLATTN_OK;
 }
 
-static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
-                       const dlattn_exec *exec) {
+/* forward(), and the problem that it was. */
+static int32_t forward_problem(struct problem *p, const dlattn_forward_desc *desc,
+                               const dlattn_tensors *tensors, const dlattn_exec *exec) {
     dlattn_forward_desc d;
-    struct problem p;
     struct plan plan;
     int32_t status = COPY_IN(d, desc, DESC_1_0);
     if (status == DLATTN_OK)
-        status = choose(&plan, &p, &d, tensors, true);
-    return status == DLATTN_OK ? launch(&plan, &p, exec) : status;
+        status = choose(&plan, p, &d, tensors, true);
+    return status == DLATTN_OK ? launch(&plan, p, exec) : status;
+}
+
+static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                       const dlattn_exec *exec) {
+    struct problem p;
+    return forward_problem(&p, desc, tensors, exec);
 }
 
 /* ---- Managed tensors ------------------------------------------------------------------------- */
 
-/* Deleters may free what an enqueued kernel still reads. */
-static int32_t wait_for_gpu(DLDevice device, void *stream) {
-    if (device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged)
-        return cuda_synchronize(device.device_id, stream);
-    return DLATTN_OK;
+/* Deleters may free what an enqueued kernel still reads, also where a later step of the call failed. */
+static int32_t wait_for_gpu(int32_t status, const struct problem *p, void *stream) {
+    const bool enqueued =
+        status == DLATTN_OK || status == DLATTN_DEVICE_ERROR || status == DLATTN_INTERNAL;
+    if (!enqueued || p->backend != BACKEND_CUDA)
+        return status;
+    const int32_t waited = cuda_synchronize(p->device_id, stream);
+    return waited == DLATTN_OK ? status : waited;
 }
 
-/* A struct that cannot be read says nothing about ownership: then the tensors stay the caller's. */
+/* Until both structs could be read, nothing says whose the tensors are, and they stay the caller's. */
 static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
                              const void *managed, const dlattn_exec *exec) {
     struct managed_slots slots;
     dlattn_tensors tensors;
-    dlattn_exec e = {0};
+    dlattn_exec e;
+    struct problem p = {.backend = BACKEND_CPU};
     int32_t status = copy_in(&slots, sizeof slots, TENSORS_1_0, managed, "tensors");
+    if (status == DLATTN_OK)
+        status = COPY_IN(e, exec, EXEC_1_0);
     if (status != DLATTN_OK)
         return status;
-    status = read_exec(&e, exec);
+    const bool owned = e.flags & DLATTN_TAKE_OWNERSHIP;
+    status = managed_open(kind, &slots, &tensors);
     if (status == DLATTN_OK)
-        status = managed_open(kind, &slots, &tensors);
-    if (status == DLATTN_OK)
-        status = forward(desc, &tensors, exec);
-    if (status == DLATTN_OK && e.flags & DLATTN_TAKE_OWNERSHIP)
-        status = wait_for_gpu(tensors.query->device, e.stream);
-    if (e.flags & DLATTN_TAKE_OWNERSHIP)
+        status = forward_problem(&p, desc, &tensors, exec);
+    if (owned) {
+        status = wait_for_gpu(status, &p, e.stream);
         managed_release(kind, &slots);
+    }
     return status;
 }
 
@@ -211,18 +224,41 @@ static int32_t forward_versioned(const dlattn_forward_desc *desc,
 
 /* ---- Plans ----------------------------------------------------------------------------------- */
 
+/* What a plan runs where an address or a stride turns out not to be a multiple of 16 bytes, which a plan made without data
+ * cannot know. Both choices get one workspace. Without such a row the plan takes aligned tensors alone. */
+static void plan_unaligned(dlattn_plan *plan, const struct caps *caps) {
+    struct problem p = plan->problem;
+    p.features |= DLATTN_FEATURE_UNALIGNED;
+    plan->unaligned = plan->choice;
+    if ((plan->choice.kernel->features & DLATTN_FEATURE_UNALIGNED) || p.kernel ||
+        plan_choose(&plan->unaligned, &p, caps) != DLATTN_OK)
+        return;
+    struct plan *const both[] = {&plan->choice, &plan->unaligned};
+    for (int i = 0; i < 2; i++) {
+        const struct plan *other = both[1 - i];
+        if (both[i]->workspace_bytes < other->workspace_bytes)
+            both[i]->workspace_bytes = other->workspace_bytes;
+        if (both[i]->workspace_alignment < other->workspace_alignment)
+            both[i]->workspace_alignment = other->workspace_alignment;
+    }
+}
+
 static int32_t plan_create(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
                            dlattn_plan **plan) {
     dlattn_plan made;
+    struct caps caps;
     if (!plan)
         return fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
     int32_t status = COPY_IN(made.desc, desc, DESC_1_0);
     if (status == DLATTN_OK)
-        status = choose(&made.choice, &made.problem, &made.desc, tensors, false);
+        status = build(&made.problem, &made.desc, tensors, false, &caps);
+    if (status == DLATTN_OK)
+        status = plan_choose(&made.choice, &made.problem, &caps);
     if (status != DLATTN_OK)
         return status;
-    made.desc.kernel =
-        NULL; /* the choice is made, and the caller's string need not outlive this call */
+    plan_unaligned(&made, &caps);
+    /* The choice is made, and the caller's string need not outlive this call. */
+    made.desc.kernel = made.problem.kernel = NULL;
     made.desc.num_threads = made.problem.threads;
     dlattn_plan *kept = malloc(sizeof *kept);
     if (!kept)
@@ -244,12 +280,7 @@ static int32_t plan_problem(const dlattn_plan *plan, const dlattn_tensors *tenso
     int32_t status = COPY_IN(t, tensors, TENSORS_1_0);
     if (status == DLATTN_OK)
         status = problem_build(p, &plan->desc, &t, with_data);
-    if (status != DLATTN_OK)
-        return status;
-    const char *difference = problem_difference(&plan->problem, p);
-    return difference ? fail(DLATTN_INVALID_ARGUMENT,
-                             "plan: was made for another problem, %s differs", difference)
-                      : DLATTN_OK;
+    return status == DLATTN_OK ? problem_check_same(&plan->problem, p) : status;
 }
 
 static int32_t plan_can_run(const dlattn_plan *plan, const dlattn_tensors *tensors) {
@@ -275,18 +306,14 @@ static int32_t plan_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
     int32_t status = plan_problem(plan, tensors, true, &p);
     if (status != DLATTN_OK)
         return status;
-    const uint64_t unplanned = p.features & ~plan->choice.kernel->features;
-    if (unplanned == 0)
-        return launch(&plan->choice, &p, exec);
-
-    /* The plan was made for aligned tensors and its kernel takes no others: choose again, which
-     * costs no more. */
-    struct plan other;
-    struct caps caps;
-    status = caps_get(&caps, p.backend, p.device_id);
-    if (status == DLATTN_OK)
-        status = plan_choose(&other, &p, &caps);
-    return status == DLATTN_OK ? launch(&other, &p, exec) : status;
+    const bool aligned = (p.features & ~plan->choice.kernel->features) == 0;
+    const struct plan *choice = aligned ? &plan->choice : &plan->unaligned;
+    if (p.features & ~choice->kernel->features)
+        return fail(DLATTN_UNSUPPORTED,
+                    "plan: kernel %s takes bases that are multiples of 16 bytes alone, and these "
+                    "tensors' are not",
+                    choice->kernel->name);
+    return launch(choice, &p, exec);
 }
 
 /* ---- Listings -------------------------------------------------------------------------------- */
@@ -306,8 +333,8 @@ static bool available(const struct kernel *k) {
     struct caps caps;
     if (k->backend == BACKEND_CPU)
         return kernel_available(k, caps_cpu());
-    for (int32_t id = 0; caps_get(&caps, BACKEND_CUDA, id) == DLATTN_OK; id++) {
-        if (kernel_available(k, &caps))
+    for (int32_t id = 0; id < caps_gpu_count(); id++) {
+        if (caps_get(&caps, BACKEND_CUDA, id) == DLATTN_OK && kernel_available(k, &caps))
             return true;
     }
     return false;

@@ -8,10 +8,17 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 const char *dtype_name(enum dtype d) {
     static const char *const names[DTYPE_COUNT] = {"f64", "f32", "f16", "bf16"};
+    return names[d];
+}
+
+/* As frameworks call it. */
+static const char *dtype_full_name(enum dtype d) {
+    static const char *const names[DTYPE_COUNT] = {"float64", "float32", "float16", "bfloat16"};
     return names[d];
 }
 
@@ -21,8 +28,9 @@ const char *dtype_name(enum dtype d) {
 struct tensor {
     const char *name;
     const DLTensor *dl;
-    int64_t stride[4]; /* elements; 0 on axes of extent 0 or 1 */
-    int64_t bytes;     /* of an element */
+    int64_t stride[4];   /* elements; 0 on axes of extent 0 or 1 */
+    int64_t bytes;       /* of an element */
+    int64_t first, last; /* least and greatest offset of an element, in elements */
     bool empty;
 };
 
@@ -43,7 +51,7 @@ static const char *device_name(DLDeviceType type) {
 
 static int32_t check_strides(struct tensor *t) {
     const DLTensor *dl = t->dl;
-    int64_t compact = 1, reach = 0;
+    int64_t compact = 1;
     t->empty = false;
     for (int axis = dl->ndim - 1; axis >= 0; axis--) {
         const int64_t extent = dl->shape[axis], stride = dl->strides ? dl->strides[axis] : compact;
@@ -60,12 +68,12 @@ static int32_t check_strides(struct tensor *t) {
                         t->name, axis, (long long)extent);
         t->empty |= extent == 0;
         t->stride[axis] = extent > 1 ? stride : 0; /* DLPack: strides of size-1 axes mean nothing */
-        if (t->stride[axis] < 0)
-            return fail(DLATTN_INVALID_ARGUMENT,
-                        "%s: axis %d has stride %lld, negative strides are not taken", t->name,
-                        axis, (long long)stride);
-        if (extent > 1 && (__builtin_mul_overflow(extent - 1, stride, &step) ||
-                           __builtin_add_overflow(reach, step, &reach) || reach > INT64_MAX / 16))
+        if (extent < 2)
+            continue;
+        int64_t *end = stride < 0 ? &t->first : &t->last;
+        if (__builtin_mul_overflow(extent - 1, stride, &step) ||
+            __builtin_add_overflow(*end, step, end) || *end > INT64_MAX / 32 ||
+            *end < INT64_MIN / 32)
             return fail(DLATTN_INVALID_ARGUMENT,
                         "%s: offsets overflow at axis %d (extent %lld, stride %lld)", t->name, axis,
                         (long long)extent, (long long)stride);
@@ -129,44 +137,61 @@ static bool element_dtype(DLDataType d, enum dtype *out) {
     return true;
 }
 
+/* As frameworks print it, "int64"; into text[DTYPE_TEXT], which is returned. */
+enum { DTYPE_TEXT = 32 };
+static const char *dtype_text(DLDataType d, char *text) {
+    static const char *const kinds[] = {
+        [kDLInt] = "int",       [kDLUInt] = "uint",       [kDLFloat] = "float",
+        [kDLBfloat] = "bfloat", [kDLComplex] = "complex",
+    };
+    if (d.code == kDLBool && d.bits == 8)
+        return "bool";
+    if (d.code < sizeof kinds / sizeof kinds[0] && kinds[d.code])
+        snprintf(text, DTYPE_TEXT, "%s%d", kinds[d.code], d.bits);
+    else
+        snprintf(text, DTYPE_TEXT, "DLPack's code %d with %d bits", d.code, d.bits);
+    return text;
+}
+
+static int32_t refuse_dtype(int32_t status, const struct tensor *t, const char *want) {
+    char text[DTYPE_TEXT];
+    return fail(status, "%s: dtype is %s, must be %s", t->name, dtype_text(t->dl->dtype, text),
+                want);
+}
+
 static int32_t expect_element(const struct tensor *t, enum dtype *out) {
     if (element_dtype(t->dl->dtype, out))
         return DLATTN_OK;
-    return fail(DLATTN_UNSUPPORTED,
-                "%s: dtype (code %d, %d bits) is not float16, bfloat16, float32 or float64",
-                t->name, t->dl->dtype.code, t->dl->dtype.bits);
+    return refuse_dtype(DLATTN_UNSUPPORTED, t, "float16, bfloat16, float32 or float64");
 }
 
 /* float32 or the problem's element type: lse and bias. */
 static int32_t expect_float(const struct tensor *t, enum dtype element, enum dtype *out) {
     if (element_dtype(t->dl->dtype, out) && (*out == DTYPE_F32 || *out == element))
         return DLATTN_OK;
-    return fail(DLATTN_INVALID_ARGUMENT,
-                "%s: dtype (code %d, %d bits) must be f32 or the query's %s", t->name,
-                t->dl->dtype.code, t->dl->dtype.bits, dtype_name(element));
+    char text[DTYPE_TEXT];
+    return fail(DLATTN_INVALID_ARGUMENT, "%s: dtype is %s, must be float32 or the query's %s",
+                t->name, dtype_text(t->dl->dtype, text), dtype_full_name(element));
 }
 
 static int32_t expect_f32(const struct tensor *t) {
     enum dtype d;
     if (element_dtype(t->dl->dtype, &d) && d == DTYPE_F32)
         return DLATTN_OK;
-    return fail(DLATTN_INVALID_ARGUMENT, "%s: dtype (code %d, %d bits) must be float32", t->name,
-                t->dl->dtype.code, t->dl->dtype.bits);
+    return refuse_dtype(DLATTN_INVALID_ARGUMENT, t, "float32");
 }
 
 static int32_t expect_int32(const struct tensor *t) {
     if (t->dl->dtype.code == kDLInt && t->dl->dtype.bits == 32)
         return DLATTN_OK;
-    return fail(DLATTN_INVALID_ARGUMENT, "%s: dtype (code %d, %d bits) must be int32", t->name,
-                t->dl->dtype.code, t->dl->dtype.bits);
+    return refuse_dtype(DLATTN_INVALID_ARGUMENT, t, "int32");
 }
 
 static int32_t expect_bool(const struct tensor *t) {
     const DLDataType d = t->dl->dtype;
     if ((d.code == kDLBool || d.code == kDLUInt) && d.bits == 8)
         return DLATTN_OK;
-    return fail(DLATTN_INVALID_ARGUMENT, "%s: dtype (code %d, %d bits) must be bool or uint8",
-                t->name, d.code, d.bits);
+    return refuse_dtype(DLATTN_INVALID_ARGUMENT, t, "bool or uint8");
 }
 
 static bool compact(const struct tensor *t) {
@@ -182,6 +207,8 @@ static bool compact(const struct tensor *t) {
 
 /* No two elements of an output may share memory: with axes in order of stride, each step must clear
  * all of the smaller axes together. */
+static int64_t size_of(int64_t stride) { return stride < 0 ? -stride : stride; }
+
 static int32_t check_writable(const struct tensor *t) {
     int order[4], n = 0;
     if (t->empty)
@@ -194,19 +221,20 @@ static int32_t check_writable(const struct tensor *t) {
                         "%s: axis %d has stride 0 and extent %lld; an output cannot be broadcast",
                         t->name, axis, (long long)t->dl->shape[axis]);
         int at = n++;
-        for (; at > 0 && t->stride[order[at - 1]] > t->stride[axis]; at--)
+        for (; at > 0 && size_of(t->stride[order[at - 1]]) > size_of(t->stride[axis]); at--)
             order[at] = order[at - 1];
         order[at] = axis;
     }
     int64_t reach = 0;
     for (int i = 0; i < n; i++) {
         const int axis = order[i];
-        if (t->stride[axis] <= reach)
+        const int64_t step = size_of(t->stride[axis]);
+        if (step <= reach)
             return fail(DLATTN_INVALID_ARGUMENT,
                         "%s: axis %d has stride %lld, but the inner axes reach over %lld elements; "
                         "outputs may not overlap",
                         t->name, axis, (long long)t->stride[axis], (long long)reach + 1);
-        reach += (t->dl->shape[axis] - 1) * t->stride[axis];
+        reach += (t->dl->shape[axis] - 1) * step;
     }
     return DLATTN_OK;
 }
@@ -224,6 +252,14 @@ static int32_t check_window(const char *name, int64_t value) {
     if (value >= -1)
         return DLATTN_OK;
     return fail(DLATTN_INVALID_ARGUMENT, "%s: is %lld, must be at least -1 (unbounded)", name,
+                (long long)value);
+}
+
+/* -1 is what a caller without a window may have written there to say so. */
+static int32_t check_no_window(const char *name, int64_t value) {
+    if (value == 0 || value == -1)
+        return DLATTN_OK;
+    return fail(DLATTN_INVALID_ARGUMENT, "%s: is %lld, but flags has no DLATTN_WINDOW", name,
                 (long long)value);
 }
 
@@ -260,6 +296,9 @@ static int32_t read_desc(struct problem *p, const dlattn_forward_desc *d) {
             p->window_left = d->window_left;
         if (d->window_right >= 0 && d->window_right < UNBOUNDED)
             p->window_right = d->window_right;
+    } else {
+        TRY(check_no_window("window_left", d->window_left));
+        TRY(check_no_window("window_right", d->window_right));
     }
     if (p->window_left != UNBOUNDED || p->window_right != UNBOUNDED)
         p->features |= DLATTN_FEATURE_WINDOW;
@@ -278,82 +317,194 @@ static int32_t read_desc(struct problem *p, const dlattn_forward_desc *d) {
     return DLATTN_OK;
 }
 
-/* ---- The call -------------------------------------------------------------------------------- */
+/* ---- The tensors of a call ------------------------------------------------------------------- */
 
 /* All tensors of a call, opened; an absent one has dl == NULL. */
 struct tensors {
     struct tensor query, key, value, output, lse, bias, mask, alibi_slopes, sinks;
     struct tensor query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table;
 };
+enum { SLOTS = sizeof(struct tensors) / sizeof(struct tensor), REQUIRED = 4 };
 
-static int32_t open_all(struct tensors *t, const dlattn_tensors *in, bool with_data) {
-    const int32_t q_axes = in->cu_seqlens_q ? 3 : 4, k_axes = in->cu_seqlens_k ? 3 : 4;
-    const struct {
-        struct tensor *tensor;
-        const char *name;
-        const DLTensor *dl;
-        int32_t ndim;
-        bool required;
-    } slots[] = {
-        {&t->query, "query", in->query, q_axes, true},
-        {&t->key, "key", in->key, k_axes, true},
-        {&t->value, "value", in->value, k_axes, true},
-        {&t->output, "output", in->output, q_axes, true},
-        {&t->lse, "lse", in->lse, q_axes - 1, false},
-        {&t->bias, "bias", in->bias, 4, false},
-        {&t->mask, "mask", in->mask, 4, false},
-        {&t->alibi_slopes, "alibi_slopes", in->alibi_slopes,
-         in->alibi_slopes && in->alibi_slopes->ndim == 2 ? 2 : 1, false},
-        {&t->sinks, "sinks", in->sinks, 1, false},
-        {&t->query_lengths, "query_lengths", in->query_lengths, 1, false},
-        {&t->key_lengths, "key_lengths", in->key_lengths, 1, false},
-        {&t->cu_seqlens_q, "cu_seqlens_q", in->cu_seqlens_q, 1, false},
-        {&t->cu_seqlens_k, "cu_seqlens_k", in->cu_seqlens_k, 1, false},
-        {&t->block_table, "block_table", in->block_table, 2, false},
-    };
+/* The same as an array, in the order of dlattn_tensors. */
+static struct tensor *slot(struct tensors *t, int index) { return &t->query + index; }
+
+static const char *const slot_names[SLOTS] = {
+    "query",       "key",          "value",        "output",      "lse",
+    "bias",        "mask",         "alibi_slopes", "sinks",       "query_lengths",
+    "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table",
+};
+
+static bool is_on_gpu(const DLTensor *dl) {
+    return dl->device.device_type == kDLCUDA || dl->device.device_type == kDLCUDAManaged;
+}
+
+/* Managed memory and page-locked memory have no device of their own: a tensor that has one decides for all. */
+static void read_device(struct problem *p, struct tensors *t) {
+    p->backend = is_on_gpu(t->query.dl) ? BACKEND_CUDA : BACKEND_CPU;
+    p->device_id = p->backend == BACKEND_CUDA ? t->query.dl->device.device_id : 0;
+    for (int i = 0; p->backend == BACKEND_CUDA && i < SLOTS; i++) {
+        const DLTensor *dl = slot(t, i)->dl;
+        if (dl && dl->device.device_type == kDLCUDA) {
+            p->device_id = dl->device.device_id;
+            return;
+        }
+    }
+}
+
+static int32_t check_device(const struct problem *p, const struct tensor *t,
+                            const struct tensor *query) {
+    const DLDevice device = t->dl->device, first = query->dl->device;
+    if (!is_on_gpu(t->dl) && device.device_type != kDLCPU && device.device_type != kDLCUDAHost)
+        return fail(DLATTN_UNSUPPORTED,
+                    "%s: is on device type %d, this library knows cpu (1), cuda (2), cuda_host (3) "
+                    "and cuda_managed (13)",
+                    t->name, (int)device.device_type);
+    if (is_on_gpu(t->dl) != is_on_gpu(query->dl))
+        return fail(DLATTN_INVALID_ARGUMENT, "%s: is on %s %d, query is on %s %d", t->name,
+                    device_name(device.device_type), device.device_id,
+                    device_name(first.device_type), first.device_id);
+    if (device.device_type == kDLCUDA && device.device_id != p->device_id)
+        return fail(DLATTN_INVALID_ARGUMENT, "%s: is on cuda %d, others are on cuda %d", t->name,
+                    device.device_id, p->device_id);
+    return DLATTN_OK;
+}
+
+static int32_t open_all(struct problem *p, struct tensors *t, const dlattn_tensors *in,
+                        bool with_data) {
+    const int32_t q_axes = in->cu_seqlens_q ? 3 : 4, k_axes = in->cu_seqlens_k ? 3 : 4,
+                  slopes_axes = in->alibi_slopes && in->alibi_slopes->ndim == 2 ? 2 : 1;
+    const int32_t axes[SLOTS] = {q_axes,      k_axes, k_axes, q_axes, q_axes - 1, 4, 4,
+                                 slopes_axes, 1,      1,      1,      1,          1, 2};
+    const DLTensor *const *given = &in->query;
     if (in->block_table && in->cu_seqlens_k)
         return fail(DLATTN_INVALID_ARGUMENT,
                     "block_table: paged keys are not packed, leave cu_seqlens_k out");
     if (in->block_table && !in->key_lengths)
         return fail(DLATTN_INVALID_ARGUMENT, "key_lengths: is absent, block_table needs it");
-    for (size_t i = 0; i < sizeof slots / sizeof slots[0]; i++) {
-        if (slots[i].dl)
-            TRY(open_tensor(slots[i].tensor, slots[i].name, slots[i].dl, slots[i].ndim, with_data));
-        else if (slots[i].required)
-            return fail(DLATTN_INVALID_ARGUMENT, "%s: is absent", slots[i].name);
-        if (!slots[i].dl)
-            continue;
-        const DLDevice device = slots[i].dl->device, first = in->query->device;
-        const bool on_gpu = device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged;
-        const bool first_on_gpu =
-            first.device_type == kDLCUDA || first.device_type == kDLCUDAManaged;
-        if (!on_gpu && device.device_type != kDLCPU && device.device_type != kDLCUDAHost)
-            return fail(DLATTN_UNSUPPORTED,
-                        "%s: is on device type %d, this library knows cpu (1), cuda (2), cuda_host "
-                        "(3) and cuda_managed (13)",
-                        slots[i].name, (int)device.device_type);
-        if (on_gpu != first_on_gpu ||
-            (device.device_type == kDLCUDA && first.device_type == kDLCUDA &&
-             device.device_id != first.device_id))
-            return fail(DLATTN_INVALID_ARGUMENT, "%s: is on %s %d, query is on %s %d",
-                        slots[i].name, device_name(device.device_type), device.device_id,
-                        device_name(first.device_type), first.device_id);
+    for (int i = 0; i < SLOTS; i++) {
+        if (given[i])
+            TRY(open_tensor(slot(t, i), slot_names[i], given[i], axes[i], with_data));
+        else if (i < REQUIRED)
+            return fail(DLATTN_INVALID_ARGUMENT, "%s: is absent", slot_names[i]);
+        p->present |= given[i] ? 1u << i : 0;
+    }
+    read_device(p, t);
+    for (int i = 0; i < SLOTS; i++) {
+        if (given[i])
+            TRY(check_device(p, slot(t, i), &t->query));
     }
     return DLATTN_OK;
 }
 
-/* Managed memory has no device of its own: the first tensor that does decides. */
-static void read_device(struct problem *p, const dlattn_tensors *in) {
-    const DLTensor *const tensors[] = {in->query, in->key, in->value, in->output};
-    p->backend =
-        in->query->device.device_type == kDLCUDA || in->query->device.device_type == kDLCUDAManaged
-            ? BACKEND_CUDA
-            : BACKEND_CPU;
-    for (size_t i = 0; p->backend == BACKEND_CUDA && i < 4; i++) {
-        if (tensors[i]->device.device_type == kDLCUDA)
-            p->device_id = tensors[i]->device.device_id;
-    }
+/* ---- Addresses ------------------------------------------------------------------------------- */
+
+/* A GPU faults on an element that is not aligned to its own size, and the fault ends the whole context. */
+static int32_t check_alignment(const struct tensor *t) {
+    const uintptr_t address = (uintptr_t)t->dl->data + t->dl->byte_offset;
+    if (t->empty || address % (uintptr_t)t->bytes == 0)
+        return DLATTN_OK;
+    return fail(DLATTN_INVALID_ARGUMENT,
+                "%s: its first element is at %p, which is not a multiple of its %lld bytes; a GPU "
+                "cannot read that",
+                t->name, (void *)address, (long long)t->bytes);
 }
+
+/* Bytes that a tensor can reach: [first, end). */
+struct reach {
+    intptr_t first, end;
+};
+
+static struct reach reach_of(const struct tensor *t) {
+    const intptr_t base = (intptr_t)t->dl->data + (intptr_t)t->dl->byte_offset;
+    return (struct reach){base + t->first * t->bytes, base + (t->last + 1) * t->bytes};
+}
+
+/* One step of an offset: a multiple of `stride` bytes, at most `most` times. */
+struct step {
+    int64_t stride, most;
+};
+
+/* Adds the steps of a tensor to steps[n], largest stride first, equal strides together. */
+static int add_steps(struct step *steps, int n, const struct tensor *t) {
+    for (int axis = 0; axis <= t->dl->ndim; axis++) {
+        const bool inside = axis == t->dl->ndim; /* the bytes of an element */
+        const struct step step = {
+            inside ? 1 : size_of(t->stride[axis]) * t->bytes,
+            (inside ? t->bytes : t->dl->shape[axis]) - 1,
+        };
+        int at = 0;
+        if (step.stride == 0 || step.most == 0)
+            continue;
+        while (at < n && steps[at].stride > step.stride)
+            at++;
+        if (at < n && steps[at].stride == step.stride) {
+            steps[at].most += step.most;
+            continue;
+        }
+        memmove(steps + at + 1, steps + at, (size_t)(n++ - at) * sizeof *steps);
+        steps[at] = step;
+    }
+    return n;
+}
+
+/* Whether some choice of steps sums up to `distance`. Strides that nest, as those of all usual layouts do, leave one or
+ * two choices at each step; `tries` bounds the work for the others, which count as sharing. */
+static bool reachable(const struct step *steps, int n, int64_t distance, int *tries) {
+    int64_t rest = 0;
+    if (distance == 0 || --*tries < 0)
+        return distance >= 0;
+    for (int i = 1; i < n; i++)
+        rest += steps[i].stride * steps[i].most;
+    if (n == 0 || distance < 0 || distance > rest + steps[0].stride * steps[0].most)
+        return false;
+    int64_t times = distance / steps[0].stride;
+    times = times < steps[0].most ? times : steps[0].most;
+    for (; times >= 0 && distance - times * steps[0].stride <= rest; times--) {
+        if (reachable(steps + 1, n - 1, distance - times * steps[0].stride, tries))
+            return true;
+    }
+    return false;
+}
+
+/* Whether two tensors have a byte in common: they may lie in turns in one buffer. Element i of `a` and j of `b` begin at
+ * the same byte if the offset of i, and the way of j to the end of b, sum up to the distance between a's begin and b's end. */
+static bool share_memory(const struct tensor *a, const struct tensor *b) {
+    enum { MOST_TRIES = 1000 };
+    const struct reach x = reach_of(a), y = reach_of(b);
+    struct step steps[10];
+    int tries = MOST_TRIES;
+    if (a->empty || b->empty || x.first >= y.end || y.first >= x.end)
+        return false;
+    return reachable(steps, add_steps(steps, add_steps(steps, 0, a), b), y.end - 1 - x.first,
+                     &tries);
+}
+
+/* Rows are read again after others have been written. */
+static int32_t check_outputs_apart(struct tensors *t) {
+    struct tensor *const outputs[] = {&t->output, &t->lse};
+    for (int o = 0; o < 2; o++) {
+        for (int i = 0; outputs[o]->dl && i < SLOTS; i++) {
+            const struct tensor *other = slot(t, i);
+            if (other->dl && other != outputs[o] && share_memory(outputs[o], other))
+                return fail(DLATTN_INVALID_ARGUMENT,
+                            "%s: shares memory with %s; what a call writes must be apart from all "
+                            "else that it is given",
+                            outputs[o]->name, other->name);
+        }
+    }
+    return DLATTN_OK;
+}
+
+static int32_t check_addresses(const struct problem *p, struct tensors *t) {
+    for (int i = 0; p->backend == BACKEND_CUDA && i < SLOTS; i++) {
+        if (slot(t, i)->dl)
+            TRY(check_alignment(slot(t, i)));
+    }
+    return check_outputs_apart(t);
+}
+
+/* ---- The call -------------------------------------------------------------------------------- */
 
 static const int dense_axes[4] = {0, 1, 2, 3}, packed_axes[4] = {-1, 1, 0, 2};
 
@@ -369,7 +520,7 @@ static int32_t read_main(struct problem *p, const struct tensors *t, const dlatt
         TRY(expect_element(others[i], &dtype));
         if (dtype != p->dtype)
             return fail(DLATTN_INVALID_ARGUMENT, "%s: dtype is %s, query's is %s", others[i]->name,
-                        dtype_name(dtype), dtype_name(p->dtype));
+                        dtype_full_name(dtype), dtype_full_name(p->dtype));
     }
 
     p->heads_q = extent(&t->query, q[1]);
@@ -419,6 +570,8 @@ static int32_t read_main(struct problem *p, const struct tensors *t, const dlatt
                         "key: axis 2 (page_size) is %lld, must be at least 1",
                         (long long)p->page_size);
         p->max_pages = extent(&t->block_table, 1);
+        if (p->pages == 0 && p->backend == BACKEND_CUDA) /* no entry of the table can be right */
+            p->max_pages = 0;
         p->len_k = p->page_size * p->max_pages;
         if (p->len_k > INT32_MAX)
             return fail(DLATTN_INVALID_ARGUMENT,
@@ -563,13 +716,14 @@ int32_t problem_build(struct problem *p, const dlattn_forward_desc *desc,
     p->lse_dtype = p->bias_dtype = DTYPE_F32;
     p->planning = !with_data;
     TRY(read_desc(p, desc));
-    TRY(open_all(&t, tensors, with_data));
-    read_device(p, tensors);
+    TRY(open_all(p, &t, tensors, with_data));
     TRY(read_main(p, &t, desc));
     TRY(read_lse(p, &t));
     TRY(read_masks(p, &t));
     TRY(read_integers(p, &t));
     read_layout(p, &t);
+    if (with_data)
+        TRY(check_addresses(p, &t));
     if (p->scale == 0 && !(desc->flags & DLATTN_EXACT_SCALE))
         p->scale = 1 / sqrt((double)p->dim_qk);
     return DLATTN_OK;
@@ -620,10 +774,14 @@ static int32_t check_lengths(const char *name, const struct view *v, int64_t bat
     return DLATTN_OK;
 }
 
+/* The pages of keys that some row sees; the others may be anything. */
 static int32_t check_block_table(const struct problem *p) {
     for (int64_t b = 0; p->block_table.data && b < p->batch; b++) {
-        const int64_t used = (int_at(&p->key_lengths, b, 0) + p->page_size - 1) / p->page_size;
-        for (int64_t n = 0; n < used; n++) {
+        const struct sequence s = problem_sequence(p, b);
+        int64_t first, end, unused;
+        visible_keys(p, &s, 0, &first, &unused);
+        visible_keys(p, &s, s.q_len - 1, &unused, &end);
+        for (int64_t n = first / p->page_size; s.q_len > 0 && n * p->page_size < end; n++) {
             const int64_t page = int_at(&p->block_table, b, n);
             if (page < 0 || page >= p->pages)
                 return fail(DLATTN_INVALID_ARGUMENT,
@@ -644,22 +802,31 @@ int32_t problem_check_values(const struct problem *p) {
     return check_block_table(p);
 }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t clamped(int64_t x, int64_t most) { return x < 0 ? 0 : x > most ? most : x; }
+
+/* Rows [*start, *start + length) of sequence b. The values were checked, but a thread of the host may write there meanwhile:
+ * clamped, they never lead outside a tensor. */
+static int64_t read_span(const struct view *cu_seqlens, int64_t b, int64_t total, int64_t longest,
+                         int64_t *start) {
+    *start = clamped(int_at(cu_seqlens, b, 0), total);
+    const int64_t end = clamped(int_at(cu_seqlens, b + 1, 0), total);
+    return clamped(end - *start, longest);
+}
 
 struct sequence problem_sequence(const struct problem *p, int64_t b) {
     struct sequence s = {.q_rows = p->len_q, .k_len = p->len_k};
-    if (p->cu_seqlens_q.data) {
-        s.q_start = int_at(&p->cu_seqlens_q, b, 0);
-        s.q_rows = int_at(&p->cu_seqlens_q, b + 1, 0) - s.q_start;
-    }
-    if (p->cu_seqlens_k.data) {
-        s.k_start = int_at(&p->cu_seqlens_k, b, 0);
-        s.k_len = int_at(&p->cu_seqlens_k, b + 1, 0) - s.k_start;
-    }
-    s.q_len = p->query_lengths.data ? least(s.q_rows, int_at(&p->query_lengths, b, 0)) : s.q_rows;
-    s.k_len = p->key_lengths.data ? least(s.k_len, int_at(&p->key_lengths, b, 0)) : s.k_len;
+    if (p->cu_seqlens_q.data)
+        s.q_rows = read_span(&p->cu_seqlens_q, b, p->total_q, p->len_q, &s.q_start);
+    if (p->cu_seqlens_k.data)
+        s.k_len = read_span(&p->cu_seqlens_k, b, p->total_k, p->len_k, &s.k_start);
+    s.q_len = p->query_lengths.data ? clamped(int_at(&p->query_lengths, b, 0), s.q_rows) : s.q_rows;
+    s.k_len = p->key_lengths.data ? clamped(int_at(&p->key_lengths, b, 0), s.k_len) : s.k_len;
     s.diagonal = p->bottom_right ? s.k_len - s.q_len : 0;
     return s;
+}
+
+int64_t problem_page(const struct problem *p, int64_t b, int64_t j) {
+    return clamped(int_at(&p->block_table, b, j / p->page_size), p->pages - 1);
 }
 
 /* ---- Plans ----------------------------------------------------------------------------------- */
@@ -668,7 +835,18 @@ struct sequence problem_sequence(const struct problem *p, int64_t b) {
 #define STRIDES(name)                                                                              \
     {#name " strides", offsetof(struct problem, name.stride), sizeof(((struct view *)0)->stride)}
 
-const char *problem_difference(const struct problem *a, const struct problem *b) {
+/* The first tensor that only one of the two has. */
+static int32_t check_same_tensors(const struct problem *planned, const struct problem *p) {
+    const uint32_t differ = planned->present ^ p->present;
+    if (differ == 0)
+        return DLATTN_OK;
+    const int first = __builtin_ctz(differ);
+    return fail(DLATTN_INVALID_ARGUMENT, "plan: was made %s %s, which is %s now",
+                planned->present >> first & 1 ? "with" : "without", slot_names[first],
+                p->present >> first & 1 ? "given" : "absent");
+}
+
+int32_t problem_check_same(const struct problem *planned, const struct problem *p) {
     static const struct {
         const char *name;
         size_t offset, size;
@@ -682,10 +860,12 @@ const char *problem_difference(const struct problem *a, const struct problem *b)
         STRIDES(alibi_slopes), STRIDES(sinks),        STRIDES(block_table),  STRIDES(query_lengths),
         STRIDES(key_lengths),  STRIDES(cu_seqlens_q), STRIDES(cu_seqlens_k),
     };
+    TRY(check_same_tensors(planned, p));
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
-        if (memcmp((const char *)a + fields[i].offset, (const char *)b + fields[i].offset,
+        if (memcmp((const char *)planned + fields[i].offset, (const char *)p + fields[i].offset,
                    fields[i].size) != 0)
-            return fields[i].name;
+            return fail(DLATTN_INVALID_ARGUMENT, "plan: was made for another problem, %s differs",
+                        fields[i].name);
     }
-    return (a->features ^ b->features) & ~DLATTN_FEATURE_UNALIGNED ? "the set of tensors" : NULL;
+    return DLATTN_OK;
 }

@@ -43,6 +43,7 @@ struct problem {
     enum dtype lse_dtype;
     enum dtype bias_dtype;
     uint64_t features; /* DLATTN_FEATURE_* that this problem asks */
+    uint32_t present;  /* bit i: slot i of dlattn_tensors is given */
     bool contiguous;   /* query, key, value, output and lse are compact row-major */
     bool empty_lse_inf;
     bool bottom_right;
@@ -59,7 +60,7 @@ struct problem {
     int64_t total_k;
     int64_t page_size; /* keys of a page, 0 = not paged */
     int64_t pages;
-    int64_t max_pages; /* columns of block_table */
+    int64_t max_pages; /* columns of block_table; on a GPU 0 if there are no pages */
 
     double scale;
     double softcap;       /* 0 = none */
@@ -87,9 +88,9 @@ static inline bool problem_is_empty(const struct problem *p) {
     return p->batch == 0 || p->heads_q == 0 || p->len_q == 0;
 }
 
-/* The first field in which two problems differ, alignment and data pointers apart; NULL if a plan
- * made for one can run the other. */
-const char *problem_difference(const struct problem *a, const struct problem *b);
+/* Whether a plan made for `planned` can run `p`: all is the same but data pointers and their alignment. The message names
+ * the first tensor or field that differs. */
+int32_t problem_check_same(const struct problem *planned, const struct problem *p);
 
 /* One sequence of the batch. Query row i meets key j = i + diagonal. */
 struct sequence {
@@ -101,6 +102,10 @@ struct sequence {
 
 /* For CPU problems: reads the length tensors, which must lie in host memory. */
 struct sequence problem_sequence(const struct problem *p, int64_t b);
+
+/* For CPU problems with a block table: the page of key j of batch b. Always a page that exists, whatever the table holds: a tile
+ * of keys may reach beyond those that were checked. */
+int64_t problem_page(const struct problem *p, int64_t b, int64_t j);
 
 /* Keys [lo, hi) that the windows leave to query row i; empty if lo >= hi. */
 static inline void visible_keys(const struct problem *p, const struct sequence *s, int64_t i,

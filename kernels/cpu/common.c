@@ -28,11 +28,7 @@ struct rows kv_rows(const struct problem *p, const struct view *v, const struct 
                              .stride = v->stride[2] * dtype_bytes(p->dtype)};
     for (int32_t r = 0; r < n; r++) {
         const int64_t j = first + r;
-        const int64_t entry =
-            b * p->block_table.stride[0] + j / p->page_size * p->block_table.stride[1];
-        int32_t page;
-        memcpy(&page, (const char *)p->block_table.data + entry * 4, sizeof page);
-        pointers[r] = element_at(v, p->dtype, page, h, j % p->page_size);
+        pointers[r] = element_at(v, p->dtype, problem_page(p, b, j), h, j % p->page_size);
     }
     return (struct rows){.rows = pointers};
 }

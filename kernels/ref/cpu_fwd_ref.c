@@ -27,11 +27,7 @@ static int64_t key_row(const struct problem *p, const struct view *v, const stru
                        int64_t b, int64_t h, int64_t j) {
     if (!(p->features & DLATTN_FEATURE_PAGED))
         return row(v, b, h, s->k_start + j);
-    int32_t page;
-    const int64_t entry =
-        b * p->block_table.stride[0] + j / p->page_size * p->block_table.stride[1];
-    memcpy(&page, (const char *)p->block_table.data + entry * 4, sizeof page);
-    return row(v, page, h, j % p->page_size);
+    return row(v, problem_page(p, b, j), h, j % p->page_size);
 }
 
 static bool masked(const struct problem *p, int64_t b, int64_t h, int64_t i, int64_t j) {

@@ -8,6 +8,7 @@
 #include <criterion/new/assert.h>
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -115,25 +116,28 @@ static void on_gpu(struct attempt *a) {
         a->tensors.s.cu_seqlens_k = a->tensors.s.key_lengths)                                      \
                                                                                                    \
     /* types */                                                                                    \
-    BAD(mixed_dtypes, "lse", INVALID_ARGUMENT, ("key", "f16", "f32"), DTYPE(KEY).bits = 16)        \
-    BAD(output_dtype, "lse", INVALID_ARGUMENT, ("output", "f64", "f32"), DTYPE(OUTPUT).bits = 64)  \
-    BAD(unknown_dtype, "lse", UNSUPPORTED, ("query", "code 0, 32 bits"),                           \
+    BAD(mixed_dtypes, "lse", INVALID_ARGUMENT, ("key", "float16", "float32"),                      \
+        DTYPE(KEY).bits = 16)                                                                      \
+    BAD(output_dtype, "lse", INVALID_ARGUMENT, ("output", "float64", "float32"),                   \
+        DTYPE(OUTPUT).bits = 64)                                                                   \
+    BAD(unknown_dtype, "lse", UNSUPPORTED, ("query", "int32", "bfloat16"),                         \
         DTYPE(QUERY).code = kDLInt)                                                                \
-    BAD(unknown_bits, "lse", UNSUPPORTED, ("value", "code 2, 8 bits"), DTYPE(VALUE).bits = 8)      \
+    BAD(unknown_bits, "lse", UNSUPPORTED, ("value", "float8", "float16"), DTYPE(VALUE).bits = 8)   \
     BAD(future_dtype, "lse", UNSUPPORTED, ("query", "code 200"), DTYPE(QUERY).code = 200)          \
-    BAD(zero_bits, "lse", UNSUPPORTED, ("query", "0 bits"), DTYPE(QUERY).bits = 0)                 \
+    BAD(zero_bits, "lse", UNSUPPORTED, ("query", "float0"), DTYPE(QUERY).bits = 0)                 \
     BAD(lanes, "lse", INVALID_ARGUMENT, ("value", "4 lanes", "1"), DTYPE(VALUE).lanes = 4)         \
     BAD(no_lanes, "lse", INVALID_ARGUMENT, ("query", "0 lanes", "1"), DTYPE(QUERY).lanes = 0)      \
-    BAD(lse_dtype, "lse", INVALID_ARGUMENT, ("lse", "16 bits", "f32"), DTYPE(LSE).bits = 16)       \
-    BAD(bias_dtype, "bias", INVALID_ARGUMENT, ("bias", "64 bits", "f32"), DTYPE(BIAS).bits = 64)   \
-    BAD(mask_dtype, "mask", INVALID_ARGUMENT, ("mask", "32 bits", "bool"), DTYPE(MASK).bits = 32)  \
-    BAD(slopes_dtype, "alibi", INVALID_ARGUMENT, ("alibi_slopes", "16 bits", "float32"),           \
+    BAD(lse_dtype, "lse", INVALID_ARGUMENT, ("lse", "float16", "float32"), DTYPE(LSE).bits = 16)   \
+    BAD(bias_dtype, "bias", INVALID_ARGUMENT, ("bias", "float64", "float32"),                      \
+        DTYPE(BIAS).bits = 64)                                                                     \
+    BAD(mask_dtype, "mask", INVALID_ARGUMENT, ("mask", "uint32", "bool"), DTYPE(MASK).bits = 32)   \
+    BAD(slopes_dtype, "alibi", INVALID_ARGUMENT, ("alibi_slopes", "float16", "float32"),           \
         DTYPE(ALIBI_SLOPES).bits = 16)                                                             \
-    BAD(sinks_dtype, "sinks", INVALID_ARGUMENT, ("sinks", "64 bits", "float32"),                   \
+    BAD(sinks_dtype, "sinks", INVALID_ARGUMENT, ("sinks", "float64", "float32"),                   \
         DTYPE(SINKS).bits = 64)                                                                    \
-    BAD(lengths_dtype, "key_lengths", INVALID_ARGUMENT, ("key_lengths", "64 bits", "int32"),       \
+    BAD(lengths_dtype, "key_lengths", INVALID_ARGUMENT, ("key_lengths", "int64", "int32"),         \
         DTYPE(KEY_LENGTHS).bits = 64)                                                              \
-    BAD(table_dtype, "paged", INVALID_ARGUMENT, ("block_table", "code 1", "int32"),                \
+    BAD(table_dtype, "paged", INVALID_ARGUMENT, ("block_table", "uint32", "int32"),                \
         DTYPE(BLOCK_TABLE).code = kDLUInt)                                                         \
                                                                                                    \
     /* devices */                                                                                  \
@@ -147,8 +151,10 @@ static void on_gpu(struct attempt *a) {
         TENSOR(KEY).dl.device.device_type = kDLVulkan)                                             \
                                                                                                    \
     /* strides */                                                                                  \
-    BAD(negative_stride, "lse", INVALID_ARGUMENT, ("key", "axis 2", "-16"), STRIDE(KEY)[2] = -16)  \
-    BAD(negative_inner, "lse", INVALID_ARGUMENT, ("query", "axis 3", "-1"), STRIDE(QUERY)[3] = -1) \
+    BAD(output_overlap_reversed, "lse", INVALID_ARGUMENT, ("output", "axis 2", "-15", "16"),       \
+        STRIDE(OUTPUT)[2] = -15)                                                                   \
+    BAD(least_stride, "lse", INVALID_ARGUMENT, ("value", "axis 0", "-9223372036854775808"),        \
+        STRIDE(VALUE)[0] = INT64_MIN)                                                              \
     BAD(output_stride_0, "lse", INVALID_ARGUMENT, ("output", "axis 1", "stride 0", "4"),           \
         STRIDE(OUTPUT)[1] = 0)                                                                     \
     BAD(lse_stride_0, "lse", INVALID_ARGUMENT, ("lse", "axis 2", "stride 0", "6"),                 \
@@ -194,6 +200,10 @@ static void on_gpu(struct attempt *a) {
         a->desc.s.window_left = -2)                                                                \
     BAD(window_right, "window", INVALID_ARGUMENT, ("window_right", "-7", "-1"),                    \
         a->desc.s.window_right = -7)                                                               \
+    BAD(window_left_unused, "lse", INVALID_ARGUMENT, ("window_left", "5", "DLATTN_WINDOW"),        \
+        a->desc.s.window_left = 5)                                                                 \
+    BAD(window_right_unused, "lse", INVALID_ARGUMENT, ("window_right", "-3", "DLATTN_WINDOW"),     \
+        a->desc.s.window_right = -3)                                                               \
     BAD(num_threads, "lse", INVALID_ARGUMENT, ("num_threads", "-1", "0"),                          \
         a->desc.s.num_threads = -1)                                                                \
     BAD(reserved, "lse", INVALID_ARGUMENT, ("reserved0", "5", "0"), a->desc.s.reserved0 = 5)       \
@@ -221,6 +231,17 @@ static void on_gpu(struct attempt *a) {
         TENSOR(OUTPUT).dl.data = NULL)                                                             \
     BAD(no_lengths_data, "key_lengths", INVALID_ARGUMENT, ("key_lengths", "NULL"),                 \
         TENSOR(KEY_LENGTHS).dl.data = NULL)                                                        \
+    BAD(output_is_key, "lse", INVALID_ARGUMENT, ("output", "shares memory with key"),              \
+        TENSOR(OUTPUT).dl.data = TENSOR(KEY).dl.data)                                              \
+    BAD(output_ends_in_value, "lse", INVALID_ARGUMENT, ("output", "shares memory with value"),     \
+        TENSOR(OUTPUT).dl.data = (char *)TENSOR(VALUE).dl.data + TENSOR(VALUE).bytes - 4)          \
+    BAD(output_begins_before_query, "lse", INVALID_ARGUMENT,                                       \
+        ("output", "shares memory with query"),                                                    \
+        TENSOR(OUTPUT).dl.data = (char *)TENSOR(QUERY).dl.data - TENSOR(OUTPUT).bytes + 1)         \
+    BAD(lse_is_output, "lse", INVALID_ARGUMENT, ("output", "shares memory with lse"),              \
+        TENSOR(LSE).dl.data = TENSOR(OUTPUT).dl.data)                                              \
+    BAD(lse_is_bias, "bias_keys", INVALID_ARGUMENT, ("lse", "shares memory with bias"),            \
+        TENSOR(LSE).dl.data = TENSOR(BIAS).dl.data)                                                \
     BAD(exec_small, "lse", INVALID_ARGUMENT, ("exec", "struct_size is 55", "56"),                  \
         a->exec.s.struct_size = 55)                                                                \
     BAD(exec_tail, "lse", UNSUPPORTED, ("exec", "byte 63", "56"),                                  \
@@ -283,10 +304,9 @@ static const struct features *features_named(const char *name) {
     cr_fatal("no feature set %s", name);
 }
 
-static void prepare(struct attempt *a, const char *features) {
-    const struct test_case from = {{2, 4, 2, 6, 10, 16, 16}, *features_named(features), F32, 3};
+static void prepare_case(struct attempt *a, const struct test_case *from) {
     memset(a, 0, sizeof *a);
-    call_make(&a->call, &from);
+    call_make(&a->call, from);
     for (int slot = 0; slot < SLOTS; slot++) {
         struct tensor *t = &a->call.tensor[slot];
         if (!a->call.has[slot])
@@ -302,6 +322,11 @@ static void prepare(struct attempt *a, const char *features) {
     a->workspace = aligned_alloc(64, 1 << 20);
     a->exec.s = (dlattn_exec){
         .struct_size = sizeof(dlattn_exec), .workspace = a->workspace, .workspace_bytes = 1 << 19};
+}
+
+static void prepare(struct attempt *a, const char *features) {
+    prepare_case(a,
+                 &(struct test_case){{2, 4, 2, 6, 10, 16, 16}, *features_named(features), F32, 3});
 }
 
 static void discard(struct attempt *a) {
@@ -391,9 +416,9 @@ Test(bad_input, runs) {
 /* All that is spoiled above is right before. */
 Test(bad_input, unspoiled) {
     const dlattn_api *api = test_api();
-    static const char *const sets[] = {"lse",         "plain",         "bias",   "mask",
-                                       "alibi",       "alibi_batch",   "sinks",  "window",
-                                       "key_lengths", "query_lengths", "varlen", "paged"};
+    static const char *const sets[] = {
+        "lse",   "plain",  "bias",        "bias_keys",     "mask",   "alibi", "alibi_batch",
+        "sinks", "window", "key_lengths", "query_lengths", "varlen", "paged"};
     for (size_t i = 0; i < sizeof sets / sizeof sets[0]; i++) {
         struct attempt a;
         prepare(&a, sets[i]);
@@ -493,6 +518,10 @@ Test(bad_input, plan_of_another_problem) {
         prepare(&other, "sliced");
         cr_assert(eq(int, api->plan_create(&planned.desc.s, &planned.tensors.s, &plan), DLATTN_OK));
         cr_expect(eq(int, api->plan_can_run(plan, &planned.tensors.s), DLATTN_OK));
+        planned.tensors.s.lse = NULL;
+        EXPECT_REFUSED(api->plan_can_run(plan, &planned.tensors.s), DLATTN_INVALID_ARGUMENT,
+                       "with lse, which is absent now");
+        planned.tensors.s.lse = &planned.call.tensor[LSE].dl;
         planned.call.tensor[others[i].slot].stride[others[i].axis] =
             other.call.tensor[others[i].slot].stride[others[i].axis] + 4096;
         EXPECT_REFUSED(api->plan_can_run(plan, &planned.tensors.s), DLATTN_INVALID_ARGUMENT,
@@ -517,6 +546,172 @@ Test(bad_input, gpu_without_driver) {
     expect_query_refused(api, &bad, &a);
     expect(api, &bad, &a, "forward", api->forward(&a.desc.s, &a.tensors.s, &a.exec.s));
     discard(&a);
+}
+
+/* An element across its own alignment ends a GPU's context, so it is refused before a driver is asked. */
+Test(bad_input, elements_across_their_alignment_on_a_gpu) {
+    static const struct {
+        const char *features;
+        enum slot slot;
+    } tensors[] = {
+        {"lse", QUERY},         {"lse", KEY},           {"lse", VALUE},          {"lse", OUTPUT},
+        {"lse", LSE},           {"bias", BIAS},         {"alibi", ALIBI_SLOPES}, {"sinks", SINKS},
+        {"paged", BLOCK_TABLE}, {"paged", KEY_LENGTHS}, {"varlen", CU_SEQLENS_Q}};
+    const dlattn_api *api = test_api();
+    for (size_t i = 0; i < sizeof tensors / sizeof tensors[0]; i++) {
+        struct attempt a;
+        prepare(&a, tensors[i].features);
+        on_gpu(&a);
+        a.call.tensor[tensors[i].slot].dl.byte_offset += 2;
+        EXPECT_REFUSED(api->forward(&a.desc.s, &a.tensors.s, &a.exec.s), DLATTN_INVALID_ARGUMENT,
+                       "not a multiple of its 4 bytes");
+        EXPECT_REFUSED(api->forward(&a.desc.s, &a.tensors.s, &a.exec.s), DLATTN_INVALID_ARGUMENT,
+                       slot_name(tensors[i].slot));
+        cr_expect(untouched(&a));
+        discard(&a);
+    }
+}
+
+/* Query, key, value and output that lie in turns in one buffer, [B, L, 4, H, D], share nothing. */
+Test(bad_input, outputs_between_inputs) {
+    enum { LENGTH = 7, HEADS = 2, DIM = 8, NUMBERS = LENGTH * 4 * HEADS * DIM };
+    const dlattn_api *api = test_api();
+    float numbers[NUMBERS], apart[LENGTH * HEADS * DIM];
+    int64_t shape[] = {1, HEADS, LENGTH, DIM}, stride[] = {0, DIM, 4 * HEADS * DIM, 1};
+    DLTensor t[4];
+    for (int i = 0; i < NUMBERS; i++)
+        numbers[i] = (float)random_normal(5, (uint64_t)i);
+    for (int i = 0; i < 4; i++)
+        t[i] = (DLTensor){.data = numbers + i * HEADS * DIM,
+                          .device = {kDLCPU, 0},
+                          .ndim = 4,
+                          .dtype = {kDLFloat, 32, 1},
+                          .shape = shape,
+                          .strides = stride};
+    DLTensor output = t[3];
+    output.data = apart;
+    output.strides = NULL;
+    void *workspace = aligned_alloc(64, 1 << 20);
+    const dlattn_forward_desc desc = {.struct_size = sizeof desc};
+    const dlattn_exec exec = {
+        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = 1 << 20};
+    dlattn_tensors tensors = {.struct_size = sizeof tensors,
+                              .query = &t[0],
+                              .key = &t[1],
+                              .value = &t[2],
+                              .output = &output};
+    cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK), "%s", api->last_error());
+    tensors.output = &t[3];
+    cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK), "%s", api->last_error());
+    for (int l = 0; l < LENGTH; l++)
+        for (int h = 0; h < HEADS; h++)
+            cr_expect(memcmp(numbers + ((l * 4 + 3) * HEADS + h) * DIM,
+                             apart + (h * LENGTH + l) * DIM, DIM * sizeof(float)) == 0);
+    t[3].data = numbers + 3 * HEADS * DIM - 1; /* one element into the values */
+    EXPECT_REFUSED(api->forward(&desc, &tensors, &exec), DLATTN_INVALID_ARGUMENT,
+                   "shares memory with value");
+    free(workspace);
+}
+
+/* 40 keys in pages of 4, of which the last three rows see 33 to 39. */
+static const struct test_case windowed_pages = {
+    {1, 2, 2, 3, 40, 16, 16},
+    {.page_size = 4, .window = true, .window_left = 4, .bottom_right = true},
+    F32,
+    3,
+};
+enum { FIRST_PAGE_SEEN = 33 / 4, TABLE_COLUMNS = 40 / 4 };
+
+/* Pages left of every row's window are nobody's: their entries may be anything. */
+Test(bad_input, pages_that_no_row_sees) {
+    static const int32_t wild[] = {-1, INT32_MAX, INT32_MIN, 12};
+    const dlattn_api *api = test_api();
+    struct attempt a;
+    unsigned char right[3 * 2 * 16 * sizeof(float)];
+    prepare_case(&a, &windowed_pages);
+    cr_assert(eq(int, api->forward(&a.desc.s, &a.tensors.s, &a.exec.s), DLATTN_OK), "%s",
+              api->last_error());
+    cr_assert(eq(sz, a.call.tensor[OUTPUT].bytes, sizeof right));
+    memcpy(right, a.block[OUTPUT].data, sizeof right);
+    for (size_t i = 0; i < sizeof wild / sizeof wild[0]; i++) {
+        for (int64_t n = 0; n < FIRST_PAGE_SEEN; n++)
+            set_int(&a, BLOCK_TABLE, n, wild[i]);
+        memset(a.block[OUTPUT].data, 0, sizeof right);
+        cr_expect(eq(int, api->forward(&a.desc.s, &a.tensors.s, &a.exec.s), DLATTN_OK), "%s",
+                  api->last_error());
+        cr_expect(memcmp(a.block[OUTPUT].data, right, sizeof right) == 0, "entries %d", wild[i]);
+    }
+    set_int(&a, BLOCK_TABLE, FIRST_PAGE_SEEN, -1);
+    EXPECT_REFUSED(api->forward(&a.desc.s, &a.tensors.s, &a.exec.s), DLATTN_INVALID_ARGUMENT,
+                   "[0, 8] is -1");
+    discard(&a);
+}
+
+/* A thread of the host that writes lengths and pages while a call runs spoils its result, but no other memory: between the
+ * checks and the work the host's own parallel_for has its say. */
+static void spoil_then_run(void *ctx, int64_t count, dlattn_parallel_body body, void *body_ctx) {
+    struct attempt *a = ctx;
+    for (int64_t n = 0; n < TABLE_COLUMNS && a->call.has[BLOCK_TABLE]; n++)
+        set_int(a, BLOCK_TABLE, n, n % 2 ? INT32_MAX : INT32_MIN);
+    for (int slot = QUERY_LENGTHS; slot <= CU_SEQLENS_K; slot++) {
+        for (int64_t i = 0; a->call.has[slot] && i < a->call.tensor[slot].shape[0]; i++)
+            set_int(a, (enum slot)slot, i, i % 2 ? INT32_MIN : INT32_MAX);
+    }
+    for (int64_t i = 0; i < count; i++)
+        body(body_ctx, i);
+}
+
+static bool surroundings_hold(const struct block *block) {
+    void *bytes = malloc(block->bytes + 1);
+    const bool hold = place_cpu.fetch(block, bytes);
+    free(bytes);
+    return hold;
+}
+
+Test(bad_input, integers_written_during_a_call) {
+    static const char *const sets[] = {"key_lengths", "query_lengths", "varlen_lengths"};
+    const dlattn_api *api = test_api();
+    for (int i = 0; i < 4; i++) {
+        for (int32_t row = 0; row < api->kernel_count(); row++) {
+            struct attempt a;
+            dlattn_kernel_info info = {.struct_size = sizeof info};
+            api->kernel_info(row, &info);
+            if (!info.available || strcmp(info.backend, "cpu") != 0)
+                continue;
+            if (i == 3)
+                prepare_case(&a, &windowed_pages);
+            else
+                prepare(&a, sets[i]);
+            a.desc.s.kernel = info.name;
+            a.exec.s.parallel_for = spoil_then_run;
+            a.exec.s.parallel_ctx = &a;
+            const int32_t status = api->forward(&a.desc.s, &a.tensors.s, &a.exec.s);
+            cr_expect(status == DLATTN_OK || status == DLATTN_UNSUPPORTED, "%s: %s", info.name,
+                      api->last_error());
+            for (int slot = 0; slot < SLOTS; slot++) {
+                if (a.call.has[slot])
+                    cr_expect(surroundings_hold(&a.block[slot]), "%s", info.name);
+            }
+            discard(&a);
+        }
+    }
+}
+
+/* Listings find nothing wrong. */
+Test(bad_input, listings_leave_the_last_error) {
+    const dlattn_api *api = test_api();
+    char before[512];
+    EXPECT_REFUSED(api->forward(NULL, NULL, NULL), DLATTN_INVALID_ARGUMENT, "desc: is NULL");
+    snprintf(before, sizeof before, "%s", api->last_error());
+    for (int32_t i = 0; i < api->kernel_count(); i++) {
+        dlattn_kernel_info info = {.struct_size = sizeof info};
+        cr_expect(eq(int, api->kernel_info(i, &info), DLATTN_OK));
+    }
+    for (int32_t i = 0; i < api->device_count(); i++) {
+        dlattn_device_info info = {.struct_size = sizeof info};
+        cr_expect(eq(int, api->device_info(i, &info), DLATTN_OK));
+    }
+    cr_expect(strcmp(api->last_error(), before) == 0, "\"%s\"", api->last_error());
 }
 
 /* A failing call leaves its message to its own thread; a status has a name. */

@@ -89,11 +89,11 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
            (t->use == ANY || has_many_rows(p, caps));
 }
 
-/* What a tensor map can say: [B, H, L, D] with strides that are not 0 and below 2^40 bytes. */
+/* What a tensor map can say: [B, H, L, D] with strides above 0 and below 2^40 bytes. */
 static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length) {
     const int64_t extent[3] = {batch, heads, length};
     for (int i = 0; i < 3; i++) {
-        if (extent[i] > 1 && (v->stride[i] == 0 || v->stride[i] >= INT64_C(1) << 39))
+        if (extent[i] > 1 && (v->stride[i] <= 0 || v->stride[i] >= INT64_C(1) << 39))
             return false;
     }
     return true;
