@@ -388,8 +388,8 @@ static void set_desc(struct call *c) {
                     (f->empty_lse_inf ? DLATTN_EMPTY_LSE_INF : 0);
     c->desc.scale = f->scale;
     c->desc.softcap = f->softcap;
-    c->desc.window_left = f->window_left;
-    c->desc.window_right = f->window_right;
+    c->desc.window_left = f->window ? f->window_left : 0;
+    c->desc.window_right = f->window ? f->window_right : 0;
     c->desc.causal = f->causal;
     c->desc.alignment = f->bottom_right ? DLATTN_ALIGN_BOTTOM_RIGHT : DLATTN_ALIGN_TOP_LEFT;
 }
