@@ -25,8 +25,10 @@ struct element {
     DLDataType type;
     size_t bytes;
 };
-static const struct element elements[] = {
-    {"f32", {kDLFloat, 32, 1}, 4}, {"f16", {kDLFloat, 16, 1}, 2}, {"bf16", {kDLBfloat, 16, 1}, 2}};
+static const struct element elements[] = {{"f32", {kDLFloat, 32, 1}, 4},
+                                          {"f16", {kDLFloat, 16, 1}, 2},
+                                          {"bf16", {kDLBfloat, 16, 1}, 2},
+                                          {"f64", {kDLFloat, 64, 1}, 8}};
 
 struct shape {
     const char *op;
@@ -59,7 +61,10 @@ static void fill(void *data, size_t count, const struct element *e, uint64_t sta
                                              : (bits >> 16 & 0x8000) | (exponent - 112) << 10 |
                                                    (bits >> 13 & 0x3ff)),
                        brain = (uint16_t)(bits >> 16);
-        if (e->bytes == 4)
+        const double wide = x;
+        if (e->bytes == 8)
+            memcpy((char *)data + 8 * i, &wide, 8);
+        else if (e->bytes == 4)
             memcpy((char *)data + 4 * i, &x, 4);
         else
             memcpy((char *)data + 2 * i, e->type.code == kDLBfloat ? &brain : &half, 2);
@@ -97,7 +102,7 @@ struct result {
     dlattn_sku sku;
     double median, spread; /* seconds; (90th - 10th percentile) / median */
     double best;           /* seconds: what a round without disturbance takes */
-    double limit;          /* median of the samples between the rounds */
+    double limit; /* median of the samples between the rounds; a vector has half as many f64 */
 };
 
 /* False if the row declines. `which` = LIMIT_COUNT: no limit is sampled. */
@@ -131,7 +136,7 @@ static bool measure(struct result *r, const char *kernel, const struct shape *s,
         r->median = quantile(times, n, 0.5);
         r->spread = (quantile(times, n, 0.9) - quantile(times, n, 0.1)) / r->median;
         r->best = times[0];
-        r->limit = quantile(limits, n, 0.5);
+        r->limit = quantile(limits, n, 0.5) / (which == LIMIT_FMA && e->bytes == 8 ? 2 : 1);
         free(exec.workspace);
         api->plan_destroy(plan);
     }

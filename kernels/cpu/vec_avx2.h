@@ -12,6 +12,7 @@
 
 enum { VEC_LANES = 8 };
 
+typedef float scalar;
 typedef __m256 vec;
 typedef __m256 vec_mask; /* all bits of a lane, or none */
 

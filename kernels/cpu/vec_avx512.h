@@ -14,6 +14,7 @@
 
 enum { VEC_LANES = 16 };
 
+typedef float scalar;
 typedef __m512 vec;
 typedef __mmask16 vec_mask;
 

@@ -1,0 +1,15 @@
+/* f64: 6 x 2 vectors of sums in 12 of the 16 registers. */
+#include "kernels/cpu/vec_f64_avx2.h"
+
+#define VECTORS 2
+#include "kernels/cpu/f64_template.h"
+
+bool cpu_fwd_f64_avx2_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    (void)caps;
+    return f64_plan(plan, p, &body);
+}
+
+int32_t cpu_fwd_f64_avx2_launch(const struct plan *plan, const struct problem *p,
+                                const struct exec *exec) {
+    return f64_launch(plan, p, exec, &body);
+}
