@@ -2,6 +2,7 @@
  * The product of both passes of attention, broadcast scalars times vectors. Included where LANES, VECTORS, PAIRS and the
  * vectors of `scalar` are known.
  */
+
 /* Rows of sums that are kept in registers; a single vector of each needs more of them to hide the latency of its sums. */
 enum { ROW_TILE = 6, MOST_ROWS = 2 * ROW_TILE };
 #define ROWS(vectors) ((vectors) == 1 ? MOST_ROWS : ROW_TILE)
