@@ -148,12 +148,16 @@ static dlattn_kernel_info find_kernel(const dlattn_api *api, const char *name) {
 
 static void free_jobs(struct criterion_test_params *params) { cr_free(params->params); }
 
+/* ./dev test-row sets DLATTN_TEST_ROW: that row alone. */
 ParameterizedTestParameters(kernels, row) {
+    const char *const only = getenv("DLATTN_TEST_ROW");
     const dlattn_api *api = test_api();
     struct job *jobs = cr_malloc(4 * sizeof *jobs * (size_t)api->kernel_count()), *end = jobs;
     for (int32_t row = 0; row < api->kernel_count(); row++) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
         api->kernel_info(row, &info);
+        if (only && strcmp(info.name, only) != 0)
+            continue;
         for (enum element e = F64; e <= BF16; e++) {
             if (strcmp(info.backend, BACKEND) == 0 && lists(info.dtypes, e))
                 end = add_job(end, info.name, "all", e);
