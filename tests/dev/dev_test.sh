@@ -76,5 +76,20 @@ says "no such suite" 1 'error: no such suite: fake_other \(there are fake_passes
 says "PyTorch is left out aloud" 0 '^skipped 1: test_torch.py: --without-torch$' \
     "$passes; suite_fake_torch() { suite_torch; }" --without-torch
 
+# JAX's newest on a newer Python than python3: found behind a name that leads nowhere, or missed aloud.
+mkdir -p "$scratch"/{none,pyenv/versions/3.12.9/bin}
+for name in none/python3 none/python3.12 none/python3.13; do
+    printf '#!/bin/sh\nexit 127\n' >"$scratch/$name"
+done
+printf '#!/bin/sh\nexit 0\n' >"$scratch/pyenv/versions/3.12.9/bin/python"
+chmod +x "$scratch"/none/* "$scratch/pyenv/versions/3.12.9/bin/python"
+jax="PATH=$scratch/none:\$PATH XDG_DATA_HOME=/nowhere
+    setup_jax() { echo \"\$1: \$python\"; }
+    pytest_suite() { count passed 1; }
+    suite_fake_jax() { suite_jax; }"
+says "a newer Python" 0 "^newer-python: $scratch/pyenv/versions/3.12.9/bin/python\$" "$jax; PYENV_ROOT=$scratch/pyenv"
+says "with it, three ages of JAX" 0 '^3 passed, 0 failed, 0 skipped$' "$jax; PYENV_ROOT=$scratch/pyenv"
+says "no newer Python" 0 '^skipped 1: test_jax.py with JAX 0.12: no Python 3.12' "$jax; PYENV_ROOT=/nowhere"
+
 echo "[====] Synthesis: Tested: $((good + bad)) | Passing: $good | Failing: $bad | Crashing: 0"
 [ $bad -eq 0 ]
