@@ -481,11 +481,17 @@ static PyObject *query(PyObject *self, PyObject *const *args, Py_ssize_t count) 
 
 /* ---- PyTorch's common case ------------------------------------------------------------------- */
 
-/* What of PyTorch plain() asks, as dlattn.torch has named it. */
+/* What of PyTorch is_plain() and plain() ask, as dlattn.torch has named it. */
 static struct {
-    PyObject *tensor, *parameter;           /* the types of tensors that stand for no others */
-    PyObject *is_transforming, *is_casting; /* whether somebody must see every call */
+    PyObject *tensor, *parameter; /* the types of tensors that stand for no others */
+    /* Transforms, modes and tracers, which see every call of this thread, are dispatch keys; the
+     * two quiet sets have none of them. */
+    PyObject *keys_of_thread, *quiet_keys, *quiet_inference_keys;
+    PyObject *has_function_mode;
+    PyObject *forward_ad, *level;           /* not below 0 where tensors may have tangents */
+    PyObject *is_casting;                   /* by autocast */
     PyObject *is_recording, *requires_grad; /* whether a tensor's gradient is recorded */
+    PyObject *is_negated;                   /* whether its memory holds the negative */
     PyObject *empty_like;
 } torch;
 static PyObject *defaults[ARGUMENTS];
@@ -512,16 +518,71 @@ static int is_true(PyObject *object) {
     return truth != 0;
 }
 
-static int is_plain(PyObject *const *tensors) {
+static int is_level_open(void) {
+    PyObject *level = PyObject_GetAttr(torch.forward_ad, torch.level);
+    const int is_open = !level || PyLong_AsLong(level) >= 0;
+    Py_XDECREF(level);
+    PyErr_Clear();
+    return is_open;
+}
+
+/* Whether PyTorch has something on this thread that must see every call. */
+static int is_watched(void) {
+    PyObject *keys = PyObject_CallNoArgs(torch.keys_of_thread);
+    const int is_quiet =
+        keys && (PyObject_RichCompareBool(keys, torch.quiet_keys, Py_EQ) == 1 ||
+                 PyObject_RichCompareBool(keys, torch.quiet_inference_keys, Py_EQ) == 1);
+    Py_XDECREF(keys);
+    PyErr_Clear();
+    return !is_quiet || is_level_open() || is_true(PyObject_CallNoArgs(torch.has_function_mode));
+}
+
+/* Whether these tensors, some of which may be None, are what their memory says and want no
+ * gradient. */
+static int are_plain(PyObject *const *tensors, Py_ssize_t count) {
     const int recording = is_true(PyObject_CallNoArgs(torch.is_recording));
-    for (int i = 0; i < OUTPUT; i++) {
-        PyObject *type = (PyObject *)Py_TYPE(tensors[i]);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *x = tensors[i], *type = (PyObject *)Py_TYPE(x);
+        if (x == Py_None)
+            continue;
         if ((type != torch.tensor && type != torch.parameter) ||
-            (recording && is_true(PyObject_GetAttr(tensors[i], torch.requires_grad))))
+            (recording && is_true(PyObject_GetAttr(x, torch.requires_grad))) ||
+            is_true(PyObject_CallFunctionObjArgs(torch.is_negated, x, NULL)))
             return 0;
     }
-    return exchange_of(Py_TYPE(tensors[0])) && !is_true(PyObject_CallNoArgs(torch.is_casting)) &&
-           !is_true(PyObject_CallNoArgs(torch.is_transforming));
+    return 1;
+}
+
+/* Whether a tensor has memory, which those of meta, sparse, nested and other layouts, wrappers and
+ * zeros that are nowhere have not. Before PyTorch 2.10, which has no exchange table, that shows
+ * later. */
+static int has_memory(PyObject *object) {
+    const DLPackExchangeAPI *exchange = exchange_of(Py_TYPE(object));
+    DLTensor t = {0};
+    if (!exchange)
+        return 1;
+    if (exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
+        PyErr_Clear();
+        return 0;
+    }
+    int64_t elements = 1;
+    for (int axis = 0; axis < t.ndim; axis++)
+        elements = t.shape[axis] ? elements : 0;
+    return t.data || !elements;
+}
+
+/* is_plain(tensor or None, ...) -> whether nobody watches a call with these. */
+static PyObject *is_plain(PyObject *self, PyObject *const *tensors, Py_ssize_t count) {
+    int plain = are_plain(tensors, count) && !is_watched();
+    (void)self;
+    for (Py_ssize_t i = 0; i < count && plain; i++)
+        plain = tensors[i] == Py_None || has_memory(tensors[i]);
+    return PyBool_FromLong(plain);
+}
+
+/* Whether None, a float or an int: anything else, as a tensor, may have a gradient. */
+static int is_number(PyObject *scale) {
+    return scale == Py_None || PyFloat_Check(scale) || PyLong_Check(scale);
 }
 
 /* The output of [B, H, L, D] tensors whose output is like the query; NULL without an exception if
@@ -545,7 +606,8 @@ static PyObject *plain(PyObject *self, PyObject *const *given, Py_ssize_t count)
     (void)self;
     if (count != 6)
         return PyErr_Format(PyExc_TypeError, "plain: %zd arguments, must be 6", count);
-    if (!is_plain(given))
+    if (!are_plain(given, OUTPUT) || !exchange_of(Py_TYPE(given[0])) || !is_number(given[3]) ||
+        is_true(PyObject_CallNoArgs(torch.is_casting)) || is_watched())
         Py_RETURN_NONE;
     memcpy(args, defaults, sizeof args);
     memcpy(args, given, OUTPUT * sizeof *args);
@@ -599,6 +661,7 @@ static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, NULL},
     {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL, NULL},
     {"bind_torch", (PyCFunction)(void (*)(void))bind_torch, METH_FASTCALL, NULL},
+    {"is_plain", (PyCFunction)(void (*)(void))is_plain, METH_FASTCALL, NULL},
     {"plain", (PyCFunction)(void (*)(void))plain, METH_FASTCALL, NULL},
     {"library", library, METH_NOARGS, NULL},
     {"kernels", kernels, METH_NOARGS, NULL},

@@ -1,29 +1,38 @@
 """Attention for PyTorch, on the CPU and on CUDA's current stream.
 
 ``scaled_dot_product_attention`` is a drop-in for the function of that name in
-``torch.nn.functional``; ``attention`` has all of the plugin's features. Both differentiate, compile
-without a graph break, and work under ``torch.func`` (vmap goes through the batch, one by one).
+``torch.nn.functional``; ``attention`` has all of the plugin's features. Both differentiate, to any
+order and in both modes, compile without a graph break, and work under ``torch.func`` (vmap goes
+through the batch, one by one) and autocast.
 
-Where nothing is recorded (no gradient, no compilation) the plugin is called at once; else through
-the operator ``dlattn::forward``. Its backward pass is computed here, some query rows at a time.
+Where PyTorch says that nobody watches (no gradient, transform, mode, subclass or compilation) the
+plugin is called at once; else through the operator ``dlattn::forward``. Its backward pass is
+computed here, some query rows at a time; forward-mode and higher derivatives from a composite of
+PyTorch's operators, which holds all logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
-from . import InvalidArgument, Unsupported, _core
+from . import Error, InvalidArgument, Unsupported, _core
 from ._options import Alignment, Window, alignment_code, window_sides
+from ._torch_backward import backward
+from ._torch_math import DIFFERENTIABLE, Options, Tensors, composite, order_of
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
-BACKWARD_ROWS = 128  # query rows whose logits, [B, H, 128, Lk], the backward pass holds at a time
-
 # PyTorch before 2.10 cannot tell the C side which stream is current.
 _HAS_EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__")
+
+
+# ---- The drop-in
 
 
 def scaled_dot_product_attention(
@@ -33,14 +42,15 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, by the plugin.
 
-    query ``[B, H, L, E]``, key ``[B, H_kv, S, E]``, value ``[B, H_kv, S, E_v]``; or ``[B, L, E]``,
-    or ``[L, E]``. attn_mask: bool (True is visible) or float (added to the logits), broadcast to
-    ``[B, H, L, S]``. is_causal is aligned top left; it may be given together with a mask.
+    query ``[..., H, L, E]``, key ``[..., H_kv, S, E]``, value ``[..., H_kv, S, E_v]``, of two or
+    more axes each; those before the last two broadcast. attn_mask: bool (True is visible) or float
+    (added to the logits), broadcast to ``[..., H, L, S]``, or a ``CausalBias``. is_causal is
+    aligned top left; it may be given together with a mask. The output has the query's layout.
 
     Raises ``dlattn.Unsupported`` (a NotImplementedError) for dropout, ``dlattn.InvalidArgument`` (a
     ValueError) for tensors that do not go together.
@@ -51,46 +61,116 @@ def scaled_dot_product_attention(
             return output
     if dropout_p:
         raise Unsupported(f"dropout_p: is {dropout_p}, dlattn has no dropout")
-    if _is_any_autocast_enabled():
-        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    axes = query.dim()
-    if axes > 4:
-        raise Unsupported(f"query: has {axes} axes, dlattn takes at most 4")
-    if axes < 4:
-        query, key, value = (_with_heads(x) for x in (query, key, value))
-    heads, heads_kv = query.size(1), key.size(1)
-    if heads != heads_kv and heads_kv != 1 and not enable_gqa:
-        raise InvalidArgument(
-            f"key: has {heads_kv} heads, query {heads}; enable_gqa=True allows it"
-        )
+    alignment: Alignment = "top_left"
+    if _is_causal_bias(attn_mask):
+        if is_causal:
+            raise InvalidArgument("is_causal: is True, and attn_mask a CausalBias; one is enough")
+        attn_mask, is_causal, alignment = None, True, _alignment(attn_mask, query, key)
+    if _is_compiling() or not _core.is_plain(query, key, value, attn_mask):
+        _check_kinds(query=query, key=key, value=value, attn_mask=attn_mask)
+    leading, query, key, value = _with_four_axes(query, key, value, enable_gqa)
+    options = {"causal": is_causal, "alignment": alignment, "scale": scale}
     if attn_mask is None:
-        output = attention(query, key, value, causal=is_causal, scale=scale)
+        output = attention(query, key, value, **options)
     else:
-        if axes == 3 and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unsqueeze(1)
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+        attn_mask = _mask_of_four_axes(attn_mask, (*leading, *query.shape[-2:-1], key.shape[-2]))
         kind = "mask" if attn_mask.dtype == torch.bool else "bias"
-        output = attention(query, key, value, causal=is_causal, scale=scale, **{kind: attn_mask})
-    return output if axes == 4 else output.squeeze(1) if axes == 3 else output[0, 0]
+        try:
+            output = attention(query, key, value, **options, **{kind: attn_mask})
+        except Error as error:  # by the name that the caller knows
+            raise type(error)(str(error).replace(f"{kind}:", "attn_mask:", 1)) from None
+    if len(leading) == 2:
+        return output
+    return output.reshape(*leading, *output.shape[2:])
 
 
-def _with_heads(x: Tensor) -> Tensor:
-    """[B, L, D] or [L, D] -> [B, 1, L, D]."""
-    return x.unsqueeze(-3) if x.dim() == 3 else x[None, None]
+def _with_four_axes(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+    """(the output's axes before its rows, the tensors as [B, H, L, D]), without copies where
+    PyTorch's views can do it."""
+    axes = query.dim(), key.dim(), value.dim()
+    if min(axes) < 2:
+        name = ("query", "key", "value")[axes.index(min(axes))]
+        raise InvalidArgument(f"{name}: has {min(axes)} axes, must have at least 2")
+    if axes == (4, 4, 4):
+        of_query, of_key = query.shape[:2], key.shape[:2]
+        alike = enable_gqa or of_key == of_query
+        if alike and of_key == value.shape[:2] and of_key[0] == of_query[0]:
+            return of_query, query, key, value
+    padded = [_padded(x, max(*axes, 4)) for x in (query, key, value)]
+    batch = _broadcast(*(x.shape[:-3] for x in padded))
+    heads, heads_k, heads_v = (x.shape[-3] for x in padded)
+    heads_kv = heads_v if heads_k == 1 else heads_k
+    if not enable_gqa:
+        if heads != heads_kv and heads != 1 and heads_kv != 1:
+            raise InvalidArgument(
+                f"key: has {heads_kv} heads, query {heads}; enable_gqa=True allows it"
+            )
+        heads = heads_kv if heads == 1 else heads
+        heads_kv = heads_kv if heads_k == heads_v == 1 else heads
+    padded = [
+        _expanded(x, (*batch, n)).flatten(0, -4)
+        for x, n in zip(padded, (heads, heads_kv, heads_kv))
+    ]
+    return (*batch, heads)[max(4 - max(axes), 0) :], *padded
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As PyTorch does for its own attention: floats, but not float64, in autocast's type."""
-    kind = tensors[0].device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
+def _padded(x: Tensor, axes: int) -> Tensor:
+    """With leading axes of 1."""
+    return x if x.dim() >= axes else x[(None,) * (axes - x.dim())]
 
-    def cast(x: Tensor | None) -> Tensor | None:
-        is_cast = x is not None and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if is_cast else x
 
-    return tuple(cast(x) for x in tensors)
+def _expanded(x: Tensor, leading: Sequence[int]) -> Tensor:
+    """With these extents before the last two."""
+    return x if x.shape[:-2] == leading else x.expand(*leading, -1, -1)
+
+
+def _broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        query, key, value = (list(shape) for shape in shapes)
+        raise InvalidArgument(
+            f"key, value: axes before the heads are {key}, {value}, query's {query}"
+        ) from None
+
+
+def _mask_of_four_axes(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As [B|1, H|1, L|1, S|1], but for leading axes, of one that broadcasts to ``shape``."""
+    axes, given = len(shape), mask.shape
+    fits = len(given) <= axes
+    for n, full in zip(reversed(given), reversed(shape)):
+        fits = fits and n in (1, full)
+    if not fits:
+        raise InvalidArgument(f"attn_mask: shape is {list(given)}, must broadcast to {list(shape)}")
+    if axes <= 4:
+        return mask
+    mask = _padded(mask, axes)
+    if all(n == 1 for n in mask.shape[:-3]):
+        return mask[(0,) * (axes - 4)]
+    return mask.expand(*shape[:-3], -1, -1, -1).flatten(0, -4)
+
+
+def _is_causal_bias(x: Any) -> bool:
+    """Whether a tensor of a type whose memory means nothing."""
+    if x is None or type(x) in _TENSORS:
+        return False
+    from torch.nn.attention.bias import CausalBias
+
+    return isinstance(x, CausalBias)
+
+
+def _alignment(bias: Any, query: Tensor, key: Tensor) -> Alignment:
+    found, meant = (query.shape[-2], key.shape[-2]), (bias.seq_len_q, bias.seq_len_kv)
+    if found != meant:
+        raise InvalidArgument(
+            f"attn_mask: is a CausalBias of {list(meant)}, query and key make it {list(found)}"
+        )
+    return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
+
+
+# ---- Everything
 
 
 def attention(
@@ -100,7 +180,7 @@ def attention(
     *,
     causal: bool = False,
     alignment: Alignment = "top_left",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     softcap: float = 0.0,
     window: Window | None = None,
     bias: Tensor | None = None,
@@ -123,14 +203,39 @@ def attention(
 ) -> Any:
     """``dlattn.attention`` (see there); with ``return_lse`` also the float32 log-sum-exp.
 
-    Differentiable in query, key, value, bias, alibi_slopes and sinks, and through the log-sum-exp;
-    but not where ``out``, ``lse``, ``kernel``, ``num_threads`` or ``stream`` is given, nor for
-    packed and paged calls.
+    bias and mask may lack leading axes; alibi_slopes and sinks of other floats become float32,
+    int64 lengths and indices int32. scale may be a tensor of one number.
+
+    Differentiable in query, key, value, bias, alibi_slopes, sinks and scale, and through the
+    log-sum-exp; but not where ``out``, ``lse``, ``kernel``, ``num_threads`` or ``stream`` is given,
+    nor for packed and paged calls.
     """
     left, right = window_sides(window)
+    if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
+        query, scale = _scaled(query, scale, softcap)
     tensors = (
         *(bias, mask, alibi_slopes, sinks, query_lengths, key_lengths),
         *(cu_seqlens_q, cu_seqlens_k, block_table),
+    )
+    is_plain = not _is_compiling() and _core.is_plain(query, key, value, *tensors, out, lse)
+    if not is_plain:
+        _check_kinds(**dict(zip(Tensors._fields, (query, key, value, *tensors))))
+    if _is_any_autocast_enabled():
+        query, key, value, bias = _autocast(query, key, value, bias)
+    if bias is not None:
+        bias = _padded(_as_float(bias, query.dtype), 4)
+    if mask is not None:
+        mask = _padded(mask, 4)
+    tensors = (
+        bias,
+        mask,
+        _as_float(alibi_slopes),
+        _as_float(sinks),
+        _as_int32("query_lengths", query_lengths),
+        _as_int32("key_lengths", key_lengths),
+        _as_int32("cu_seqlens_q", cu_seqlens_q),
+        _as_int32("cu_seqlens_k", cu_seqlens_k),
+        _as_int32("block_table", block_table),
     )
     options = (
         scale,
@@ -142,7 +247,8 @@ def attention(
         max_seqlen_q,
         max_seqlen_k,
     )
-    if _is_plain(query, key, value, bias, alibi_slopes, sinks):
+    if is_plain:
+        written = [x for x in (out, lse) if x is not None]
         if out is None:
             out = _output(query, value)
         if lse is None and return_lse:
@@ -151,42 +257,110 @@ def attention(
             stream = _stream(query)
         how = (kernel, num_threads, stream, _workspace)
         _core.forward(query, key, value, out, lse, *tensors, *options, *how)
-        return (out, lse) if return_lse else out
-    if out is not None or lse is not None or kernel or num_threads or stream is not None:
+        for x in written:
+            if not x.is_inference():
+                torch.autograd.graph.increment_version(x)
+    elif out is not None or lse is not None or kernel or num_threads or stream is not None:
         raise InvalidArgument(
-            "out, lse, kernel, num_threads, stream: go with no gradient and no compilation"
+            "out, lse, kernel, num_threads, stream: go with plain tensors, "
+            "no gradient, no mode or transform and no compilation"
         )
-    forward = _Forward.apply if _are_transforms_active() else torch.ops.dlattn.forward
-    out, lse = forward(query, key, value, *tensors, *options)
+    elif forward_ad._current_level >= 0:  # tensors may have tangents
+        _check_differentiable(cu_seqlens_q, block_table)
+        out, lse = composite(Tensors(query, key, value, *tensors), Options(*options))
+    else:
+        forward = _Forward.apply if _are_transforms_active() else torch.ops.dlattn.forward
+        out, lse = forward(query, key, value, *tensors, *options)
     return (out, lse) if return_lse else out
+
+
+def _check_kinds(**tensors: Any) -> None:
+    """Refuses, by name, what cannot become a tensor of the plugin; PyTorch would name operators."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            kind = type(x)
+            raise InvalidArgument(
+                f"{name}: is a {kind.__module__}.{kind.__qualname__}, must be a torch.Tensor"
+            )
+        if x.is_nested:
+            raise Unsupported(
+                f"{name}: is a nested tensor; attention takes padded ones with key_lengths and "
+                "packed ones with cu_seqlens_q and cu_seqlens_k"
+            )
+        if _is_causal_bias(x):
+            raise Unsupported(f"{name}: is a CausalBias; attention takes causal and alignment")
+        if x.layout != torch.strided:
+            raise Unsupported(f"{name}: layout is {x.layout}, must be {torch.strided}")
+        if x.is_quantized:
+            raise Unsupported(f"{name}: dtype is {x.dtype}, dlattn reads no quantized tensors")
+        if x.device.type not in ("cpu", "cuda", "meta"):
+            raise Unsupported(f"{name}: is on {x.device}, must be on the CPU or on CUDA")
+
+
+def _scaled(query: Tensor, scale: Any, softcap: Any) -> tuple[Tensor, float | None]:
+    """A scale that is a tensor goes into the query, so that it has its gradient."""
+    if isinstance(softcap, Tensor):
+        raise InvalidArgument("softcap: is a torch.Tensor, must be a number")
+    _check_kinds(query=query)
+    if scale.dim():
+        raise InvalidArgument(f"scale: shape is {list(scale.shape)}, must be that of one number")
+    return query * scale.to(query.dtype), 1.0
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As PyTorch does for its own attention: floats, but not float64, in autocast's type."""
+    kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        is_cast = x is not None and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if is_cast else x
+
+    return tuple(cast(x) for x in tensors)
+
+
+def _as_float(x: Tensor | None, or_dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """float32, or ``or_dtype`` if it is that already."""
+    if x is None or x.dtype in (torch.float32, or_dtype) or not x.is_floating_point():
+        return x
+    return x.float()
+
+
+def _as_int32(name: str, x: Tensor | None) -> Tensor | None:
+    """Where numbers cannot be read, what int32 cannot hold becomes the nearest that it can: it is
+    out of range, too."""
+    if x is None or x.dtype != torch.int64:
+        return x
+    if not _is_compiling() and x.device.type == "cpu" and _core.is_plain(x):
+        wrong = x[x != x.int()]
+        if wrong.numel():
+            raise InvalidArgument(f"{name}: holds {wrong[0]}, must fit in int32")
+    return x.clamp(-(2**31), 2**31 - 1).int()
 
 
 # ---- The call itself
 
-
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nobody watches: no compilation, no gradient, no tensor that only stands for one."""
-    if _is_compiling() or _are_transforms_active():
-        return False
-    watched = _is_grad_enabled()
-    for x in tensors:
-        if x is not None and (
-            type(x) not in _TENSORS or (watched and x.requires_grad) or x.is_meta
-        ):
-            return False
-    return True
-
-
 _TENSORS = (Tensor, torch.nn.Parameter)
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active  # of torch.func
+_quiet_inference_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 _core.bind_torch(
     *_TENSORS,
-    _are_transforms_active,
+    torch._C._dispatch_tls_local_include_set,
+    _quiet_inference_keys.add(torch._C.DispatchKey.ADInplaceOrView),
+    _quiet_inference_keys,
+    torch._C._is_torch_function_mode_enabled,
+    forward_ad,
+    "_current_level",
     _is_any_autocast_enabled,
-    _is_grad_enabled,
+    torch.is_grad_enabled,
     "requires_grad",
+    Tensor.is_neg,
     torch.empty_like,
 )
 
@@ -202,7 +376,11 @@ def _workspace(like: Tensor, size: int) -> Tensor:
 
 
 def _output(query: Tensor, value: Tensor) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    """In memory as the query, without its gaps; for another head_dim its axes have that order."""
+    if query.shape[-1] == value.shape[-1]:
+        return torch.empty_like(query)
+    shape = (*query.shape[:-1], value.shape[-1])
+    return torch.empty_permuted(shape, order_of(query), dtype=query.dtype, device=query.device)
 
 
 def _lse(query: Tensor, packed: bool) -> Tensor:
@@ -212,166 +390,164 @@ def _lse(query: Tensor, packed: bool) -> Tensor:
 
 # ---- The operator
 
-_TENSOR_NAMES = (
-    *("query", "key", "value", "bias", "mask", "alibi_slopes", "sinks"),
-    *("query_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table"),
-)
 _OPTIONS = (
     "float? scale, float softcap, int window_left, int window_right, bool causal, int alignment, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
-_INPUTS = ", ".join(f"Tensor{'?' if i > 2 else ''} {name}" for i, name in enumerate(_TENSOR_NAMES))
+_INPUTS = ", ".join(f"Tensor{'?' if i > 2 else ''} {x}" for i, x in enumerate(Tensors._fields))
+_COUNT = len(Tensors._fields)
 
 _library = torch.library.Library("dlattn", "DEF")
 _library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor output, Tensor lse)")
 _library.define(
-    "backward(Tensor d_output, Tensor d_lse, Tensor output, Tensor lse, "
-    f"{_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"backward(Tensor d_output, Tensor d_lse, {_INPUTS}, {_OPTIONS}) "
+    f"-> ({', '.join('Tensor' for _ in DIFFERENTIABLE)})"
 )
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    tensors, options = rest[:9], rest[9:]
-    output, lse = _output(query, value), _lse(query, tensors[6] is not None)
-    main = (x.detach() for x in (query, key, value))
-    tensors = (x if x is None else x.detach() for x in tensors)
-    _core.forward(*main, output, lse, *tensors, *options, None, 0, _stream(query), _workspace)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    t = Tensors(*(x if x is None else x.detach() for x in inputs[:_COUNT]))
+    output, lse = _forward_fake(*inputs)
+    how = (None, 0, _stream(t.query), _workspace)
+    _core.forward(*t[:3], output, lse, *t[3:], *inputs[_COUNT:], *how)
     return output, lse
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _output(query, value), _lse(query, rest[6] is not None)
+def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    t = Tensors(*inputs[:_COUNT])
+    return _output(t.query, t.value), _lse(t.query, t.cu_seqlens_q is not None)
 
 
-def _backward(
-    d_output: Tensor, d_lse: Tensor, output: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value, bias, alibi_slopes and sinks; an absent one is empty.
-
-    As in FlashAttention (arXiv:2205.14135, algorithm 4): with P = exp(S - lse) and
-    delta = sum(dO * O) - dlse: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K,
-    dK = scale dS^T Q; a softcap puts the derivative of its tanh before the scale.
-    """
-    query, key, value, bias, mask, slopes, sinks, query_lengths, key_lengths = rest[:9]
-    scale, softcap, left, right, causal, alignment = rest[12:18]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    _batch, heads, rows, dim = query.shape
-    heads_kv, keys = key.shape[1:3]
-    scale = dim**-0.5 if scale is None else scale
-
-    def grouped(x: Tensor) -> Tensor:
-        """[B, H, ...] -> [B, H_kv, H / H_kv, ...]."""
-        return x.to(wide).unflatten(1, (heads_kv, heads // heads_kv))
-
-    def part(x: Tensor) -> Tensor:
-        """The rows of this chunk of a tensor that may be broadcast along them."""
-        return x if x.shape[2] == 1 else x[:, :, first:last]
-
-    wide_key, wide_value = key.to(wide)[:, :, None], value.to(wide)[:, :, None]
-    delta = (d_output.to(wide) * output.to(wide)).sum(3) - d_lse
-    seen = lse.isfinite()
-    safe_lse = torch.where(seen, lse, 0)
-    d_query = torch.empty_like(query, dtype=wide)
-    d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-    d_bias, d_slopes = (_zeros(x, query, wide) for x in (bias, slopes))
-    every_key = torch.arange(keys, device=query.device)
-    row_end = rows if query_lengths is None else query_lengths[:, None, None, None]
-    key_end = keys if key_lengths is None else key_lengths[:, None, None, None]
-
-    for first in range(0, rows, BACKWARD_ROWS):
-        last = min(first + BACKWARD_ROWS, rows)
-        row = torch.arange(first, last, device=query.device)[:, None]
-        distance = every_key - row - (key_end - row_end if alignment else 0)
-        visible = (every_key < key_end) & (row < row_end) & seen[:, :, first:last, None]
-        if causal:
-            visible = visible & (distance <= 0)
-        if left >= 0:
-            visible = visible & (distance >= -left)
-        if right >= 0:
-            visible = visible & (distance <= right)
-        rows_query = grouped(query[:, :, first:last])
-        rows_d_output = grouped(d_output[:, :, first:last])
-        logits = (rows_query @ wide_key.mT * scale).flatten(1, 2)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        capped = logits
-        if bias is not None:
-            logits = logits + part(bias)
-        if slopes is not None:
-            logits = logits - slopes[..., None, None] * distance.abs()
-        if mask is not None:
-            visible = visible & (part(mask) != 0)
-        p = torch.where(visible, logits - safe_lse[:, :, first:last, None], -torch.inf).exp()
-        d_p = (rows_d_output @ wide_value.mT).flatten(1, 2)
-        d_logits = p * (d_p - delta[:, :, first:last, None])
-        d_value += (grouped(p).mT @ rows_d_output).sum(2)
-        if bias is not None:
-            target = part(d_bias)
-            target += d_logits.sum_to_size(target.shape)
-        if slopes is not None:
-            d_slopes -= (d_logits * distance.abs()).sum((2, 3)).sum_to_size(slopes.shape)
-        if softcap:
-            d_logits = d_logits * (1 - (capped / softcap) ** 2)
-        d_logits = grouped(d_logits) * scale
-        d_query[:, :, first:last] = (d_logits @ wide_key).flatten(1, 2)
-        d_key += (d_logits.mT @ rows_query).sum(2)
-
-    d_sinks = _zeros(sinks, query, wide)
-    if sinks is not None:
-        p_sink = torch.where(seen, sinks[:, None] - safe_lse, -torch.inf).exp()
-        d_sinks -= (p_sink * delta).sum((0, 2))
-    gradients = (d_query, d_key, d_value, d_bias, d_slopes, d_sinks)
-    sources = (query, key, value, bias, slopes, sinks)
-    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(gradients, sources))
+def _backward(d_output: Tensor, d_lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """One gradient for each of DIFFERENTIABLE; that of an absent tensor is empty."""
+    t = Tensors(*inputs[:_COUNT])
+    gradients = backward(d_output, d_lse, t, Options(*inputs[_COUNT:]))
+    return tuple(t.query.new_empty(0) if g is None else g for g in gradients)
 
 
-def _zeros(like: Tensor | None, query: Tensor, dtype: torch.dtype) -> Tensor:
-    return query.new_empty(0) if like is None else torch.zeros_like(like, dtype=dtype)
+def _backward_fake(d_output: Tensor, d_lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    t = Tensors(*inputs[:_COUNT])
+    sources = (getattr(t, name) for name in DIFFERENTIABLE)
+    return tuple(t.query.new_empty(0) if x is None else torch.empty_like(x) for x in sources)
 
 
-def _backward_fake(
-    d_output: Tensor, d_lse: Tensor, output: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    query, key, value, bias, _, slopes, sinks = rest[:7]
-    sources = (query, key, value, bias, slopes, sinks)
-    return tuple(query.new_empty(0) if x is None else torch.empty_like(x) for x in sources)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    if inputs[9] is not None or inputs[11] is not None:
+def _check_differentiable(cu_seqlens_q: Tensor | None, block_table: Tensor | None) -> None:
+    if cu_seqlens_q is not None or block_table is not None:
         raise Unsupported("dlattn.torch: packed and paged attention has no gradient")
-    ctx.save_for_backward(*output, *inputs[:12])
-    ctx.options = inputs[12:]
 
 
-def _autograd(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    output, lse, *tensors = ctx.saved_tensors
-    gradients = torch.ops.dlattn.backward(d_output, d_lse, output, lse, *tensors, *ctx.options)
-    d_query, d_key, d_value, d_bias, d_slopes, d_sinks = (
-        g if x is not None else None
-        for g, x in zip(gradients, (*tensors[:4], tensors[5], tensors[6]))
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    t = Tensors(*inputs[:_COUNT])
+    _check_differentiable(t.cu_seqlens_q, t.block_table)
+    ctx.save_for_backward(*t)
+    ctx.options = inputs[_COUNT:]
+
+
+def _gradient(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    apply = _Backward.apply if _are_transforms_active() else torch.ops.dlattn.backward
+    t = Tensors(*ctx.saved_tensors)
+    gradients = dict(zip(DIFFERENTIABLE, apply(d_output, d_lse, *t, *ctx.options)))
+    of_tensors = (
+        gradients[name] if name in gradients and x is not None else None
+        for name, x in t._asdict().items()
     )
-    without = (None,) * (5 + len(ctx.options))
-    return d_query, d_key, d_value, d_bias, None, d_slopes, d_sinks, *without
+    return *of_tensors, *(None for _ in ctx.options)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[: 2 + _COUNT])
+    ctx.options = inputs[2 + _COUNT :]
+
+
+def _second_gradient(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Through the gradients of the composite."""
+    d_output, d_lse, *tensors = ctx.saved_tensors
+    t, options = Tensors(*tensors), Options(*ctx.options)
+    names = [name for name in DIFFERENTIABLE if getattr(t, name) is not None]
+
+    def gradients(d_output: Tensor, d_lse: Tensor, *present: Tensor) -> tuple[Tensor, ...]:
+        def call(*present: Tensor) -> tuple[Tensor, Tensor]:
+            return composite(t._replace(**dict(zip(names, present))), options)
+
+        return torch.func.vjp(call, *present)[1]((d_output, d_lse))
+
+    present = (getattr(t, name) for name in names)
+    given = tuple(x for name, x in zip(DIFFERENTIABLE, cotangents) if name in names)
+    d_d_output, d_d_lse, *found = torch.func.vjp(gradients, d_output, d_lse, *present)[1](given)
+    of_tensors = dict(zip(names, found))
+    of_rest = (None for _ in options)
+    return d_d_output, d_d_lse, *(of_tensors.get(name) for name in Tensors._fields), *of_rest
 
 
 class _Forward(torch.autograd.Function):
     """The operator for torch.func, which takes gradients from nothing else."""
 
     generate_vmap_rule = True
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_autograd)
+    setup_context = staticmethod(_setup_forward)
+    backward = staticmethod(_gradient)
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.dlattn.forward(*inputs)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward, _device)
-torch.library.register_fake("dlattn::forward", _forward_fake, lib=_library)
-torch.library.register_fake("dlattn::backward", _backward_fake, lib=_library)
-torch.library.register_autograd(
-    "dlattn::forward", _autograd, setup_context=_setup_context, lib=_library
-)
+class _Backward(torch.autograd.Function):
+    """The same for its gradient."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_backward)
+    backward = staticmethod(_second_gradient)
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return torch.ops.dlattn.backward(*inputs)
+
+
+for _name, _function, _fake, _setup, _derivative in (
+    ("forward", _forward, _forward_fake, _setup_forward, _gradient),
+    ("backward", _backward, _backward_fake, _setup_backward, _second_gradient),
+):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _device)
+    torch.library.register_fake(f"dlattn::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(
+        f"dlattn::{_name}", _derivative, setup_context=_setup, lib=_library
+    )
+
+
+# ---- What torch.utils.flop_counter counts: whatever masks leave out, as in PyTorch
+
+
+@register_flop_formula(torch.ops.dlattn.forward, get_raw=True)
+def _forward_flops(*inputs: Any, **_: Any) -> int:
+    """Two products: of rows and keys, D long, and of rows and values, over the keys."""
+    t = Tensors(*inputs[:_COUNT])
+    return 2 * _pairs(t, Options(*inputs[_COUNT:])) * (t.query.shape[-1] + t.value.shape[-1])
+
+
+@register_flop_formula(torch.ops.dlattn.backward, get_raw=True)
+def _backward_flops(d_output: Tensor, d_lse: Tensor, *inputs: Any, **_: Any) -> int:
+    """Five: logits and the gradients of query and key, D long; those of weights and of value."""
+    t = Tensors(*inputs[:_COUNT])
+    depth = 3 * t.query.shape[-1] + 2 * t.value.shape[-1]
+    return 2 * _pairs(t, Options(*inputs[_COUNT:])) * depth
+
+
+def _pairs(t: Tensors, options: Options) -> int:
+    """How many pairs of a query row and a key there are, over all heads."""
+    if t.cu_seqlens_q is not None:
+        rows = _lengths(t.cu_seqlens_q, options.max_seqlen_q or t.query.shape[0])
+        if t.block_table is not None:
+            keys = [t.block_table.shape[1] * t.key.shape[2]] * len(rows)
+        else:
+            keys = _lengths(t.cu_seqlens_k, options.max_seqlen_k or t.key.shape[0])
+        return t.query.shape[1] * sum(a * b for a, b in zip(rows, keys))
+    keys = t.key.shape[2] * (1 if t.block_table is None else t.block_table.shape[1])
+    return t.query.shape[:3].numel() * keys
+
+
+def _lengths(offsets: Tensor, longest: int) -> list[int]:
+    """Of packed sequences; each the longest where there are no numbers to read."""
+    if type(offsets) in _TENSORS and not offsets.is_meta:
+        return offsets.diff().tolist()
+    return [longest] * (offsets.shape[0] - 1)
