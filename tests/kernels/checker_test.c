@@ -214,6 +214,96 @@ Test(checker, notices) {
     }
 }
 
+/* ---- One key of one row ----------------------------------------------------------------------------------- */
+
+/* What goes wrong with it. */
+enum slip { LOST, TWICE, LOST_IN_LSE, SLIPS };
+
+enum { SLIP_DIM = 64 };
+
+/* In the case that runs: the last row, which sees all keys, and one of them that weighs no less than the average. */
+static struct {
+    enum slip slip;
+    enum element element;
+    double weight, value[SLIP_DIM];
+} slipped;
+
+static void draw_slip(const struct test_case *from) {
+    static double weight[1000];
+    struct call c;
+    const int64_t keys = from->shape.len_k, last = from->shape.len_q - 1;
+    double total = 0;
+    call_make(&c, from);
+    for (int64_t j = 0; j < keys; j++) {
+        double dot = 0;
+        for (int64_t d = 0; d < SLIP_DIM; d++)
+            dot += tensor_get(&c.tensor[QUERY], (int64_t[4]){0, 0, last, d}) *
+                   tensor_get(&c.tensor[KEY], (int64_t[4]){0, 0, j, d});
+        weight[j] = exp(dot / sqrt(SLIP_DIM));
+        total += weight[j];
+    }
+    int64_t key = random_below(from->seed, 901, keys);
+    while (weight[key] * (double)keys < total)
+        key = (key + 1) % keys;
+    slipped.element = from->element;
+    slipped.weight = weight[key] / total;
+    for (int64_t d = 0; d < SLIP_DIM; d++)
+        slipped.value[d] = tensor_get(&c.tensor[VALUE], (int64_t[4]){0, 0, key, d});
+    call_free(&c);
+}
+
+static int32_t slips(const dlattn_forward_desc *desc, const dlattn_tensors *t,
+                     const dlattn_exec *exec) {
+    const int32_t status = api->forward(desc, t, exec);
+    const int64_t last = t->output->shape[2] - 1;
+    const double by = slipped.slip == TWICE ? slipped.weight : -slipped.weight;
+    struct tensor row = {.element = slipped.element, .dl.ndim = 1, .shape = {SLIP_DIM}};
+    row.image = (unsigned char *)data_of(t->output) +
+                (size_t)(last * SLIP_DIM) * element_bytes(slipped.element);
+    row.stride[0] = 1;
+    for (int64_t d = 0; d < SLIP_DIM && slipped.slip != LOST_IN_LSE; d++) {
+        const int64_t at[4] = {d};
+        tensor_set(&row, at, tensor_get(&row, at) + by * slipped.value[d]);
+    }
+    if (slipped.slip == LOST_IN_LSE)
+        ((float *)data_of(t->lse))[last] += (float)log1p(by);
+    return status;
+}
+
+/* A key that one row loses, or has twice, is noticed in every try, in each type, with few keys and many, also beside rows
+ * that see few keys and so are larger and rounded more. */
+Test(checker, notices_one_key_of_one_row) {
+    enum { TRIES = 25 };
+    static const struct {
+        int64_t len_q, len_k;
+        const char *features;
+    } cases[] = {{3, 3, "lse"}, {40, 40, "causal_lse"}, {120, 120, "causal_lse"}, {3, 1000, "lse"}};
+    static const char *const names[SLIPS] = {"lost", "twice", "lost in lse"};
+    const struct subject subject = {
+        .api = api = test_api(), .place = &place_cpu, .kernel = "cpu_fwd_ref", .forward = slips};
+    for (enum element e = F32; e <= BF16; e++) {
+        for (int n = 0; n < 4 * SLIPS; n++) {
+            const int64_t len_q = cases[n / SLIPS].len_q, len_k = cases[n / SLIPS].len_k;
+            int noticed = 0;
+            slipped.slip = (enum slip)(n % SLIPS);
+            for (uint64_t seed = 1; seed <= TRIES; seed++) {
+                const struct test_case c = {{1, 1, 1, len_q, len_k, SLIP_DIM, SLIP_DIM},
+                                            *features_named(cases[n / SLIPS].features),
+                                            e,
+                                            seed};
+                struct verdict v;
+                draw_slip(&c);
+                check_case(&v, &subject, &c);
+                noticed += v.outcome == FAILED;
+            }
+            cr_expect(eq(int, noticed, TRIES), "%s, %lld keys, %s", element_name(e),
+                      (long long)len_k, names[slipped.slip]);
+        }
+    }
+}
+
+/* ---- Memory ----------------------------------------------------------------------------------------------- */
+
 /* A stray access ends at a guard page. */
 Test(checker, guards_end, .signal = SIGSEGV) {
     const struct block b = place_cpu.take(100, 4, AT_END);

@@ -166,72 +166,37 @@ static void run_subject(struct verdict *v, const struct subject *s, struct call 
 
 /* ---- Comparing -------------------------------------------------------------------------------------------- */
 
-/* The bounds of docs/numerics.md, from what a plain computation in the same precision gets wrong. */
-struct bounds {
-    double output, lse;
-};
-
-/* The largest finite difference, and the largest finite element. */
-static double most_wrong(const struct tensor *plain, const struct tensor *exact, double *largest) {
-    double error = 0;
-    int64_t index[4] = {0};
-    *largest = 0;
-    for (int64_t n = tensor_count(exact); n > 0; n--, tensor_next(exact, index)) {
-        const double want = tensor_get(exact, index), got = tensor_get(plain, index);
-        if (!isfinite(want) || !isfinite(got))
-            continue;
-        error = fmax(error, fabs(got - want));
-        *largest = fmax(*largest, fabs(want));
-    }
-    return error;
-}
-
-/* `naive` is overwritten. An lse comes from unrounded f32 sums, whatever the element type. */
-static struct bounds measure_bounds(struct call *naive, const struct call *ref, enum element e) {
-    struct bounds b = {0};
-    double largest;
-    if (naive->has[LSE]) {
-        naive_forward(naive, e == F64 ? F64 : F32);
-        b.lse = 2 * most_wrong(&naive->tensor[LSE], &ref->tensor[LSE], &largest);
-    }
-    naive_forward(naive, e);
-    const double error = most_wrong(&naive->tensor[OUTPUT], &ref->tensor[OUTPUT], &largest);
-    b.output = (naive->made_from.features.softcap > 0 ? 3 : 2) * error +
-               2 * element_epsilon(e) * (largest + 0.3);
-    if (e == F64) /* the reference is no more precise than the row: what lse_bound() grants, too */
-        b.output += 1e-12 * (largest + 0.3);
-    return b;
-}
-
-/* 1e-5 of the value (1e-12 for f64), what plain sums get wrong, and the rounding of the type it is stored in. */
-static double lse_bound(double want, double plain, enum element stored, enum element computed) {
-    const double relative = (computed == F64 ? 1e-12 : 1e-5) + element_epsilon(stored);
-    return relative * fmax(1, fabs(want)) + plain;
-}
-
 static bool alike(double got, double want) {
     return isnan(want) ? isnan(got) : isinf(want) ? got == want : isfinite(got);
 }
 
-/* Elements of OUTPUT or LSE against the reference. */
-static void compare(struct verdict *v, const struct call *c, const struct call *ref, enum slot slot,
-                    double bound) {
-    const struct tensor *got = &c->tensor[slot], *want = &ref->tensor[slot];
-    const enum element computed = c->made_from.element;
-    double worst = -1, worst_got = 0, worst_want = 0, worst_bound = 0;
+/* How far `got` is from what it must be, in units of its bound; more than 1 is wrong. */
+static double excess(double got, double want, double bound) {
+    if (!alike(got, want))
+        return INFINITY;
+    if (!isfinite(want) || got == want)
+        return 0;
+    return isfinite(bound) ? fabs(got - want) / bound : INFINITY;
+}
+
+/* Elements of OUTPUT or LSE against the reference, each within its own bound. */
+static void compare(struct verdict *v, const struct call *c, const struct call *ref,
+                    const struct call *bounds, enum slot slot) {
+    const struct tensor *got = &c->tensor[slot];
+    double worst = 1, worst_got = 0, worst_want = 0, worst_bound = 0;
     int64_t at[4] = {0}, index[4] = {0};
     for (int64_t n = tensor_count(got); n > 0; n--, tensor_next(got, index)) {
-        const double g = tensor_get(got, index), exact = tensor_get(want, index);
+        const double g = tensor_get(got, index), exact = tensor_get(&ref->tensor[slot], index),
+                     bound = tensor_get(&bounds->tensor[slot], index);
         const double w = isfinite(exact) && !isfinite(element_round(got->element, exact))
                              ? element_round(got->element, exact)
                              : exact;
-        const double limit = slot == LSE ? lse_bound(w, bound, got->element, computed) : bound;
-        const double excess = !alike(g, w) ? INFINITY : !isfinite(w) ? 0 : fabs(g - w) / limit;
-        if (excess > 1 && excess > worst) {
-            worst = excess;
+        const double by = excess(g, w, bound);
+        if (by > worst) {
+            worst = by;
             worst_got = g;
             worst_want = w;
-            worst_bound = limit;
+            worst_bound = bound;
             memcpy(at, index, sizeof at);
         }
     }
@@ -279,8 +244,28 @@ static bool run_reference(struct verdict *v, const dlattn_api *api, struct call 
     return status == DLATTN_OK;
 }
 
+static void compare_with_reference(struct verdict *v, const dlattn_api *api, const struct call *c) {
+    struct call ref, plain, bounds;
+    call_upcast(&ref, c);
+    call_upcast(&bounds, c);
+    plain_bounds(&bounds);
+    if (run_reference(v, api, &ref)) {
+        compare(v, c, &ref, &bounds, OUTPUT);
+        if (c->has[LSE])
+            compare(v, c, &ref, &bounds, LSE);
+        if (c->made_from.element == F64) { /* the reference itself */
+            call_upcast(&plain, c);
+            plain_forward(&plain);
+            compare(v, &plain, &ref, &bounds, OUTPUT);
+            call_free(&plain);
+        }
+    }
+    call_free(&bounds);
+    call_free(&ref);
+}
+
 void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which) {
-    struct call first, second, ref, naive;
+    struct call first, second;
     struct run one = {.fill = OUTPUT_FILL, .side = which->seed & 1 ? AT_END : AT_BEGIN};
     struct run two = {.fill = 0x5a,
                       .side = which->seed & 1 ? AT_BEGIN : AT_END,
@@ -302,17 +287,6 @@ void check_case(struct verdict *v, const struct subject *subject, const struct t
         compare_runs(v, &second, &first, two.threads);
     call_free(&second);
 
-    call_upcast(&ref, &first);
-    call_upcast(&naive, &first);
-    if (run_reference(v, subject->api, &ref)) {
-        const struct bounds bounds = measure_bounds(&naive, &ref, which->element);
-        if (which->element == F64)
-            compare(v, &naive, &ref, OUTPUT, 1e-11); /* the yardstick itself */
-        compare(v, &first, &ref, OUTPUT, bounds.output);
-        if (first.has[LSE])
-            compare(v, &first, &ref, LSE, bounds.lse);
-    }
-    call_free(&naive);
-    call_free(&ref);
+    compare_with_reference(v, subject->api, &first);
     call_free(&first);
 }

@@ -30,8 +30,10 @@ struct verdict {
 
 void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which);
 
-/* A plain attention in the element type, each step rounded to it (the softmax to f32) as a framework without a fused kernel
- * does: the yardstick of the error bounds. `wide` is an upcast call; its OUTPUT and LSE receive the result. */
-void naive_forward(struct call *wide, enum element e);
+/* Attention by plain loops in double, apart from the library's reference. `wide` is an upcast call; its OUTPUT and LSE
+ * receive the result, or how far each element of a row of the table may be from it: the bounds of docs/numerics.md for the
+ * element type of the case. */
+void plain_forward(struct call *wide);
+void plain_bounds(struct call *wide);
 
 #endif /* DLATTN_TESTS_CHECK_H_ */

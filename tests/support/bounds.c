@@ -1,0 +1,230 @@
+#include "tests/support/check.h"
+
+#include <assert.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* One element of a row's output, and the sums of squares that its errors come from. */
+struct sums {
+    double output;
+    double values;  /* weighted values */
+    double rounded; /* what they lose when the weights are rounded to the element type */
+    double scored;  /* what they move by for a score that is off by its size */
+};
+
+/* One query row of an upcast call, and room for what is computed of it. */
+struct row {
+    struct call *call;
+    int64_t b, h, i;
+    int64_t keys;           /* that take part in this batch entry */
+    double *score, *weight; /* [keys] */
+    const double **value;   /* [keys]; NULL: the row does not see the key */
+    double most, total;     /* the largest score, and the sum of weights relative to it */
+    struct sums *sums;      /* [dim_v] */
+};
+
+static const double *floats(const struct call *c, enum slot slot, const int64_t index[4]) {
+    const struct tensor *t = &c->tensor[slot];
+    int64_t offset = 0;
+    for (int axis = 0; axis < t->dl.ndim; axis++)
+        offset += index[axis] * t->stride[axis];
+    return (const double *)(const void *)t->image + offset;
+}
+
+static const double *query_row(const struct row *r) {
+    int64_t index[4];
+    call_row(r->call, QUERY, r->b, r->h, r->i, index);
+    return floats(r->call, QUERY, index);
+}
+
+/* Row j of KEY or VALUE. */
+static const double *kv_row(const struct row *r, enum slot slot, int64_t j) {
+    const struct shape *s = &r->call->made_from.shape;
+    int64_t index[4];
+    call_row(r->call, slot, r->b, r->h / (s->heads_q / s->heads_kv), j, index);
+    return floats(r->call, slot, index);
+}
+
+/* Of OUTPUT or LSE. */
+static double *result_row(const struct row *r, enum slot slot) {
+    struct tensor *t = &r->call->tensor[slot];
+    int64_t index[4];
+    call_row(r->call, slot, r->b, r->h, r->i, index);
+    return (double *)(void *)t->image +
+           (floats(r->call, slot, index) - (const double *)(void *)t->image);
+}
+
+static double bias(const struct row *r, int64_t j) {
+    const struct tensor *t = &r->call->tensor[BIAS];
+    const int64_t at[4] = {r->b, r->h, r->i, j};
+    int64_t index[4];
+    if (!r->call->has[BIAS])
+        return 0;
+    for (int axis = 0; axis < 4; axis++)
+        index[axis] = t->shape[axis] > 1 ? at[axis] : 0;
+    return tensor_get(t, index);
+}
+
+static double alibi(const struct row *r, int64_t j) {
+    const int64_t index[4] = {r->call->made_from.features.alibi == 2 ? r->b : r->h, r->h};
+    if (!r->call->has[ALIBI_SLOPES])
+        return 0;
+    return tensor_get(&r->call->tensor[ALIBI_SLOPES], index) *
+           fabs((double)(r->i + r->call->span[r->b].diagonal - j));
+}
+
+static double scale_of(const struct row *r) {
+    const struct features *f = &r->call->made_from.features;
+    return f->exact_scale || f->scale != 0 ? f->scale
+                                           : 1 / sqrt((double)r->call->made_from.shape.dim_qk);
+}
+
+static double score(const struct row *r, int64_t j) {
+    const double *q = query_row(r), *k = kv_row(r, KEY, j),
+                 cap = r->call->made_from.features.softcap;
+    double x = 0;
+    for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
+        x += q[d] * k[d];
+    x *= scale_of(r);
+    return (cap > 0 ? cap * tanh(x / cap) : x) + bias(r, j) - alibi(r, j);
+}
+
+/* Scores and weights; the weights add up to 1 with the sink's. */
+static void weigh(struct row *r) {
+    const struct call *c = r->call;
+    const double sink =
+        c->has[SINKS] ? tensor_get(&c->tensor[SINKS], (int64_t[4]){r->h}) : -INFINITY;
+    r->keys = c->span[r->b].k_len;
+    r->most = sink;
+    for (int64_t j = 0; j < r->keys; j++) {
+        r->score[j] = call_sees(c, r->b, r->h, r->i, j) ? score(r, j) : -INFINITY;
+        r->value[j] = r->score[j] == -INFINITY ? NULL : kv_row(r, VALUE, j);
+        r->most = fmax(r->most, r->score[j]);
+    }
+    r->total = sink == -INFINITY ? 0 : exp(sink - r->most);
+    for (int64_t j = 0; j < r->keys; j++) {
+        r->weight[j] = r->value[j] ? exp(r->score[j] - r->most) : 0;
+        r->total += r->weight[j];
+    }
+    for (int64_t j = 0; j < r->keys; j++)
+        r->weight[j] /= r->value[j] ? r->total : 1;
+}
+
+static void attend(struct row *r) {
+    const int64_t dim_v = r->call->made_from.shape.dim_v;
+    weigh(r);
+    memset(r->sums, 0, (size_t)dim_v * sizeof *r->sums);
+    for (int64_t j = 0; j < r->keys; j++) {
+        for (int64_t d = 0; d < dim_v && r->value[j]; d++)
+            r->sums[d].output += r->weight[j] * r->value[j][d];
+    }
+}
+
+static void put_result(struct row *r) {
+    double *output = result_row(r, OUTPUT);
+    attend(r);
+    for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++)
+        output[d] = r->sums[d].output;
+    if (r->call->has[LSE])
+        *result_row(r, LSE) = r->most + log(r->total);
+}
+
+/* ---- What a right row may miss ---------------------------------------------------------------------------- */
+
+/* Independent errors add up like a random walk. Each is taken at its largest, 1.7 times its root mean square or more, so
+ * that one sum in 10^11 goes further than this. */
+static const double WALK = 4;
+
+/* What rounding x to the type costs at most. */
+static double rounding(enum element e, double x) {
+    const double least_normal = e == F16 ? 0x1p-14 : 0;
+    return element_epsilon(e) * fmax(fabs(x), least_normal);
+}
+
+static enum element type_of_sums(enum element e) { return e == F64 ? F64 : F32; }
+
+/* Of the terms that make a score, each of which is rounded; 1 is for exp. */
+static double score_size(const struct row *r, int64_t j) {
+    const double *q = query_row(r), *k = kv_row(r, KEY, j);
+    double products = 0;
+    for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
+        products += fabs(q[d] * k[d]);
+    return 1 + products * fabs(scale_of(r)) + r->call->made_from.features.softcap +
+           fabs(bias(r, j)) + alibi(r, j);
+}
+
+static void add_key(const struct row *r, int64_t j, double size) {
+    const enum element e = r->call->made_from.element;
+    const double weight = r->weight[j], lost = rounding(e, weight * r->total) / r->total;
+    for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++) {
+        struct sums *s = &r->sums[d];
+        const double value = r->value[j][d], moved = weight * size * (value - s->output);
+        s->values += weight * value * weight * value;
+        s->rounded += lost * value * lost * value;
+        s->scored += moved * moved;
+    }
+}
+
+/* The terms stand in docs/numerics.md, "The bound". */
+static double output_bound(enum element e, const struct sums *s, int64_t seen) {
+    const double size = fabs(s->output),
+                 weights = e == F16 || e == BF16 ? rounding(e, size) + WALK * sqrt(s->rounded) : 0,
+                 sums = sqrt((double)seen) * (sqrt(s->values) + size) + sqrt(s->scored),
+                 bound =
+                     rounding(e, size) + weights + WALK * element_epsilon(type_of_sums(e)) * sums;
+    return e == F64 ? 2 * bound : bound; /* the reference misses as much */
+}
+
+static double lse_bound(const struct row *r, double mean_size) {
+    const enum element e = r->call->made_from.element,
+                       stored = r->call->made_from.features.lse == LSE_ELEMENT ? e : F32;
+    const double lse = r->most + log(r->total);
+    return (e == F64 ? 1e-12 : 1e-5) * fmax(1, fabs(lse)) + rounding(stored, lse) +
+           WALK * element_epsilon(type_of_sums(e)) * mean_size;
+}
+
+static void put_bounds(struct row *r) {
+    double *output = result_row(r, OUTPUT), mean_size = 0;
+    int64_t seen = 0;
+    attend(r);
+    for (int64_t j = 0; j < r->keys; j++) {
+        if (!r->value[j])
+            continue;
+        const double size = score_size(r, j);
+        add_key(r, j, size);
+        mean_size += r->weight[j] * size;
+        seen++;
+    }
+    for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++)
+        output[d] = output_bound(r->call->made_from.element, &r->sums[d], seen);
+    if (r->call->has[LSE])
+        *result_row(r, LSE) = lse_bound(r, mean_size);
+}
+
+/* ---- Rows of a call --------------------------------------------------------------------------------------- */
+
+static void each_row(struct call *wide, void (*put)(struct row *)) {
+    const struct shape *s = &wide->made_from.shape;
+    const size_t keys = (size_t)s->len_k + 1;
+    struct row r = {.call = wide};
+    r.score = calloc(keys, sizeof *r.score);
+    r.weight = calloc(keys, sizeof *r.weight);
+    r.value = calloc(keys, sizeof *r.value);
+    r.sums = calloc((size_t)s->dim_v + 1, sizeof *r.sums);
+    assert(r.score && r.weight && r.value && r.sums);
+    for (r.b = 0; r.b < s->batch; r.b++) {
+        for (r.h = 0; r.h < s->heads_q; r.h++) {
+            for (r.i = 0; r.i < wide->span[r.b].q_rows; r.i++)
+                put(&r);
+        }
+    }
+    free(r.score);
+    free(r.weight);
+    free(r.value);
+    free(r.sums);
+}
+
+void plain_forward(struct call *wide) { each_row(wide, put_result); }
+
+void plain_bounds(struct call *wide) { each_row(wide, put_bounds); }
