@@ -56,14 +56,7 @@ static double *result_row(const struct row *r, enum slot slot) {
 }
 
 static double bias(const struct row *r, int64_t j) {
-    const struct tensor *t = &r->call->tensor[BIAS];
-    const int64_t at[4] = {r->b, r->h, r->i, j};
-    int64_t index[4];
-    if (!r->call->has[BIAS])
-        return 0;
-    for (int axis = 0; axis < 4; axis++)
-        index[axis] = t->shape[axis] > 1 ? at[axis] : 0;
-    return tensor_get(t, index);
+    return call_bias(r->call, r->b, r->h, r->i, j);
 }
 
 static double alibi(const struct row *r, int64_t j) {
@@ -126,8 +119,9 @@ static void put_result(struct row *r) {
     attend(r);
     for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++)
         output[d] = r->sums[d].output;
+    const double none = r->call->made_from.features.empty_lse_inf ? INFINITY : -INFINITY;
     if (r->call->has[LSE])
-        *result_row(r, LSE) = r->most + log(r->total);
+        *result_row(r, LSE) = r->total == 0 ? none : r->most + log(r->total);
 }
 
 /* ---- What a right row may miss ---------------------------------------------------------------------------- */

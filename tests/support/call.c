@@ -219,7 +219,7 @@ static double value_of(const struct call *c, enum slot slot, uint64_t n, const i
     switch (slot) {
     case QUERY:
         return f->logits != 0 ? x * f->logits : x;
-    case BIAS:
+    case BIAS: /* a hole in one that spans no keys takes all of them from a row */
         return f->bias_holes && n % 7 == 3 ? -INFINITY : x;
     case MASK:
         return mask_value(c, n, index);
@@ -298,11 +298,12 @@ static int64_t own_heads(const struct call *c) {
                                                  : c->made_from.shape.heads_kv;
 }
 
-static bool key_seen(const struct call *c, int64_t b, int64_t g, int64_t j) {
+/* Whether a row may look at key j of head g; with `weighs`, also whether some bias lets its value count. */
+static bool key_seen(const struct call *c, int64_t b, int64_t g, int64_t j, bool weighs) {
     const int64_t heads = c->made_from.shape.heads_q / own_heads(c);
     for (int64_t h = g * heads; h < (g + 1) * heads; h++) {
         for (int64_t i = 0; i < c->span[b].q_len; i++) {
-            if (call_sees(c, b, h, i, j))
+            if (call_sees(c, b, h, i, j) && (!weighs || call_bias(c, b, h, i, j) != -INFINITY))
                 return true;
         }
     }
@@ -339,12 +340,14 @@ static void poison_unseen(struct call *c) {
         const struct span *own = &c->span[b];
         for (int64_t n = 0; n < own_heads(c) * own->k_rows; n++) {
             const int64_t g = n / own->k_rows, j = n % own->k_rows;
-            if ((paged && j >= own->k_len) || key_seen(c, b, g, j))
+            if ((paged && j >= own->k_len) || key_seen(c, b, g, j, true))
+                continue;
+            call_row(c, VALUE, b, g, j, index);
+            poison_row(c, VALUE, index);
+            if (key_seen(c, b, g, j, false))
                 continue;
             call_row(c, KEY, b, g, j, index);
             poison_row(c, KEY, index);
-            call_row(c, VALUE, b, g, j, index);
-            poison_row(c, VALUE, index);
         }
         for (int64_t n = 0; n < s->heads_q * (own->q_rows - own->q_len); n++) {
             call_row(c, QUERY, b, n % s->heads_q, own->q_len + n / s->heads_q, index);
@@ -368,7 +371,7 @@ static void set_nan(struct call *c) {
         const int64_t h = random_below(draw(c, DRAW_NAN), attempt + 1, heads);
         const int64_t l =
             random_below(draw(c, DRAW_NAN), attempt + 2, slot == QUERY ? s->len_q : s->len_k);
-        if (slot == QUERY ? l >= c->span[b].q_len : !key_seen(c, b, h, l))
+        if (slot == QUERY ? l >= c->span[b].q_len : !key_seen(c, b, h, l, true))
             continue;
         call_row(c, slot, b, h, l, index);
         const int last = c->tensor[slot].dl.ndim - 1;
@@ -456,6 +459,15 @@ void call_use_images(struct call *c) {
     }
 }
 
+/* Of a tensor whose axes may have extent 1 for all. */
+static double broadcast_get(const struct tensor *t, int64_t b, int64_t h, int64_t i, int64_t j) {
+    const int64_t at[4] = {b, h, i, j};
+    int64_t index[4];
+    for (int axis = 0; axis < 4; axis++)
+        index[axis] = t->shape[axis] > 1 ? at[axis] : 0;
+    return tensor_get(t, index);
+}
+
 bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j) {
     const struct features *f = &c->made_from.features;
     const struct span *s = &c->span[b];
@@ -465,12 +477,11 @@ bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j)
     if (f->window && ((f->window_left >= 0 && j < key - f->window_left) ||
                       (f->window_right >= 0 && j > key + f->window_right)))
         return false;
-    if (!c->has[MASK])
-        return true;
-    const int64_t *shape = c->tensor[MASK].shape;
-    const int64_t index[4] = {shape[0] > 1 ? b : 0, shape[1] > 1 ? h : 0, shape[2] > 1 ? i : 0,
-                              shape[3] > 1 ? j : 0};
-    return tensor_get(&c->tensor[MASK], index) != 0;
+    return !c->has[MASK] || broadcast_get(&c->tensor[MASK], b, h, i, j) != 0;
+}
+
+double call_bias(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j) {
+    return c->has[BIAS] ? broadcast_get(&c->tensor[BIAS], b, h, i, j) : 0;
 }
 
 void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,

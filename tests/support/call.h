@@ -24,7 +24,7 @@ struct features {
     bool exact_scale;
     unsigned bias, mask; /* AXIS_* */
     bool bias_element;   /* the bias has the query's type, not f32 */
-    bool bias_holes;     /* some of it is -infinity */
+    bool bias_holes;     /* one in seven of it is -infinity */
     bool expanded;       /* bias and mask have full extents with stride 0 */
     bool mask_rows;      /* the mask also hides whole rows */
     int alibi;           /* 1: [H], 2: [B, H] */
@@ -101,6 +101,8 @@ void call_use_images(struct call *c);
 
 /* Whether query row i of head h may look at key j, by causal, window, lengths and mask. */
 bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j);
+/* The bias of that row and key; 0 where there is none. */
+double call_bias(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j);
 /* Indices of row l of head h of batch b in a query, output, key, value or lse, also packed and paged. */
 void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
               int64_t index[4]);

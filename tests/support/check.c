@@ -257,6 +257,8 @@ static void compare_with_reference(struct verdict *v, const dlattn_api *api, con
             call_upcast(&plain, c);
             plain_forward(&plain);
             compare(v, &plain, &ref, &bounds, OUTPUT);
+            if (c->has[LSE])
+                compare(v, &plain, &ref, &bounds, LSE);
             call_free(&plain);
         }
     }

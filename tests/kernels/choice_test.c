@@ -1,0 +1,119 @@
+/*
+ * Which row of the CPU takes which problem, on every kind of machine: planning is a pure function of the problem and of what
+ * the machine can do. A row that begins to decline, or to take what another does better, is seen here.
+ */
+#include "src/plan.h"
+#include "tests/support/call.h"
+
+#include <criterion/criterion.h>
+#include <criterion/new/assert.h>
+
+#include <string.h>
+
+enum machine { PLAIN, AVX2, AVX512, AVX512BF16, FAST_BF16, AMX, MACHINES };
+
+static const uint32_t sets[MACHINES] = {
+    [AVX2] = CPU_AVX2,
+    [AVX512] = CPU_AVX2 | CPU_AVX512,
+    [AVX512BF16] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512BF16,
+    [FAST_BF16] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512BF16 | CPU_FAST_AVX512BF16,
+    [AMX] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512BF16 | CPU_AMX_BF16,
+};
+
+/* The rows of each machine, for one kind of problem. */
+typedef const char *const rows[MACHINES];
+#define REF "cpu_fwd_ref"
+static rows reference = {REF, REF, REF, REF, REF, REF};
+static rows decode = {REF,
+                      "cpu_decode_avx2",
+                      "cpu_decode_avx512",
+                      "cpu_decode_avx512",
+                      "cpu_decode_avx512",
+                      "cpu_decode_avx512"};
+static rows f32 = {
+    REF, "cpu_fwd_avx2", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512"};
+static rows f16 = {
+    REF, "cpu_fwd_avx2", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_amx"};
+static rows bf16 = {
+    REF, "cpu_fwd_avx2", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512bf16", "cpu_fwd_amx"};
+
+static const char *row_of(const struct test_case *from, uint32_t cpu, const char *kernel) {
+    const struct caps caps = {.cpu = cpu, .threads = 2, .l2_bytes = 1 << 20};
+    struct problem p;
+    struct plan plan;
+    struct call c;
+    const char *row = "none";
+    call_make(&c, from);
+    call_use_images(&c);
+    c.desc.kernel = kernel;
+    c.desc.num_threads = 2;
+    const dlattn_tensors tensors = call_tensors(&c);
+    cr_assert(eq(int, problem_build(&p, &c.desc, &tensors, false), DLATTN_OK));
+    if (plan_choose(&plan, &p, &caps) == DLATTN_OK)
+        row = plan.kernel->name;
+    call_free(&c);
+    return row;
+}
+
+static void expect_rows(const struct test_case *c, rows want) {
+    char text[256];
+    case_print(c, text, sizeof text);
+    for (int m = 0; m < MACHINES; m++)
+        cr_expect(strcmp(row_of(c, sets[m], NULL), want[m]) == 0, "%s, CPU 0x%x: %s instead of %s",
+                  text, sets[m], row_of(c, sets[m], NULL), want[m]);
+}
+
+static const char *const *forward_rows(enum element e) {
+    return e == F64 ? reference : e == F32 ? f32 : e == F16 ? f16 : bf16;
+}
+
+Test(choice, shapes) {
+    static const struct {
+        struct shape shape;
+        bool decodes;
+    } cases[] = {
+        {{2, 4, 2, 17, 40, 64, 64}, false},    {{1, 1, 1, 300, 300, 64, 64}, false},
+        {{1, 2, 2, 1000, 70, 32, 128}, false}, {{1, 1, 1, 17, 33, 1024, 1024}, false},
+        {{1, 1, 1, 1, 1, 8, 8}, true},         {{3, 8, 1, 1, 90, 64, 64}, true},
+        {{2, 4, 2, 4, 90, 128, 128}, true},    {{1, 1, 1, 1, 40, 1024, 1024}, true},
+        {{1, 1, 1, 9, 256, 64, 64}, false},    {{1, 1, 1, 9, 257, 64, 64}, true},
+        {{1, 16, 1, 1, 300, 64, 64}, true},    {{1, 17, 1, 1, 300, 64, 64}, false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        for (enum element e = F64; e <= BF16; e++) {
+            const struct test_case c = {cases[i].shape, {.name = "plain"}, e, 1};
+            expect_rows(&c, cases[i].decodes && e != F64 ? decode : forward_rows(e));
+        }
+    }
+    for (enum element e = F64; e <= BF16; e++) { /* beyond what the fast rows claim */
+        expect_rows(&(struct test_case){{1, 1, 1, 20, 5, 1025, 8}, {.name = "plain"}, e, 1},
+                    reference);
+        expect_rows(&(struct test_case){{1, 1, 1, 1, 5, 8, 1025}, {.name = "plain"}, e, 1},
+                    reference);
+    }
+}
+
+/* No option and no layout but an inner stride takes a problem away from its row. */
+Test(choice, features) {
+    for (int n = 0; n < feature_set_count; n++) {
+        const enum layout layout = feature_sets[n].layout;
+        const bool strided = layout == INNER_2 || layout == INNER_LAST;
+        for (enum element e = F64; e <= BF16; e++) {
+            const struct test_case many = {{2, 8, 2, 20, 50, 64, 64}, feature_sets[n], e, 3},
+                                   few = {{2, 4, 2, 2, 50, 64, 64}, feature_sets[n], e, 3};
+            expect_rows(&many, strided ? reference : forward_rows(e));
+            if (!feature_sets[n].varlen_q) /* whose rows may be as many as all sequences have */
+                expect_rows(&few, strided || e == F64 ? reference : decode);
+        }
+    }
+}
+
+/* Two rows are taken by name where the library prefers another. */
+Test(choice, by_name) {
+    const struct test_case single = {{2, 4, 2, 40, 50, 64, 64}, {.name = "plain"}, F32, 1},
+                           brain = {{2, 4, 2, 40, 50, 64, 64}, {.name = "plain"}, BF16, 1};
+    cr_expect(strcmp(row_of(&single, sets[AMX], "cpu_fwd_amx"), "cpu_fwd_amx") == 0);
+    cr_expect(
+        strcmp(row_of(&brain, sets[AVX512BF16], "cpu_fwd_avx512bf16"), "cpu_fwd_avx512bf16") == 0);
+    cr_expect(strcmp(row_of(&single, sets[AVX512], "cpu_fwd_amx"), "none") == 0);
+}
