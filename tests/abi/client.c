@@ -68,19 +68,41 @@ static DLTensor tensor(float *data, int64_t *shape) {
         .data = data, .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 32, 1}, .shape = shape};
 }
 
+#ifdef DLATTN_FUTURE
+/* What was appended to a struct, set: an older library refuses it, and the same call without it was accepted. */
+#define EXPECT_TAIL(struct_, value, call)                                                          \
+    do {                                                                                           \
+        (struct_).future = (value);                                                                \
+        const int32_t status = (call);                                                             \
+        check(status == (knows ? DLATTN_OK : DLATTN_UNSUPPORTED), "a tail of " #struct_, api);     \
+        check(knows || strstr(api->last_error(), stub ? "stub" : "is not zero") != NULL,           \
+              "a message for a tail of " #struct_, api);                                           \
+        (struct_).future = 0;                                                                      \
+    } while (0)
+#else
+#define EXPECT_TAIL(struct_, value, call) (void)knows
+#endif
+
 static void call_all(const dlattn_api *api) {
     int64_t q_shape[] = {1, 1, ROWS, DIM}, k_shape[] = {1, 1, KEYS, DIM};
     DLTensor q = tensor(query, q_shape), k = tensor(key, k_shape), v = tensor(value, k_shape),
              y = tensor(output, q_shape);
     DLManagedTensor mq = {.dl_tensor = q}, mk = {.dl_tensor = k}, mv = {.dl_tensor = v},
                     my = {.dl_tensor = y};
-    const int stub = strcmp(api->version(), "stub") == 0;
+    DLManagedTensorVersioned vq = {.version = {1, 0}, .dl_tensor = q},
+                             vk = {.version = {1, 0}, .dl_tensor = k},
+                             vv = {.version = {1, 0}, .dl_tensor = v},
+                             vy = {.version = {1, 0}, .dl_tensor = y};
+    const int stub = strcmp(api->version(), "stub") == 0,
+              knows = api->abi_minor >= DLATTN_ABI_MINOR;
     static _Alignas(64) unsigned char workspace[1 << 20];
     dlattn_forward_desc desc = {.struct_size = sizeof desc, .num_threads = 2};
     dlattn_tensors tensors = {
         .struct_size = sizeof tensors, .query = &q, .key = &k, .value = &v, .output = &y};
     dlattn_managed_tensors managed = {
         .struct_size = sizeof managed, .query = &mq, .key = &mk, .value = &mv, .output = &my};
+    dlattn_versioned_tensors versioned = {
+        .struct_size = sizeof versioned, .query = &vq, .key = &vk, .value = &vv, .output = &vy};
     dlattn_exec exec = {
         .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sizeof workspace};
     dlattn_sku sku = {.struct_size = sizeof sku};
@@ -93,22 +115,37 @@ static void call_all(const dlattn_api *api) {
     check(api->forward_query(&desc, &tensors, &sku) == DLATTN_OK, "forward_query", api);
     check(sku.struct_size == sizeof sku && sku.kernel && sku.workspace_bytes <= sizeof workspace,
           "the sku", api);
+    EXPECT_TAIL(desc, 1, api->forward_query(&desc, &tensors, &sku));
+    EXPECT_TAIL(tensors, &q, api->forward_query(&desc, &tensors, &sku));
 #ifdef DLATTN_FUTURE
-    check(sku.future == 0, "an older library must leave what it does not know", api);
-    desc.future = 1;
-    const int knows = api->abi_minor >= DLATTN_ABI_MINOR;
-    check(api->forward_query(&desc, &tensors, &sku) == (knows ? DLATTN_OK : DLATTN_UNSUPPORTED),
-          "a tail that is not zero", api);
-    desc.future = 0;
+    check(knows || sku.future == 0, "an older library must leave what it does not know", api);
 #endif
     if (stub)
         return;
+    EXPECT_TAIL(desc, 1, api->forward(&desc, &tensors, &exec));
+    EXPECT_TAIL(tensors, &q, api->forward(&desc, &tensors, &exec));
+    EXPECT_TAIL(exec, 1, api->forward(&desc, &tensors, &exec));
+    EXPECT_TAIL(managed, &mq, api->forward_managed(&desc, &managed, &exec));
+    EXPECT_TAIL(exec, 1, api->forward_managed(&desc, &managed, &exec));
+    EXPECT_TAIL(versioned, &vq, api->forward_versioned(&desc, &versioned, &exec));
+    EXPECT_TAIL(exec, 1, api->forward_versioned(&desc, &versioned, &exec));
+    EXPECT_TAIL(tensors, &q, api->plan_create(&desc, &tensors, &plan));
+    api->plan_destroy(plan);
+    plan = NULL;
+    memset(output, 0, sizeof output);
     check(api->forward(&desc, &tensors, &exec) == DLATTN_OK && right(), "forward", api);
     memset(output, 0, sizeof output);
     check(api->forward_managed(&desc, &managed, &exec) == DLATTN_OK && right(), "forward_managed",
           api);
     memset(output, 0, sizeof output);
+    check(api->forward_versioned(&desc, &versioned, &exec) == DLATTN_OK && right(),
+          "forward_versioned", api);
+    memset(output, 0, sizeof output);
     check(api->plan_create(&desc, &tensors, &plan) == DLATTN_OK, "plan_create", api);
+    EXPECT_TAIL(tensors, &q, api->plan_can_run(plan, &tensors));
+    EXPECT_TAIL(tensors, &q, api->plan_run(plan, &tensors, &exec));
+    EXPECT_TAIL(exec, 1, api->plan_run(plan, &tensors, &exec));
+    memset(output, 0, sizeof output);
     check(api->plan_can_run(plan, &tensors) == DLATTN_OK, "plan_can_run", api);
     check(api->plan_sku(plan, &sku) == DLATTN_OK, "plan_sku", api);
     check(api->plan_run(plan, &tensors, &exec) == DLATTN_OK && right(), "plan_run", api);
@@ -118,6 +155,10 @@ static void call_all(const dlattn_api *api) {
     check(api->device_count() >= 1 && api->device_info(0, &device) == DLATTN_OK &&
               device.device_type == kDLCPU,
           "device_info", api);
+#ifdef DLATTN_FUTURE
+    check(knows || (kernel.future == 0 && device.future == 0),
+          "an older library must leave what it does not know", api);
+#endif
 }
 
 int main(void) {

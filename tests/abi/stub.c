@@ -4,6 +4,8 @@
  */
 #include "abi/frozen/dlattn_v1_0.h"
 
+#include <stdbool.h>
+
 #ifndef BROKEN
 #define BROKEN 0
 #endif
@@ -14,16 +16,23 @@ static const char *last_error(void) { return "a stub"; }
 
 static const char *status_name(int32_t status) { return status == DLATTN_OK ? "ok" : "not ok"; }
 
+static bool has_tail(const void *theirs, size_t own, size_t size) {
+    for (size_t i = own; i < size; i++) {
+        if (((const unsigned char *)theirs)[i])
+            return true;
+    }
+    return false;
+}
+
 /* Reads as 1.0 read: its own size at least, and a zero tail. */
 static int32_t forward_query(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
                              dlattn_sku *sku) {
     if (desc->struct_size < sizeof *desc || tensors->struct_size < sizeof *tensors ||
         sku->struct_size < sizeof *sku)
         return DLATTN_INVALID_ARGUMENT;
-    for (size_t i = sizeof *desc; i < desc->struct_size; i++) {
-        if (((const unsigned char *)desc)[i])
-            return DLATTN_UNSUPPORTED;
-    }
+    if (has_tail(desc, sizeof *desc, desc->struct_size) ||
+        has_tail(tensors, sizeof *tensors, tensors->struct_size))
+        return DLATTN_UNSUPPORTED;
     const size_t size = sku->struct_size;
     *sku = (dlattn_sku){.struct_size = size, .kernel = "stub"};
     return DLATTN_OK;

@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -66,18 +67,24 @@ static dlattn_tensors tensors;
 static dlattn_exec exec;
 static _Alignas(64) unsigned char workspace[1 << 22];
 
-static void prepare(const dlattn_api *api, int32_t threads) {
-    const struct test_case from = {
-        {2, 4, 2, 20, 50, 32, 32}, {.name = "lse", .lse = LSE_F32}, F32, 4};
+static void prepare_for(const dlattn_api *api, int32_t threads, const char *kernel,
+                        const struct test_case *from) {
     dlattn_sku sku = {.struct_size = sizeof sku};
-    call_make(&call, &from);
+    call_make(&call, from);
     call_use_images(&call);
+    call.desc.kernel = kernel;
     call.desc.num_threads = threads;
     tensors = call_tensors(&call);
     cr_assert(eq(int, api->forward_query(&call.desc, &tensors, &sku), DLATTN_OK));
     cr_assert(sku.workspace_bytes <= sizeof workspace);
     exec = (dlattn_exec){
         .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sizeof workspace};
+}
+
+static void prepare(const dlattn_api *api, int32_t threads) {
+    const struct test_case from = {
+        {2, 4, 2, 20, 50, 32, 32}, {.name = "lse", .lse = LSE_F32}, F32, 4};
+    prepare_for(api, threads, NULL, &from);
 }
 
 /* The interposition itself, or the tests below would say nothing. */
@@ -103,12 +110,10 @@ Test(memory, plan_without_memory) {
     call_free(&call);
 }
 
-/* forward() and plan_run() allocate nothing once the pool's threads are there, so they cannot fail for want of memory. */
-Test(memory, calls_allocate_nothing) {
-    const dlattn_api *api = test_api();
+/* Every entry of a call that is prepared, with a malloc that refuses. */
+static void expect_no_allocation(const dlattn_api *api, const char *row) {
     dlattn_plan *plan = NULL;
     dlattn_sku sku = {.struct_size = sizeof sku};
-    prepare(api, 2);
     cr_assert(eq(int, api->forward(&call.desc, &tensors, &exec), DLATTN_OK));
     cr_assert(eq(int, api->plan_create(&call.desc, &tensors, &plan), DLATTN_OK));
     const int before = allocated;
@@ -122,10 +127,40 @@ Test(memory, calls_allocate_nothing) {
     refuse = false;
     const int after = allocated;
     for (int i = 0; i < 4; i++)
-        cr_expect(eq(int, statuses[i], DLATTN_OK), "call %d", i);
-    cr_expect(eq(int, after, before));
+        cr_expect(eq(int, statuses[i], DLATTN_OK), "%s, call %d", row, i);
+    cr_expect(eq(int, after, before), "%s", row);
     api->plan_destroy(plan);
+}
+
+/* forward() and plan_run() allocate nothing once the pool's threads are there, so they cannot fail for want of memory. */
+Test(memory, calls_allocate_nothing) {
+    const dlattn_api *api = test_api();
+    prepare(api, 2);
+    expect_no_allocation(api, "the library's choice");
     call_free(&call);
+}
+
+Test(memory, no_row_allocates) {
+    const dlattn_api *api = test_api();
+    for (int32_t row = 0; row < api->kernel_count(); row++) {
+        dlattn_kernel_info info = {.struct_size = sizeof info};
+        cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
+        if (strcmp(info.backend, "cpu") != 0)
+            continue;
+        if (!info.available) {
+            fprintf(stderr, "%s is skipped: it needs %s\n", info.name, info.arch);
+            continue;
+        }
+        /* Few query rows, which rows for decoding take, too. */
+        const enum element e = strstr(info.dtypes, "bf16")  ? BF16
+                               : strstr(info.dtypes, "f32") ? F32
+                                                            : F64;
+        const struct test_case from = {
+            {2, 4, 2, 2, 50, 32, 32}, {.name = "causal", .causal = true, .lse = LSE_F32}, e, 4};
+        prepare_for(api, 2, info.name, &from);
+        expect_no_allocation(api, info.name);
+        call_free(&call);
+    }
 }
 
 /* Where no thread can be started the caller's own does the work. */
