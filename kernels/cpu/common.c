@@ -1,8 +1,6 @@
 #include "kernels/cpu/common.h"
 #include "kernels/element.h"
 
-#include <math.h>
-
 #define LN_2 0.6931471805599453
 
 void *carve(uintptr_t *at, int64_t bytes) {
@@ -38,20 +36,43 @@ bool needs_rule(const struct problem *p) {
     return p->softcap > 0 || p->bias.data || p->mask.data || p->alibi_slopes.data || p->scale <= 0;
 }
 
+float score_scale(const struct problem *p) {
+    return (float)(needs_rule(p) ? LOG2_E : p->scale * LOG2_E);
+}
+
+static bool fits_f32(double x) { return fabs(x) >= 0x1p-126 && fabs(x) <= 0x1p126; }
+
+bool options_fit_f32(const struct problem *p) {
+    return (p->scale == 0 || fits_f32(p->scale)) && (p->softcap == 0 || fits_f32(p->softcap));
+}
+
+/* A mask or bias may hide all of a row's keys, which is no overflow. */
+bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i, float max,
+                    float sum) {
+    int64_t lo, hi;
+    if (sum != 0)
+        return max == INFINITY;
+    visible_keys(p, s, i, &lo, &hi);
+    return lo < hi && !p->bias.data && !p->mask.data;
+}
+
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
               float max, float sum) {
+    const float scale = score_scale(p);
+    const struct origin origin = origin_of(max, scale);
+    double base =
+        (double)origin.top * scale - origin.minus; /* log2 of what sum and output are relative to */
     float shrink = 1;
     if (p->sinks.data) {
-        const float before = max,
-                    sink = (float)(load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) *
-                                   LOG2_E);
-        max = before > sink ? before : sink;
-        shrink = before == -INFINITY ? 0 : exp2f(before - max);
-        sum = sum * shrink + (sink == -INFINITY ? 0 : exp2f(sink - max));
+        const double sink = load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) * LOG2_E,
+                     before = max == -INFINITY ? -INFINITY : base;
+        base = before > sink ? before : sink;
+        shrink = before == -INFINITY ? 0 : (float)exp2(before - base);
+        sum = sum * shrink + (sink == -INFINITY ? 0 : (float)exp2(sink - base));
     }
     if (p->lse.data) {
         const double none = p->empty_lse_inf ? INFINITY : -INFINITY;
-        const double lse = sum == 0 ? none : LN_2 * ((double)max + (double)log2f(sum));
+        const double lse = sum == 0 ? none : LN_2 * (base + (double)log2f(sum));
         store_element(
             p->lse.data, p->lse_dtype,
             b * p->lse.stride[0] + h * p->lse.stride[1] + (s->q_start + i) * p->lse.stride[2], lse);

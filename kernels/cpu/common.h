@@ -4,6 +4,8 @@
 
 #include "kernels/kernel.h"
 
+#include <math.h>
+
 /* In the extra logits of a tile: the boolean mask hides this key. A NaN that no program makes. */
 #define HIDDEN_BITS UINT32_C(0xffd1a77e)
 
@@ -41,7 +43,7 @@ static inline void fetch_rows(struct fetch *f, int64_t rows) {
     f->row = end;
 }
 
-/* logit = softcap(scale * score) + extra - slope * |position - key|, then in units of log2(e). */
+/* logit = softcap(scale * score) + extra - slope * |position - key|; it stands in for the score. */
 struct logit_rule {
     float scale, softcap;
     bool alibi;
@@ -82,10 +84,46 @@ struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int
 struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
                     int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers);
 
-/* True if scores need more than a positive scale before softmax. */
+/* True if scores need more than a positive scale before softmax: then they are made logits first. */
 bool needs_rule(const struct problem *p);
 
-/* Ends query row i of head h: its output, relative to 2^max, is a sum of values whose weights add up to `sum`.
+/* What takes scores, or logits, to units of log2(e). */
+float score_scale(const struct problem *p);
+
+/* True if scale and softcap are normal numbers of f32, with some room. */
+bool options_fit_f32(const struct problem *p);
+
+/* Of a row whose largest known score is `max`, a score s weighs 2^(scale * (s - top) + minus). Mostly top is 0 and `minus`
+ * the scaled maximum, rounded, so that one fma does it: what rounding leaves is the same for all weights of the row, and
+ * divided out. It is half an ulp of the scaled maximum, though, and exponents of f32 end at 127: from VAST_LOGIT on the
+ * maximum is taken out first. */
+#define VAST_LOGIT 0x1p26f
+struct origin {
+    float top, minus;
+};
+
+static inline struct origin origin_of(float max, float scale) {
+    const float bits = max * scale;
+    if (max == -INFINITY) /* no key yet: scores of -inf weigh 0 */
+        return (struct origin){0, 0};
+    return fabsf(bits) > VAST_LOGIT ? (struct origin){max, 0} : (struct origin){0, -bits};
+}
+
+/* What sums of weights are multiplied by when the maximum goes from `before` to `after`. */
+static inline float rescaling(float before, float after, float scale) {
+    const struct origin from = origin_of(before, scale), to = origin_of(after, scale);
+    if (before == after)
+        return 1;
+    if (before == -INFINITY)
+        return 0;
+    return exp2f((float)(((double)from.top - to.top) * scale + ((double)to.minus - from.minus)));
+}
+
+/* True for a row whose scores f32 did not hold: the largest is infinity, or none is left of keys that are all in sight. */
+bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i, float max,
+                    float sum);
+
+/* Ends query row i of head h: its output is a sum of values whose weights, relative to `max`, add up to `sum`.
  * Counts the sink, writes lse, and returns the factor that the output still needs. */
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
               float max, float sum);

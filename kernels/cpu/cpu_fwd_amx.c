@@ -49,7 +49,7 @@ VEC_FN static void leave(void) { _tile_release(); }
 
 /* Weights in the making: of n <= STEP keys' scores. A word of the product is a pair of keys, k and k + PAIRS. */
 struct weighing {
-    const float *scores;
+    float *scores;
     float *weights; /* tiles of STEP keys x 16 lanes */
     int64_t row;    /* words from the tiles of one vector to those of the next */
     int32_t n;
@@ -95,22 +95,22 @@ VEC_INLINE void weigh_rest(struct weighing *w, int first, int end, int terms) {
         weigh_pair(w, first, end, 0, terms);
 }
 
-/* Some lane has no maximum yet. */
-VEC_INLINE bool unseen(const struct block *b, int vectors) {
-    uint32_t none = 0;
+/* Some lane has no maximum yet, or one that will be subtracted from its scores, which then are no good for a second try. */
+VEC_INLINE bool needs_max(const struct block *b, vec scale, int vectors) {
+    uint32_t lanes = 0;
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++)
-        none |= vec_mask_bits(vec_equal(vec_load(b->max + v * VEC_LANES), vec_set(-INFINITY)));
-    return none;
+        lanes |= vec_mask_bits(vec_greater(
+            vec_abs(vec_mul(vec_load(b->max + v * VEC_LANES), scale)), vec_set(VAST_LOGIT)));
+    return lanes;
 }
 
 /* Relative to the maxima that the block has. */
 VEC_INLINE void start_weighing(struct weighing *w, const struct block *b, int vectors) {
 #pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++) {
-        w->minus[v] = minus_max(b, v);
+    for (int v = 0; v < vectors; v++)
         w->sum[v] = vec_set(0);
-    }
+    take_origins(w->minus, w->scores, b, w->n, w->scale, vectors);
     w->pair = 0;
 }
 
@@ -449,7 +449,7 @@ VEC_INLINE void weigh(struct attending *a, int32_t j, bool last, int vectors, in
         .n = (int32_t)at_most(a->t->n - j, STEP),
         .scale = vec_set(a->t->scale),
     };
-    if (unseen(a->b, vectors))
+    if (needs_max(a->b, w.scale, vectors))
         raise(a, &w, j, vectors, terms);
     start_weighing(&w, a->b, vectors);
     if (vectors == VECTORS && a->t->n - j >= 2 * STEP) {

@@ -137,7 +137,7 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
                          w->pointers + DECODE_TILE_K),
         .first_key = first_key,
         .n = n,
-        .scale = (float)(p->scale * LOG2_E),
+        .scale = score_scale(p),
     };
     tile.values = rows_to_fetch(&tile.value, 0, n, p->dim_v * dtype_bytes(p->dtype));
     if (!tile.key.rows) /* rows in pages are looked up tile by tile */
@@ -150,7 +150,6 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
                                    .alibi = p->alibi_slopes.data != NULL,
                                    .extra = load_extra(c, t, &tile, w->extra)};
         tile.rule = &rule;
-        tile.scale = 1;
     }
     c->body->attend(part, &tile);
 }
@@ -189,14 +188,14 @@ static void run_part(const struct call *c, const struct task *t, int64_t head, i
 }
 
 /* Brings all parts of a row to their common maximum and adds them up in the first. */
-static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim_v) {
+static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim_v, float scale) {
     const int64_t stride = round_up(dim_v, 16);
     float max = -INFINITY, sum = 0;
     for (int32_t n = 0; n < splits; n++)
         max = parts[n].max[r] > max ? parts[n].max[r] : max;
     float *total = parts[0].output + r * stride;
     for (int32_t n = 0; n < splits; n++) {
-        const float factor = parts[n].max[r] == max ? 1 : exp2f(parts[n].max[r] - max);
+        const float factor = rescaling(parts[n].max[r], max, scale);
         const float *output = parts[n].output + r * stride;
         sum += parts[n].sum[r] * factor;
         for (int64_t d = 0; d < dim_v; d++)
@@ -206,7 +205,7 @@ static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim
     parts[0].sum[r] = sum;
 }
 
-/* See finish_block() of forward.c for rows that are not finite. */
+/* See needs_reference() of forward.c for rows that are computed again. */
 static void finish_head(const struct call *c, const struct task *t, int64_t head,
                         struct scratch *w) {
     const struct problem *p = t->p;
@@ -215,7 +214,7 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
         parts[n] = part_at(c, t, head, n);
     for (int32_t r = 0; r < t->rows; r++) {
         const int64_t i = query_index(t, r), h = query_head(t, r);
-        merge_row(parts, c->plan->splits, r, p->dim_v);
+        merge_row(parts, c->plan->splits, r, p->dim_v, score_scale(p));
         const float factor = end_row(p, &t->s, t->b, h, i, parts[0].max[r], parts[0].sum[r]);
         float *output = parts[0].output + r * round_up(p->dim_v, 16), zeros = 0;
         for (int64_t d = 0; d < p->dim_v; d++) {
@@ -224,7 +223,8 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
         }
         c->body->narrow(element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i), output,
                         p->dim_v, p->dtype);
-        if (isnan(zeros) && !isnan(parts[0].sum[r]))
+        if ((isnan(zeros) && !isnan(parts[0].sum[r])) ||
+            row_overflowed(p, &t->s, i, parts[0].max[r], parts[0].sum[r]))
             cpu_fwd_ref_row(p, &t->s, t->b, h, i, w->exact);
     }
 }
@@ -262,7 +262,7 @@ static size_t done_bytes(const struct problem *p) {
 bool decode_plan(struct plan *plan, const struct problem *p) {
     const int64_t rows = p->len_q * group_of(p);
     /* A full vector of rows and few keys: the forward rows do that without parts and merging. */
-    if (rows > MAX_ROWS || (rows > MAX_ROWS / 2 && p->len_k <= LEAST_KEYS))
+    if (rows > MAX_ROWS || (rows > MAX_ROWS / 2 && p->len_k <= LEAST_KEYS) || !options_fit_f32(p))
         return false;
     struct part part;
     struct scratch w;

@@ -29,7 +29,7 @@ struct part {
     float *query;     /* [row][dim_qk, padded to 16], in the order of widen() */
     float *scores;    /* MAX_ROWS * DECODE_TILE_K */
     float *output;    /* [row][dim_v, padded to 16], likewise, not yet divided by sum */
-    float *max, *sum; /* [row]; max is the log2 of the scale of sum and output */
+    float *max, *sum; /* [row]; max is the score that sum and output are relative to */
     int64_t lo[MAX_ROWS], hi[MAX_ROWS]; /* keys that a row sees */
     float position[MAX_ROWS], slope[MAX_ROWS];
 };
@@ -59,10 +59,10 @@ struct part_tile {
     struct rows key, value;
     int64_t first_key;
     int32_t n;
-    struct row_fetch values;       /* of this tile, while its keys are scored */
-    struct row_fetch keys;         /* of the next one, while values are summed */
-    float scale;                   /* to units of log2(e) */
-    const struct logit_rule *rule; /* instead of scale, or NULL */
+    struct row_fetch values; /* of this tile, while its keys are scored */
+    struct row_fetch keys;   /* of the next one, while values are summed */
+    float scale;             /* of scores, or of what the rule makes of them, to units of log2(e) */
+    const struct logit_rule *rule; /* or NULL */
     bool bounded;                  /* some row does not see every key */
 };
 

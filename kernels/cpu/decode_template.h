@@ -220,14 +220,13 @@ VEC_INLINE void raise_max(const struct part *part, int32_t row, const float *s,
         float most_of_row = -INFINITY;
         for (int l = r; l < VEC_LANES; l += rows)
             most_of_row = lanes[l] > most_of_row ? lanes[l] : most_of_row;
-        most_of_row *= tile->scale;
         const float before = part->max[row + r];
-        if (!(most_of_row > before + 8)) /* weights up to 2^8 do no harm */
+        if (!((most_of_row - before) * tile->scale > 8)) /* weights up to 2^8 do no harm */
             continue;
         part->max[row + r] = most_of_row;
         if (before == -INFINITY)
             continue; /* sum and output are still 0 */
-        const float factor = exp2f(before - most_of_row);
+        const float factor = rescaling(before, most_of_row, tile->scale);
         part->sum[row + r] *= factor;
         for (int64_t d = 0; d < part->dim_v; d++)
             output[r * stride + d] *= factor;
@@ -237,13 +236,17 @@ VEC_INLINE void raise_max(const struct part *part, int32_t row, const float *s,
 /* Scores become weights. A row that has seen no key has scores -inf: weight 0 relative to 2^0. */
 VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
                            const struct part_tile *tile, int rows) {
-    float minus_max[ROW_GROUP], lanes[VEC_LANES];
-    for (int r = 0; r < rows; r++)
-        minus_max[r] = part->max[row + r] == -INFINITY ? 0 : -part->max[row + r];
-    const vec minus = repeat_rows(minus_max, rows), scale = vec_set(tile->scale);
+    float tops[ROW_GROUP], rests[ROW_GROUP], lanes[VEC_LANES];
+    for (int r = 0; r < rows; r++) {
+        const struct origin origin = origin_of(part->max[row + r], tile->scale);
+        tops[r] = origin.top;
+        rests[r] = origin.minus;
+    }
+    const vec top = repeat_rows(tops, rows), minus = repeat_rows(rests, rows),
+              scale = vec_set(tile->scale);
     vec sum = vec_set(0);
     for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
-        const vec weight = exp2_of(vec_fma(vec_load(s + j * rows), scale, minus));
+        const vec weight = exp2_of(vec_fma(vec_sub(vec_load(s + j * rows), top), scale, minus));
         sum = vec_add(sum, weight);
         vec_store(s + j * rows, weight);
     }

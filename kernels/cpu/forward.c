@@ -181,7 +181,7 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
         .n = n,
         .dim_qk = p->dim_qk,
         .dim_v = p->dim_v,
-        .scale = (float)(p->scale * LOG2_E),
+        .scale = score_scale(p),
         .next = next,
     };
     if (needs_rule(p)) {
@@ -192,14 +192,20 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
             .extra = load_extra(c, t, first_row, b, first_key, n, w),
         };
         tile.rule = &rule;
-        tile.scale = 1;
     }
     c->body->attend(b, &tile, w->scores);
 }
 
-/* Divides and stores. A row that is not finite although its sum is has met 0 * NaN or 0 * infinity: maybe
- * from a masked key, whose value must not count. The reference finds out, value by value. So it does where elements are
- * sums of terms: infinity is none. */
+/* A row that is not finite although its sum is has met 0 * NaN or 0 * infinity: maybe from a masked key, whose value must
+ * not count. The reference finds out, value by value. So it does where elements are sums of terms, infinity being none, and
+ * where scores outgrew f32. */
+static bool needs_reference(const struct call *c, const struct task *t, const struct block *b,
+                            int32_t lane, int64_t i, bool not_finite) {
+    return (not_finite && (c->body->terms > 1 || !isnan(b->sum[lane]))) ||
+           row_overflowed(t->p, &t->s, i, b->max[lane], b->sum[lane]);
+}
+
+/* Divides and stores. */
 static void finish_block(const struct call *c, const struct task *t, struct block *b,
                          int64_t first_row, struct scratch *w) {
     const struct problem *p = t->p;
@@ -213,11 +219,10 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     if (b->first >= b->end)
         memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
     c->body->store(b, factor, rows, p->dim_v, p->dtype, w->rows, not_finite);
-    for (int32_t lane = 0; lane < b->rows; lane++) {
-        if (not_finite[lane] && (c->body->terms > 1 || !isnan(b->sum[lane]))) {
-            row = query_row_at(t, first_row + lane);
+    row = query_row_at(t, first_row);
+    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row)) {
+        if (needs_reference(c, t, b, lane, row.i, not_finite[lane]))
             cpu_fwd_ref_row(p, &t->s, t->b, row.h, row.i, w->exact);
-        }
     }
 }
 
@@ -313,6 +318,9 @@ static int64_t runs_of(const struct problem *p, int64_t tile_q) {
 
 /* A task takes as many rows as the table's tile says, fewer where that would leave threads without work. */
 bool forward_plan(struct plan *plan, const struct problem *p, const struct forward_body *body) {
+    if (!options_fit_f32(p))
+        return false;
+    plan->tile_k = body->tile_k;
     const int64_t heads = p->batch * p->heads_kv,
                   wanted = plan->threads == 1 ? 1 : 4 * plan->threads;
     const int64_t rows = p->len_q * group_of(p);

@@ -39,7 +39,8 @@ struct block {
     int64_t lo[MAX_LANES], hi[MAX_LANES];
     float position[MAX_LANES]; /* key on the diagonal */
     float slope[MAX_LANES];
-    float max[MAX_LANES]; /* log2 of the scale of sum and output; -inf before the first key */
+    float max
+        [MAX_LANES]; /* the score that sum and output are relative to; -inf before the first key */
     float sum[MAX_LANES];
 };
 
@@ -49,8 +50,8 @@ struct key_tile {
     int64_t first_key;
     int32_t n;
     int64_t dim_qk, dim_v;
-    float scale;                   /* of scores, to units of log2(e) */
-    const struct logit_rule *rule; /* instead of scale, or NULL */
+    float scale; /* of scores, or of what the rule makes of them, to units of log2(e) */
+    const struct logit_rule *rule; /* or NULL */
     struct fetch *next;            /* of the next tile; what attend() leaves is fetched after it */
 };
 

@@ -82,10 +82,9 @@ VEC_INLINE bool softmax_of(float *s, struct block *b, const struct key_tile *t, 
             raise_max(b, tile_max, scale, t->dim_v, vectors);
     }
 #pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++) {
-        minus[v] = minus_max(b, v);
+    for (int v = 0; v < vectors; v++)
         sum[v] = vec_set(0);
-    }
+    take_origins(minus, s, b, n, scale, vectors);
     int32_t j = 0;
     for (; j + KEYS <= n; j += KEYS)
         weigh(s + j / (PAIRS + 1) * LANES, s + j * LANES, KEYS, scale, minus, sum, vectors);
@@ -102,6 +101,7 @@ VEC_INLINE bool softmax_of(float *s, struct block *b, const struct key_tile *t, 
     return true;
 }
 
+/* Where it returns false, the scores are spent. */
 VEC_FN static bool softmax(float *s, struct block *b, const struct key_tile *t, bool raise) {
     if (b->vectors == 1)
         return softmax_of(s, b, t, raise, 1);

@@ -111,9 +111,30 @@ VEC_INLINE bool max_grows(const struct block *b, const vec *tile_max, vec scale,
     uint32_t grown = 0;
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++)
-        grown |= vec_mask_bits(vec_greater(vec_mul(tile_max[v], scale),
-                                           vec_add(vec_load(b->max + v * VEC_LANES), vec_set(8))));
+        grown |= vec_mask_bits(vec_greater(
+            vec_mul(vec_sub(tile_max[v], vec_load(b->max + v * VEC_LANES)), scale), vec_set(8)));
     return grown;
+}
+
+/* origin_of() for the lanes of a vector; the lanes whose top is not 0. */
+VEC_INLINE uint32_t load_origin(vec *top, vec *minus, vec max, vec scale) {
+    const vec bits = vec_mul(max, scale), none = vec_set(-INFINITY);
+    const vec_mask vast = vec_greater(vec_abs(bits), vec_set(VAST_LOGIT)),
+                   kept = vec_and(vast, vec_greater(max, none));
+    *top = vec_blend(vec_set(0), max, kept);
+    *minus = vec_blend(vec_sub(vec_set(0), bits), vec_set(0), vast);
+    return vec_mask_bits(kept);
+}
+
+/* rescaling() likewise. */
+VEC_INLINE vec rescaling_of(vec before, vec after, vec scale) {
+    const vec none = vec_set(-INFINITY);
+    vec top[2], minus[2];
+    load_origin(&top[0], &minus[0], before, scale);
+    load_origin(&top[1], &minus[1], after, scale);
+    vec drop = vec_fma(vec_sub(top[0], top[1]), scale, vec_sub(minus[1], minus[0]));
+    drop = vec_blend(drop, none, vec_equal(before, none));
+    return exp2_of(vec_blend(drop, vec_set(0), vec_equal(before, after)));
 }
 
 /* Raises the maxima to those of the tile; sum and output follow. */
@@ -123,9 +144,8 @@ VEC_INLINE void raise_max(struct block *b, const vec *tile_max, vec scale, int64
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++) {
         float *max = b->max + v * VEC_LANES, *sum = b->sum + v * VEC_LANES;
-        const vec before = vec_load(max), after = vec_max(vec_mul(tile_max[v], scale), before);
-        const vec drop = vec_blend(vec_sub(before, after), vec_set(0), vec_equal(before, after));
-        factor[v] = exp2_of(drop);
+        const vec before = vec_load(max), after = vec_max(tile_max[v], before);
+        factor[v] = rescaling_of(before, after, scale);
         vec_store(max, after);
         vec_store(sum, vec_mul(vec_load(sum), factor[v]));
     }
@@ -133,11 +153,19 @@ VEC_INLINE void raise_max(struct block *b, const vec *tile_max, vec scale, int64
         rescale(b, factor, dim_v, vectors);
 }
 
-/* What is added to a scaled score: minus the maximum. A lane that has seen no key keeps -inf; its scores are all
- * -inf, and -inf - 0 gives weight 0. */
-VEC_INLINE vec minus_max(const struct block *b, int v) {
-    const vec max = vec_load(b->max + v * VEC_LANES);
-    return vec_sub(vec_set(0), vec_blend(max, vec_set(0), vec_equal(max, vec_set(-INFINITY))));
+/* What the block's lanes add to scaled scores; their tops are subtracted from n scores here. */
+VEC_INLINE void take_origins(vec *minus, float *s, const struct block *b, int32_t n, vec scale,
+                             int vectors) {
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++) {
+        vec top;
+        if (!load_origin(&top, &minus[v], vec_load(b->max + v * VEC_LANES), scale))
+            continue;
+        for (int32_t j = 0; j < n; j++) {
+            float *at = s + j * LANES + v * VEC_LANES;
+            vec_store(at, vec_sub(vec_load(at), top));
+        }
+    }
 }
 
 /* ---- The end of a block ----------------------------------------------------------------------------------------- */

@@ -116,7 +116,7 @@ VEC_INLINE vec tanh_of(vec x) {
     return vec_blend(y, vec_sign_of(big, x), vec_greater(size, vec_set(0.25f)));
 }
 
-/* The rule's logit in units of log2(e). */
+/* The rule's logit. */
 VEC_INLINE vec logit_of(vec score, const struct logit_rule *rule, vec slope, vec distance,
                         vec extra) {
     const vec none = vec_set(-INFINITY);
@@ -125,11 +125,7 @@ VEC_INLINE vec logit_of(vec score, const struct logit_rule *rule, vec slope, vec
         x = vec_mul(vec_set(rule->softcap), tanh_of(vec_mul(x, vec_set(1 / rule->softcap))));
     if (rule->alibi)
         x = vec_fnma(slope, distance, x);
-    x = vec_add(x, extra);
-    /* The most negative finite biases must not become -inf, which hides a key. */
-    const vec bits = vec_mul(x, vec_set((float)LOG2_E));
-    x = vec_blend(bits, vec_set(-3.4e38f), vec_and(vec_equal(bits, none), vec_greater(x, none)));
-    return vec_blend(x, none, vec_same_bits(extra, HIDDEN_BITS));
+    return vec_blend(vec_add(x, extra), none, vec_same_bits(extra, HIDDEN_BITS));
 }
 
 #endif /* DLATTN_VEC_MATH_H_ */
