@@ -1,7 +1,8 @@
 /*
  * The truth: every dtype, every feature, plain loops in double. Each query row is two passes over
- * its visible keys: all logits into the worker's scratch, then softmax and the weighted sum of
- * values. Not meant to be fast.
+ * its visible keys: the largest logit, then softmax and the weighted sum of values. Logits lie in
+ * the worker's scratch, CHUNK of them at most; of longer rows they are computed in both passes. Not
+ * meant to be fast.
  */
 #include "kernels/element.h"
 #include "kernels/kernel.h"
@@ -9,6 +10,8 @@
 
 #include <math.h>
 #include <stdatomic.h>
+
+enum { CHUNK = 4096 };
 
 struct call {
     const struct problem *p;
@@ -57,11 +60,38 @@ static double logit(const struct problem *p, const struct sequence *s, int64_t b
     return x;
 }
 
-/* A key whose logit is -inf, by mask or by bias, is as invisible as one outside the window: its
- * value is never read into the sum. NaN in a visible key is kept, so that the caller sees it. */
+/* scores[n] = logit of key first + n, for the keys before `end`; -inf where the mask hides one. */
+static void load_scores(double *scores, const struct problem *p, const struct sequence *s,
+                        int64_t b, int64_t h, int64_t i, int64_t first, int64_t end) {
+    for (int64_t j = first; j < end; j++)
+        scores[j - first] = masked(p, b, h, i, j) ? -INFINITY : logit(p, s, b, h, i, j);
+}
+
+/* The weights of keys [first, end), relative to `most`: returns what they add up to. sum[d] gains
+ * their values. A key whose logit is -inf, by mask or by bias, is as invisible as one outside the
+ * window: its value is never read into the sum. */
+static double add_values(double *sum, const double *scores, const struct problem *p,
+                         const struct sequence *s, int64_t b, int64_t kv_head, int64_t first,
+                         int64_t end, double most) {
+    double total = 0;
+    for (int64_t j = first; j < end; j++) {
+        if (scores[j - first] == -INFINITY)
+            continue;
+        const double weight = exp(scores[j - first] - most);
+        const int64_t v = key_row(p, &p->value, s, b, kv_head, j);
+        total += weight;
+        for (int64_t d = 0; d < p->dim_v; d++)
+            sum[d] += weight * load_element(p->value.data, p->dtype, v + d * p->value.stride[3]);
+    }
+    return total;
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* NaN in a visible key is kept, so that the caller sees it. */
 void cpu_fwd_ref_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h,
                      int64_t i, double *scratch) {
-    double *scores = scratch, *sum = scratch + p->len_k;
+    double *sum = scratch, *scores = scratch + p->dim_v;
     int64_t lo, hi;
     double sink = -INFINITY, most, total;
     visible_keys(p, s, i, &lo, &hi);
@@ -69,22 +99,22 @@ void cpu_fwd_ref_row(const struct problem *p, const struct sequence *s, int64_t 
         sink = load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]);
     most = sink;
     bool empty = true;
-    for (int64_t j = lo; j < hi; j++) {
-        scores[j] = masked(p, b, h, i, j) ? -INFINITY : logit(p, s, b, h, i, j);
-        most = fmax(most, scores[j]);
-        empty &= scores[j] == -INFINITY;
+    for (int64_t j = lo; j < hi; j += CHUNK) {
+        const int64_t end = least(hi, j + CHUNK);
+        load_scores(scores, p, s, b, h, i, j, end);
+        for (int64_t n = 0; n < end - j; n++) {
+            most = fmax(most, scores[n]);
+            empty &= scores[n] == -INFINITY;
+        }
     }
     for (int64_t d = 0; d < p->dim_v; d++)
         sum[d] = 0;
     total = sink == -INFINITY ? 0 : exp(sink - most);
-    for (int64_t j = lo; j < hi; j++) {
-        if (scores[j] == -INFINITY)
-            continue;
-        const double weight = exp(scores[j] - most);
-        const int64_t v = key_row(p, &p->value, s, b, h / (p->heads_q / p->heads_kv), j);
-        total += weight;
-        for (int64_t d = 0; d < p->dim_v; d++)
-            sum[d] += weight * load_element(p->value.data, p->dtype, v + d * p->value.stride[3]);
+    for (int64_t j = lo; j < hi; j += CHUNK) {
+        const int64_t end = least(hi, j + CHUNK);
+        if (hi - lo > CHUNK)
+            load_scores(scores, p, s, b, h, i, j, end);
+        total += add_values(sum, scores, p, s, b, h / (p->heads_q / p->heads_kv), j, end, most);
     }
     const int64_t o = row(&p->output, b, h, s->q_start + i);
     for (int64_t d = 0; d < p->dim_v; d++)
@@ -112,9 +142,10 @@ static void worker(void *ctx, int64_t index) {
     }
 }
 
-/* Per worker: one row of logits and one row of the output, in double. */
+/* Per worker: one row of the output and a chunk of logits, in double. */
 size_t cpu_fwd_ref_row_bytes(const struct problem *p) {
-    return ((size_t)(p->len_k + p->dim_v) * sizeof(double) + 63) / 64 * 64;
+    const size_t numbers = (size_t)(p->dim_v + least(p->len_k, CHUNK));
+    return (numbers * sizeof(double) + 63) / 64 * 64;
 }
 
 bool cpu_fwd_ref_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
