@@ -6,7 +6,6 @@
 #define F16 DTYPE_BIT(DTYPE_F16)
 #define BF16 DTYPE_BIT(DTYPE_BF16)
 #define EVERY_FEATURE UINT64_C(0xffff)
-#define OUTER_STRIDES (EVERY_FEATURE & ~DLATTN_FEATURE_INNER_STRIDE)
 
 #define KERNEL(name, backend, ...)                                                                 \
     {#name, BACKEND_##backend, __VA_ARGS__, name##_plan, name##_launch},

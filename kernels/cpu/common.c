@@ -31,6 +31,44 @@ struct rows kv_rows(const struct problem *p, const struct view *v, const struct 
     return (struct rows){.rows = pointers};
 }
 
+/* A few elements of each row at a time, so that rows across memory (a transposed matrix) are read by whole cache lines. */
+static inline void copy_words(char *const *to, int64_t to_step, const char *const *from,
+                              int64_t from_step, int32_t n, int64_t dim, size_t bytes) {
+    enum { RUN = 8 };
+    for (int64_t first = 0; first < dim; first += RUN)
+        for (int32_t r = 0; r < n; r++)
+            for (int64_t d = first; d < least(dim, first + RUN); d++)
+                memcpy(to[r] + d * to_step, from[r] + d * from_step, bytes);
+}
+
+void copy_elements(char *const *to, int64_t to_step, const char *const *from, int64_t from_step,
+                   int32_t n, int64_t dim, enum dtype dtype) {
+    const int64_t bytes = dtype_bytes(dtype);
+    if (bytes == 4)
+        copy_words(to, to_step * 4, from, from_step * 4, n, dim, 4);
+    else
+        copy_words(to, to_step * 2, from, from_step * 2, n, dim, 2);
+}
+
+struct rows dense_rows(const struct rows *rows, int32_t n, int64_t dim, const struct view *v,
+                       enum dtype dtype, char *to) {
+    enum { ROWS = 16 };
+    const int64_t stride = dim * dtype_bytes(dtype);
+    const char *from[ROWS];
+    char *at[ROWS];
+    if (is_dense(v, dim))
+        return *rows;
+    for (int32_t first = 0; first < n; first += ROWS) {
+        const int32_t some = (int32_t)least(n - first, ROWS);
+        for (int32_t r = 0; r < some; r++) {
+            from[r] = row_at(rows, first + r);
+            at[r] = to + (first + r) * stride;
+        }
+        copy_elements(at, 1, from, v->stride[3], some, dim, dtype);
+    }
+    return (struct rows){.data = to, .stride = stride};
+}
+
 /* A scale of 0 or below would turn the -inf of a masked key into NaN or +inf. */
 bool needs_rule(const struct problem *p) {
     return p->softcap > 0 || p->bias.data || p->mask.data || p->alibi_slopes.data || p->scale <= 0;

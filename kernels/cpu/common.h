@@ -22,6 +22,26 @@ static inline const void *row_at(const struct rows *r, int64_t index) {
     return r->rows ? r->rows[index] : r->data + index * r->stride;
 }
 
+/* Copies n rows of dim elements, element by element: d of row r from from[r] + d * from_step to to[r] + d * to_step. Steps are
+ * in elements. */
+void copy_elements(char *const *to, int64_t to_step, const char *const *from, int64_t from_step,
+                   int32_t n, int64_t dim, enum dtype dtype);
+
+/* Rows of v whose elements follow each other: the n `rows` of dim elements themselves, or copies at `to`. */
+struct rows dense_rows(const struct rows *rows, int32_t n, int64_t dim, const struct view *v,
+                       enum dtype dtype, char *to);
+
+/* The elements of v's rows, dim each, follow each other. */
+static inline bool is_dense(const struct view *v, int64_t dim) {
+    return dim < 2 || v->stride[3] == 1;
+}
+
+/* Of dense copies of n rows; 0 if v needs none. */
+static inline int64_t copy_bytes(const struct problem *p, const struct view *v, int64_t n,
+                                 int64_t dim) {
+    return is_dense(v, dim) ? 0 : n * dim * dtype_bytes(p->dtype);
+}
+
 /* Asks for rows [from, to), `bytes` of each, in the second-level cache. */
 static inline void prefetch_rows(const struct rows *rows, int64_t from, int64_t to, int64_t bytes) {
     for (int64_t r = from; r < to; r++)

@@ -95,22 +95,15 @@ VEC_INLINE void weigh_rest(struct weighing *w, int first, int end, int terms) {
         weigh_pair(w, first, end, 0, terms);
 }
 
-/* Some lane has no maximum yet, or one that will be subtracted from its scores, which then are no good for a second try. */
-VEC_INLINE bool needs_max(const struct block *b, vec scale, int vectors) {
-    uint32_t lanes = 0;
-#pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++)
-        lanes |= vec_mask_bits(vec_greater(
-            vec_abs(vec_mul(vec_load(b->max + v * VEC_LANES), scale)), vec_set(VAST_LOGIT)));
-    return lanes;
-}
-
 /* Relative to the maxima that the block has. */
 VEC_INLINE void start_weighing(struct weighing *w, const struct block *b, int vectors) {
 #pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++)
+    for (int v = 0; v < vectors; v++) {
+        w->minus[v] = vec_load(b->minus + v * VEC_LANES);
         w->sum[v] = vec_set(0);
-    take_origins(w->minus, w->scores, b, w->n, w->scale, vectors);
+    }
+    if (b->vast)
+        subtract_tops(w->scores, b, w->n, vectors);
     w->pair = 0;
 }
 
@@ -449,7 +442,7 @@ VEC_INLINE void weigh(struct attending *a, int32_t j, bool last, int vectors, in
         .n = (int32_t)at_most(a->t->n - j, STEP),
         .scale = vec_set(a->t->scale),
     };
-    if (needs_max(a->b, w.scale, vectors))
+    if (a->b->unseen || a->b->vast) /* without its top a score is no good for a second try */
         raise(a, &w, j, vectors, terms);
     start_weighing(&w, a->b, vectors);
     if (vectors == VECTORS && a->t->n - j >= 2 * STEP) {

@@ -27,6 +27,7 @@ struct scratch {
     float *query, *scores, *extra;
     const char **pointers;
     double *exact;
+    char *dense_key, *dense_value, *dense_row; /* copies where the inner stride is not 1 */
 };
 
 static int64_t heads_of(const struct problem *p) { return p->batch * p->heads_kv; }
@@ -40,6 +41,7 @@ static size_t lay_out_part(struct part *part, char *base, const struct problem *
     uintptr_t at = (uintptr_t)base;
     part->max = carve(&at, MAX_ROWS * 4);
     part->sum = carve(&at, MAX_ROWS * 4);
+    part->origin = carve(&at, MAX_ROWS * (int64_t)sizeof *part->origin);
     part->output = carve(&at, rows_of(p) * round_up(p->dim_v, 16) * 4);
     return at - (uintptr_t)base;
 }
@@ -51,6 +53,10 @@ static size_t lay_out_worker(struct scratch *w, char *base, const struct problem
     w->extra = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
     w->pointers = carve(&at, 2 * DECODE_TILE_K * (int64_t)sizeof *w->pointers);
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
+    w->dense_key = carve(&at, copy_bytes(p, &p->key, DECODE_TILE_K, p->dim_qk));
+    w->dense_value = carve(&at, copy_bytes(p, &p->value, DECODE_TILE_K, p->dim_v));
+    w->dense_row = carve(
+        &at, most(copy_bytes(p, &p->query, 1, p->dim_qk), copy_bytes(p, &p->output, 1, p->dim_v)));
     return at - (uintptr_t)base;
 }
 
@@ -75,7 +81,18 @@ static struct task task_of(const struct call *c, int64_t head) {
     return t;
 }
 
-static void start_part(const struct call *c, const struct task *t, struct part *part) {
+/* Row r of the query in f32. */
+static void load_query(const struct call *c, const struct task *t, int32_t r, float *to,
+                       struct scratch *w) {
+    const struct problem *p = t->p;
+    const struct rows row = {.data = element_at(&p->query, p->dtype, t->b, query_head(t, r),
+                                                t->s.q_start + query_index(t, r))},
+                      dense = dense_rows(&row, 1, p->dim_qk, &p->query, p->dtype, w->dense_row);
+    c->body->widen(to, dense.data, p->dim_qk, p->dtype);
+}
+
+static void start_part(const struct call *c, const struct task *t, struct part *part,
+                       struct scratch *w) {
     const struct problem *p = t->p;
     const int64_t stride = round_up(p->dim_qk, 16);
     memset(part->query, 0, (size_t)(part->rows * stride * 4));
@@ -83,6 +100,7 @@ static void start_part(const struct call *c, const struct task *t, struct part *
     for (int32_t r = 0; r < part->rows; r++) {
         part->max[r] = -INFINITY;
         part->sum[r] = part->slope[r] = part->position[r] = 0;
+        part->origin[r] = (struct origin){0, 0};
         part->lo[r] = part->hi[r] = 0;
         if (r >= t->rows)
             continue;
@@ -93,9 +111,7 @@ static void start_part(const struct call *c, const struct task *t, struct part *
             part->slope[r] = (float)load_element(p->alibi_slopes.data, DTYPE_F32,
                                                  t->b * p->alibi_slopes.stride[0] +
                                                      h * p->alibi_slopes.stride[1]);
-        c->body->widen(part->query + r * stride,
-                       element_at(&p->query, p->dtype, t->b, h, t->s.q_start + i), p->dim_qk,
-                       p->dtype);
+        load_query(c, t, r, part->query + r * stride, w);
     }
 }
 
@@ -131,16 +147,21 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
                         int64_t first_key, int32_t n, int32_t n_next, struct scratch *w) {
     const struct problem *p = t->p;
     struct logit_rule rule;
+    const struct rows keys =
+                          kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first_key, n, w->pointers),
+                      values = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first_key, n,
+                                       w->pointers + DECODE_TILE_K);
     struct part_tile tile = {
-        .key = kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first_key, n, w->pointers),
-        .value = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first_key, n,
-                         w->pointers + DECODE_TILE_K),
+        .key = dense_rows(&keys, n, p->dim_qk, &p->key, p->dtype, w->dense_key),
+        .value = dense_rows(&values, n, p->dim_v, &p->value, p->dtype, w->dense_value),
         .first_key = first_key,
         .n = n,
         .scale = score_scale(p),
     };
-    tile.values = rows_to_fetch(&tile.value, 0, n, p->dim_v * dtype_bytes(p->dtype));
-    if (!tile.key.rows) /* rows in pages are looked up tile by tile */
+    if (is_dense(&p->value, p->dim_v)) /* a copy is in the cache */
+        tile.values = rows_to_fetch(&tile.value, 0, n, p->dim_v * dtype_bytes(p->dtype));
+    /* Rows in pages are looked up tile by tile. */
+    if (!tile.key.rows && is_dense(&p->key, p->dim_qk))
         tile.keys = rows_to_fetch(&tile.key, n, n_next, p->dim_qk * dtype_bytes(p->dtype));
     for (int32_t r = 0; r < t->rows; r++)
         tile.bounded |= part->lo[r] > first_key || part->hi[r] < first_key + n;
@@ -170,7 +191,7 @@ static void run_part(const struct call *c, const struct task *t, int64_t head, i
     struct part part = part_at(c, t, head, split);
     part.query = w->query;
     part.scores = w->scores;
-    start_part(c, t, &part);
+    start_part(c, t, &part, w);
     int64_t first = INT64_MAX, end = 0;
     for (int32_t r = 0; r < t->rows; r++) {
         if (part.lo[r] < part.hi[r]) {
@@ -205,6 +226,16 @@ static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim
     parts[0].sum[r] = sum;
 }
 
+/* A row of the output, in the order of widen(), to `to`. */
+static void store_row(const struct call *c, char *to, const float *output, const struct problem *p,
+                      struct scratch *w) {
+    const bool dense = is_dense(&p->output, p->dim_v);
+    const char *const copy = w->dense_row;
+    c->body->narrow(dense ? to : w->dense_row, output, p->dim_v, p->dtype);
+    if (!dense)
+        copy_elements(&to, p->output.stride[3], &copy, 1, 1, p->dim_v, p->dtype);
+}
+
 /* See needs_reference() of forward.c for rows that are computed again. */
 static void finish_head(const struct call *c, const struct task *t, int64_t head,
                         struct scratch *w) {
@@ -221,8 +252,7 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
             output[d] *= factor;
             zeros += 0 * output[d]; /* NaN for NaN and infinity */
         }
-        c->body->narrow(element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i), output,
-                        p->dim_v, p->dtype);
+        store_row(c, element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i), output, p, w);
         if ((isnan(zeros) && !isnan(parts[0].sum[r])) ||
             row_overflowed(p, &t->s, i, parts[0].max[r], parts[0].sum[r]))
             cpu_fwd_ref_row(p, &t->s, t->b, h, i, w->exact);

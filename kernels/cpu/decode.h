@@ -26,10 +26,11 @@ struct part {
     enum dtype dtype;
     int32_t rows; /* 1 or a multiple of ROW_GROUP */
     int64_t dim_qk, dim_v;
-    float *query;     /* [row][dim_qk, padded to 16], in the order of widen() */
-    float *scores;    /* MAX_ROWS * DECODE_TILE_K */
-    float *output;    /* [row][dim_v, padded to 16], likewise, not yet divided by sum */
-    float *max, *sum; /* [row]; max is the score that sum and output are relative to */
+    float *query;          /* [row][dim_qk, padded to 16], in the order of widen() */
+    float *scores;         /* MAX_ROWS * DECODE_TILE_K */
+    float *output;         /* [row][dim_v, padded to 16], likewise, not yet divided by sum */
+    float *max, *sum;      /* [row]; max is the score that sum and output are relative to */
+    struct origin *origin; /* [row]: origin_of() it */
     int64_t lo[MAX_ROWS], hi[MAX_ROWS]; /* keys that a row sees */
     float position[MAX_ROWS], slope[MAX_ROWS];
 };

@@ -224,6 +224,7 @@ VEC_INLINE void raise_max(const struct part *part, int32_t row, const float *s,
         if (!((most_of_row - before) * tile->scale > 8)) /* weights up to 2^8 do no harm */
             continue;
         part->max[row + r] = most_of_row;
+        part->origin[row + r] = origin_of(most_of_row, tile->scale);
         if (before == -INFINITY)
             continue; /* sum and output are still 0 */
         const float factor = rescaling(before, most_of_row, tile->scale);
@@ -238,9 +239,8 @@ VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
                            const struct part_tile *tile, int rows) {
     float tops[ROW_GROUP], rests[ROW_GROUP], lanes[VEC_LANES];
     for (int r = 0; r < rows; r++) {
-        const struct origin origin = origin_of(part->max[row + r], tile->scale);
-        tops[r] = origin.top;
-        rests[r] = origin.minus;
+        tops[r] = part->origin[row + r].top;
+        rests[r] = part->origin[row + r].minus;
     }
     const vec top = repeat_rows(tops, rows), minus = repeat_rows(rests, rows),
               scale = vec_set(tile->scale);

@@ -31,7 +31,9 @@ struct scratch {
     float *scores;
     float *extra;
     float *key, *value;
-    float *rows;              /* one block, row-major: on the way in or out */
+    float *rows; /* one block, row-major: on the way in or out */
+    /* Copies of what has an inner stride other than 1; the rows are a block's, of query or output. */
+    char *dense_key, *dense_value, *dense_rows;
     const char **pointers[2]; /* of this tile's keys and values, and of the next one's */
     double *exact;
 };
@@ -58,6 +60,10 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
     for (int n = 0; n < 2; n++)
         w->pointers[n] = carve(&at, 2 * tile_k * (int64_t)sizeof **w->pointers);
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
+    w->dense_key = carve(&at, copy_bytes(p, &p->key, tile_k, p->dim_qk));
+    w->dense_value = carve(&at, copy_bytes(p, &p->value, tile_k, p->dim_v));
+    w->dense_rows = carve(&at, most(copy_bytes(p, &p->query, lanes, p->dim_qk),
+                                    copy_bytes(p, &p->output, lanes, p->dim_v)));
     for (int64_t n = 0; n < blocks; n++) {
         float *query = carve(&at, words * lanes * 4), *output = carve(&at, dim_v * lanes * 4);
         if (base) {
@@ -108,18 +114,33 @@ static void point_at_rows(char **rows, const struct view *v, const struct task *
     }
 }
 
+/* The rows of a block's query, where their elements follow each other. */
+static void point_at_query(const char **rows, const struct task *t, int64_t first, int32_t count,
+                           struct scratch *w) {
+    const struct problem *p = t->p;
+    char *strided[MAX_LANES];
+    point_at_rows(strided, &p->query, t, first, count);
+    const struct rows query = {.rows = (const char *const *)strided},
+                      dense =
+                          dense_rows(&query, count, p->dim_qk, &p->query, p->dtype, w->dense_rows);
+    for (int32_t r = 0; r < count; r++)
+        rows[r] = row_at(&dense, r);
+}
+
 /* The block of rows [first, first + count) of the task's group. */
 static void start_block(const struct call *c, const struct task *t, struct block *b, int64_t first,
                         int32_t count, struct scratch *w) {
     const struct problem *p = t->p;
     const struct forward_body *body = c->body;
-    char *rows[MAX_LANES];
+    const char *rows[MAX_LANES];
     b->rows = count;
     for (b->vectors = 1; b->vectors * body->vector_lanes < count;)
         b->vectors *= 2;
-    b->fresh = true;
+    b->fresh = b->unseen = true;
+    b->vast = false;
     for (int32_t lane = 0; lane < b->vectors * body->vector_lanes; lane++) {
         b->max[lane] = -INFINITY;
+        b->top[lane] = b->minus[lane] = 0;
         b->sum[lane] = b->slope[lane] = b->position[lane] = 0;
         b->lo[lane] = 0; /* lanes out of use compute with a query of 0 and are never stored */
         b->hi[lane] = INT64_MAX;
@@ -149,8 +170,8 @@ static void start_block(const struct call *c, const struct task *t, struct block
     b->full_end = all_end;
     if (b->first >= b->end)
         return;
-    point_at_rows(rows, &p->query, t, first, count);
-    body->pack_query(b, (const char *const *)rows, p->dim_qk, p->dtype, w->rows);
+    point_at_query(rows, t, first, count, w);
+    body->pack_query(b, rows, p->dim_qk, p->dtype, w->rows);
 }
 
 static const float *load_extra(const struct call *c, const struct task *t, int64_t first_row,
@@ -205,20 +226,34 @@ static bool needs_reference(const struct call *c, const struct task *t, const st
            row_overflowed(t->p, &t->s, i, b->max[lane], b->sum[lane]);
 }
 
+/* Output rows of a block times their factors. */
+static void store_rows(const struct call *c, const struct task *t, const struct block *b,
+                       int64_t first_row, const float *factor, bool *not_finite,
+                       struct scratch *w) {
+    const struct problem *p = t->p;
+    const bool dense = is_dense(&p->output, p->dim_v);
+    char *rows[MAX_LANES], *copies[MAX_LANES];
+    point_at_rows(rows, &p->output, t, first_row, b->rows);
+    for (int32_t lane = 0; lane < b->rows; lane++)
+        copies[lane] = w->dense_rows + lane * p->dim_v * dtype_bytes(p->dtype);
+    c->body->store(b, factor, dense ? rows : copies, p->dim_v, p->dtype, w->rows, not_finite);
+    if (!dense)
+        copy_elements(rows, p->output.stride[3], (const char *const *)copies, 1, b->rows, p->dim_v,
+                      p->dtype);
+}
+
 /* Divides and stores. */
 static void finish_block(const struct call *c, const struct task *t, struct block *b,
                          int64_t first_row, struct scratch *w) {
     const struct problem *p = t->p;
     float factor[MAX_LANES];
-    char *rows[MAX_LANES];
     bool not_finite[MAX_LANES];
     struct query_row row = query_row_at(t, first_row);
     for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
         factor[lane] = end_row(p, &t->s, t->b, row.h, row.i, b->max[lane], b->sum[lane]);
-    point_at_rows(rows, &p->output, t, first_row, b->rows);
     if (b->first >= b->end)
         memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
-    c->body->store(b, factor, rows, p->dim_v, p->dtype, w->rows, not_finite);
+    store_rows(c, t, b, first_row, factor, not_finite, w);
     row = query_row_at(t, first_row);
     for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row)) {
         if (needs_reference(c, t, b, lane, row.i, not_finite[lane]))
@@ -244,13 +279,17 @@ static struct kv_tile tile_at(const struct task *t, int64_t first, int64_t end, 
     return tile;
 }
 
-/* Block n's share of the next tile. */
+static int64_t fetched_bytes(const struct problem *p, const struct view *v, int64_t dim) {
+    return is_dense(v, dim) ? dim * dtype_bytes(p->dtype) : 0;
+}
+
+/* Block n's share of the next tile. Rows whose elements lie apart are left to the hardware. */
 static struct fetch share_of(const struct problem *p, const struct kv_tile *next, int64_t n,
                              int64_t blocks) {
     return (struct fetch){.keys = next->keys,
                           .values = next->values,
-                          .key_bytes = p->dim_qk * dtype_bytes(p->dtype),
-                          .value_bytes = p->dim_v * dtype_bytes(p->dtype),
+                          .key_bytes = fetched_bytes(p, &p->key, p->dim_qk),
+                          .value_bytes = fetched_bytes(p, &p->value, p->dim_v),
                           .row = next->n * n / blocks,
                           .end = next->n * (n + 1) / blocks};
 }
@@ -271,9 +310,13 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
     struct kv_tile tile =
         tile_at(t, least(first, end) / tile_k * tile_k, end, tile_k, w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {
-        const struct operand key = body->load_key(w->key, &tile.keys, tile.n, p->dim_qk, p->dtype);
+        const struct rows keys = dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->dtype,
+                                            w->dense_key),
+                          values = dense_rows(&tile.values, tile.n, p->dim_v, &p->value, p->dtype,
+                                              w->dense_value);
+        const struct operand key = body->load_key(w->key, &keys, tile.n, p->dim_qk, p->dtype);
         const struct operand value =
-            body->load_value(w->value, &tile.values, tile.n, p->dim_v, p->dtype);
+            body->load_value(w->value, &values, tile.n, p->dim_v, p->dtype);
         const struct kv_tile next =
             tile_at(t, tile.first + tile.n, end, tile_k, w->pointers[parity]);
         for (int64_t n = 0; n < blocks; n++) {

@@ -39,8 +39,10 @@ struct block {
     int64_t lo[MAX_LANES], hi[MAX_LANES];
     float position[MAX_LANES]; /* key on the diagonal */
     float slope[MAX_LANES];
-    float max
-        [MAX_LANES]; /* the score that sum and output are relative to; -inf before the first key */
+    float max[MAX_LANES]; /* the score that sum and output are relative to; -inf: none yet */
+    float top[MAX_LANES], minus[MAX_LANES]; /* origin_of() it */
+    bool unseen;                            /* some lane has no maximum yet */
+    bool vast;                              /* some top is not 0 */
     float sum[MAX_LANES];
 };
 

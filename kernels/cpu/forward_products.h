@@ -71,20 +71,21 @@ VEC_INLINE bool softmax_of(float *s, struct block *b, const struct key_tile *t, 
     const vec scale = vec_set(t->scale);
     const int32_t n = t->n;
     vec minus[VECTORS], sum[VECTORS];
-    uint32_t unseen = 0, huge = 0;
-#pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++)
-        unseen |= vec_mask_bits(vec_equal(vec_load(b->max + v * VEC_LANES), vec_set(-INFINITY)));
-    if (unseen || raise) {
+    const bool raised = b->unseen || raise;
+    uint32_t huge = 0;
+    if (raised) {
         vec tile_max[VECTORS];
         column_max(tile_max, s, n, vectors);
         if (max_grows(b, tile_max, scale, vectors))
             raise_max(b, tile_max, scale, t->dim_v, vectors);
     }
 #pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++)
+    for (int v = 0; v < vectors; v++) {
+        minus[v] = vec_load(b->minus + v * VEC_LANES);
         sum[v] = vec_set(0);
-    take_origins(minus, s, b, n, scale, vectors);
+    }
+    if (b->vast)
+        subtract_tops(s, b, n, vectors);
     int32_t j = 0;
     for (; j + KEYS <= n; j += KEYS)
         weigh(s + j / (PAIRS + 1) * LANES, s + j * LANES, KEYS, scale, minus, sum, vectors);
@@ -93,7 +94,7 @@ VEC_INLINE bool softmax_of(float *s, struct block *b, const struct key_tile *t, 
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++)
         huge |= vec_mask_bits(vec_greater(sum[v], vec_set(HUGE_SUM)));
-    if (huge && !raise && !unseen)
+    if (huge && !raised)
         return false;
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++)

@@ -116,24 +116,30 @@ VEC_INLINE bool max_grows(const struct block *b, const vec *tile_max, vec scale,
     return grown;
 }
 
-/* origin_of() for the lanes of a vector; the lanes whose top is not 0. */
-VEC_INLINE uint32_t load_origin(vec *top, vec *minus, vec max, vec scale) {
-    const vec bits = vec_mul(max, scale), none = vec_set(-INFINITY);
+/* origin_of() for the lanes of a vector. */
+VEC_INLINE void origin_of_each(vec *top, vec *minus, vec max, vec scale) {
+    const vec bits = vec_mul(max, scale), zero = vec_set(0);
     const vec_mask vast = vec_greater(vec_abs(bits), vec_set(VAST_LOGIT)),
-                   kept = vec_and(vast, vec_greater(max, none));
-    *top = vec_blend(vec_set(0), max, kept);
-    *minus = vec_blend(vec_sub(vec_set(0), bits), vec_set(0), vast);
-    return vec_mask_bits(kept);
+                   seen = vec_greater(max, vec_set(-INFINITY));
+    *top = vec_blend(zero, max, vec_and(vast, seen));
+    *minus = vec_blend(vec_sub(zero, bits), zero, vast);
 }
 
-/* rescaling() likewise. */
-VEC_INLINE vec rescaling_of(vec before, vec after, vec scale) {
-    const vec none = vec_set(-INFINITY);
-    vec top[2], minus[2];
-    load_origin(&top[0], &minus[0], before, scale);
-    load_origin(&top[1], &minus[1], after, scale);
-    vec drop = vec_fma(vec_sub(top[0], top[1]), scale, vec_sub(minus[1], minus[0]));
+/* Raises the maximum of a vector's lanes to that of a tile, and returns what sum and output are to be multiplied by: see
+ * rescaling(). */
+VEC_INLINE vec raise_lanes(struct block *b, int v, vec tile_max, vec scale) {
+    float *max = b->max + v * VEC_LANES, *top = b->top + v * VEC_LANES,
+          *minus = b->minus + v * VEC_LANES;
+    const vec none = vec_set(-INFINITY), before = vec_load(max), after = vec_max(tile_max, before);
+    vec new_top, new_minus;
+    origin_of_each(&new_top, &new_minus, after, scale);
+    vec drop = vec_fma(vec_sub(vec_load(top), new_top), scale, vec_sub(new_minus, vec_load(minus)));
     drop = vec_blend(drop, none, vec_equal(before, none));
+    vec_store(max, after);
+    vec_store(top, new_top);
+    vec_store(minus, new_minus);
+    b->unseen |= vec_mask_bits(vec_equal(after, none)) != 0;
+    b->vast |= vec_mask_bits(vec_greater(vec_abs(new_top), vec_set(0))) != 0;
     return exp2_of(vec_blend(drop, vec_set(0), vec_equal(before, after)));
 }
 
@@ -141,31 +147,25 @@ VEC_INLINE vec rescaling_of(vec before, vec after, vec scale) {
 VEC_INLINE void raise_max(struct block *b, const vec *tile_max, vec scale, int64_t dim_v,
                           int vectors) {
     vec factor[VECTORS];
+    b->unseen = b->vast = false;
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++) {
-        float *max = b->max + v * VEC_LANES, *sum = b->sum + v * VEC_LANES;
-        const vec before = vec_load(max), after = vec_max(tile_max[v], before);
-        factor[v] = rescaling_of(before, after, scale);
-        vec_store(max, after);
+        float *sum = b->sum + v * VEC_LANES;
+        factor[v] = raise_lanes(b, v, tile_max[v], scale);
         vec_store(sum, vec_mul(vec_load(sum), factor[v]));
     }
     if (!b->fresh)
         rescale(b, factor, dim_v, vectors);
 }
 
-/* What the block's lanes add to scaled scores; their tops are subtracted from n scores here. */
-VEC_INLINE void take_origins(vec *minus, float *s, const struct block *b, int32_t n, vec scale,
-                             int vectors) {
+/* Takes the tops out of n scores. */
+VEC_INLINE void subtract_tops(float *s, const struct block *b, int32_t n, int vectors) {
+    for (int32_t j = 0; j < n; j++)
 #pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++) {
-        vec top;
-        if (!load_origin(&top, &minus[v], vec_load(b->max + v * VEC_LANES), scale))
-            continue;
-        for (int32_t j = 0; j < n; j++) {
+        for (int v = 0; v < vectors; v++) {
             float *at = s + j * LANES + v * VEC_LANES;
-            vec_store(at, vec_sub(vec_load(at), top));
+            vec_store(at, vec_sub(vec_load(at), vec_load(b->top + v * VEC_LANES)));
         }
-    }
 }
 
 /* ---- The end of a block ----------------------------------------------------------------------------------------- */
