@@ -6,7 +6,8 @@
  * that order; results: output, lse if its bit is set, and workspace (u8) if the plugin asked for
  * any when the program was traced. With heads_axis = 1, query, key, value, output are [B, H, L, D]
  * and lse [B, H, L]; with heads_axis = 2 they are [B, L, H, D] and [B, L, H], read and written in
- * place. Further attributes have the names of dlattn_forward_desc; an absent one is 0.
+ * place. Further attributes have the names of dlattn_forward_desc; an absent one is 0, an unknown one
+ * is refused. Integers are of any integer type, reals of float64, float32 or any integer type.
  */
 #define _GNU_SOURCE
 #include "abi/dlattn_loader.h"
@@ -61,50 +62,146 @@ static int describe(const xla_call *call, uint32_t traits) {
 
 /* ---- Attributes ---- */
 
-static const xla_scalar *attribute(const xla_call *call, const char *name) {
-    const xla_attributes *a = &call->attributes;
-    const size_t length = strlen(name);
-    for (int64_t i = 0; i < a->size; i++) {
-        if (a->types[i] == XLA_ATTRIBUTE_SCALAR && a->names[i]->length == length &&
-            memcmp(a->names[i]->text, name, length) == 0)
-            return a->items[i];
+/* Everything of a call but its tensors; what the call does not say is 0. */
+struct attributes {
+    int64_t slots, heads_axis, flags, window_left, window_right, causal, alignment;
+    int64_t max_seqlen_q, max_seqlen_k, num_threads;
+    double scale, softcap;
+};
+
+#define FIELD(name) #name, offsetof(struct attributes, name)
+static const struct known {
+    const char *name;
+    size_t offset;
+    int is_real;
+    int64_t least, most; /* of an integer */
+} KNOWN[] = {
+    {FIELD(slots), 0, 0, (INT64_C(1) << SLOTS) - 1},
+    {FIELD(heads_axis), 0, 0, 2},
+    {FIELD(flags), 0, 0, INT64_MAX},
+    {FIELD(window_left), 0, INT64_MIN, INT64_MAX},
+    {FIELD(window_right), 0, INT64_MIN, INT64_MAX},
+    {FIELD(causal), 0, INT32_MIN, INT32_MAX},
+    {FIELD(alignment), 0, INT32_MIN, INT32_MAX},
+    {FIELD(max_seqlen_q), 0, INT64_MIN, INT64_MAX},
+    {FIELD(max_seqlen_k), 0, INT64_MIN, INT64_MAX},
+    {FIELD(num_threads), 0, INT32_MIN, INT32_MAX},
+    {FIELD(scale), 1, 0, 0},
+    {FIELD(softcap), 1, 0, 0},
+};
+
+static const struct known *find_known(const xla_span *name) {
+    for (size_t i = 0; i < sizeof KNOWN / sizeof KNOWN[0]; i++) {
+        if (strlen(KNOWN[i].name) == name->length &&
+            memcmp(KNOWN[i].name, name->text, name->length) == 0)
+            return &KNOWN[i];
     }
     return NULL;
 }
 
-static int64_t integer(const xla_call *call, const char *name) {
-    const xla_scalar *s = attribute(call, name);
-    int64_t value = 0;
-    if (s)
-        memcpy(&value, s->value, s->dtype == XLA_S64 ? 8 : s->dtype == XLA_PRED ? 1 : 4);
-    return value;
-}
-
-static double number(const xla_call *call, const char *name) {
-    const xla_scalar *s = attribute(call, name);
-    double value = 0;
-    float narrow;
-    if (s && s->dtype == XLA_F32) {
-        memcpy(&narrow, s->value, sizeof narrow);
-        value = (double)narrow;
-    } else if (s) {
-        memcpy(&value, s->value, sizeof value);
+/* Whether the scalar is an integer that int64 holds, and then its value. */
+static int read_integer(const xla_scalar *s, int64_t *value) {
+    const uint64_t *wide = s->value;
+    switch (s->dtype) {
+    case XLA_PRED:
+    case XLA_U8:
+        *value = *(const uint8_t *)s->value;
+        return 1;
+    case XLA_S8:
+        *value = *(const int8_t *)s->value;
+        return 1;
+    case XLA_S16:
+        *value = *(const int16_t *)s->value;
+        return 1;
+    case XLA_U16:
+        *value = *(const uint16_t *)s->value;
+        return 1;
+    case XLA_S32:
+        *value = *(const int32_t *)s->value;
+        return 1;
+    case XLA_U32:
+        *value = *(const uint32_t *)s->value;
+        return 1;
+    case XLA_S64:
+        *value = *(const int64_t *)s->value;
+        return 1;
+    case XLA_U64:
+        *value = (int64_t)*wide;
+        return *wide <= INT64_MAX;
+    default:
+        return 0;
     }
-    return value;
 }
 
-static dlattn_forward_desc read_desc(const xla_call *call) {
+/* Whether the scalar is a number that a double stands for, and then its value. */
+static int read_real(const xla_scalar *s, double *value) {
+    int64_t whole;
+    switch (s->dtype) {
+    case XLA_F32:
+        *value = (double)*(const float *)s->value;
+        return 1;
+    case XLA_F64:
+        *value = *(const double *)s->value;
+        return 1;
+    default:
+        if (!read_integer(s, &whole))
+            return 0;
+        *value = (double)whole;
+        return 1;
+    }
+}
+
+enum { MESSAGE = 256 };
+
+/* 0, or -1 with a message that names the attribute. */
+static int read_attribute(struct attributes *a, int32_t type, const xla_span *name,
+                          const void *item, char *message) {
+    const int length = name->length < 64 ? (int)name->length : 64;
+    const struct known *k = find_known(name);
+    if (!k) {
+        snprintf(message, MESSAGE, "dlattn: attribute %.*s: is not known", length, name->text);
+        return -1;
+    }
+    void *field = (char *)a + k->offset;
+    const xla_scalar *scalar = item;
+    if (type != XLA_ATTRIBUTE_SCALAR ||
+        !(k->is_real ? read_real(scalar, field) : read_integer(scalar, field))) {
+        snprintf(message, MESSAGE, "dlattn: attribute %s: must be a scalar of %s", k->name,
+                 k->is_real ? "float64, float32 or an integer type" : "an integer type");
+        return -1;
+    }
+    const int64_t whole = k->is_real ? 0 : *(const int64_t *)field;
+    if (whole < k->least || whole > k->most) {
+        snprintf(message, MESSAGE, "dlattn: attribute %s: is %lld, must be from %lld to %lld",
+                 k->name, (long long)whole, (long long)k->least, (long long)k->most);
+        return -1;
+    }
+    return 0;
+}
+
+static int read_attributes(const xla_call *call, struct attributes *a, char *message) {
+    const xla_attributes *from = &call->attributes;
+    *a = (struct attributes){0};
+    for (int64_t i = 0; i < from->size; i++) {
+        if (read_attribute(a, from->types[i], from->names[i], from->items[i], message) != 0)
+            return -1;
+    }
+    return 0;
+}
+
+static dlattn_forward_desc desc_of(const struct attributes *a) {
     return (dlattn_forward_desc){
         .struct_size = sizeof(dlattn_forward_desc),
-        .flags = (uint64_t)integer(call, "flags"),
-        .scale = number(call, "scale"),
-        .softcap = number(call, "softcap"),
-        .window_left = integer(call, "window_left"),
-        .window_right = integer(call, "window_right"),
-        .causal = (int32_t)integer(call, "causal"),
-        .alignment = (int32_t)integer(call, "alignment"),
-        .max_seqlen_q = integer(call, "max_seqlen_q"),
-        .max_seqlen_k = integer(call, "max_seqlen_k"),
+        .flags = (uint64_t)a->flags,
+        .scale = a->scale,
+        .softcap = a->softcap,
+        .window_left = a->window_left,
+        .window_right = a->window_right,
+        .causal = (int32_t)a->causal,
+        .alignment = (int32_t)a->alignment,
+        .max_seqlen_q = a->max_seqlen_q,
+        .max_seqlen_k = a->max_seqlen_k,
+        .num_threads = (int32_t)a->num_threads,
     };
 }
 
@@ -119,10 +216,22 @@ static DLDataType dtype_of(int32_t xla) {
     switch (xla) {
     case XLA_PRED:
         return (DLDataType){kDLBool, 8, 1};
+    case XLA_S8:
+        return (DLDataType){kDLInt, 8, 1};
+    case XLA_S16:
+        return (DLDataType){kDLInt, 16, 1};
     case XLA_S32:
         return (DLDataType){kDLInt, 32, 1};
+    case XLA_S64:
+        return (DLDataType){kDLInt, 64, 1};
     case XLA_U8:
         return (DLDataType){kDLUInt, 8, 1};
+    case XLA_U16:
+        return (DLDataType){kDLUInt, 16, 1};
+    case XLA_U32:
+        return (DLDataType){kDLUInt, 32, 1};
+    case XLA_U64:
+        return (DLDataType){kDLUInt, 64, 1};
     case XLA_F16:
         return (DLDataType){kDLFloat, 16, 1};
     case XLA_F32:
@@ -132,8 +241,7 @@ static DLDataType dtype_of(int32_t xla) {
     case XLA_BF16:
         return (DLDataType){kDLBfloat, 16, 1};
     default:
-        return (DLDataType){kDLOpaqueHandle, 0, 1}; /* the plugin refuses it, by the tensor's name
-        */
+        return (DLDataType){kDLOpaqueHandle, 0, 1}; /* refused by the plugin, with the name */
     }
 }
 
@@ -167,18 +275,17 @@ static int open_tensor(struct tensor *t, const xla_buffer *b, DLDevice device, i
     return 0;
 }
 
-/* Tensors of a call and its workspace; NULL, or what is wrong with the number of buffers. */
-static const char *open_tensors(const xla_call *call, DLDevice device, struct tensor *opened,
-                                dlattn_tensors *tensors, dlattn_exec *exec) {
+/* Tensors of a call and its workspace; NULL, or what is wrong with the buffers. */
+static const char *open_tensors(const xla_call *call, const struct attributes *a, DLDevice device,
+                                struct tensor *opened, dlattn_tensors *tensors, dlattn_exec *exec) {
     const DLTensor **slot = (const DLTensor **)&tensors->query;
-    const int64_t present = integer(call, "slots");
-    const int heads_last = integer(call, "heads_axis") == 2;
+    const int heads_last = a->heads_axis == 2;
     int64_t argument = 0, result = 0;
     for (int i = 0; i < SLOTS; i++) {
         const int output = i == OUTPUT || i == LSE;
         const xla_buffers *from = output ? &call->results : &call->arguments;
         int64_t *next = output ? &result : &argument;
-        if (!(present >> i & 1))
+        if (!(a->slots >> i & 1))
             continue;
         if (*next >= from->size)
             return "dlattn: fewer buffers than the attribute slots names";
@@ -190,6 +297,8 @@ static const char *open_tensors(const xla_call *call, DLDevice device, struct te
         return "dlattn: more buffers than the attribute slots names";
     if (result < call->results.size) {
         const xla_buffer *workspace = call->results.items[result];
+        if (workspace->dtype != XLA_U8 || workspace->rank != 1)
+            return "dlattn: workspace: must be of uint8, with one axis";
         exec->workspace = workspace->data;
         exec->workspace_bytes = (size_t)workspace->dims[0];
     }
@@ -280,11 +389,15 @@ static xla_error *forward(const xla_call *call, DLDevice device, dlattn_exec *ex
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct tensor opened[SLOTS];
     dlattn_tensors tensors = {.struct_size = sizeof tensors};
-    const dlattn_forward_desc desc = read_desc(call);
+    struct attributes attributes;
+    char message[MESSAGE];
     pthread_once(&once, open_plugin);
     if (!plugin)
         return refuse(call, XLA_FAILED_PRECONDITION, why_not);
-    const char *wrong = open_tensors(call, device, opened, &tensors, exec);
+    if (read_attributes(call, &attributes, message) != 0)
+        return refuse(call, XLA_INVALID_ARGUMENT, message);
+    const dlattn_forward_desc desc = desc_of(&attributes);
+    const char *wrong = open_tensors(call, &attributes, device, opened, &tensors, exec);
     if (wrong)
         return refuse(call, XLA_INVALID_ARGUMENT, wrong);
     const int32_t status = plugin->forward(&desc, &tensors, exec);

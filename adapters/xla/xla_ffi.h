@@ -46,9 +46,14 @@ typedef struct xla_metadata_extension {
 
 enum {
     XLA_PRED = 1,
+    XLA_S8 = 2,
+    XLA_S16 = 3,
     XLA_S32 = 4,
     XLA_S64 = 5,
     XLA_U8 = 6,
+    XLA_U16 = 7,
+    XLA_U32 = 8,
+    XLA_U64 = 9,
     XLA_F16 = 10,
     XLA_F32 = 11,
     XLA_F64 = 12,
