@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.sharding import Mesh
+from jax import export
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 TOLERANCE = {"float32": 5e-6, "float16": 4e-3, "bfloat16": 3e-2}
@@ -62,6 +63,10 @@ OPTIONS = {
     # With a mask, because JAX 0.8 forgets a window that comes alone.
     "window": {"local_window_size": 2, "mask": jnp.ones((1, 1, 1, 9), bool)},
     "window_pair": {"local_window_size": (3, 0), "is_causal": True},
+    "lengths": {
+        "query_seq_lengths": jnp.array([3, 7]),
+        "key_value_seq_lengths": jnp.array([4, 9]),
+    },
 }
 
 
@@ -183,6 +188,146 @@ def test_features_that_jax_has_not(options):
         )
 
 
+@pytest.mark.parametrize("window", [(1, -1), (-1, 2), (3, -2), [0, 1]], ids=str)
+def test_window_beside_the_row(window):
+    """A negative side leaves out the row's own key. Rows without keys are defined otherwise."""
+    query, key, value = make()
+    # With a mask, because JAX 0.8 forgets a window that comes alone.
+    options = {"local_window_size": tuple(window), "mask": jnp.ones((1, 1, 1, 9), bool)}
+    weight = normal(6, 2, 7, 4, 16)
+    if window[1] < 0:
+        weight = weight.at[:, : -window[1]].set(0)
+
+    def gradients(f, **options):
+        return jax.grad(lambda *x: jnp.sum(f(*x, **options) * weight), (0, 1, 2))(query, key, value)
+
+    found = gradients(ours, local_window_size=window)
+    jax.tree.map(lambda a, b: close(a, b, 2e-5), found, gradients(theirs, **options))
+
+
+# ---- The backward pass
+
+
+HIDDEN_FROM_5_ON = {
+    "key_lengths": {"key_lengths": [5, 5]},
+    "mask": {"mask": np.arange(9) < 5},
+    "mask_of_rows": {"mask": np.broadcast_to(np.arange(9) < 5, (7, 9)), "softcap": 0.7},
+    "causal": {"causal": True, "query_lengths": [5, 5]},
+    "window": {"window": (2, 1), "query_lengths": [4, 4], "sinks": [0.5, -1.0]},
+    "alibi": {"alibi_slopes": [0.5, 0.1], "key_lengths": [5, 5], "alignment": "bottom_right"},
+    "bias": {"bias": np.where(np.arange(9) < 5, 0, -np.inf).astype(np.float32)},
+}
+
+
+def all_gradients(tensors, **options):
+    def loss(tensors):
+        output, lse = dlattn.jax.attention(**tensors, **options, return_lse=True)
+        lse = jnp.where(lse == -jnp.inf, 0, lse)
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(lse))
+
+    return jax.jit(jax.grad(loss))(tensors)
+
+
+def heads_first(**shape):
+    return dict(zip(("query", "key", "value"), (x.swapaxes(1, 2) for x in make(**shape))))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("options", HIDDEN_FROM_5_ON.values(), ids=HIDDEN_FROM_5_ON)
+def test_what_is_hidden_reaches_no_gradient(options, poison):
+    tensors = heads_first(heads=2, heads_kv=1)
+    expected = all_gradients(tensors, **options)
+    # The key of a bias of -inf is read, and NaN minus infinity is NaN.
+    for name in ["value"] if "bias" in options else ["key", "value"]:
+        tensors[name] = tensors[name].at[:, :, 5:, ::3].set(poison)
+    found = all_gradients(tensors, **options)
+    jax.tree.map(lambda a, b: close(a, b, 1e-6), found, expected)
+    assert not np.any(found["key"][:, :, 5:]) and not np.any(found["value"][:, :, 5:])
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_seen_reaches_the_gradients_of_those_who_see_it(name):
+    """NaN in the last of 7 rows and keys; the last row alone sees it, and the last 3 keys."""
+    tensors = heads_first(rows=7, keys=7)
+    tensors[name] = tensors[name].at[:, :, 6, 0].set(jnp.nan)
+    found = all_gradients(tensors, causal=True, window=(2, 0))
+    for gradient, first in (("query", 6), ("key", 4), ("value", 4)):
+        assert np.isfinite(found[gradient][:, :, :first]).all(), gradient
+        assert np.isnan(found[gradient][:, :, first:]).all(axis=-1).all(), gradient
+
+
+def test_rows_without_keys_have_gradient_0():
+    tensors = heads_first()
+    mask = np.arange(7)[:, None] < 4
+
+    def loss(query):
+        output, lse = dlattn.jax.attention(query, tensors["key"], tensors["value"], **options)
+        return jnp.sum(output[:, :, 4:]) + jnp.sum(jnp.exp(lse[:, :, 4:]) ** 2)
+
+    for options in ({"mask": mask}, {"query_lengths": [4, 4]}, {"query_lengths": np.zeros(2, int)}):
+        options["return_lse"] = True
+        assert not np.any(jax.jit(jax.grad(loss))(tensors["query"]))
+
+
+def test_gradient_at_large_logits():
+    """Logits of 3e6, whose log-sum-exp float32 rounds to a quarter: weights of 1/2 and of 1/3."""
+    query, key, value = (
+        np.full((1, 1, 64, 1), 3e3),
+        np.full((1, 1, 2, 1), 1e3),
+        np.ones((1, 1, 2, 1)),
+    )
+    sinks = np.array([3e6], np.float32)
+    attention = functools.partial(dlattn.jax.attention, query, key, scale=1)
+    close(jax.grad(lambda v: jnp.sum(attention(v)))(value), np.full((1, 1, 2, 1), 32), 0)
+    found = jax.grad(lambda v, s: jnp.sum(attention(v, sinks=s)), (0, 1))(value, sinks)
+    close(found[0], np.full((1, 1, 2, 1), 64 / 3), 1e-5)
+    close(found[1], [-64 / 3 * 2 / 3], 1e-5)
+
+
+def test_gradients_in_float64():
+    """To 1e-10, under a bias that moves the log-sum-exp to where float32 has steps of 1/32."""
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        query, key, value = (normal(i, 1, 2, 6, 8, dtype="float64") for i in (1, 2, 3))
+        arguments = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "bias": normal(4, 1, 2, 6, 6, dtype="float64") + 3e5,
+            "sinks": jnp.array([3e5, 2.5]),
+        }
+
+        def plain(query, key, value, bias, sinks):
+            logits = query @ key.mT / np.sqrt(8) + bias
+            sinks = jnp.broadcast_to(sinks[:, None, None], (1, 2, 6, 1))
+            lse = jax.nn.logsumexp(jnp.concatenate([logits, sinks], 3), 3)
+            return jnp.exp(logits - lse[..., None]) @ value, lse
+
+        def loss(f):
+            def of(arguments):
+                output, lse = f(**arguments)
+                return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(lse - 3e5))
+
+            return of
+
+        ours = functools.partial(dlattn.jax.attention, return_lse=True)
+        assert ours(**arguments)[1].dtype == jnp.float64
+        found, expected = (jax.jit(jax.grad(loss(f)))(arguments) for f in (ours, plain))
+        jax.tree.map(lambda a, b: close(a, b, 1e-10), found, expected)
+
+
+@pytest.mark.parametrize("extent", ["batch", "rows", "keys", "heads"])
+def test_gradients_without_elements(extent):
+    shape = {extent: 0, **({"heads_kv": 0} if extent == "heads" else {})}
+    tensors = heads_first(**shape)
+    heads = tensors["query"].shape[1]
+    tensors["bias"], tensors["sinks"] = jnp.zeros((1, 1, 1, 1)), jnp.zeros(heads)
+    found = all_gradients(tensors)
+    for name, x in tensors.items():
+        assert found[name].shape == x.shape
+        if name != "sinks":
+            assert not np.any(found[name])
+
+
 # ---- Transformations
 
 
@@ -253,6 +398,143 @@ def test_shard_map_with_shared_bias():
     close(*both, 2e-5)
 
 
+SHARDED = {
+    "nowhere": (P(), P(), {}),
+    "batch": (P("x"), P("x"), {"is_causal": True}),
+    "batch_of_the_query_alone": (P("x"), P(), {}),
+    "heads": (P(None, None, "y"), P(None, "x", "y"), {"is_causal": True}),
+    "more_than_the_keys_have": (P(None, None, ("x", "y")), P(), {}),
+    "rows": (P("x", "y"), P("x", "y"), {"is_causal": True, "local_window_size": (3, 1)}),
+    "rows_and_lengths": (
+        P(None, ("y", "x")),
+        P(None, None, "y"),
+        {"query_seq_lengths": [3, 8], "key_value_seq_lengths": [9, 4]},
+    ),
+    "bias_and_mask": (
+        P("x", "y"),
+        P(),
+        {"bias": normal(4, 2, 4, 8, 10), "mask": np.arange(10) + np.arange(8)[:, None] < 12},
+    ),
+}
+
+
+@pytest.mark.parametrize("query_spec, key_spec, options", SHARDED.values(), ids=SHARDED)
+def test_explicit_sharding(query_spec, key_spec, options):
+    """Output and gradients lie where what they belong to lies."""
+    tensors = make(rows=8, keys=10)
+
+    def loss(query, key, value, attention):
+        output = attention(query, key, value, **options)
+        return jnp.sum(jnp.sin(output)), output
+
+    def run(attention, tensors):
+        return jax.jit(jax.grad(functools.partial(loss, attention=attention), (0, 1, 2), True))(
+            *tensors
+        )
+
+    expected = run(ours, tensors)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(tensors, (query_spec, key_spec, key_spec))
+        ]
+        gradients, output = run(ours, placed)
+        assert ours(*placed, **options).sharding == output.sharding
+    jax.tree.map(lambda a, b: close(a, b, 2e-5), (gradients, output), expected)
+    assert output.sharding.is_equivalent_to(placed[0].sharding, 4)
+    for gradient, x in zip(gradients, placed):
+        assert gradient.sharding.is_equivalent_to(x.sharding, 4)
+
+
+def test_explicit_sharding_of_every_feature():
+    """Rows of a longer sequence: ALiBi, a window from the bottom right, sinks and the lse."""
+    tensors = heads_first(rows=8)
+    tensors["alibi_slopes"] = jnp.array([0.5, 0.1, 0.2, 0.0])
+    tensors["sinks"] = jnp.array([0.5, -1.0, 2.0, 0.0])
+    options = {"causal": True, "window": (5, None), "alignment": "bottom_right"}
+    expected = all_gradients(tensors, **options)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        tensors["query"] = jax.device_put(tensors["query"], NamedSharding(mesh, P(None, "x", "y")))
+        _, lse = dlattn.jax.attention(**tensors, **options, return_lse=True)
+        assert jax.typeof(lse).sharding.spec == P(None, "x", "y")
+        found = all_gradients(tensors, **options)
+    jax.tree.map(lambda a, b: close(a, b, 2e-5), found, expected)
+
+
+def test_explicit_sharding_of_packed_heads():
+    tensors = [normal(i, 9, 4, 16) for i in (1, 2, 3)]
+    lengths = {name: np.array([0, 4, 9]) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    expected = dlattn.jax.attention(*tensors, **lengths)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        tensors[0] = jax.device_put(tensors[0], NamedSharding(mesh, P(None, "x")))
+        found = jax.jit(functools.partial(dlattn.jax.attention, **lengths))(*tensors)
+    assert jax.typeof(found).sharding.spec == P(None, "x", None)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("spec", [P(None, "x"), P("x", "y")], ids=str)
+def test_vmap_under_explicit_sharding(spec):
+    tensors = [jnp.stack([x, -x]) for x in make()]
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    f = jax.jit(jax.vmap(jax.grad(lambda *x: jnp.sum(ours(*x)), (0, 1, 2))))
+    expected = f(*tensors)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in tensors]
+        found = f(*placed)
+    jax.tree.map(lambda a, b: close(a, b, 2e-5), found, expected)
+
+
+def test_scale_as_a_value():
+    """A number of any kind, and a traced one, which has a gradient."""
+    query, key, value = make()
+    expected = theirs(query, key, value, scale=0.3)
+    for scale in (np.float64(0.3), np.float32(0.3), jnp.float32(0.3), np.array(0.3)):
+        close(ours(query, key, value, scale=scale), expected)
+    close(jax.jit(lambda s: ours(query, key, value, scale=s))(0.3), expected)
+
+    def gradient(f):
+        return jax.grad(lambda s: jnp.sum(jnp.sin(f(query, key, value, scale=s))))
+
+    xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    close(gradient(ours)(0.3), gradient(xla)(0.3), 2e-5)
+    scales = jnp.array([0.3, -1.0, 0.0])
+    close(jax.vmap(gradient(ours))(scales), jax.vmap(gradient(xla))(scales), 5e-5)
+    half = [x.astype(jnp.float16) for x in (query, key, value)]
+    found = jax.jit(lambda s: ours(*half, scale=s))(jnp.float32(0.3))
+    assert found.dtype == jnp.float16
+
+
+def test_remat_donation_and_second_order():
+    query, key, value = make()
+
+    def loss(f, query):
+        return jnp.sum(jnp.sin(f(query, key, value, is_causal=True)))
+
+    def second(f):
+        first = jax.grad(functools.partial(loss, f))
+        return jax.grad(lambda query: jnp.sum(first(query) * jnp.cos(query)))
+
+    expected = jax.grad(functools.partial(loss, theirs))(query)
+    found = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, ours))))(query)
+    close(found, expected, 2e-5)
+    close(jax.jit(second(ours))(query), jax.jit(second(theirs))(query), 2e-5)
+    step = jax.jit(lambda query: query - ours(query, key, value), donate_argnums=0)
+    close(step(query + 0), query - theirs(query, key, value))
+
+
+def test_the_threads_that_are_planned_are_run():
+    """The program names them; a run with more of them would need more workspace."""
+    x = np.ones((1, 512, 8, 64), np.float32)
+    threads = dlattn.select(*(x.swapaxes(1, 2),) * 3).num_threads
+    assert threads == 4
+    assert f"num_threads = {threads} :" in jax.jit(ours).lower(x, x, x).as_text()
+    first = jnp.ones((1, 8, 512, 64))
+    close(raw_call({"query": first, "key": first, "value": first}, num_threads=1)[0], first)
+
+
 def test_in_a_loop():
     """Several calls in one program, one after the other, with XLA's threads."""
     query, key, value = make(batch=1, rows=128, keys=128, heads=8, heads_kv=8, dim=32)
@@ -267,7 +549,109 @@ def test_in_a_loop():
     close(*both)
 
 
+# ---- What callers give
+
+
+def test_lists_numpy_and_weak_types():
+    query, key, value = make()
+    expected = ours(query, key, value, mask=jnp.ones((7, 9), bool).at[3].set(False))
+    mask = np.ones((7, 9), bool)
+    mask[3] = False
+    close(ours(*(np.asarray(x) for x in (query, key, value)), mask=mask), expected, 0)
+    close(ours(*(x.tolist() for x in (query, key, value)), mask=mask.tolist()), expected, 0)
+    first = (x.swapaxes(1, 2) for x in (query, key, value))
+    close(dlattn.jax.attention(*first, mask=mask[None]).swapaxes(1, 2), expected, 0)
+    lengths = {"query_seq_lengths": [3, 7], "key_value_seq_lengths": np.array([4, 9], np.int64)}
+    close(ours(query, key, value, **lengths), theirs(query, key, value, **OPTIONS["lengths"]))
+    weak = jnp.full((1, 2, 1, 4), 0.5)
+    assert weak.weak_type
+    assert jax.grad(lambda x: jnp.sum(ours(x, x, x)))(weak).dtype == jnp.float32
+
+
 # ---- Refusals
+
+
+def refusals():
+    query, key, value = make()
+    main = (query, key, value)
+    attention, partial = dlattn.jax.attention, functools.partial
+    ones = np.ones((2, 1, 7, 9))
+    yield "local_window_size: is 'a'", lambda: ours(*main, local_window_size="a")
+    yield r"local_window_size: is \[1\]", lambda: ours(*main, local_window_size=[1])
+    yield "local_window_size: is 1.5", lambda: ours(*main, local_window_size=1.5)
+    yield "local_window_size.*traced", lambda: jax.jit(partial(ours, *main))(local_window_size=2)
+    yield "mask: dtype is float32.*the bias", lambda: ours(*main, mask=ones)
+    yield "mask: dtype is int32", lambda: attention(*main, mask=ones.astype(int))
+    yield "mask: has 5 axes", lambda: attention(*main, mask=ones[None] > 0)
+    yield "bias: dtype is complex64", lambda: ours(*main, bias=ones * 1j)
+    yield "bias: axis 3", lambda: ours(*main, bias=ones[..., :8])
+    yield "query_seq_lengths: dtype is float32", lambda: ours(*main, query_seq_lengths=[1.5, 2])
+    yield "query_seq_lengths: axis 0", lambda: ours(*main, query_seq_lengths=[1, 2, 3])
+    yield "key_value_seq_lengths: axis 0", lambda: ours(*main, key_value_seq_lengths=[1, 2, 3])
+    yield "key: has 2 axes, must have 4, or 3", lambda: ours(query, key[0, 0], value)
+    yield r"value: axis 1 \(\w+\) is 8, key makes it 9", lambda: ours(query, key, value[:, :8])
+    yield r"value: axis 2 \(\w+\) is 1, key makes it 2", lambda: ours(query, key, value[:, :, :1])
+    yield "key: dtype is f", lambda: ours(query.astype(jnp.bfloat16), key, value)
+    yield "key: is not an array", lambda: ours(query, "key", value)
+    yield "value: is a masked array", lambda: ours(query, key, np.ma.array(value, mask=value > 0))
+    yield "scale: has shape", lambda: jax.jit(lambda s: ours(*main, scale=s))(jnp.ones(2))
+    yield "softcap.*traced", lambda: jax.jit(lambda s: attention(*main, softcap=s))(1.0)
+    yield "is_causal.*traced", lambda: jax.jit(lambda s: ours(*main, is_causal=s))(True)
+    yield "max_seqlen_q: is 1.5", lambda: attention(*main, max_seqlen_q=1.5)
+
+
+@pytest.mark.parametrize(
+    "message, call", [*refusals()], ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_refusal_names_the_argument(message, call):
+    with pytest.raises(dlattn.InvalidArgument, match=message):
+        call()
+
+
+def test_symbolic_sizes_are_refused():
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, 4, 2, 8"), jnp.float32)
+    with pytest.raises(dlattn.Unsupported, match="query: axis 0 has the symbolic size b"):
+        export.export(jax.jit(ours))(shape, shape, shape)
+
+
+def raw_call(tensors, **attributes):
+    """The custom call itself, as another program that runs XLA makes it, on one thread."""
+    sku = dlattn.select(*(np.asarray(x) for x in tensors.values()), num_threads=1)
+    shape = tensors["query"].shape
+    results = [jax.ShapeDtypeStruct(x, jnp.float32) for x in (shape, shape[:3])]
+    results.append(jax.ShapeDtypeStruct((sku.workspace_bytes,), jnp.uint8))
+    call = jax.ffi.ffi_call("dlattn_forward", results)
+    attributes = {"slots": 0b11111, "num_threads": 1, **attributes}  # up to output and lse
+    output, lse, _ = jax.jit(functools.partial(call, **attributes))(*tensors.values())
+    return np.asarray(output), np.asarray(lse)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int32, np.int64, np.float32, np.float64])
+def test_attributes_are_read_by_dtype(kind):
+    window, exact_scale = 1, 2  # flags of dlattn.h
+    tensors = heads_first(batch=1, rows=1, keys=3, heads=1, heads_kv=1)
+    found, _ = raw_call(tensors, flags=exact_scale, scale=kind(2), softcap=kind(1))
+    close(found, dlattn.jax.attention(**tensors, scale=2.0, softcap=1.0))
+    if np.issubdtype(kind, np.signedinteger):
+        options = {"flags": kind(window), "window_left": kind(-1), "window_right": kind(1)}
+        found, _ = raw_call(tensors, **options)
+        close(found, dlattn.jax.attention(**tensors, window=(None, 1)))
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        ({"causal": np.float64(1)}, "attribute causal: must be a scalar of an integer type"),
+        ({"scale": "1"}, "attribute scale: must be a scalar of float64"),
+        ({"window_lefft": 1}, "attribute window_lefft: is not known"),
+        ({"alignment": np.int64(1 << 32)}, "attribute alignment: is 4294967296, must be from"),
+        ({"heads_axis": 3}, "attribute heads_axis: is 3, must be from 0 to 2"),
+    ],
+    ids=str,
+)
+def test_other_attributes_are_refused(attributes, message):
+    with pytest.raises(Exception, match=message):
+        raw_call(heads_first(), **attributes)
 
 
 def test_wrong_shapes_raise_while_tracing():
