@@ -7,18 +7,19 @@
  * from the thread. Python's limited API alone is used, so one file serves CPython 3.10 and all
  * later ones. All state below is guarded by the GIL, which is released while a kernel runs.
  */
-#define _GNU_SOURCE
+#define _GNU_SOURCE /* dladdr() */
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 #include "abi/dlattn_loader.h"
 
 #include <pthread.h>
+#include <stdarg.h>
 
 static const dlattn_api *api;
 static PyObject *errors; /* dlattn._errors.BY_STATUS: exception classes, indexed by status */
 static PyObject *max_version_kw; /* {"max_version": (1, 3)} */
-static PyObject *str_dlpack, *str_stream, *str_max_version;
+static PyObject *str_dlpack, *str_dlpack_device, *str_stream, *str_max_version;
 
 enum { LIBRARY_NOT_FOUND = 0 }; /* status 0 is never an error, so its place in BY_STATUS is free */
 
@@ -39,14 +40,50 @@ static int open_library(void) {
     return api ? 0 : -1;
 }
 
-/* ---- Tensors --------------------------------------------------------------------------------- */
-
+/* Positions of what is passed: the tensors of dlattn_tensors, then the options; __init__.py has the
+ * same order. */
 enum {
-    MAX_AXES = 4,
     OUTPUT = 3,
     LSE = 4,
-    SLOTS = (sizeof(dlattn_tensors) - sizeof(size_t)) / sizeof(void *)
+    SLOTS = (sizeof(dlattn_tensors) - sizeof(size_t)) / sizeof(void *),
+    SCALE = SLOTS,
+    SOFTCAP,
+    WINDOW_LEFT,
+    WINDOW_RIGHT,
+    CAUSAL,
+    ALIGNMENT,
+    MAX_SEQLEN_Q,
+    MAX_SEQLEN_K,
+    KERNEL,
+    NUM_THREADS,
+    STREAM,
+    ALLOCATE,
+    ARGUMENTS
 };
+
+static const char *const names[ARGUMENTS] = {
+    "query",        "key",          "value",        "output",        "lse",         "bias",
+    "mask",         "alibi_slopes", "sinks",        "query_lengths", "key_lengths", "cu_seqlens_q",
+    "cu_seqlens_k", "block_table",  "scale",        "softcap",       "window_left", "window_right",
+    "causal",       "alignment",    "max_seqlen_q", "max_seqlen_k",  "kernel",      "num_threads",
+    "stream",       "workspace"};
+
+/* Raises InvalidArgument that begins with the argument's name; -1. */
+static int refuse(int position, const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    PyObject *what = PyUnicode_FromFormatV(format, values);
+    va_end(values);
+    if (what)
+        PyErr_Format(PyTuple_GetItem(errors, DLATTN_INVALID_ARGUMENT), "%s: %U", names[position],
+                     what);
+    Py_XDECREF(what);
+    return -1;
+}
+
+/* ---- Tensors --------------------------------------------------------------------------------- */
+
+enum { MAX_AXES = 4 };
 
 /* An argument while a call lasts. */
 struct argument {
@@ -87,18 +124,36 @@ static const DLPackExchangeAPI *exchange_of(PyTypeObject *type) {
     return table;
 }
 
+/* What a producer raises when it cannot show its memory, as InvalidArgument with the argument's name
+ * and dtype; any other exception stays. */
+static int refuse_export(int position, PyObject *object) {
+    PyObject *kind, *error, *traceback;
+    if (!PyErr_ExceptionMatches(PyExc_BufferError) && !PyErr_ExceptionMatches(PyExc_RuntimeError) &&
+        !PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_ValueError))
+        return -1;
+    PyErr_Fetch(&kind, &error, &traceback);
+    PyObject *dtype = PyObject_GetAttrString(object, "dtype");
+    PyErr_Clear();
+    refuse(position, "dtype is %S, its producer refuses the export: %S", dtype ? dtype : Py_None,
+           error ? error : kind);
+    Py_XDECREF(dtype);
+    Py_XDECREF(kind);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
+    return -1;
+}
+
 /* object.__dlpack__(max_version=..., stream=...), and the older form for those who do not know
  * max_version. */
-static PyObject *export_capsule(PyObject *object, PyObject *stream) {
-    PyObject *capsule = NULL, *keywords = max_version_kw, *none = PyTuple_New(0);
+static PyObject *export_capsule(PyObject *object, int position, PyObject *stream) {
+    PyObject *capsule = NULL, *keywords = max_version_kw;
     PyObject *method = PyObject_GetAttr(object, str_dlpack);
     if (!method) {
-        Py_XDECREF(none);
-        PyErr_Format(PyExc_TypeError,
-                     "%R has no __dlpack__: dlattn takes arrays of any DLPack framework",
-                     Py_TYPE(object));
+        PyErr_Clear();
+        refuse(position, "is of %S, must be an array that speaks DLPack", Py_TYPE(object));
         return NULL;
     }
+    PyObject *none = PyTuple_New(0);
     Py_INCREF(keywords);
     if (stream != Py_None) {
         Py_DECREF(keywords);
@@ -113,50 +168,68 @@ static PyObject *export_capsule(PyObject *object, PyObject *stream) {
         capsule = PyObject_Call(method, none, older);
         Py_DECREF(older);
     }
+    if (!capsule)
+        refuse_export(position, object);
     Py_DECREF(keywords);
     Py_DECREF(method);
     Py_DECREF(none);
     return capsule;
 }
 
-static int open_capsule(struct argument *a, int slot) {
-    char message[128];
+/* Whether the capsule holds the object's own memory, and not a copy that the producer made on
+ * another device; who names no device is believed. */
+static int check_device(const struct argument *a, PyObject *object, int position) {
+    int type, id;
+    PyObject *device = PyObject_CallMethodObjArgs(object, str_dlpack_device, NULL);
+    const int known = device && PyArg_ParseTuple(device, "ii", &type, &id);
+    PyErr_Clear();
+    Py_XDECREF(device);
+    if (!known || (type == (int)a->tensor.device.device_type && id == a->tensor.device.device_id))
+        return 0;
+    return refuse(position,
+                  "is on DLPack device (%d, %d), its producer hands over a copy on (%d, %d), in "
+                  "which the result would be lost",
+                  type, id, (int)a->tensor.device.device_type, a->tensor.device.device_id);
+}
+
+static int open_capsule(struct argument *a, PyObject *object, int position) {
+    const int is_output = position == OUTPUT || position == LSE;
     if (PyCapsule_IsValid(a->capsule, "dltensor")) {
         const DLManagedTensor *m = PyCapsule_GetPointer(a->capsule, "dltensor");
         a->tensor = m->dl_tensor;
-        return 0;
+        return is_output ? check_device(a, object, position) : 0;
     }
     const DLManagedTensorVersioned *m = PyCapsule_GetPointer(a->capsule, "dltensor_versioned");
-    if (!m)
-        return -1;
+    if (!m) {
+        PyErr_Clear();
+        return refuse(position, "the __dlpack__ of %S gives %R, must be a DLPack capsule",
+                      Py_TYPE(object), a->capsule);
+    }
     if (m->version.major != DLPACK_MAJOR_VERSION) {
-        snprintf(message, sizeof message,
-                 "argument %d: DLPack major version is %u, dlattn reads %d", slot, m->version.major,
-                 DLPACK_MAJOR_VERSION);
-        raise(DLATTN_VERSION_MISMATCH, message);
+        PyErr_Format(PyTuple_GetItem(errors, DLATTN_VERSION_MISMATCH),
+                     "%s: DLPack major version is %u, dlattn reads %d", names[position],
+                     m->version.major, DLPACK_MAJOR_VERSION);
         return -1;
     }
-    if (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY && (slot == OUTPUT || slot == LSE)) {
-        raise(DLATTN_INVALID_ARGUMENT,
-              slot == OUTPUT ? "output: is read-only" : "lse: is read-only");
-        return -1;
-    }
+    if (is_output && m->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
+        return refuse(position, "is read-only");
+    if (is_output && m->flags & DLPACK_FLAG_BITMASK_IS_COPIED)
+        return refuse(position,
+                      "its producer hands over a copy, in which the result would be lost");
     a->tensor = m->dl_tensor;
-    return 0;
+    return is_output ? check_device(a, object, position) : 0;
 }
 
 /* A tensor without data: (shape, strides, dtype code, bits, device type, device id). */
-static int open_spec(struct argument *a, PyObject *spec) {
+static int open_spec(struct argument *a, PyObject *spec, int position) {
     PyObject *shape, *strides;
     int code, bits, device_type, device_id;
     if (!PyArg_ParseTuple(spec, "O!O!iiii", &PyTuple_Type, &shape, &PyTuple_Type, &strides, &code,
                           &bits, &device_type, &device_id))
         return -1;
     const Py_ssize_t axes = PyTuple_Size(shape);
-    if (axes > MAX_AXES || PyTuple_Size(strides) != axes) {
-        PyErr_Format(PyExc_ValueError, "a spec has %zd axes, at most %d are known", axes, MAX_AXES);
-        return -1;
-    }
+    if (axes > MAX_AXES || PyTuple_Size(strides) != axes)
+        return refuse(position, "has %zd axes, must have at most %d", axes, MAX_AXES);
     for (Py_ssize_t i = 0; i < axes; i++) {
         a->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
         a->strides[i] = PyLong_AsLongLong(PyTuple_GetItem(strides, i));
@@ -171,14 +244,31 @@ static int open_spec(struct argument *a, PyObject *spec) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
-static int open_argument(struct argument *a, PyObject *object, int slot, PyObject *stream) {
-    if (PyTuple_Check(object))
-        return open_spec(a, object);
-    const DLPackExchangeAPI *exchange = exchange_of(Py_TYPE(object));
+static int open_array(struct argument *a, PyObject *array, int position, PyObject *stream) {
+    const DLPackExchangeAPI *exchange = exchange_of(Py_TYPE(array));
     if (exchange)
-        return exchange->dltensor_from_py_object_no_sync(object, &a->tensor);
-    a->capsule = export_capsule(object, stream);
-    return a->capsule ? open_capsule(a, slot) : -1;
+        return exchange->dltensor_from_py_object_no_sync(array, &a->tensor) == 0
+                   ? 0
+                   : refuse_export(position, array);
+    a->capsule = export_capsule(array, position, stream);
+    return a->capsule ? open_capsule(a, array, position) : -1;
+}
+
+/* (array, DLPack type code): the array's memory, whose elements are of that kind and of the array's
+ * size. NumPy exports no bfloat16, but the same bits as uint16. */
+static int open_retyped(struct argument *a, PyObject *pair, int position, PyObject *stream) {
+    const long code = PyLong_AsLong(PyTuple_GetItem(pair, 1));
+    if (PyErr_Occurred() || open_array(a, PyTuple_GetItem(pair, 0), position, stream) != 0)
+        return -1;
+    a->tensor.dtype.code = (uint8_t)code;
+    return 0;
+}
+
+static int open_argument(struct argument *a, PyObject *object, int position, PyObject *stream) {
+    if (!PyTuple_Check(object))
+        return open_array(a, object, position, stream);
+    return PyTuple_Size(object) == 2 ? open_retyped(a, object, position, stream)
+                                     : open_spec(a, object, position);
 }
 
 static void close_arguments(struct argument *a, int count) {
@@ -188,46 +278,75 @@ static void close_arguments(struct argument *a, int count) {
 
 /* ---- Options --------------------------------------------------------------------------------- */
 
-/* Positions after the tensors; __init__.py has the same order. */
-enum {
-    SCALE = SLOTS,
-    SOFTCAP,
-    WINDOW_LEFT,
-    WINDOW_RIGHT,
-    CAUSAL,
-    ALIGNMENT,
-    MAX_SEQLEN_Q,
-    MAX_SEQLEN_K,
-    KERNEL,
-    NUM_THREADS,
-    STREAM,
-    ALLOCATE,
-    ARGUMENTS
-};
+static int read_double(double *number, PyObject *const *args, int position) {
+    *number = PyFloat_AsDouble(args[position]);
+    if (!PyErr_Occurred())
+        return 0;
+    PyErr_Clear();
+    return refuse(position, "is %.80R, must be a number", args[position]);
+}
+
+static int read_int64(int64_t *integer, PyObject *const *args, int position) {
+    *integer = PyLong_AsLongLong(args[position]);
+    if (!PyErr_Occurred())
+        return 0;
+    PyErr_Clear();
+    return refuse(position, "is %.80R, must be an int of at most 64 bits", args[position]);
+}
+
+static int read_int32(int32_t *integer, PyObject *const *args, int position) {
+    int64_t wide;
+    if (read_int64(&wide, args, position) != 0)
+        return -1;
+    *integer = (int32_t)wide;
+    return *integer == wide
+               ? 0
+               : refuse(position, "is %.80R, must be an int of at most 32 bits", args[position]);
+}
+
+static int read_bool(int32_t *truth, PyObject *const *args, int position) {
+    *truth = PyObject_IsTrue(args[position]);
+    if (*truth >= 0)
+        return 0;
+    PyErr_Clear();
+    return refuse(position, "is %.80R, must be True or False", args[position]);
+}
+
+/* The name of a kernel, in kernel[size]; no row's is longer. */
+static int read_kernel(char *kernel, size_t size, PyObject *name) {
+    char *text = NULL;
+    PyObject *bytes = PyUnicode_Check(name) ? PyUnicode_AsUTF8String(name) : NULL;
+    const int fits = bytes && PyBytes_AsStringAndSize(bytes, &text, NULL) == 0 && /* no NUL in it */
+                     strlen(text) < size;
+    if (fits)
+        strcpy(kernel, text);
+    Py_XDECREF(bytes);
+    PyErr_Clear();
+    return fits ? 0 : refuse(KERNEL, "is %.80R, must be the name of a kernel", name);
+}
 
 static int read_desc(dlattn_forward_desc *d, PyObject *const *args, char *kernel, size_t size) {
-    *d = (dlattn_forward_desc){.struct_size = sizeof *d};
+    *d = (dlattn_forward_desc){.struct_size = sizeof *d, .flags = DLATTN_WINDOW}; /* -1: no bound */
     if (args[SCALE] != Py_None) {
-        d->scale = PyFloat_AsDouble(args[SCALE]);
         d->flags |= DLATTN_EXACT_SCALE;
+        if (read_double(&d->scale, args, SCALE) != 0)
+            return -1;
     }
-    d->softcap = PyFloat_AsDouble(args[SOFTCAP]);
-    d->flags |= DLATTN_WINDOW; /* -1 is unbounded */
-    d->window_left = PyLong_AsLongLong(args[WINDOW_LEFT]);
-    d->window_right = PyLong_AsLongLong(args[WINDOW_RIGHT]);
-    d->causal = PyObject_IsTrue(args[CAUSAL]);
-    d->alignment = (int32_t)PyLong_AsLong(args[ALIGNMENT]);
-    d->max_seqlen_q = PyLong_AsLongLong(args[MAX_SEQLEN_Q]);
-    d->max_seqlen_k = PyLong_AsLongLong(args[MAX_SEQLEN_K]);
-    d->num_threads = (int32_t)PyLong_AsLong(args[NUM_THREADS]);
     if (args[KERNEL] != Py_None) {
-        PyObject *bytes = PyUnicode_AsUTF8String(args[KERNEL]);
-        if (bytes)
-            snprintf(kernel, size, "%s", PyBytes_AsString(bytes));
-        Py_XDECREF(bytes);
         d->kernel = kernel;
+        if (read_kernel(kernel, size, args[KERNEL]) != 0)
+            return -1;
     }
-    return PyErr_Occurred() ? -1 : 0;
+    return read_double(&d->softcap, args, SOFTCAP) == 0 &&
+                   read_int64(&d->window_left, args, WINDOW_LEFT) == 0 &&
+                   read_int64(&d->window_right, args, WINDOW_RIGHT) == 0 &&
+                   read_bool(&d->causal, args, CAUSAL) == 0 &&
+                   read_int32(&d->alignment, args, ALIGNMENT) == 0 &&
+                   read_int64(&d->max_seqlen_q, args, MAX_SEQLEN_Q) == 0 &&
+                   read_int64(&d->max_seqlen_k, args, MAX_SEQLEN_K) == 0 &&
+                   read_int32(&d->num_threads, args, NUM_THREADS) == 0
+               ? 0
+               : -1;
 }
 
 /* ---- Plans ----------------------------------------------------------------------------------- */
@@ -361,7 +480,7 @@ static void *thread_workspace(size_t bytes) {
 static void *device_workspace(size_t bytes, PyObject *const *args, PyObject **owner) {
     struct argument a = {0};
     *owner = PyObject_CallFunction(args[ALLOCATE], "On", args[0], (Py_ssize_t)bytes);
-    if (!*owner || open_argument(&a, *owner, SLOTS, args[STREAM]) != 0)
+    if (!*owner || open_argument(&a, *owner, ALLOCATE, args[STREAM]) != 0)
         return NULL;
     Py_XDECREF(a.capsule);
     return (char *)a.tensor.data + a.tensor.byte_offset;
@@ -402,7 +521,10 @@ static int find_stream(void **stream, const DLTensor *query, PyObject *const *ar
     *stream = NULL;
     if (args[STREAM] != Py_None) {
         *stream = PyLong_AsVoidPtr(args[STREAM]);
-        return PyErr_Occurred() ? -1 : 0;
+        if (!PyErr_Occurred())
+            return 0;
+        PyErr_Clear();
+        return refuse(STREAM, "is %.80R, must be a CUstream as an int", args[STREAM]);
     }
     const DLPackExchangeAPI *exchange = exchange_of(Py_TYPE(args[0]));
     if (!exchange)
@@ -677,6 +799,7 @@ PyMODINIT_FUNC PyInit__core(void) {
     errors = package ? PyObject_GetAttrString(package, "BY_STATUS") : NULL;
     Py_XDECREF(package);
     str_dlpack = PyUnicode_InternFromString("__dlpack__");
+    str_dlpack_device = PyUnicode_InternFromString("__dlpack_device__");
     str_stream = PyUnicode_InternFromString("stream");
     str_max_version = PyUnicode_InternFromString("max_version");
     max_version_kw =

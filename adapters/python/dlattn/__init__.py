@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple, TypeVar
 
 from . import _core
+from ._arrays import family, output_shape, slots
 from ._errors import (
     BufferTooSmall,
     DeviceError,
@@ -130,8 +131,9 @@ def attention(
 ) -> Array:
     """``softmax(scale * query key^T + bias) value`` over the visible keys.
 
-    All arrays are of one framework and on one device, with any strides. E is float16, bfloat16,
-    float32 or float64.
+    All arrays are of one framework and on one device, with any strides. E is float16, bfloat16
+    (NumPy: that of ml_dtypes), float32 or float64. Of NumPy's own classes ndarray and memmap are
+    taken: others may mean more than their memory says, as a masked array does.
 
     query:  E ``[B, H, Lq, D]``; packed ``[total_q, H, D]`` with ``cu_seqlens_q``.
     key:    E ``[B, H_kv, Lk, D]``; packed ``[total_k, H_kv, D]`` with ``cu_seqlens_k``; pages
@@ -145,14 +147,18 @@ def attention(
     window: (left, right): keys from ``i + offset - left`` to ``i + offset + right`` are visible;
             None is unbounded.
     bias:   float32 or E, added to the logits; ``mask``: bool, True is visible. Each axis of ``[B,
-            H, Lq, Lk]`` may be 1.
+            H, Lq, Lk]`` may be 1, and axes in front may be left out.
     alibi_slopes: float32 ``[H]`` or ``[B, H]``. ``sinks``: float32 ``[H]``, logits that carry no
-            value.
+            value. Both are converted from other float types.
     query_lengths, key_lengths: int32 ``[B]``; rows and keys from there on count as absent.
     cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, where the packed sequences begin, the longest of
             which has ``max_seqlen_q``, ``max_seqlen_k`` (default: all).
-    block_table: int32 ``[B, max_pages]``, page indices; needs ``key_lengths``.
-    out:    array to write instead of a new one. A row that sees no key becomes 0.
+    block_table: int32 ``[B, max_pages]``, page indices; needs ``key_lengths``. It, lengths and
+            beginnings are converted from other integer types, whose values are looked at for that:
+            on a GPU this waits for them.
+    out:    array to write instead of a new one. A row that sees no key becomes 0. It and ``lse``
+            share no element with each other or an input (``out=query`` is refused), but may lie
+            between the elements of one, as views of one array do.
     lse:    float32 or E ``[B, H, Lq]`` (packed: ``[H, total_q]``) to write log-sum-exp of the
             logits to (natural logarithm; -inf for a row that sees no key).
     kernel: name of the kernel to use (``kernels()``), default the best.
@@ -174,23 +180,25 @@ def attention(
         options = {name: x for name, x in locals().items() if name != "framework"}
         return framework.attention(**options)
     if out is None:
-        out = framework.empty(query, (*query.shape[:-1], value.shape[-1]))
+        out = framework.empty(query, output_shape(query, value))
     left, right = window_sides(window)
     _core.forward(
-        query,
-        key,
-        value,
-        out,
-        lse,
-        bias,
-        mask,
-        alibi_slopes,
-        sinks,
-        query_lengths,
-        key_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_table,
+        *slots(
+            query,
+            key,
+            value,
+            out,
+            lse,
+            bias,
+            mask,
+            alibi_slopes,
+            sinks,
+            query_lengths,
+            key_lengths,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            block_table,
+        ),
         scale,
         softcap,
         left,
@@ -215,17 +223,21 @@ def select(query: Any, key: Any, value: Any, **options: Any) -> Sku:
     o = {**attention.__kwdefaults__, **options}
     framework = _framework(type(query))
     if o["out"] is None:
-        o["out"] = framework.empty(query, (*query.shape[:-1], value.shape[-1]))
+        o["out"] = framework.empty(query, output_shape(query, value))
     o["window_left"], o["window_right"] = window_sides(o["window"])
     o["alignment"] = alignment_code(o["alignment"])
-    return Sku(*_core.query(query, key, value, *(o[name] for name in _ORDER), framework.workspace))
+    tensors = slots(query, key, value, *(o[name] for name in _TENSORS))
+    options = (o[name] for name in _OPTIONS)
+    return Sku(*_core.query(*tensors, *options, framework.workspace))
 
 
 # The arguments of _core after query, key and value.
-_ORDER = (
+_TENSORS = (
     *("out", "lse", "bias", "mask", "alibi_slopes", "sinks", "query_lengths", "key_lengths"),
-    *("cu_seqlens_q", "cu_seqlens_k", "block_table", "scale", "softcap"),
-    *("window_left", "window_right", "causal", "alignment"),
+    *("cu_seqlens_q", "cu_seqlens_k", "block_table"),
+)
+_OPTIONS = (
+    *("scale", "softcap", "window_left", "window_right", "causal", "alignment"),
     *("max_seqlen_q", "max_seqlen_k", "kernel", "num_threads", "stream"),
 )
 
@@ -242,7 +254,7 @@ _FRAMEWORKS: dict[type, _Framework] = {}
 
 
 def _framework(kind: type) -> _Framework:
-    name = kind.__module__.partition(".")[0]
+    name = family(kind)
     if name == "numpy":
         import numpy as np
 
@@ -253,7 +265,7 @@ def _framework(kind: type) -> _Framework:
         made = _Framework(
             lambda like, shape: like.new_empty(shape), torch._workspace, torch.attention
         )
-    elif name in ("jax", "jaxlib"):
+    elif name == "jax":
         made = _Framework(_no_output, _no_workspace, _jax_attention)
     elif hasattr(kind, "__array_namespace__"):
         made = _Framework(_standard_empty, _standard_workspace)
@@ -288,7 +300,9 @@ def _jax_attention(
 
 
 def _no_output(like: Any, shape: tuple[int, ...]) -> Any:
-    raise TypeError(f"{type(like)} says not how such an array is made; give out=, of shape {shape}")
+    raise InvalidArgument(
+        f"output: {type(like)} does not say how such an array is made; give out=, of shape {shape}"
+    )
 
 
 def _no_workspace(like: Any, size: int) -> Any:
