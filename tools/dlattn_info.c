@@ -3,7 +3,7 @@
  * does what. It links nothing of dlattn: the plugin is found by dlattn_loader.h, as any host would
  * find it.
  */
-#include "dlattn_loader.h" /* first: it asks the C library for dladdr */
+#include "dlattn_loader.h"
 
 #include "dlattn_features.h"
 #include <stdbool.h>

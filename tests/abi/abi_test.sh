@@ -32,15 +32,31 @@ says() {
 # ---- Headers: each compiles alone, in both languages, without a warning
 
 include=(-I"$(dirname "${file[header]}")" -isystem "$(dirname "$(dirname "${file[dlpack]}")")")
-strict=(-Wall -Wextra -pedantic -Werror -fsyntax-only)
-for header in header loader frozen; do
-    for compiler in gcc-12 clang-19; do
-        check "$(basename "${file[$header]}") is C11 for $compiler" \
-            "$compiler" -std=c11 "${strict[@]}" "${include[@]}" -x c -include "${file[$header]}" /dev/null
-        check "$(basename "${file[$header]}") is C++17 for $compiler" \
-            "${compiler/gcc/g++}" -std=c++17 "${strict[@]}" "${include[@]}" -x c++ -include "${file[$header]}" /dev/null
+strict=(-Wall -Wextra -pedantic -Wshadow -Wconversion -Werror -O2 -c -o /dev/null)
+# A host that has included a system header before, which settles what those that follow declare.
+cat >"$scratch/host.c" <<'END'
+#include <stdio.h>
+#include "dlattn_loader.h"
+int main(void) {
+    char why[1024];
+    return puts(dlattn_open(why, sizeof why) ? "ok" : why);
+}
+END
+compiles() { # WHAT FLAG... FILE, by both compilers in both languages
+    local what=$1 compiler
+    shift
+    for compiler in "gcc-12 -Wformat-truncation=2" clang-19; do
+        # shellcheck disable=SC2086 # a compiler with its own flag
+        check "$what as C11 for ${compiler%% *}" $compiler -std=c11 "${strict[@]}" "${include[@]}" -x c "$@"
+        # shellcheck disable=SC2086
+        check "$what as C++17 for ${compiler%% *}" ${compiler/gcc/g++} -std=c++17 -Wold-style-cast \
+            "${strict[@]}" "${include[@]}" -x c++ "$@"
     done
+}
+for header in header loader frozen; do
+    compiles "$(basename "${file[$header]}")" -include "${file[$header]}" /dev/null
 done
+compiles "dlattn_loader.h after <stdio.h>" "$scratch/host.c"
 
 # ---- The file
 

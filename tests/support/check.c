@@ -1,3 +1,4 @@
+#define _GNU_SOURCE /* sigaction() */
 #include "dlattn_loader.h"
 
 #include "tests/support/check.h"
