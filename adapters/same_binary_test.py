@@ -19,12 +19,13 @@ DEVICE = os.environ.get("DLATTN_CLIENTS_DEVICE", "")
 SHAPE = 2, 3, 37, 40
 
 
-def run(client, data, shape=SHAPE, **environment):
+def run(client, data, shape=SHAPE, stdout=subprocess.PIPE, **environment):
     return subprocess.run(
         [*shlex.split(CLIENTS[client]), *map(str, shape), *DEVICE.split()],
         input=data,
         env=os.environ | environment,
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         timeout=120,
     )
 
@@ -74,3 +75,18 @@ def test_refusal(client):
     assert done.returncode != 0
     assert done.stdout == b""
     assert done.stderr
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_truncated_input(client, qkv):
+    """Nothing is computed from what was never read."""
+    done = run(client, qkv.tobytes()[:-1])
+    assert done.returncode != 0
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_result_that_cannot_be_written(client, qkv):
+    with open("/dev/full", "wb") as full:
+        done = run(client, qkv.tobytes(), stdout=full)
+    assert done.returncode != 0

@@ -64,13 +64,18 @@ int main(int argc, char **argv) {
     /* 3. Which kernel that is, and how much workspace it wants. */
     dlattn_sku sku = {.struct_size = sizeof sku};
     CHECK(!api->forward_query(&desc, &tensors, &sku), "%s\n", api->last_error());
-    void *workspace = aligned_alloc(64, (sku.workspace_bytes + 63) / 64 * 64);
+    const size_t alignment = sku.workspace_alignment;
+    const size_t size = (sku.workspace_bytes + alignment - 1) / alignment * alignment;
+    void *workspace = aligned_alloc(alignment, size);
+    CHECK(workspace || !size, "no memory for a workspace of %zu bytes\n", size);
 
     /* 4. Run it. On the CPU the result is there on return. */
     const dlattn_exec exec = {sizeof exec, 0, NULL, workspace, sku.workspace_bytes, NULL, NULL};
     CHECK(!api->forward(&desc, &tensors, &exec), "%s\n", api->last_error());
     fprintf(stderr, "attention: kernel %s of dlattn %s\n", sku.kernel, api->version());
-    fwrite(memory + 3 * count, sizeof *memory, count + rows, stdout);
+    CHECK(fwrite(memory + 3 * count, sizeof *memory, count + rows, stdout) == count + rows &&
+              fflush(stdout) == 0,
+          "the output cannot be written\n");
     free(workspace);
     free(memory);
     return 0;

@@ -51,6 +51,7 @@ const library = koffi.load(path);
 const table = library.func("dlattn_get_api", koffi.pointer(Api), ["uint32"])(1);
 if (!table) throw new Error("this library does not serve ABI 1");
 const api = koffi.decode(table, Api);
+if (Number(api.struct_size) < koffi.sizeof(Api)) throw new Error("this library's table of functions is cut short");
 const bind = (slot, result, parameters) => koffi.decode(slot, koffi.proto(result, parameters));
 const arguments_ = [koffi.pointer(Desc), koffi.pointer(Tensors)];
 const lastError = bind(api.last_error, "str", []);
@@ -60,9 +61,10 @@ const check = (status) => { if (status !== 0) throw new Error(lastError()); };
 
 // 2. Tensors over typed arrays; null strides say "row-major, no gaps".
 const shape = process.argv.slice(2, 6).map(Number);
-const count = shape.reduce((a, b) => a * b);
-const input = new Float32Array(new Uint8Array(readFileSync(0)).buffer);
-if (shape.length !== 4 || input.length !== 3 * count) throw new Error("the input is not 3 x B x H x L x D floats");
+const count = shape.reduce((a, b) => a * b, 1);
+const bytes = new Uint8Array(readFileSync(0));
+if (shape.length !== 4 || bytes.length !== 3 * 4 * count) throw new Error("the input is not 3 x B x H x L x D floats");
+const input = new Float32Array(bytes.buffer);
 const tensor = (data, dims) => zero(DLTensor, {
     data, device_type: 1, ndim: dims.length, code: 2, bits: 32, lanes: 1, shape: BigInt64Array.from(dims, BigInt),
 });
@@ -73,6 +75,8 @@ const tensors = zero(Tensors, { query: q, key: k, value: v, output: tensor(outpu
 // 3. Which kernel that is and its workspace; then the call. On the CPU the result is there on return.
 const desc = zero(Desc, { causal: 1 }), sku = zero(Sku, {});
 check(query(desc, tensors, sku));
-const workspace = (koffi.alloc("uint8", Number(sku.workspace_bytes) + 63) + 63n) & ~63n; // sku.workspace_alignment
+const alignment = BigInt(sku.workspace_alignment); // a power of two
+const memory = koffi.alloc("uint8", Number(sku.workspace_bytes) + Number(alignment)); // koffi frees it with the process
+const workspace = (memory + alignment - 1n) & -alignment;
 check(forward(desc, tensors, zero(Exec, { workspace, workspace_bytes: sku.workspace_bytes })));
 writeFileSync(1, Buffer.concat([output, lse].map((a) => new Uint8Array(a.buffer))));

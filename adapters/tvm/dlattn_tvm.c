@@ -17,7 +17,7 @@
  * and shapes), and
  *   stream      int or handle; default: the one that the caller's framework has told tvm-ffi
  *               (TVMFFIEnvGetStream)
- *   workspace   uint8 tensor on the same device; default: allocated for the call, on a GPU by
+ *   workspace   compact uint8 tensor on the same device; default: allocated for the call, on a GPU by
  *               tvm-ffi's allocator (torch's, when a torch tensor is among the arguments), which
  *               must reuse memory in the stream's order
  *
@@ -93,6 +93,10 @@ static const dlattn_api *open_api(void) {
 
 static const void *object_body(const TVMFFIAny *any) {
     return (const char *)any->v_ptr + sizeof(TVMFFIObject);
+}
+
+static const char *type_name(const TVMFFIAny *any) {
+    return TVMFFIGetTypeInfo(any->type_index)->type_key.data;
 }
 
 static bool read_tensor(const TVMFFIAny *any, const DLTensor **tensor) {
@@ -212,8 +216,8 @@ static int read_pair(const TVMFFIAny *args, struct call *call) {
         return raise_unknown(name);
     if (args[1].type_index == kTVMFFINone || read_option(&options[i], &args[1], call))
         return OK;
-    return raise_error("TypeError", "%s: must be %s, is of tvm-ffi type index %d", name,
-                       kind_names[options[i].kind], args[1].type_index);
+    return raise_error("TypeError", "%s: must be %s, is of tvm-ffi's type %s", name,
+                       kind_names[options[i].kind], type_name(&args[1]));
 }
 
 static int read_call(const TVMFFIAny *args, int32_t count, struct call *call) {
@@ -238,8 +242,8 @@ static int read_call(const TVMFFIAny *args, int32_t count, struct call *call) {
                    (slot == 4 && args[i].type_index == kTVMFFINone)) {
             slot++;
         } else {
-            return raise_error("TypeError", "%s: must be a tensor, is of tvm-ffi type index %d",
-                               names[slot], args[i].type_index);
+            return raise_error("TypeError", "%s: must be a tensor, is of tvm-ffi's type %s",
+                               names[slot], type_name(&args[i]));
         }
     }
     return slot >= 4 ? OK
@@ -254,6 +258,29 @@ static int read_call(const TVMFFIAny *args, int32_t count, struct call *call) {
 
 static bool on_host(DLDevice device) {
     return device.device_type == kDLCPU || device.device_type == kDLCUDAHost;
+}
+
+/* The caller's own workspace, whose bytes the plugin cannot tell from any others. */
+static int use_workspace(struct call *call) {
+    const DLTensor *workspace = call->workspace;
+    const DLDevice wanted = call->tensors.query->device, given = workspace->device;
+    int64_t bytes = 1;
+    bool compact = true;
+    for (int32_t axis = workspace->ndim - 1; axis >= 0; axis--) {
+        if (workspace->strides && workspace->shape[axis] > 1)
+            compact &= workspace->strides[axis] == bytes;
+        bytes *= workspace->shape[axis];
+    }
+    if (workspace->dtype.code != kDLUInt || workspace->dtype.bits != 8 ||
+        workspace->dtype.lanes != 1 || (!compact && bytes > 0))
+        return raise_error("ValueError", "workspace: must be a compact tensor of uint8");
+    if (given.device_type != wanted.device_type || given.device_id != wanted.device_id)
+        return raise_error(
+            "ValueError", "workspace: is on DLPack device (%d, %d), query on (%d, %d)",
+            (int)given.device_type, given.device_id, (int)wanted.device_type, wanted.device_id);
+    call->exec.workspace = (char *)workspace->data + workspace->byte_offset;
+    call->exec.workspace_bytes = (size_t)bytes;
+    return OK;
 }
 
 /* Runs with a workspace of the size that the kernel asks for, from the host's heap or the caller's allocator. */
@@ -300,12 +327,8 @@ FUNCTION(dlattn_forward) {
     const DLDevice device = call.tensors.query->device;
     if (!call.has_stream && !on_host(device))
         call.exec.stream = TVMFFIEnvGetStream(device.device_type, device.device_id);
-    if (call.workspace) {
-        call.exec.workspace = (char *)call.workspace->data + call.workspace->byte_offset;
-        call.exec.workspace_bytes = 1;
-        for (int32_t i = 0; i < call.workspace->ndim; i++)
-            call.exec.workspace_bytes *= (size_t)call.workspace->shape[i];
-    }
+    if (call.workspace && use_workspace(&call) != OK)
+        return RAISED;
     int32_t status = api->forward(&call.desc, &call.tensors, &call.exec);
     if (status == DLATTN_BUFFER_TOO_SMALL && !call.workspace)
         return forward_with_workspace(api, &call);

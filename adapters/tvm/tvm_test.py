@@ -88,7 +88,8 @@ def test_strides(dlattn):
     """Transposed, sliced and flipped views of larger arrays, and an output inside one."""
     query, key, value = problem()
     wide = np.full((2, 9, 8, 24), 7, np.float32)
-    views = [np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (query, key)]
+    query, key = query[..., ::-1], key[..., ::-1]
+    views = [np.ascontiguousarray(query.swapaxes(1, 2)).swapaxes(1, 2), key]
     views.append(np.repeat(value, 2, axis=3)[..., ::2])
     dlattn.dlattn_forward(*views, "scale", SCALE, "causal", 1, wide[:, :, ::2].swapaxes(1, 2))
     assert_close(wide[:, :, ::2].swapaxes(1, 2), reference(query, key, value)[0])
@@ -113,7 +114,20 @@ def test_workspace(dlattn):
     [
         ({"query": 1}, TypeError, "query: must be a tensor"),
         ({"output": None}, TypeError, "output: must be a tensor"),
-        ({"options": ["causal", "yes"]}, TypeError, "causal: must be an int"),
+        ({"query": None}, TypeError, "query: must be a tensor, is of tvm-ffi's type None"),
+        ({"options": ["causal", "yes"]}, TypeError, "causal: must be an int, .* type ffi.*Str"),
+        ({"options": ["key_lengths", np.ones(2, int)]}, ValueError, "key_lengths: dtype is int64"),
+        ({"options": ["key_lengths", 3]}, TypeError, "key_lengths: must be a tensor, .* type int"),
+        (
+            {"options": ["workspace", np.zeros(1 << 20, np.int8)]},
+            ValueError,
+            "workspace: must be a",
+        ),
+        (
+            {"options": ["workspace", np.zeros((9, 9), "u1")[:, 1:]]},
+            ValueError,
+            "workspace: must be a",
+        ),
         ({"options": ["num_threads", 1 << 40]}, TypeError, "num_threads: must be an int"),
         ({"options": ["mask", 1]}, TypeError, "mask: must be a tensor"),
         ({"options": ["scale", "large"]}, TypeError, "scale: must be a number"),
