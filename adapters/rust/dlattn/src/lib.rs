@@ -31,4 +31,4 @@ mod tensor;
 pub use error::{Error, Status};
 pub use library::{Exec, Kernel, Library, Plan, Sku};
 pub use options::{Alignment, Options, Tensors};
-pub use tensor::{compact, Device, Element, Tensor, TensorMut, MAX_AXES};
+pub use tensor::{compact, Device, Element, Stride, Tensor, TensorMut, MAX_AXES};

@@ -82,10 +82,10 @@ impl Options {
             },
             causal: i32::from(self.causal),
             alignment: self.alignment as i32,
-            max_seqlen_q: self.max_seqlen_q as i64,
-            max_seqlen_k: self.max_seqlen_k as i64,
+            max_seqlen_q: i64::try_from(self.max_seqlen_q).unwrap_or(i64::MAX),
+            max_seqlen_k: i64::try_from(self.max_seqlen_k).unwrap_or(i64::MAX),
             kernel: kernel.as_ref().map_or(null(), |name| name.as_ptr()),
-            num_threads: self.num_threads as i32,
+            num_threads: i32::try_from(self.num_threads).unwrap_or(i32::MAX),
             reserved0: 0,
         })
     }

@@ -1,6 +1,7 @@
 use crate::ffi::{self, DLDataType, DLTensor};
 use crate::Error;
 use std::ffi::c_void;
+use std::fmt::Debug;
 use std::marker::PhantomData;
 
 /// The most axes that a tensor of a call has.
@@ -34,6 +35,11 @@ element!(
     u8: ffi::DL_UINT,
     bool: ffi::DL_BOOL
 );
+
+/// A type of numbers that strides are given in: `usize`, `isize`, `i64`.
+pub trait Stride: Copy + Debug + TryInto<i64> {}
+
+impl<T: Copy + Debug + TryInto<i64>> Stride for T {}
 
 /// Where a tensor lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,14 +89,32 @@ impl<'a> Tensor<'a> {
         shape: &[usize],
         strides: &[usize],
     ) -> Result<Self, Error> {
-        let raw = Raw::over(data.as_ptr(), data.len(), shape, strides)?;
+        let raw = Raw::over(data.as_ptr(), data.len(), 0, shape, strides)?;
         Ok(Self {
             raw,
             borrow: PhantomData,
         })
     }
 
-    /// A tensor anywhere.
+    /// A tensor over a slice of host memory whose element 0, on every axis, is `data[first]`.
+    /// Strides are in elements; stride 0 repeats an axis, a negative one runs backwards.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if an element would lie outside the slice, or the ranks differ.
+    pub fn strided<T: Element>(
+        data: &'a [T],
+        first: usize,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self, Error> {
+        let raw = Raw::over(data.as_ptr(), data.len(), first, shape, strides)?;
+        Ok(Self {
+            raw,
+            borrow: PhantomData,
+        })
+    }
+
+    /// A tensor anywhere; its strides are `usize`, or `isize` where an axis may run backwards.
     ///
     /// # Safety
     /// Every element that shape and strides (in elements) reach from `data` is memory of `device`
@@ -98,12 +122,12 @@ impl<'a> Tensor<'a> {
     ///
     /// # Errors
     /// [`Error::Shape`] if there are more than four axes, or the ranks differ.
-    pub unsafe fn from_raw(
+    pub unsafe fn from_raw<S: Stride>(
         data: *const c_void,
         device: Device,
         dtype: DLDataType,
         shape: &[usize],
-        strides: &[usize],
+        strides: &[S],
     ) -> Result<Self, Error> {
         let raw = Raw::new(data.cast_mut(), device, dtype, shape, strides)?;
         Ok(Self {
@@ -141,7 +165,7 @@ impl<'a> TensorMut<'a> {
         shape: &[usize],
         strides: &[usize],
     ) -> Result<Self, Error> {
-        let raw = Raw::over(data.as_mut_ptr(), data.len(), shape, strides)?;
+        let raw = Raw::over(data.as_mut_ptr(), data.len(), 0, shape, strides)?;
         Ok(Self {
             raw,
             borrow: PhantomData,
@@ -186,12 +210,12 @@ struct Raw {
 }
 
 impl Raw {
-    fn new(
+    fn new<S: Stride>(
         data: *mut c_void,
         device: Device,
         dtype: DLDataType,
         shape: &[usize],
-        strides: &[usize],
+        strides: &[S],
     ) -> Result<Self, Error> {
         if shape.len() > MAX_AXES || strides.len() != shape.len() {
             return Err(Error::Shape(format!(
@@ -206,10 +230,6 @@ impl Raw {
             shape: [1; MAX_AXES],
             strides: [1; MAX_AXES],
         };
-        let signed = |n: usize| {
-            i64::try_from(n)
-                .map_err(|_| Error::Shape(format!("{n} in a shape or stride is too large")))
-        };
         for axis in 0..shape.len() {
             raw.shape[axis] = signed(shape[axis])?;
             raw.strides[axis] = signed(strides[axis])?;
@@ -217,35 +237,28 @@ impl Raw {
         Ok(raw)
     }
 
-    fn over<T: Element>(
+    fn over<T: Element, S: Stride>(
         data: *const T,
         len: usize,
+        first: usize,
         shape: &[usize],
-        strides: &[usize],
+        strides: &[S],
     ) -> Result<Self, Error> {
-        let raw = Self::new(
-            data.cast_mut().cast(),
-            Device::Cpu,
-            T::DTYPE,
-            shape,
-            strides,
-        )?;
-        let reached = if shape.contains(&0) {
-            Some(0)
-        } else {
-            shape
-                .iter()
-                .zip(strides)
-                .try_fold(1usize, |reached, (&extent, &stride)| {
-                    reached.checked_add((extent - 1).checked_mul(stride)?)
-                })
-        };
-        match reached {
-            Some(reached) if reached <= len => Ok(raw),
-            _ => Err(Error::Shape(format!(
-                "shape {shape:?} with strides {strides:?} reaches beyond a slice of {len} elements"
-            ))),
+        let first_data = data.wrapping_add(first).cast_mut().cast();
+        let raw = Self::new(first_data, Device::Cpu, T::DTYPE, shape, strides)?;
+        // The lowest and the highest index that is reached; four products of 64 bits fit into 128.
+        let (mut low, mut high) = (first as i128, first as i128);
+        for (&extent, &stride) in raw.shape.iter().zip(&raw.strides) {
+            let reach = (i128::from(extent) - 1) * i128::from(stride);
+            low += reach.min(0);
+            high += reach.max(0);
         }
+        if shape.contains(&0) || (low >= 0 && high < len as i128) {
+            return Ok(raw);
+        }
+        Err(Error::Shape(format!(
+            "shape {shape:?} with strides {strides:?} from element {first} reaches beyond a slice of {len} elements"
+        )))
     }
 
     /// Points into `self`, so it is valid as long as `self` stays where it is.
@@ -265,6 +278,11 @@ impl Raw {
             byte_offset: 0,
         }
     }
+}
+
+fn signed(n: impl Stride) -> Result<i64, Error> {
+    n.try_into()
+        .map_err(|_| Error::Shape(format!("{n:?} in a shape or stride is too large")))
 }
 
 /// The strides of a compact row-major tensor, in elements.

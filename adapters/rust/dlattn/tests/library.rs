@@ -168,6 +168,59 @@ fn strides_plan_and_sku() {
 }
 
 #[test]
+fn strides_that_run_backwards() {
+    let (q, k, v) = inputs();
+    let reversed = |x: &[f32]| x.iter().rev().copied().collect::<Vec<_>>();
+    let (q_back, k_back) = (reversed(&q), reversed(&k));
+    let mut o = vec![f32::NAN; 2 * 4 * 7 * 12];
+    let backwards =
+        |shape: &[usize]| -> Vec<isize> { compact(shape).iter().map(|&n| -(n as isize)).collect() };
+    let mut tensors = Tensors::new(
+        Tensor::strided(&q_back, q.len() - 1, &QUERY, &backwards(&QUERY)).unwrap(),
+        Tensor::strided(&k_back, k.len() - 1, &KEY, &backwards(&KEY)).unwrap(),
+        Tensor::new(&v, &VALUE).unwrap(),
+        TensorMut::new(&mut o, &OUTPUT).unwrap(),
+    );
+    library().forward(&causal(), &mut tensors).unwrap();
+    let (expected, _) = reference(QUERY, [2, 9, 12], (&q, &k, &v), true);
+    assert_close(o.iter().map(|&x| x.into()), &expected, 1e-5);
+
+    let data = [0f32; 12];
+    for (first, strides, fits) in [
+        (8, [-4, 1], true),
+        (7, [-4, 1], false), // reaches -1
+        (9, [-4, 1], false), // reaches 12
+        (11, [-4, -1], true),
+        (0, [isize::MIN, 1], false),
+        (usize::MAX, [4, 1], false),
+    ] {
+        let tensor = Tensor::strided(&data, first, &[3, 4], &strides);
+        assert_eq!(tensor.is_ok(), fits, "{first} {strides:?}: {tensor:?}");
+    }
+}
+
+#[test]
+fn counts_beyond_their_fields() {
+    let (q, k, v) = inputs();
+    let mut o = vec![f32::NAN; 2 * 4 * 7 * 12];
+    let mut tensors = Tensors::new(
+        Tensor::new(&q, &QUERY).unwrap(),
+        Tensor::new(&k, &KEY).unwrap(),
+        Tensor::new(&v, &VALUE).unwrap(),
+        TensorMut::new(&mut o, &OUTPUT).unwrap(),
+    );
+    let options = Options {
+        num_threads: u32::MAX,
+        max_seqlen_q: usize::MAX,
+        max_seqlen_k: usize::MAX,
+        ..causal()
+    };
+    library().forward(&options, &mut tensors).unwrap();
+    let (expected, _) = reference(QUERY, [2, 9, 12], (&q, &k, &v), true);
+    assert_close(o.iter().map(|&x| x.into()), &expected, 1e-5);
+}
+
+#[test]
 fn a_window_of_one_key_gives_its_value() {
     let (q, k, v) = inputs();
     let mut o = vec![f32::NAN; 2 * 4 * 7 * 12];
