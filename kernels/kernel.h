@@ -39,6 +39,7 @@ struct plan {
     int32_t variant; /* the kernel's own choice among its compiled tiles */
     size_t workspace_bytes;
     size_t workspace_alignment;
+    const char *why; /* a row that declines may say what stands against it, for a message */
 };
 
 /* Where a call runs. */

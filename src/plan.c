@@ -58,7 +58,8 @@ static enum fit fit(struct plan *plan, const struct kernel *k, const struct prob
     return problem_is_empty(p) || k->plan(plan, p, caps) ? FITS : DECLINES;
 }
 
-static int32_t refuse(const struct problem *p, const struct kernel *nearest, enum fit how) {
+static int32_t refuse(const struct problem *p, const struct kernel *nearest, enum fit how,
+                      const char *why) {
     const char *device = p->backend == BACKEND_CPU ? "the CPU" : "this GPU";
     char missing[256];
     switch (how) {
@@ -86,24 +87,26 @@ static int32_t refuse(const struct problem *p, const struct kernel *nearest, enu
                     nearest->name,
                     feature_names(p->features & ~nearest->features, missing, sizeof missing));
     default:
-        return fail(DLATTN_UNSUPPORTED, "kernel %s declines this problem on %s", nearest->name,
-                    device);
+        return fail(DLATTN_UNSUPPORTED, "kernel %s declines this problem on %s%s%s", nearest->name,
+                    device, why ? ": " : "", why ? why : "");
     }
 }
 
 int32_t plan_choose(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const struct kernel *nearest = NULL;
+    const char *why = NULL;
     enum fit best = OTHER_DEVICE;
     for (int32_t i = 0; i < kernel_table_size; i++) {
         enum fit how = fit(plan, &kernel_table[i], p, caps);
         if (how == FITS)
             return DLATTN_OK;
-        if (how > best) {
+        if (how > best || (how == DECLINES && plan->why)) {
             best = how;
             nearest = &kernel_table[i];
+            why = how == DECLINES ? plan->why : NULL;
         }
     }
-    return refuse(p, nearest, best);
+    return refuse(p, nearest, best, why);
 }
 
 int32_t plan_threads(const struct problem *p, int32_t most) {

@@ -1,9 +1,18 @@
 #include "kernels/cuda/common/fill.h"
 
-bool fwd_fits(const struct problem *p) {
-    return p->len_q <= FWD_MAX_LENGTH && p->len_k <= FWD_MAX_LENGTH &&
-           p->page_size <= FWD_MAX_LENGTH && p->max_pages <= INT32_MAX && p->batch <= INT32_MAX &&
-           p->heads_q <= INT32_MAX && p->batch * p->heads_q <= INT32_MAX;
+static int64_t row_blocks(const struct problem *p, int32_t tile_q) {
+    return (p->len_q + tile_q - 1) / tile_q;
+}
+
+bool fwd_fits(struct plan *plan, const struct problem *p) {
+    if (p->len_q > FWD_MAX_LENGTH || p->len_k > FWD_MAX_LENGTH || p->page_size > FWD_MAX_LENGTH)
+        plan->why = "a sequence may have at most 2^28 rows or keys";
+    else if (p->batch * p->heads_q > INT32_MAX)
+        plan->why = "there may be at most 2^31 - 1 heads in all sequences together";
+    else if (row_blocks(p, plan->tile_q) * p->batch * p->heads_q > INT32_MAX)
+        plan->why = "it takes more blocks than a grid has; max_seqlen_q, the rows of the longest "
+                    "sequence, makes them fewer";
+    return !plan->why;
 }
 
 static struct fwd_view view(const struct view *v) {
@@ -68,7 +77,7 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
             (p->bias_dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0) |
             (paired(&p->bias, dtype_bytes(p->bias_dtype)) ? FWD_PAIRED_BIAS : 0) |
             (paired(&p->mask, 1) ? FWD_PAIRED_MASK : 0),
-        .row_blocks = (int32_t)((p->len_q + tile_q - 1) / tile_q),
+        .row_blocks = (int32_t)row_blocks(p, tile_q),
         .scale = p->scale,
         .softcap = p->softcap,
         .exponent_scale = (float)(p->scale * 1.4426950408889634),

@@ -5,8 +5,8 @@
 #include "kernels/cuda/common/params.h"
 #include "kernels/kernel.h"
 
-/* True if lengths and counts fit the kernels' 32-bit indices. */
-bool fwd_fits(const struct problem *p);
+/* True if lengths and counts fit the kernels' 32-bit indices, and blocks of the plan's tile_q rows a grid; else plan->why. */
+bool fwd_fits(struct plan *plan, const struct problem *p);
 
 /* Parameters for blocks of `tile_q` rows; *blocks is how many there are. */
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks);

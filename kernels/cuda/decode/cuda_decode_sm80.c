@@ -74,15 +74,16 @@ static int64_t splits_of(const struct problem *p, const struct tile *t, const st
 
 bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const struct tile *t = choose(p, caps);
-    if (!t || (p->dim_qk | p->dim_v) % 8 != 0 || !fwd_fits(p) || packed_rows(p) > FWD_MAX_LENGTH ||
-        !suits(p, caps))
-        return false;
-    const int64_t count = tiles_of(p, t->rows), splits = splits_of(p, t, caps);
-    if (count * splits > INT32_MAX || p->batch * p->heads_kv * packed_rows(p) > INT32_MAX)
+    if (!t || (p->dim_qk | p->dim_v) % 8 != 0 || !suits(p, caps))
         return false;
     plan->variant = (int32_t)(t - tiles);
     plan->tile_q = t->rows;
     plan->tile_k = t->keys;
+    if (!fwd_fits(plan, p) || packed_rows(p) > FWD_MAX_LENGTH)
+        return false;
+    const int64_t count = tiles_of(p, t->rows), splits = splits_of(p, t, caps);
+    if (count * splits > INT32_MAX || p->batch * p->heads_kv * packed_rows(p) > INT32_MAX)
+        return false;
     plan->splits = (int32_t)splits;
     if (splits > 1)
         plan->workspace_bytes = (size_t)(count * splits * t->rows * (p->dim_v + 2) * 4);

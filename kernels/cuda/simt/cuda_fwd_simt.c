@@ -27,8 +27,6 @@ static struct tile {
 enum { TILES = sizeof tiles / sizeof tiles[0] };
 
 bool cuda_fwd_simt_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    if (!fwd_fits(p))
-        return false;
     for (int32_t i = 0; i < TILES; i++) {
         const struct tile *t = &tiles[i];
         if ((int)t->type != (int)p->dtype || t->dim < p->dim_qk || t->dim < p->dim_v ||
@@ -37,7 +35,7 @@ bool cuda_fwd_simt_plan(struct plan *plan, const struct problem *p, const struct
         plan->variant = i;
         plan->tile_q = t->rows;
         plan->tile_k = t->keys;
-        return true;
+        return fwd_fits(plan, p);
     }
     return false;
 }

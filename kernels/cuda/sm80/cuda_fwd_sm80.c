@@ -75,12 +75,12 @@ bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct
         if (suits(best, p, caps))
             break;
     }
-    if (!best || !fwd_fits(p))
+    if (!best)
         return false;
     plan->variant = (int32_t)(best - tiles);
     plan->tile_q = best->rows;
     plan->tile_k = best->keys;
-    return true;
+    return fwd_fits(plan, p);
 }
 
 int32_t cuda_fwd_sm80_launch(const struct plan *plan, const struct problem *p,

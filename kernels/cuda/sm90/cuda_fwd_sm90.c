@@ -57,10 +57,11 @@ static bool bounded(const struct problem *p) {
 
 /* Query heads of a group that share a tile, as a power of two: as many as make fewer tiles, at most the 64 rows of a
  * warpgroup. */
+enum { MOST_PACK_LOG2 = 6, MOST_PACK = 1 << MOST_PACK_LOG2 };
 static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
     const int64_t group = p->heads_q / p->heads_kv;
     int32_t best = 0;
-    for (int32_t log2 = 1; log2 <= 6 && group % (1 << log2) == 0; log2++) {
+    for (int32_t log2 = 1; log2 <= MOST_PACK_LOG2 && group % (1 << log2) == 0; log2++) {
         if (ceil_divide(p->len_q << log2, tile_q) < ceil_divide(p->len_q << best, tile_q)
                                                         << (log2 - best))
             best = log2;
@@ -89,11 +90,12 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
            (t->use == ANY || has_many_rows(p, caps));
 }
 
-/* What a tensor map can say: [B, H, L, D] with strides above 0 and below 2^40 bytes. */
-static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length) {
-    const int64_t extent[3] = {batch, heads, length};
+/* What a tensor map can say: [B, H, L, D] with strides above 0 and, also that of `pack` heads, below 2^40 bytes. */
+static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length,
+                     int64_t pack) {
+    const int64_t extent[3] = {batch, heads, length}, most = INT64_C(1) << 39;
     for (int i = 0; i < 3; i++) {
-        if (extent[i] > 1 && (v->stride[i] <= 0 || v->stride[i] >= INT64_C(1) << 39))
+        if (extent[i] > 1 && (v->stride[i] <= 0 || v->stride[i] >= (i == 1 ? most / pack : most)))
             return false;
     }
     return true;
@@ -103,10 +105,10 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
     if (!(p->scale > 0) || p->dim_v % 8 != 0 || p->len_k == 0 || p->len_k > SM90_MAX_LENGTH ||
         p->len_q * (p->heads_q / p->heads_kv) > SM90_MAX_LENGTH ||
         ceil_divide(p->len_q, 64) * p->heads_q * p->batch > INT32_MAX ||
-        !mappable(&p->query, p->batch, p->heads_q, p->len_q) ||
-        !mappable(&p->key, p->batch, p->heads_kv, p->len_k) ||
-        !mappable(&p->value, p->batch, p->heads_kv, p->len_k) ||
-        !mappable(&p->output, p->batch, p->heads_q, p->len_q))
+        !mappable(&p->query, p->batch, p->heads_q, p->len_q, MOST_PACK) ||
+        !mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) ||
+        !mappable(&p->value, p->batch, p->heads_kv, p->len_k, 1) ||
+        !mappable(&p->output, p->batch, p->heads_q, p->len_q, MOST_PACK))
         return false;
     for (int32_t i = 0; i < TILES; i++) {
         if (!suits(&tiles[i], p, caps))

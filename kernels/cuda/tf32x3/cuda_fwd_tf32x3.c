@@ -45,12 +45,12 @@ bool cuda_fwd_tf32x3_plan(struct plan *plan, const struct problem *p, const stru
         if (covers(t, p, caps) && (!best || (t->dim == best->dim && filled(t, caps))))
             best = t;
     }
-    if (!best || !wanted(p, caps->sm) || !fwd_fits(p))
+    if (!best || !wanted(p, caps->sm))
         return false;
     plan->variant = (int32_t)(best - tiles);
     plan->tile_q = best->rows;
     plan->tile_k = best->keys;
-    return true;
+    return fwd_fits(plan, p);
 }
 
 int32_t cuda_fwd_tf32x3_launch(const struct plan *plan, const struct problem *p,
