@@ -4,10 +4,20 @@
 #include "kernels/cuda/common/params.h"
 #include "kernels/cuda/common/ptx.cuh"
 
+#include <float.h>
+
 #define NEG_INF __int_as_float(0xff800000)
 #define POS_INF __int_as_float(0x7f800000)
 
 constexpr float LAZY = 8; // log2 of the largest P
+
+// Exponents s * slope - m, m being a maximum times slope and rounded, have the part that m lost in common. It cancels between
+// output and sum, and in lse, while weights stay in range; from here on, where m has no fraction left, ExactRow computes the row.
+constexpr float EXACT_FROM = 1 << 24;
+
+// x times `factor`, an exponent of 2, at most FLT_MAX: -inf would look like a key that is not seen. ExactRow, whose logits have
+// no factor of log2(e) to take them out of range, computes the rows whose maximum came out as FLT_MAX or -FLT_MAX.
+__device__ __forceinline__ float to_exponent(float x, float factor) { return __fmul_rz(x, factor); }
 
 // A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
 // rows of a matrix lie in different banks, and a 128-byte line of global memory stays one line.
@@ -24,9 +34,9 @@ struct Chunks {
     }
 };
 
-// The sink of a head as an exponent of 2, -inf if there is none.
+// The sink of a head, -inf if there is none.
 __device__ __forceinline__ float sink_of(const fwd_params &p, int h) {
-    return p.sinks.data ? ((const float *)p.sinks.data)[h * p.sinks.stride[1]] * LOG2E : NEG_INF;
+    return p.sinks.data ? ((const float *)p.sinks.data)[h * p.sinks.stride[1]] : NEG_INF;
 }
 
 // A row of which `total` is the sum of the weights relative to 2^top: both with the sink, and what the output is multiplied
@@ -34,20 +44,21 @@ __device__ __forceinline__ float sink_of(const fwd_params &p, int h) {
 __device__ __forceinline__ float end_row(float sink, float &top, float &total) {
     float factor = reciprocal(total);
     if (sink > NEG_INF) {
-        const float higher = fmaxf(top, sink), shrink = exp2_fast(top - higher);
-        total = total * shrink + exp2_fast(sink - higher);
+        const float exponent = to_exponent(sink, LOG2E), higher = fmaxf(top, exponent),
+                    shrink = exp2_fast(top - higher);
+        total = total * shrink + exp2_fast(exponent - higher);
         factor = shrink * reciprocal(total);
         top = higher;
     }
     return factor;
 }
 
-// The log-sum-exp of such a row to that row of the tensor.
+// The log-sum-exp of such a row to that row of the tensor. Where `top` is at the end of the range it is the sink's exponent.
 template <typename E>
-__device__ __forceinline__ void store_lse(const fwd_params &p, int b, int h, int64_t row, float top,
-                                          float total) {
+__device__ __forceinline__ void store_lse(const fwd_params &p, int b, int h, int64_t row,
+                                          float sink, float top, float total) {
     const float none = p.flags & FWD_EMPTY_LSE_INF ? POS_INF : NEG_INF;
-    const float lse = total == 0 ? none : (top + log2f(total)) * LN2;
+    const float lse = total == 0 ? none : fabsf(top) == FLT_MAX ? sink : (top + log2f(total)) * LN2;
     const int64_t at = b * p.lse.stride[0] + h * p.lse.stride[1] + row * p.lse.stride[2];
     if (p.flags & FWD_LSE_F32)
         ((float *)p.lse.data)[at] = lse;

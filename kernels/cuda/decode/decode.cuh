@@ -125,10 +125,11 @@ __device__ __forceinline__ void finish_row(const fwd_params &p, const Sequence &
                                            const Rows &rows, int r, const Merged<COLUMNS> &row) {
     const int i = rows.query(r), h = rows.head(r), lane = threadIdx.x % 32;
     const bool empty = i >= seq.q_len || row.total == 0;
+    const float sink = sink_of(p, h);
     float top = empty ? NEG_INF : row.top, total = empty ? 0 : row.total;
-    const float factor = end_row(sink_of(p, h), top, total);
+    const float factor = end_row(sink, top, total);
     if (lane == 0 && p.lse.data)
-        store_lse<E>(p, rows.b, h, seq.q_start + i, top, total);
+        store_lse<E>(p, rows.b, h, seq.q_start + i, sink, top, total);
     E *const to = (E *)p.output.data + rows.b * p.output.stride[0] + h * p.output.stride[1] +
                   (seq.q_start + i) * p.output.stride[2];
     uint32_t odd = 0; // not 0: the output has a NaN or Inf
@@ -145,7 +146,7 @@ __device__ __forceinline__ void finish_row(const fwd_params &p, const Sequence &
             odd = Element<E>::zero_times(pairs.y, Element<E>::zero_times(pairs.x, odd));
         }
     }
-    if (__any_sync(~0u, odd != 0))
+    if (__any_sync(~0u, odd != 0) || fabsf(row.top) == FLT_MAX)
         write_rows_exactly<E, float>(p, rows.b, h, i, i + 1);
 }
 
@@ -222,7 +223,7 @@ struct Warp {
                     if (cap > 0) // tanh(x) = 1 - 2 / (exp(2 x) + 1)
                         x = cap - 2 * cap * reciprocal(exp2_fast(x * inner) + 1);
                     else
-                        x *= slope;
+                        x = to_exponent(x, slope);
                 }
     }
 

@@ -17,8 +17,12 @@ struct alignas(16) Vec {
     T e[N];
 };
 
-// exp for a logit below its maximum, and 0 for -inf. Masked keys are told from vanishing ones by -0: see weight().
-__device__ __forceinline__ float exponential(float x) { return exp2_fast(x * LOG2E); }
+// 2^x in f32 and e^x in f64, and how much x is for each logit.
+template <typename T>
+constexpr T PER_LOGIT = 1;
+template <>
+constexpr float PER_LOGIT<float> = LOG2E;
+__device__ __forceinline__ float exponential(float x) { return exp2_fast(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ bool is_masked(float p) { return __float_as_uint(p) == 0x80000000u; }
 __device__ __forceinline__ bool is_masked(double p) {
@@ -35,7 +39,8 @@ struct Simt {
     using V = Vec<T>;
 
     T out[R][W][VEC], s[R][C], most[R], sum[R];
-    T slope; // exponent per unit of score: the scale, or 1 if logits() has applied it with the other options
+    T unit; // logit per unit of score: the scale, or 1 if logits() has applied it with the other options
+    T slope; // exponent per unit of score
 
     // `count` rows of `dim` elements into shared memory, zeros after them. row_of(r) says where a row starts.
     template <typename RowOf>
@@ -111,7 +116,7 @@ struct Simt {
     // Logits from raw products; -inf for keys that row i does not see. True if there is one.
     __device__ __forceinline__ bool logits(const fwd_params &p, const Sequence &seq, int b, int h,
                                            int row, int key) {
-        const T scale = slope == (T)p.scale ? T(1) : (T)p.scale, cap = (T)p.softcap;
+        const T scale = unit == (T)p.scale ? T(1) : (T)p.scale, cap = (T)p.softcap;
         const T alibi =
             p.alibi_slopes.data
                 ? ((const float *)p.alibi_slopes
@@ -156,7 +161,8 @@ struct Simt {
         return x;
     }
 
-    // Probabilities relative to the new row maxima, and everything so far brought to them.
+    // Probabilities relative to the new row maxima, and everything so far brought to them. The largest score of a row has a
+    // probability of exactly 1, and one that is masked -0: see is_masked().
     __device__ __forceinline__ void softmax(T *prob) {
 #pragma unroll
         for (int i = 0; i < R; ++i) {
@@ -165,8 +171,8 @@ struct Simt {
             for (int c = 1; c < C; ++c)
                 top = fmax(top, s[i][c]);
             top = fmax(row_max(top), most[i]);
-            const T base = top == -CUDART_INF ? T(0) : top * slope;
-            const T shrink = exponential(fma(most[i], slope, -base));
+            const T base = top == -CUDART_INF ? T(0) : top;
+            const T shrink = exponential((most[i] - base) * slope);
             sum[i] *= shrink;
 #pragma unroll
             for (int w = 0; w < W; ++w)
@@ -175,8 +181,7 @@ struct Simt {
                     out[i][w][e] *= shrink;
 #pragma unroll
             for (int c = 0; c < C; ++c) {
-                const T x =
-                    s[i][c] == -CUDART_INF ? -T(0) : exponential(fma(s[i][c], slope, -base));
+                const T x = s[i][c] == -CUDART_INF ? -T(0) : exponential((s[i][c] - base) * slope);
                 sum[i] += x;
                 prob[i * P_PITCH + threadIdx.x % 16 + 16 * c] = x;
             }
@@ -197,11 +202,11 @@ struct Simt {
             for (int lane = 1; lane < 16; lane *= 2)
                 total += __shfl_xor_sync(~0u, total, lane);
             const bool empty = total == 0;
-            T top = empty ? -CUDART_INF : most[i] * slope, factor = 1;
+            T top = empty ? -CUDART_INF : most[i] * unit, factor = 1;
             if (sink > -CUDART_INF) {
                 const T higher = fmax(top, sink);
-                factor = exponential(top - higher);
-                total = total * factor + exponential(sink - higher);
+                factor = exponential((top - higher) * PER_LOGIT<T>);
+                total = total * factor + exponential((sink - higher) * PER_LOGIT<T>);
                 top = higher;
             }
             if (q >= seq.q_rows)
@@ -271,7 +276,8 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
         p.query.stride[3], S::ROWS, rows, p.dim_qk, p.flags & FWD_ALIGNED_QUERY);
     S t;
     const bool options = p.softcap > 0 || p.bias.data || p.alibi_slopes.data || !(p.scale > 0);
-    t.slope = options ? T(1) : (T)p.scale;
+    t.unit = options ? T(1) : (T)p.scale;
+    t.slope = t.unit * PER_LOGIT<T>;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         t.most[i] = -CUDART_INF;

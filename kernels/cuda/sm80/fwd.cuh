@@ -359,7 +359,7 @@ struct Warp {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const bool fresh = limit[mt][half] == NEG_INF;
-                float x = fmaxf(most[mt][half], other[mt][half]) * slope;
+                float x = to_exponent(fmaxf(most[mt][half], other[mt][half]), slope);
                 if (!fresh)
                     x = fmaxf(x, bias[mt][half]);
                 limit[mt][half] = (x + LAZY) * reciprocal(slope);
@@ -464,22 +464,23 @@ struct Warp {
                 return cap - 2 * cap * reciprocal(exp2_fast(x * inner) + 1);
             });
         } else {
-            change_scores([&](float x, int, int, int, int) { return x * p.exponent_scale; });
+            change_scores(
+                [&](float x, int, int, int, int) { return to_exponent(x, p.exponent_scale); });
         }
         const bool bias_pairs = whole && p.flags & FWD_PAIRED_BIAS;
         if (p.bias.data && p.flags & FWD_BIAS_F32)
             combine_scores<float>(p.bias, seq, b, h, row, column, bias_pairs,
-                                  [](float x, float y) { return fmaf(y, LOG2E, x); });
+                                  [](float x, float y) { return __fmaf_rz(y, LOG2E, x); });
         else if (p.bias.data)
             combine_scores<uint16_t>(
                 p.bias, seq, b, h, row, column, bias_pairs,
-                [](float x, uint16_t y) { return fmaf(Element<E>::widen(y), LOG2E, x); });
+                [](float x, uint16_t y) { return __fmaf_rz(Element<E>::widen(y), LOG2E, x); });
         if (p.alibi_slopes.data) {
             const fwd_view &v = p.alibi_slopes;
             const float alibi = ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] * LOG2E;
             const float distance = row + seq.diagonal - column;
             change_scores([&](float x, int mt, int half, int n, int e) {
-                return fmaf(-alibi, fabsf(distance + (mt * 16 + half * 8 - n * 8 - e)), x);
+                return __fmaf_rz(-alibi, fabsf(distance + (mt * 16 + half * 8 - n * 8 - e)), x);
             });
         }
         if (p.mask.data)
@@ -710,6 +711,10 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     const float sink = sink_of(p, work.h);
     w.add_up_sums((float *)(shared + p_tile));
     uint32_t odd = 0; // not 0: the output has a NaN or Inf
+    bool far = false; // a row's maximum is so large that its exponents are of no use
+    constexpr float far_from = EXTRAS ? FLT_MAX : EXACT_FROM; // exponents of extras() lose nothing
+    // Where a bias hides all keys of a row by the least number that there is, they count alike: only lse asks for more.
+    const bool hidden_alike = EXTRAS && p.bias.data && !p.lse.data;
     float lse_total = 0,
           lse_top = 0; // of row lane % 4 of those of this thread, with lane / 4 in common
 #pragma unroll
@@ -718,7 +723,8 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
         for (int half = 0; half < 2; ++half) {
             const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4;
             float total = w.sum[mt][half], top = w.bias[mt][half];
-            const bool empty = block_row + local >= seq.q_len || total == 0;
+            const bool beyond = block_row + local >= seq.q_len, empty = beyond || total == 0;
+            far |= !beyond && fabsf(top) >= far_from && !(hidden_alike && top < 0);
             if (empty) {
                 total = 0;
                 top = NEG_INF;
@@ -740,8 +746,9 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
         }
     const int lse_row = warp * MT * 16 + lane % 4 * 8 + lane / 4;
     if (p.lse.data && part == 0 && lane % 4 < MT * 2 && lse_row < rows)
-        store_lse<E>(p, work.b, work.h, seq.q_start + block_row + lse_row, lse_top, lse_total);
-    const bool exactly = W::any(odd != 0);
+        store_lse<E>(p, work.b, work.h, seq.q_start + block_row + lse_row, sink, lse_top,
+                     lse_total);
+    const bool exactly = W::any(odd != 0 || far);
     constexpr int ROWS = MT * 16 / SPLIT; // of those that warps share, each writes some
     const int mine = warp * MT * 16 + part * ROWS;
     __syncwarp();

@@ -8,6 +8,10 @@
 
 namespace sm90 {
 
+/* A shift is a maximum times scale_log2 and rounded. What it lost, all weights of the row have in common, so it cancels while
+ * they stay in range. From here on it has no fraction left, and exact_row() computes the row. */
+constexpr float kExactFrom = 1 << 24;
+
 __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_strides &strides,
                                               const Place &t, int row) {
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
@@ -27,7 +31,7 @@ __device__ __forceinline__ void store_lse(const sm90_params &p, const Place &t, 
 
 /* One row by one warp, key by key, reading only the keys that it sees. A NaN or Inf in the value of a hidden key
  * spoils a tile's products (0 * NaN), so rows that came out non-finite are computed here
- * again; so are those whose weights overflowed, and those that see no key. */
+ * again; so are those whose weights overflowed, those whose shift is past kExactFrom, and those that see no key. */
 template <class C>
 __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, int row) {
     using E = typename C::Element;
@@ -69,8 +73,7 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, i
             out[32 * i + lane] = E(sum == 0 ? 0.f : output[i] / sum);
     if (lane == 0)
         store_lse<E>(p, t, row,
-                     sum == 0 ? p.empty_lse
-                              : (maximum * p.scale_log2 + log2f(sum)) * 0.69314718055994531f);
+                     sum == 0 ? p.empty_lse : maximum * (C::kSoftcap ? 1 : p.scale) + logf(sum));
 }
 
 /* Normalises and stores the 64 rows of a warpgroup, and their lse. Registers are laid out as in Consumer. Each warp
@@ -125,10 +128,10 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
     for (int half = 0; half < 2; half++) {
         const int row = first_row + 8 * half + lane / 4;
         const bool inside = row >> p.pack_log2 < p.len_q;
-        /* Rows that see no key, or whose scores are all -inf, have no shift. */
+        /* Rows that see no key, or whose scores are all -inf, have no shift: -inf. */
         spoilt_threads[half] =
             __ballot_sync(~0u, inside && (poison[half] & 0x7fff7fff || !(total[half] < INFINITY) ||
-                                          shift[half] == -INFINITY));
+                                          !(fabsf(shift[half]) < kExactFrom)));
     }
     if (p.lse && (lane & 2) == 0) {
         const int half = lane & 1, row = first_row + 8 * half + lane / 4;
