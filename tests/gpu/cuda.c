@@ -13,6 +13,9 @@
     F(cuCtxSynchronize, (void))                                                                    \
     F(cuMemAlloc_v2, (uint64_t *data, size_t bytes))                                               \
     F(cuMemFree_v2, (uint64_t data))                                                               \
+    F(cuMemAllocManaged, (uint64_t *data, size_t bytes, unsigned flags))                           \
+    F(cuMemHostAlloc, (void **data, size_t bytes, unsigned flags))                                 \
+    F(cuMemFreeHost, (void *data))                                                                 \
     F(cuMemcpyHtoD_v2, (uint64_t to, const void *from, size_t bytes))                              \
     F(cuMemcpyDtoH_v2, (void *to, uint64_t from, size_t bytes))                                    \
     F(cuStreamCreate, (void **stream, unsigned flags))                                             \
@@ -72,6 +75,22 @@ unsigned char *cuda_take(size_t bytes) {
     MUST(cuMemAlloc_v2, &data, bytes ? bytes : 1);
     return (unsigned char *)(uintptr_t)data;
 }
+
+unsigned char *cuda_take_managed(size_t bytes) {
+    uint64_t data = 0;
+    cuda_open();
+    MUST(cuMemAllocManaged, &data, bytes, 1); /* CU_MEM_ATTACH_GLOBAL */
+    return (unsigned char *)(uintptr_t)data;
+}
+
+unsigned char *cuda_take_pinned(size_t bytes) {
+    void *data = NULL;
+    cuda_open();
+    MUST(cuMemHostAlloc, &data, bytes, 0);
+    return data;
+}
+
+void cuda_give_pinned(unsigned char *data) { MUST(cuMemFreeHost, data); }
 
 void cuda_give(unsigned char *data) { MUST(cuMemFree_v2, (uint64_t)(uintptr_t)data); }
 

@@ -17,6 +17,9 @@ void cuda_use(int device);
 /* Device memory, aligned to 512 bytes. These abort when the driver refuses: then no test can go on. */
 unsigned char *cuda_take(size_t bytes);
 void cuda_give(unsigned char *data);
+unsigned char *cuda_take_managed(size_t bytes); /* given back like other device memory */
+unsigned char *cuda_take_pinned(size_t bytes);  /* host memory that GPUs can reach */
+void cuda_give_pinned(unsigned char *data);
 void cuda_store(unsigned char *to, const void *from, size_t bytes);
 void cuda_fetch(void *to, const unsigned char *from, size_t bytes);
 void cuda_wait(void);

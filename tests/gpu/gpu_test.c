@@ -1,11 +1,7 @@
 /*
  * What only a GPU has: streams, graphs, contexts, devices of pointers, and races that show in one run of a thousand.
  */
-#include "tests/gpu/cuda.h"
-#include "tests/support/check.h"
-
-#include <criterion/criterion.h>
-#include <criterion/new/assert.h>
+#include "tests/gpu/attention.h"
 
 #include <float.h>
 #include <math.h>
@@ -13,142 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* ---- A problem on the device ------------------------------------------------------------------ */
-
-/* Self-attention of [B, H, L, D]: query, key, value and output in that order, compact. */
-struct attention {
-    int64_t shape[4];
-    size_t bytes; /* of one tensor */
-    DLTensor tensor[4];
-    dlattn_tensors tensors;
-    dlattn_forward_desc desc;
-    unsigned char *workspace; /* WORKSPACE_BYTES */
-};
-enum { WORKSPACE_BYTES = 4 << 20 };
-
-static const DLDataType f16 = {kDLFloat, 16, 1}, f32 = {kDLFloat, 32, 1};
-
-/* On one of several devices, whose context becomes current. */
-static void make_on(struct attention *a, int device, DLDataType dtype, const int64_t shape[4],
-                    uint64_t seed) {
-    const size_t count = (size_t)(shape[0] * shape[1] * shape[2] * shape[3]);
-    *a = (struct attention){.shape = {shape[0], shape[1], shape[2], shape[3]},
-                            .bytes = count * dtype.bits / 8,
-                            .tensors = {.struct_size = sizeof a->tensors},
-                            .desc = {.struct_size = sizeof a->desc, .causal = 1}};
-    cr_assert(cuda_open() > device);
-    cuda_use(device);
-    a->workspace = cuda_take(WORKSPACE_BYTES);
-    uint32_t *const image = malloc(count * sizeof *image);
-    cr_assert(image != NULL);
-    for (int t = 0; t < 4; t++) {
-        for (size_t i = 0; i < count; i++) { /* from -2 to 2 */
-            const uint32_t fraction = (uint32_t)random_below(seed + (uint64_t)t, i, 0x1000),
-                           sign = (uint32_t)random_below(seed, i, 2);
-            if (dtype.bits == 16)
-                ((uint16_t *)image)[i] = (uint16_t)(0x3000 + fraction + 0x8000 * sign);
-            else
-                image[i] = 0x3f000000 + (fraction << 11) + (sign << 31);
-        }
-        a->tensor[t] = (DLTensor){.data = cuda_take(a->bytes),
-                                  .device = {kDLCUDA, device},
-                                  .ndim = 4,
-                                  .dtype = dtype,
-                                  .shape = a->shape};
-        cuda_store(a->tensor[t].data, image, a->bytes);
-    }
-    a->tensors.query = &a->tensor[0];
-    a->tensors.key = &a->tensor[1];
-    a->tensors.value = &a->tensor[2];
-    a->tensors.output = &a->tensor[3];
-    free(image);
-}
-
-/* In f16, on device 0. */
-static void make(struct attention *a, int64_t batch, int64_t heads, int64_t length, int64_t dim,
-                 uint64_t seed) {
-    make_on(a, 0, f16, (const int64_t[]){batch, heads, length, dim}, seed);
-}
-
-static void drop(struct attention *a) {
-    for (int t = 0; t < 4; t++)
-        cuda_give(a->tensor[t].data);
-    cuda_give(a->workspace);
-}
-
-static int32_t forward(const dlattn_api *api, const struct attention *a, void *stream) {
-    const dlattn_exec exec = {.struct_size = sizeof exec,
-                              .stream = stream,
-                              .workspace = a->workspace,
-                              .workspace_bytes = WORKSPACE_BYTES};
-    return api->forward(&a->desc, &a->tensors, &exec);
-}
-
-/* Names the kernel that computed the output, once for each test. */
-static void tell_kernel(const struct attention *a) {
-    static char told[256];
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    if (test_api()->forward_query(&a->desc, &a->tensors, &sku) != DLATTN_OK ||
-        strstr(told, sku.kernel))
-        return;
-    fprintf(stderr, "gpu/%s: %s\n", criterion_current_test->name, sku.kernel);
-    snprintf(told + strlen(told), sizeof told - strlen(told), " %s", sku.kernel);
-}
-
-/* The output, freshly allocated. */
-static unsigned char *result(const struct attention *a) {
-    unsigned char *const image = malloc(a->bytes);
-    cr_assert(image != NULL);
-    tell_kernel(a);
-    cuda_use(a->tensor[3].device.device_id);
-    cuda_wait();
-    cuda_fetch(image, a->tensor[3].data, a->bytes);
-    return image;
-}
-
-static void poison(const struct attention *a) {
-    unsigned char *const image = malloc(a->bytes);
-    cr_assert(image != NULL);
-    memset(image, 0xff, a->bytes);
-    cuda_use(a->tensor[3].device.device_id);
-    cuda_store(a->tensor[3].data, image, a->bytes);
-    free(image);
-}
-
-static const dlattn_api *gpu_api(void) {
-    if (cuda_open() == 0)
-        cr_skip_test("no NVIDIA device");
-    return test_api();
-}
-
-/* Whether a and b have the same bits in their outputs. */
-static bool same_result(const struct attention *a, const struct attention *b) {
-    unsigned char *const one = result(a), *const other = result(b);
-    const bool same = memcmp(one, other, a->bytes) == 0;
-    free(one);
-    free(other);
-    return same;
-}
-
-/* The GPU's rows that run here, in the order of the table. */
-enum { MAX_ROWS = 16 };
-static int rows_here(const dlattn_api *api, dlattn_kernel_info rows[MAX_ROWS]) {
-    int count = 0;
-    for (int32_t i = 0; i < api->kernel_count() && count < MAX_ROWS; i++) {
-        rows[count] = (dlattn_kernel_info){.struct_size = sizeof rows[count]};
-        cr_assert(eq(int, api->kernel_info(i, &rows[count]), DLATTN_OK));
-        count += strcmp(rows[count].backend, "cuda") == 0 && rows[count].available;
-    }
-    cr_assert(gt(int, count, 0));
-    return count;
-}
-
-static DLDataType dtype_of(const dlattn_kernel_info *row) {
-    return strstr(row->dtypes, "f16") ? f16 : f32;
-}
-
-#define MUST(call) cr_assert(eq(int, (call), DLATTN_OK), "%s", api->last_error())
 
 /* ---- Tests ------------------------------------------------------------------------------------ */
 
@@ -356,7 +216,7 @@ Test(gpu, threads) {
     }
 }
 
-/* ---- More heads than a grid has rows, and addresses past 2^31 elements ------------------------ */
+/* ---- More heads than a grid has rows ---------------------------------------------------------- */
 
 /* Every head has the same query, key and value, so every head must have the same output. */
 Test(gpu, seventy_thousand_heads) {
@@ -380,38 +240,6 @@ Test(gpu, seventy_thousand_heads) {
         cr_assert(memcmp(image, image + (size_t)h * DIM * 2, DIM * 2) == 0, "head %d", h);
 }
 
-Test(gpu, strides_past_two_to_the_31) {
-    const dlattn_api *api = gpu_api();
-    const int64_t far = INT64_C(3) << 30; /* elements between the two rows: 6 GiB */
-    struct attention near, apart;
-    int64_t strides[4] = {0, 0, far, 1};
-    make(&near, 1, 1, 2, 64, 5);
-    near.desc.causal = 0;
-    MUST(forward(api, &near, NULL));
-    unsigned char *const want = result(&near), *const got = malloc(near.bytes);
-    apart = near;
-    unsigned char *const memory = cuda_take((size_t)far * 2 + 64 * 2 * 4);
-    unsigned char row[2 * 64 * 2];
-    for (int t = 0; t < 4; t++) {
-        unsigned char *const at = memory + t * 64 * 2;
-        cuda_fetch(row, near.tensor[t].data, sizeof row);
-        cuda_store(at, row, 64 * 2);
-        cuda_store(at + far * 2, row + 64 * 2, 64 * 2);
-        apart.tensor[t].data = at;
-        apart.tensor[t].strides = strides;
-        apart.tensor[t].shape = near.shape;
-    }
-    apart.tensors.query = &apart.tensor[0];
-    apart.tensors.key = &apart.tensor[1];
-    apart.tensors.value = &apart.tensor[2];
-    apart.tensors.output = &apart.tensor[3];
-    MUST(forward(api, &apart, NULL));
-    cuda_wait();
-    cuda_fetch(got, apart.tensor[3].data, 64 * 2);
-    cuda_fetch(got + 64 * 2, (unsigned char *)apart.tensor[3].data + far * 2, 64 * 2);
-    cr_expect(memcmp(got, want, near.bytes) == 0);
-}
-
 /* ---- Numbers that have no two parts ----------------------------------------------------------- */
 
 /* cuda_fwd_tf32x3 splits each number in two, which Inf, and what rounds to it, does not survive. */
@@ -431,6 +259,90 @@ Test(gpu, f32_at_the_end_of_its_range) {
         check_case(&v, &subject, &c);
         cr_expect(eq(int, v.outcome, PASSED), "%g in a %s: %s", c.features.planted,
                   c.features.nan == NAN_KEY ? "key" : "value", v.text);
+    }
+}
+
+/* ---- Tensors that the caller gives away --------------------------------------------------------- */
+
+/* What the deleters of query, key, value and output see: how often each ran, and the output at that moment. */
+static struct {
+    int deleted[4];
+    unsigned char *data[4], *output;
+    size_t bytes;
+} given;
+
+/* The stream does not wait for others, nor do they for it: a kernel that still ran would show. */
+static void take_away(intptr_t t) {
+    if (given.deleted[t]++ == 0 && t == 3)
+        cuda_fetch(given.output, given.data[t], given.bytes);
+    if (given.deleted[t] == 1)
+        cuda_give(given.data[t]);
+}
+static void delete_managed(DLManagedTensor *m) { take_away((intptr_t)m->manager_ctx); }
+static void delete_versioned(struct DLManagedTensorVersioned *m) {
+    take_away((intptr_t)m->manager_ctx);
+}
+
+static int32_t forward_given(const dlattn_api *api, struct attention *a, bool versioned,
+                             const dlattn_exec *exec) {
+    DLManagedTensor m[4];
+    struct DLManagedTensorVersioned v[4];
+    memset(&given, 0, sizeof given);
+    given.bytes = a->bytes;
+    given.output = malloc(a->bytes);
+    cr_assert(given.output != NULL);
+    for (int t = 0; t < 4; t++) {
+        given.data[t] = a->tensor[t].data;
+        m[t] = (DLManagedTensor){a->tensor[t], (void *)(intptr_t)t, delete_managed};
+        v[t] = (struct DLManagedTensorVersioned){.version = {DLPACK_MAJOR_VERSION, 0},
+                                                 .manager_ctx = (void *)(intptr_t)t,
+                                                 .deleter = delete_versioned,
+                                                 .dl_tensor = a->tensor[t]};
+    }
+    const dlattn_managed_tensors managed = {.struct_size = sizeof managed,
+                                            .query = &m[0],
+                                            .key = &m[1],
+                                            .value = &m[2],
+                                            .output = &m[3]};
+    const dlattn_versioned_tensors newer = {
+        .struct_size = sizeof newer, .query = &v[0], .key = &v[1], .value = &v[2], .output = &v[3]};
+    return versioned ? api->forward_versioned(&a->desc, &newer, exec)
+                     : api->forward_managed(&a->desc, &managed, exec);
+}
+
+static void expect_deleted(int times, const char *when) {
+    for (int t = 0; t < 4; t++)
+        cr_expect(eq(int, given.deleted[t], times), "%s: tensor %d", when, t);
+}
+
+/* Their memory is free when the call returns, and the output was there by then. */
+Test(gpu, takes_ownership) {
+    const dlattn_api *api = gpu_api();
+    const int64_t shape[4] = {2, 16, 4096, 64};
+    struct attention kept;
+    make_on(&kept, 0, f16, shape, 14);
+    MUST(forward(api, &kept, NULL));
+    unsigned char *const want = result(&kept);
+    for (int versioned = 0; versioned < 2; versioned++) {
+        struct attention a;
+        dlattn_exec exec = {.struct_size = sizeof exec,
+                            .stream = cuda_stream(),
+                            .workspace = kept.workspace,
+                            .workspace_bytes = WORKSPACE_BYTES};
+        make_on(&a, 0, f16, shape, 14);
+        poison(&a);
+        MUST(forward_given(api, &a, versioned, &exec));
+        cuda_wait();
+        expect_deleted(0, "not given away");
+        exec.flags = DLATTN_TAKE_OWNERSHIP;
+        poison(&a);
+        MUST(forward_given(api, &a, versioned, &exec));
+        expect_deleted(1, "given away");
+        cr_expect(memcmp(given.output, want, a.bytes) == 0, "versioned %d", versioned);
+        make_on(&a, 0, f16, (const int64_t[]){1, 2, 16, 64}, 14);
+        a.desc.softcap = -1;
+        cr_expect(eq(int, forward_given(api, &a, versioned, &exec), DLATTN_INVALID_ARGUMENT));
+        expect_deleted(1, "refused");
     }
 }
 
@@ -493,13 +405,6 @@ Test(gpu, refuses_absent_device) {
 }
 
 /* ---- Two devices ------------------------------------------------------------------------------ */
-
-static const dlattn_api *api_of_two(void) {
-    const dlattn_api *api = gpu_api();
-    if (cuda_open() < 2)
-        cr_skip_test("one NVIDIA device, this needs two");
-    return api;
-}
 
 /* Each row on both, by one thread whose context is one or the other's, and by two threads at once. */
 Test(gpu, two_devices) {

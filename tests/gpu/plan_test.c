@@ -1,6 +1,7 @@
 /*
  * Which tile a GPU that we do not have would run: planning is a pure function of the problem and the machine.
  */
+#include "src/error.h"
 #include "src/plan.h"
 
 #include <criterion/criterion.h>
@@ -147,6 +148,50 @@ Test(gpu_plan, decoding_is_split_until_it_fills_the_gpu) {
     }
 }
 
+static struct view compact(int64_t heads, int64_t length, int64_t dim) {
+    return (struct view){.stride = {heads * length * dim, length * dim, dim, 1}};
+}
+
+/* An H100's choices for the calls that shapes_test runs. */
+Test(gpu_plan, long_and_half_empty) {
+    static const struct {
+        const char *wanted;
+        enum dtype dtype;
+        int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+        bool causal;
+        const char *row;
+        int32_t tile_q, tile_k, splits;
+    } choices[] = {
+#define CHOICE(wanted, element, ...) {wanted, DTYPE_##element, __VA_ARGS__},
+#include "tests/gpu/choices.inc"
+#undef CHOICE
+    };
+    struct caps caps = caps_of(&machines[3]);
+    caps.multiprocessors = 132;
+    for (size_t n = 0; n < sizeof choices / sizeof choices[0]; n++) {
+        struct problem p = problem_of(choices[n].dtype, choices[n].dim_qk, choices[n].dim_v, 0);
+        struct plan plan;
+        p.kernel = choices[n].wanted;
+        p.batch = choices[n].batch;
+        p.heads_q = choices[n].heads_q;
+        p.heads_kv = choices[n].heads_kv;
+        p.len_q = choices[n].len_q;
+        p.len_k = choices[n].len_k;
+        p.window_left = UNBOUNDED;
+        p.window_right = choices[n].causal ? 0 : UNBOUNDED;
+        p.query = compact(p.heads_q, p.len_q, p.dim_qk);
+        p.key = compact(p.heads_kv, p.len_k, p.dim_qk);
+        p.value = compact(p.heads_kv, p.len_k, p.dim_v);
+        p.output = compact(p.heads_q, p.len_q, p.dim_v);
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK));
+        cr_expect(strcmp(plan.kernel->name, choices[n].row) == 0, "choice %d is %s", (int)n,
+                  plan.kernel->name);
+        cr_expect(eq(int, plan.tile_q, choices[n].tile_q), "choice %d", (int)n);
+        cr_expect(eq(int, plan.tile_k, choices[n].tile_k), "choice %d", (int)n);
+        cr_expect(eq(int, plan.splits, choices[n].splits), "choice %d", (int)n);
+    }
+}
+
 Test(gpu_plan, refuses_older_gpus_and_wider_heads) {
     const struct machine turing = {75, 65536};
     const struct problem p = problem_of(DTYPE_F16, 64, 64, 0),
@@ -163,4 +208,36 @@ Test(gpu_plan, refuses_what_an_index_cannot_hold) {
     p = problem_of(DTYPE_BF16, 64, 64, 0);
     p.batch = p.heads_q = p.heads_kv = 1 << 16;
     cr_expect(strcmp(row_of(&machines[3], &p), "") == 0);
+}
+
+/* Packed sequences of which each might have all rows: the launch would fail, so the query does, and says what helps. */
+Test(gpu_plan, refuses_more_blocks_than_a_grid_has) {
+    for (enum dtype e = 0; e < DTYPE_COUNT; e++) {
+        const struct caps caps = caps_of(&machines[3]);
+        struct problem p = problem_of(e, 64, 64, DLATTN_FEATURE_VARLEN);
+        struct plan plan;
+        p.batch = 1 << 13;
+        p.heads_q = p.heads_kv = 64;
+        p.len_q = p.len_k = p.total_q = p.total_k = 1 << 20;
+        cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_UNSUPPORTED), "%s", dtype_name(e));
+        cr_expect(strstr(error_last(), "max_seqlen_q") != NULL, "%s", error_last());
+        p.len_q = 1 << 10;
+        cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+    }
+}
+
+/* The heads that share a tile of cuda_fwd_sm90 are one axis of its tensor map, whose strides end at 2^40 bytes. */
+Test(gpu_plan, tensor_maps_reach_no_further_than_2_to_the_40) {
+    const struct caps caps = caps_of(&machines[3]);
+    struct problem p = problem_of(DTYPE_BF16, 64, 64, DLATTN_FEATURE_GQA);
+    struct plan plan;
+    p.kernel = "cuda_fwd_sm90";
+    p.heads_q = 64;
+    p.heads_kv = 1;
+    p.len_q = 8;
+    p.query.stride[1] = p.output.stride[1] = INT64_C(1) << 32;
+    p.query.stride[2] = p.output.stride[2] = p.key.stride[2] = p.value.stride[2] = 64;
+    cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+    p.output.stride[1] = INT64_C(1) << 33;
+    cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_UNSUPPORTED));
 }

@@ -3,12 +3,14 @@
  * tells which rows a machine has.
  *   reduced_test          all cases
  *   reduced_test few ROW  one of five cases of this row
+ *   reduced_test wild     lengths, cu_seqlens and block tables that point anywhere: memcheck must see nothing
  *   reduced_test rows     only the names of the rows that a machine has
  *   reduced_test wrong    one call whose key ends before its extents say: memcheck must see it
  */
 #include "tests/gpu/cuda.h"
 #include "tests/support/check.h"
 
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -95,6 +97,51 @@ static int print_rows(const dlattn_api *api) {
     return 0;
 }
 
+static void make_wild(const DLTensor *t) {
+    static const int32_t wild[] = {-7, 40, INT_MAX, 3, INT_MIN, 1000000, -1, 20, 0};
+    enum { WILD = sizeof wild / sizeof wild[0] };
+    int32_t values[1024];
+    size_t count = 1;
+    for (int axis = 0; t && axis < t->ndim; axis++)
+        count *= (size_t)t->shape[axis];
+    if (!t || count > sizeof values / sizeof values[0])
+        return;
+    for (size_t i = 0; i < count; i++)
+        values[i] = wild[i * 5 % WILD];
+    cuda_store((unsigned char *)t->data + t->byte_offset, values, count * sizeof values[0]);
+}
+
+/* In place of api->forward. What comes out is anybody's guess. */
+static int32_t forward_wild(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                            const dlattn_exec *exec) {
+    const DLTensor *const integers[] = {tensors->query_lengths, tensors->key_lengths,
+                                        tensors->cu_seqlens_q, tensors->cu_seqlens_k,
+                                        tensors->block_table};
+    for (size_t i = 0; i < sizeof integers / sizeof integers[0]; i++)
+        make_wild(integers[i]);
+    return test_api()->forward(desc, tensors, exec);
+}
+
+/* Every row with each kind of integer tensor. */
+static int call_wild(const dlattn_api *api) {
+    static const char *const wild_features[] = {"lengths_causal", "varlen_causal", "varlen_lengths",
+                                                "paged_causal", "paged_everything"};
+    for (int32_t i = 0; i < api->kernel_count(); i++) {
+        dlattn_kernel_info row;
+        for (int n = 0; row_here(api, i, &row) && n < 5; n++) {
+            const struct subject subject = {
+                .api = api, .place = &place_gpu, .kernel = row.name, .forward = forward_wild};
+            const struct test_case c = {{4, 4, 2, 37, 75, 64, 64},
+                                        *features_named(wild_features[n]),
+                                        lists(row.dtypes, F16) ? F16 : F32,
+                                        (uint64_t)n};
+            struct verdict v;
+            check_case(&v, &subject, &c);
+        }
+    }
+    return 0;
+}
+
 /* 64 keys, of which the last 48 are in nobody's memory. */
 static int call_wrongly(const dlattn_api *api) {
     enum { DIM = 64, KEYS = 64, THERE = 16 };
@@ -132,6 +179,8 @@ int main(int argc, char **argv) {
     const char *const what = argc > 1 ? argv[1] : "";
     if (strcmp(what, "rows") == 0)
         return print_rows(api);
+    if (strcmp(what, "wild") == 0)
+        return call_wild(api);
     if (strcmp(what, "wrong") == 0)
         return call_wrongly(api);
     const bool few = strcmp(what, "few") == 0;

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The GPU's tests on a machine with a driver and nothing of this repository: `./dev gpu-bundle` packs them beside this
 # file, as .gpu/tests/run.sh.
-#   run.sh [OPTION...]  every program, Criterion's with these options; the exit status is the number of those that failed
-#   run.sh sanitize     compute-sanitizer's four tools at once over every row of the table, about a minute
+#   run.sh [PROGRAM...] [OPTION...]  every program, or those named, Criterion's with these options, such as
+#                                    run.sh logits_test memory_test --filter '*/*huge*'; the exit status is the number of
+#                                    those that failed
+#   run.sh sanitize                  compute-sanitizer's four tools at once over every row of the table, about a minute
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/root" || exit 1
 export LD_LIBRARY_PATH=../lib DLATTN_LIBRARY=$PWD/libdlattn.so.1 failed=0
@@ -21,6 +23,7 @@ if [ "${1-}" = sanitize ]; then
     }
     names=()
     start memcheck "memcheck --padding 1024" # or one tensor would begin where another ends
+    start memcheck-wild "memcheck --padding 1024" wild
     start initcheck initcheck
     start synccheck synccheck
     for row in $($reduced rows); do # by far the slowest
@@ -39,8 +42,21 @@ if [ "${1-}" = sanitize ]; then
     exit $failed
 fi
 
-while read -r program; do
+mapfile -t programs <../programs
+chosen=()
+while [ $# -gt 0 ] && [ "${1:0:1}" != - ]; do
+    before=${#chosen[@]}
+    for program in "${programs[@]}"; do
+        [ "$(basename "$program")" = "$1" ] && chosen+=("$program")
+    done
+    [ "$before" -lt ${#chosen[@]} ] || { echo "no program $1, there are: ${programs[*]##*/}" >&2 && exit 1; }
+    shift
+done
+[ ${#chosen[@]} -gt 0 ] || chosen=("${programs[@]}")
+for program in "${chosen[@]}"; do
     echo "== $program"
+    SECONDS=0
     "./$program" "$@" || failed=$((failed + 1))
-done <../programs
+    echo "== $program: $SECONDS s"
+done
 exit $failed
