@@ -80,13 +80,6 @@ fn view<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<Tensor<'a>> 
         CpuStorage::F64(data) => over(data, layout),
         CpuStorage::U8(data) => over(data, layout),
         CpuStorage::I32(data) => over(data, layout),
-        CpuStorage::U32(data) => over(as_i32(data), layout),
         other => no_dtype(other.dtype()),
     }
-}
-
-/// candle's integers are u32; a length that i32 has not becomes negative and is refused.
-fn as_i32(data: &[u32]) -> &[i32] {
-    // SAFETY: the types have the same size and alignment, and every bit pattern is a value of both.
-    unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), data.len()) }
 }

@@ -22,7 +22,7 @@ mod cpu;
 mod cuda;
 
 use candle_core::{
-    CpuStorage, CustomOp3, Error, Layout, Result, Shape, Storage, StorageRef, Tensor,
+    CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, StorageRef, Tensor,
 };
 pub use dlattn::{Alignment, Options};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,23 +45,25 @@ pub fn attention(
 pub struct Attention {
     /// Masks, scale and the choice of kernel.
     pub options: Options,
-    /// f32 or the inputs' type `[B|1, H|1, Lq|1, Lk|1]`: added to the logits.
+    /// f32 or the inputs' type `[B|1, H|1, Lq|1, Lk|1]`, axes in front may be left out: added to the
+    /// logits.
     pub bias: Option<Tensor>,
-    /// u8 `[B|1, H|1, Lq|1, Lk|1]`: non-zero is visible.
+    /// u8 of such a shape: non-zero is visible.
     pub mask: Option<Tensor>,
-    /// f32 `[H]` or `[B, H]`.
+    /// f32 `[H]` or `[B, H]`; other floats are converted.
     pub alibi_slopes: Option<Tensor>,
-    /// f32 `[H]`: a logit in the denominator that carries no value.
+    /// f32 `[H]`, other floats are converted: a logit in the denominator that carries no value.
     pub sinks: Option<Tensor>,
-    /// i32 or u32 `[B]`: rows from there on give 0.
+    /// Integers `[B]`: rows from there on give 0. i32, and u32 on a GPU, are read in place; others are
+    /// converted on the host, which waits for a GPU. So it is for those that follow.
     pub query_lengths: Option<Tensor>,
-    /// i32 or u32 `[B]`: keys from there on are never read.
+    /// Integers `[B]`: keys from there on are never read.
     pub key_lengths: Option<Tensor>,
-    /// i32 or u32 `[B + 1]`: where each sequence of a packed query begins, then their total.
+    /// Integers `[B + 1]`: where each sequence of a packed query begins, then their total.
     pub cu_seqlens_q: Option<Tensor>,
-    /// i32 or u32 `[B + 1]`: the same for keys.
+    /// Integers `[B + 1]`: the same for keys.
     pub cu_seqlens_k: Option<Tensor>,
-    /// i32 or u32 `[B, max_pages]`: the pages of a paged key and value.
+    /// Integers `[B, max_pages]`: the pages of a paged key and value.
     pub block_table: Option<Tensor>,
 }
 
@@ -85,7 +87,7 @@ impl Attention {
             key,
             value,
             Forward {
-                attention: self.clone(),
+                attention: self.prepared(query, key, value)?,
                 lse: None,
             },
         )
@@ -104,7 +106,7 @@ impl Attention {
     ) -> Result<(Tensor, Tensor)> {
         let slot = LseSlot::default();
         let op = Forward {
-            attention: self.clone(),
+            attention: self.prepared(query, key, value)?,
             lse: Some(slot.clone()),
         };
         let output = query.apply_op3(key, value, op)?;
@@ -113,6 +115,50 @@ impl Attention {
             .ok_or_else(|| Error::msg("dlattn: this device gave no log-sum-exp"))?;
         let no_op = candle_core::op::BackpropOp::none();
         Ok((output, Tensor::from_storage(storage, shape, no_op, false)))
+    }
+
+    /// The same with optional tensors of the types and numbers of axes that the library reads.
+    fn prepared(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Self> {
+        let mut all = self.clone();
+        for (name, tensor) in [("query", query), ("key", key), ("value", value)] {
+            expect_device(name, tensor, query.device())?;
+            expect_float(name, tensor)?;
+        }
+        for (name, tensor) in [("bias", &mut all.bias), ("mask", &mut all.mask)] {
+            replace(tensor, |mut t| {
+                expect_device(name, &t, query.device())?;
+                if t.dtype() != DType::U8 {
+                    expect_float(name, &t)?;
+                }
+                while t.rank() < 4 {
+                    t = t.unsqueeze(0)?;
+                }
+                Ok(t)
+            })?;
+        }
+        for (name, tensor) in [
+            ("alibi_slopes", &mut all.alibi_slopes),
+            ("sinks", &mut all.sinks),
+        ] {
+            replace(tensor, |t| {
+                expect_device(name, &t, query.device())?;
+                expect_float(name, &t)?;
+                t.to_dtype(DType::F32)
+            })?;
+        }
+        for (name, tensor) in [
+            ("query_lengths", &mut all.query_lengths),
+            ("key_lengths", &mut all.key_lengths),
+            ("cu_seqlens_q", &mut all.cu_seqlens_q),
+            ("cu_seqlens_k", &mut all.cu_seqlens_k),
+            ("block_table", &mut all.block_table),
+        ] {
+            replace(tensor, |t| {
+                expect_device(name, &t, query.device())?;
+                in_32_bits(name, t)
+            })?;
+        }
+        Ok(all)
     }
 
     /// The optional tensors in the order of [`set_extras`].
@@ -129,6 +175,61 @@ impl Attention {
             &self.block_table,
         ]
     }
+}
+
+fn replace(tensor: &mut Option<Tensor>, with: impl FnOnce(Tensor) -> Result<Tensor>) -> Result<()> {
+    *tensor = tensor.take().map(with).transpose()?;
+    Ok(())
+}
+
+fn expect_device(name: &str, tensor: &Tensor, device: &Device) -> Result<()> {
+    if tensor.device().same_device(device) {
+        return Ok(());
+    }
+    let (on, query_on) = (tensor.device().location(), device.location());
+    Err(Error::msg(format!(
+        "dlattn: {name}: is on {on:?}, query is on {query_on:?}"
+    )))
+}
+
+fn expect_float(name: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.dtype() {
+        DType::F16 | DType::BF16 | DType::F32 | DType::F64 => Ok(()),
+        other => refuse_dtype(name, other),
+    }
+}
+
+fn refuse_dtype<T>(name: &str, dtype: DType) -> Result<T> {
+    Err(Error::msg(format!(
+        "dlattn: {name}: candle's {dtype:?} is not among the types it takes"
+    )))
+}
+
+/// Integers as i32, or as u32 whose values i32 has, too; on a GPU those of u32 are not looked at.
+fn in_32_bits(name: &str, tensor: Tensor) -> Result<Tensor> {
+    let dtype = tensor.dtype();
+    if dtype == DType::I32 || (dtype == DType::U32 && !tensor.device().is_cpu()) {
+        return Ok(tensor);
+    }
+    if !dtype.is_int() {
+        return refuse_dtype(name, dtype);
+    }
+    let values = tensor
+        .to_dtype(DType::I64)?
+        .flatten_all()?
+        .to_vec1::<i64>()?;
+    let values = values.into_iter().map(|n| {
+        i32::try_from(n).map_err(|_| {
+            Error::msg(format!(
+                "dlattn: {name}: holds {n}, which does not fit into i32"
+            ))
+        })
+    });
+    Tensor::from_vec(
+        values.collect::<Result<Vec<i32>>>()?,
+        tensor.shape(),
+        tensor.device(),
+    )
 }
 
 const EXTRAS: usize = 9;

@@ -216,6 +216,65 @@ fn bias_mask_and_lengths() -> Result<()> {
     Ok(())
 }
 
+/// What the library reads in one type alone, or with four axes, in candle's other ones.
+#[test]
+fn other_types_and_fewer_axes() -> Result<()> {
+    for (device, dtype, _) in devices() {
+        let (q, k, v) = inputs(&device, dtype, 16)?;
+        let f64s = |values: &[f64]| Tensor::new(values, &device);
+        let exact = Attention {
+            mask: Some(Tensor::ones((1, 1, 9, 11), DType::U8, &device)?),
+            bias: Some(Tensor::ones((1, 4, 1, 11), DType::F32, &device)?),
+            sinks: Some(f64s(&[0.5, -1.0, 2.0, 0.0])?.to_dtype(DType::F32)?),
+            alibi_slopes: Some(f64s(&[0.5, 0.25, 0.0, 1.0])?.to_dtype(DType::F32)?),
+            key_lengths: Some(Tensor::new(&[7i32, 3], &device)?),
+            ..Attention::default()
+        };
+        let expected = exact.forward(&q, &k, &v)?.to_dtype(DType::F64)?;
+        let expected = expected.to_device(&Device::Cpu)?;
+        for lengths in [DType::I64, DType::U32, DType::U8] {
+            let other = Attention {
+                mask: Some(Tensor::ones((9, 11), DType::U8, &device)?),
+                bias: Some(Tensor::ones((4, 1, 11), DType::F32, &device)?),
+                sinks: Some(f64s(&[0.5, -1.0, 2.0, 0.0])?),
+                alibi_slopes: Some(f64s(&[0.5, 0.25, 0.0, 1.0])?.to_dtype(DType::F16)?),
+                key_lengths: Some(Tensor::new(&[7u32, 3], &device)?.to_dtype(lengths)?),
+                ..Attention::default()
+            };
+            assert_close(&other.forward(&q, &k, &v)?, &expected, 0.0)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn optional_tensors_are_refused_by_name() -> Result<()> {
+    let (q, k, v) = inputs(&Device::Cpu, DType::F32, 16)?;
+    let ints = |values: &[i64]| Tensor::new(values, &Device::Cpu).map(Some);
+    let says = |op: Attention| op.forward(&q, &k, &v).unwrap_err().to_string();
+    let long = Attention {
+        key_lengths: ints(&[7, (1 << 32) + 3])?,
+        ..Attention::default()
+    };
+    assert!(says(long).contains("key_lengths: holds 4294967299, which does not fit into i32"));
+    let unsigned = Attention {
+        query_lengths: Some(Tensor::new(&[7u32, 1 << 31], &Device::Cpu)?),
+        ..Attention::default()
+    };
+    assert!(says(unsigned).contains("query_lengths: holds 2147483648"));
+    let mask = Attention {
+        mask: ints(&[1; 11])?,
+        ..Attention::default()
+    };
+    assert!(says(mask).contains("mask: candle's I64"));
+    let sinks = Attention {
+        sinks: ints(&[1; 4])?,
+        ..Attention::default()
+    };
+    assert!(says(sinks).contains("sinks: candle's I64"));
+    Ok(())
+}
+
 #[test]
 fn packed_sequences() -> Result<()> {
     for (device, dtype, tolerance) in devices() {
@@ -265,7 +324,7 @@ fn refusals() -> Result<()> {
             &v,
             &Options::default(),
         ));
-        assert!(says.contains("U32"), "{says}");
+        assert!(says.contains("query: candle's U32"), "{says}");
         let options = Options {
             kernel: Some("none such".into()),
             ..Options::default()
