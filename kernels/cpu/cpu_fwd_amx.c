@@ -70,6 +70,8 @@ VEC_INLINE void weigh_pair(struct weighing *w, int first, int end, int keys, int
                        w->scale, w->minus[first + i % vectors]);
     if (terms == 3)
         exp2_each(x, keys * vectors);
+    else if (terms == 2)
+        exp2_short_each(x, keys * vectors);
     else
         exp2_rough_each(x, keys * vectors);
 #pragma clang loop unroll(full)

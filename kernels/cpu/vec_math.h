@@ -72,8 +72,8 @@ VEC_INLINE void exp2_polynomial(vec *x, int count, const float *factors, int ter
     }
 }
 
-/* To 1 ulp of f32; to 1.5e-7 with one step less, for weights that become bf16; to 2.6e-6 with two, for weights of bf16
- * terms. */
+/* To 1 ulp of f32; to 1.5e-7 with one step less, for weights that become bf16 or two bf16 terms; to 2.6e-6 with two, for
+ * weights that become one term beside tile products. */
 VEC_INLINE void exp2_each(vec *x, int count) {
     static const float factors[] = {0.000217022534f,
                                     0.00124396884f,
