@@ -29,7 +29,8 @@ static inline void find_cpu_rows(struct cpu_rows *rows, enum element element) {
     for (int32_t row = 0; row < api->kernel_count(); row++) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
         cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
-        if (strcmp(info.backend, "cpu") != 0 || !lists(info.dtypes, element))
+        if (strcmp(info.backend, "cpu") != 0 || strcmp(info.operation, "forward") != 0 ||
+            !lists(info.dtypes, element))
             continue;
         if (info.available)
             rows->info[rows->count++] = info;
