@@ -178,16 +178,17 @@ static double lse_bound(const struct row *r, double mean_size) {
            WALK * element_epsilon(type_of_sums(e)) * mean_size;
 }
 
-static void put_bounds(struct row *r) {
+/* `size` says what a score's rounding works on. */
+static void put_bounds_of(struct row *r, double (*size)(const struct row *, int64_t)) {
     double *output = result_row(r, OUTPUT), mean_size = 0;
     int64_t seen = 0;
     attend(r);
     for (int64_t j = 0; j < r->keys; j++) {
         if (!r->value[j])
             continue;
-        const double size = score_size(r, j);
-        add_key(r, j, size);
-        mean_size += r->weight[j] * size;
+        const double of_key = size(r, j);
+        add_key(r, j, of_key);
+        mean_size += r->weight[j] * of_key;
         seen++;
     }
     for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++)
@@ -195,6 +196,12 @@ static void put_bounds(struct row *r) {
     if (r->call->has[LSE])
         *result_row(r, LSE) = lse_bound(r, mean_size);
 }
+
+static double exp_alone(const struct row *r, int64_t j) { return (void)r, (void)j, 1; }
+
+static void put_bounds(struct row *r) { put_bounds_of(r, score_size); }
+
+static void put_exact_bounds(struct row *r) { put_bounds_of(r, exp_alone); }
 
 /* ---- Rows of a call --------------------------------------------------------------------------------------- */
 
@@ -222,3 +229,5 @@ static void each_row(struct call *wide, void (*put)(struct row *)) {
 void plain_forward(struct call *wide) { each_row(wide, put_result); }
 
 void plain_bounds(struct call *wide) { each_row(wide, put_bounds); }
+
+void plain_bounds_of_exact_scores(struct call *wide) { each_row(wide, put_exact_bounds); }

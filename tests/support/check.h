@@ -35,5 +35,8 @@ void check_case(struct verdict *v, const struct subject *subject, const struct t
  * element type of the case. */
 void plain_forward(struct call *wide);
 void plain_bounds(struct call *wide);
+/* The same where rounding moves no weight, for scores that are alike to the bit or far apart: huge ones, whose terms would
+ * make the bounds so large that they said nothing. */
+void plain_bounds_of_exact_scores(struct call *wide);
 
 #endif /* DLATTN_TESTS_CHECK_H_ */
