@@ -22,6 +22,10 @@
  *     s_j = softcap(scale * <q_i, k_j>) + bias_ij - slope * |i + offset - j|      softcap(x) = c * tanh(x / c)
  *     o_i = sum_j exp(s_j) v_j / (exp(sink_h) + sum_j exp(s_j)),   lse_i = ln(exp(sink_h) + sum_j exp(s_j))
  * over the visible keys j. See docs/numerics.md for precision, NaN and empty rows.
+ *
+ * Four operations: forward (above), backward (its gradients), merge (results over parts of the keys into one) and append (new
+ * keys and values into a cache). Each has NAME(), which checks, chooses and runs, and NAME_query(), which tells the kernel and
+ * the workspace. What is marked 1.1 is absent from older libraries: look at dlattn_api.struct_size.
  */
 #ifndef DLATTN_H_
 #define DLATTN_H_
@@ -38,7 +42,7 @@ extern "C" {
 #endif
 
 #define DLATTN_ABI_MAJOR 1
-#define DLATTN_ABI_MINOR 0
+#define DLATTN_ABI_MINOR 1
 
 /* ---- Status ------------------------------------------------------------------------------------------- */
 
@@ -61,11 +65,14 @@ enum {
     DLATTN_ALIGN_TOP_LEFT = 0,    /* offset = 0: row 0 meets key 0 (PyTorch is_causal, JAX) */
     DLATTN_ALIGN_BOTTOM_RIGHT = 1 /* offset = Lk - Lq: the last row meets the last key (FlashAttention, decode) */
 };
+/* To either, dlattn_forward_desc.diagonal_offset is added. */
 
 /* dlattn_forward_desc.flags */
 #define DLATTN_WINDOW UINT64_C(1)        /* window_left and window_right are given; without it they are 0 or -1 */
 #define DLATTN_EXACT_SCALE UINT64_C(2)   /* `scale` is taken as it is, even 0 */
 #define DLATTN_EMPTY_LSE_INF UINT64_C(4) /* a row that sees no key gets lse +inf (FlashAttention 2), not -inf */
+#define DLATTN_ANY_ORDER                                                                                               \
+    UINT64_C(8) /* 1.1, backward: sums may be taken in any order where that is faster; bits then vary */
 
 /* Options of one attention problem. All zero: softmax(Q K^T / sqrt(D)) V over every key. */
 typedef struct dlattn_forward_desc {
@@ -82,13 +89,30 @@ typedef struct dlattn_forward_desc {
     const char *kernel;   /* run this row (kernel_info.name) or refuse; NULL = the first that accepts */
     int32_t num_threads; /* CPU threads to plan for; 0 = as many as pay, of DLATTN_NUM_THREADS or the process's cores */
     int32_t reserved0;   /* zero */
+
+    /* ABI 1.1 */
+    double
+        dropout_probability; /* in [0, 1): each weight becomes 0 with it, the others are divided by 1 - it; lse is without */
+    uint64_t
+        dropout_seed; /* which weights: see docs/numerics.md, the same for forward and backward, whatever runs it */
+    uint64_t dropout_offset; /* another stream of the same seed */
+    int64_t
+        diagonal_offset; /* added to the alignment's offset: where a shard of a longer sequence lies; at most 2^31 - 1 */
+    int32_t block_q;     /* with block_mask: query rows and keys of one of its blocks, both at least 1 */
+    int32_t block_k;
+    DLDataType
+        query_dtype;      /* what a uint8 tensor holds, for frameworks that cannot export float8: {10, 8, 1} e4m3fn, */
+    DLDataType key_dtype; /* {12, 8, 1} e5m2; all zero: the tensor's own dtype */
+    DLDataType value_dtype;
+    int32_t reserved1; /* zero */
 } dlattn_forward_desc;
 
 /*
  * The tensors of one call, `T` being how they are handed over. Logical axes, any strides (0 broadcasts an input, negative ones
  * run backwards from element 0), byte_offset honoured, NULL strides = compact row-major, no extent above 2^31 - 1. On a GPU each
- * element is aligned to its own size. Optional ones are NULL. dtype E: float16, bfloat16, float32 or float64,
- * the same for query, key, value and output. All live on one device (kDLCPU or kDLCUDAHost; kDLCUDA or kDLCUDAManaged).
+ * element is aligned to its own size. Optional ones are NULL. All live on one device (kDLCPU or kDLCUDAHost; kDLCUDA or
+ * kDLCUDAManaged). dtype E: float16, bfloat16, float32 or float64, the same for query, key, value and output. Since 1.1 these
+ * four may differ (E is the output's then), and query, key and value may be float8_e4m3fn or float8_e5m2.
  *
  *   query          E  [B, H, Lq, D]           or packed [total_q, H, D] with cu_seqlens_q
  *   key            E  [B, H_kv, Lk, D]        or packed [total_k, H_kv, D] with cu_seqlens_k,
@@ -105,29 +129,48 @@ typedef struct dlattn_forward_desc {
  *   cu_seqlens_q   int32 [B + 1]              optional; ascending from 0 to total_q
  *   cu_seqlens_k   int32 [B + 1]              optional; ascending from 0 to total_k; goes with cu_seqlens_q
  *   block_table    int32 [B, max_pages]       optional; page of keys [n * page_size, (n + 1) * page_size) of batch b
+ * and since 1.1
+ *   query_segments int32 [B, Lq]              or packed [total_q]; optional, with key_segments: a key is visible to a row only
+ *   key_segments   int32 [B, Lk]              or packed [total_k]    if their numbers are equal (documents in one sequence)
+ *   block_mask     uint8 [B|1, H|1, ceil(Lq / block_q), ceil(Lk / block_k)]  optional; of each block of rows and keys:
+ *                                             0 = no key is visible, 1 = `mask` decides, 2 = `mask` is not read;
+ *                                             causal, window, lengths and segments hold in any case
+ *   query_scale    float32 [1] or [B|1, H|1]          optional; positive and finite: a query counts as query * query_scale
+ *   key_scale      float32 [1] or [B|1, H_kv|1],      with block_table [pages|1, H_kv|1]; optional; likewise
+ *   value_scale    float32 [1] or [B|1, H_kv|1],      with block_table [pages|1, H_kv|1]; optional; likewise
  *
  * A stride-0 head axis on both key and value is multi-query attention, whatever the head count says.
  * Output and lse share no element with each other or with an input; they may lie in turns with them in one buffer.
  * Entries of block_table for pages in which no row sees a key may be anything.
- * Integer tensors in host memory are checked before anything is written. On a GPU their values cannot be seen
+ * Integer tensors and scales in host memory are checked before anything is written. On a GPU their values cannot be seen
  * from the host: lengths are clamped to the extents, rows and keys outside them are neither read nor written.
  */
+#define DLATTN_TENSOR_LIST(SLOT, T)                                                                                    \
+    SLOT(T, query)                                                                                                     \
+    SLOT(T, key)                                                                                                       \
+    SLOT(T, value)                                                                                                     \
+    SLOT(T, output)                                                                                                    \
+    SLOT(T, lse)                                                                                                       \
+    SLOT(T, bias)                                                                                                      \
+    SLOT(T, mask)                                                                                                      \
+    SLOT(T, alibi_slopes)                                                                                              \
+    SLOT(T, sinks)                                                                                                     \
+    SLOT(T, query_lengths)                                                                                             \
+    SLOT(T, key_lengths)                                                                                               \
+    SLOT(T, cu_seqlens_q)                                                                                              \
+    SLOT(T, cu_seqlens_k)                                                                                              \
+    SLOT(T, block_table)                                                                                               \
+    SLOT(T, query_segments)                                                                                            \
+    SLOT(T, key_segments)                                                                                              \
+    SLOT(T, block_mask)                                                                                                \
+    SLOT(T, query_scale)                                                                                               \
+    SLOT(T, key_scale)                                                                                                 \
+    SLOT(T, value_scale)
+
+#define DLATTN_SLOT(T, name) T name;
 #define DLATTN_TENSOR_SLOTS(T)                                                                                         \
     size_t struct_size;                                                                                                \
-    T query;                                                                                                           \
-    T key;                                                                                                             \
-    T value;                                                                                                           \
-    T output;                                                                                                          \
-    T lse;                                                                                                             \
-    T bias;                                                                                                            \
-    T mask;                                                                                                            \
-    T alibi_slopes;                                                                                                    \
-    T sinks;                                                                                                           \
-    T query_lengths;                                                                                                   \
-    T key_lengths;                                                                                                     \
-    T cu_seqlens_q;                                                                                                    \
-    T cu_seqlens_k;                                                                                                    \
-    T block_table;
+    DLATTN_TENSOR_LIST(DLATTN_SLOT, T)
 
 /* Plain tensors, borrowed for the call. */
 typedef struct dlattn_tensors {
@@ -146,6 +189,95 @@ typedef struct dlattn_versioned_tensors {
     DLATTN_TENSOR_SLOTS(struct DLManagedTensorVersioned *)
 } dlattn_versioned_tensors;
 
+/*
+ * ABI 1.1. What backward() takes beside the call of forward(), whose output and lse (both required) are its inputs. Gradients of
+ *     loss = <d_output, output> + <d_lse, lse>
+ * with P_ij = exp(s_ij - lse_i), delta_i = <d_output_i, output_i> - d_lse_i, dS_ij = P_ij (<d_output_i, v_j> - delta_i)
+ * (FlashAttention, arXiv:2205.14135, algorithm 4; docs/numerics.md adds softcap, bias, ALiBi, sinks, scales and dropout):
+ *     d_value_j = sum_i P_ij d_output_i,   d_key_j = scale sum_i dS_ij q_i,   d_query_i = scale sum_j dS_ij k_j
+ *
+ *   d_output        in   as output, its dtype or float32
+ *   d_lse           in   optional; as lse, its dtype or float32
+ *   d_query         out  as query   each optional: NULL = not wanted, at least one is. Shaped as the tensor that it belongs to, of its
+ *   d_key           out  as key     dtype or float32; written whole; no stride 0, no element shared with another tensor. Where
+ *   d_value         out  as value   the tensor has an axis of extent 1 that stands for more, its gradient is the sum over them;
+ *   d_bias          out  as bias    where it has stride 0, its gradient has each element by itself
+ *   d_alibi_slopes  out  as alibi_slopes, float32
+ *   d_sinks         out  as sinks, float32
+ *
+ * What no row sees has gradient 0, and so have rows that see nothing, whatever stands there: NaN and infinity included. Paged
+ * keys are refused (DLATTN_UNSUPPORTED), and so are float8 tensors and scales.
+ */
+#define DLATTN_GRADIENT_LIST(SLOT, T)                                                                                  \
+    SLOT(T, d_output)                                                                                                  \
+    SLOT(T, d_lse)                                                                                                     \
+    SLOT(T, d_query)                                                                                                   \
+    SLOT(T, d_key)                                                                                                     \
+    SLOT(T, d_value)                                                                                                   \
+    SLOT(T, d_bias)                                                                                                    \
+    SLOT(T, d_alibi_slopes)                                                                                            \
+    SLOT(T, d_sinks)
+
+typedef struct dlattn_gradients {
+    size_t struct_size;
+    DLATTN_GRADIENT_LIST(DLATTN_SLOT, const DLTensor *)
+} dlattn_gradients;
+
+/*
+ * ABI 1.1. What merge() makes one of: results over disjoint parts of the keys of the same rows.
+ *     m_i = max_n lse_ni,  lse_i = m_i + ln sum_n exp(lse_ni - m_i),  output_i = sum_n exp(lse_ni - lse_i) output_ni
+ * A part with lse -inf has no weight, whatever its output holds; a row without any other gets output 0 and lse -inf. A sink
+ * belongs into one of the parts.
+ *
+ *   outputs[n]  E  [B, H, Lq, D_v]  or packed [total_q, H, D_v];   lses[n]  float32 or E  [B, H, Lq]  or packed [H, total_q]
+ *   output      E                                                  lse      float32 or E, optional
+ * All of one shape; E: float16, bfloat16, float32 or float64, each its own. output and lse may be outputs[n] and lses[n] for one n,
+ * at the same address with the same strides and dtype, and share no element with any other.
+ */
+typedef struct dlattn_partials {
+    size_t struct_size;
+    int64_t count; /* at least 1, at most 1024 */
+    const DLTensor *const *outputs;
+    const DLTensor *const *lses;
+    const DLTensor *output;
+    const DLTensor *lse;
+} dlattn_partials;
+
+/*
+ * ABI 1.1. What append() writes into a cache: row i of batch b becomes key (and value) cache_lengths[b] + i, converted to the
+ * cache's dtype (to nearest even; what is beyond the range of a float8 becomes its largest finite number; NaN stays NaN), after
+ * division by the scale if there is one. cache_lengths stays as it is.
+ *
+ *   key, value              E  [B, H_kv, Ln, D], [B, H_kv, Ln, D_v]  or packed [total, H_kv, D] with cu_seqlens
+ *   key_cache, value_cache  E or float8  [B, H_kv, capacity, D]      or pages [pages, H_kv, page_size, D] with block_table
+ *   cache_lengths           int32 [B]       rows that are there
+ *   new_lengths             int32 [B]       optional; rows of key and value from there on are left out
+ *   cu_seqlens              int32 [B + 1]   optional; ascending from 0 to total
+ *   block_table             int32 [B, max_pages]  optional
+ *   key_scale, value_scale  float32 [1] or [B|1, H_kv|1], with block_table [pages|1, H_kv|1]; optional; positive and finite
+ *
+ * Rows past the end of the cache are refused where host memory tells (CPU) and left out on a GPU. Nothing else of the cache is
+ * touched. The caches share no element with anything else; no two batches append to one page.
+ */
+#define DLATTN_APPEND_LIST(SLOT, T)                                                                                    \
+    SLOT(T, key)                                                                                                       \
+    SLOT(T, value)                                                                                                     \
+    SLOT(T, key_cache)                                                                                                 \
+    SLOT(T, value_cache)                                                                                               \
+    SLOT(T, cache_lengths)                                                                                             \
+    SLOT(T, new_lengths)                                                                                               \
+    SLOT(T, cu_seqlens)                                                                                                \
+    SLOT(T, block_table)                                                                                               \
+    SLOT(T, key_scale)                                                                                                 \
+    SLOT(T, value_scale)
+
+typedef struct dlattn_append_tensors {
+    size_t struct_size;
+    DLATTN_APPEND_LIST(DLATTN_SLOT, const DLTensor *)
+    DLDataType key_cache_dtype; /* what a uint8 cache holds; all zero: its own dtype */
+    DLDataType value_cache_dtype;
+} dlattn_append_tensors;
+
 /* ---- Where and with what to run it -------------------------------------------------------------------- */
 
 /* Calls body(body_ctx, i) once for each i in [0, count), on any threads in any order; returns when all are done. */
@@ -155,6 +287,9 @@ typedef void (*dlattn_parallel_for)(void *ctx, int64_t count, dlattn_parallel_bo
 /* dlattn_exec.flags. Managed calls take their tensors: once `tensors` and `exec` could be read, every deleter runs exactly once
  * before the call returns, whatever else is wrong, an unreadable desc included. */
 #define DLATTN_TAKE_OWNERSHIP UINT64_C(1)
+/* 1.1: the workspace holds zeros, and will hold zeros when the call has run: one that the caller clears once serves many
+ * calls, and some kernels then need one launch less. */
+#define DLATTN_WORKSPACE_IS_ZERO UINT64_C(2)
 
 /* How one call runs. All zero: default stream, no workspace, the library's own threads. */
 typedef struct dlattn_exec {
@@ -187,6 +322,13 @@ typedef struct dlattn_exec {
 #define DLATTN_FEATURE_UNALIGNED                                                                                       \
     UINT64_C(0x4000) /* a base or outer stride of query, key, value or output that is not a multiple of 16 bytes */
 #define DLATTN_FEATURE_LSE UINT64_C(0x8000)
+/* 1.1 */
+#define DLATTN_FEATURE_DROPOUT UINT64_C(0x10000)
+#define DLATTN_FEATURE_SEGMENTS UINT64_C(0x20000)
+#define DLATTN_FEATURE_BLOCK_MASK UINT64_C(0x40000)
+#define DLATTN_FEATURE_DIAGONAL_OFFSET UINT64_C(0x80000)
+#define DLATTN_FEATURE_MIXED_DTYPES UINT64_C(0x100000) /* query, key, value and output are not of one dtype */
+#define DLATTN_FEATURE_SCALES UINT64_C(0x200000)
 
 /* The kernel that a call gets, and what it guarantees. Strings are static. */
 typedef struct dlattn_sku {
@@ -207,13 +349,14 @@ typedef struct dlattn_sku {
     int32_t num_splits; /* parts in which the keys of one row are summed, then merged; 1 = whole */
     int32_t num_threads;
     int32_t reserved0;
+    const char *operation; /* 1.1: "forward", "backward", "merge", "append" */
 } dlattn_sku;
 
 /* One row of the kernel table. */
 typedef struct dlattn_kernel_info {
     size_t struct_size;
     const char *name;
-    const char *operation; /* "forward" */
+    const char *operation; /* "forward"; since 1.1 also "backward", "merge", "append" */
     const char *backend;
     const char *arch;
     const char *dtypes; /* "f32 f16 bf16" */
@@ -285,6 +428,22 @@ typedef struct dlattn_api {
     int32_t (*kernel_info)(int32_t index, dlattn_kernel_info *info);
     int32_t (*device_count)(void);
     int32_t (*device_info)(int32_t index, dlattn_device_info *info);
+
+    /* ABI 1.1. As their namesakes of forward; a plan is destroyed by plan_destroy and described by plan_sku. */
+    int32_t (*backward_query)(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                              const dlattn_gradients *gradients, dlattn_sku *sku);
+    int32_t (*backward)(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                        const dlattn_gradients *gradients, const dlattn_exec *exec);
+    int32_t (*backward_plan_create)(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                                    const dlattn_gradients *gradients, dlattn_plan **plan);
+    int32_t (*backward_plan_can_run)(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                                     const dlattn_gradients *gradients);
+    int32_t (*backward_plan_run)(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                                 const dlattn_gradients *gradients, const dlattn_exec *exec);
+    int32_t (*merge_query)(const dlattn_partials *partials, dlattn_sku *sku);
+    int32_t (*merge)(const dlattn_partials *partials, const dlattn_exec *exec);
+    int32_t (*append_query)(const dlattn_append_tensors *tensors, dlattn_sku *sku);
+    int32_t (*append)(const dlattn_append_tensors *tensors, const dlattn_exec *exec);
 } dlattn_api;
 
 /* The one exported function: the table of that major version, or NULL if this library does not serve it.

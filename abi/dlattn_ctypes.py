@@ -1,26 +1,24 @@
 """dlattn.h for Python programs that do without the package: its structs, its table of functions.
 
-Names and order are those of the header. What pointers point to stays the caller's to keep.
+Names and order are those of the header, whose lists of tensors are read here. What pointers point to stays the caller's to keep.
 """
 
 import ctypes
+import re
+from pathlib import Path
 
-SLOTS = [
-    "query",
-    "key",
-    "value",
-    "output",
-    "lse",
-    "bias",
-    "mask",
-    "alibi_slopes",
-    "sinks",
-    "query_lengths",
-    "key_lengths",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "block_table",
-]
+HEADER = Path(__file__).with_name("dlattn.h").read_text()
+
+
+def slots(name):
+    """The tensors of one list of the header, DLATTN_TENSOR_LIST and the like."""
+    (body,) = re.findall(rf"#define {name}\(SLOT, T\)((?:.*\\\n)*.*)", HEADER)
+    return re.findall(r"SLOT\(T, (\w+)\)", body)
+
+
+SLOTS = slots("DLATTN_TENSOR_LIST")
+GRADIENTS = slots("DLATTN_GRADIENT_LIST")
+APPEND = slots("DLATTN_APPEND_LIST")
 
 
 class DLTensor(ctypes.Structure):
@@ -42,9 +40,40 @@ class Sized(ctypes.Structure):
         super().__init__(struct_size=ctypes.sizeof(self), **fields)
 
 
+def tensor_fields(names):
+    return [("struct_size", ctypes.c_size_t)] + [
+        (name, ctypes.POINTER(DLTensor)) for name in names
+    ]
+
+
 class Tensors(Sized):
-    _fields_ = [("struct_size", ctypes.c_size_t)] + [
-        (name, ctypes.POINTER(DLTensor)) for name in SLOTS
+    _fields_ = tensor_fields(SLOTS)
+
+
+class Gradients(Sized):
+    _fields_ = tensor_fields(GRADIENTS)
+
+
+class Partials(Sized):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("count", ctypes.c_int64),
+        ("outputs", ctypes.POINTER(ctypes.POINTER(DLTensor))),
+        ("lses", ctypes.POINTER(ctypes.POINTER(DLTensor))),
+        ("output", ctypes.POINTER(DLTensor)),
+        ("lse", ctypes.POINTER(DLTensor)),
+    ]
+
+
+class DLDataType(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class AppendTensors(Sized):
+    _fields_ = [
+        *tensor_fields(APPEND),
+        ("key_cache_dtype", DLDataType),
+        ("value_cache_dtype", DLDataType),
     ]
 
 
@@ -63,6 +92,16 @@ class Desc(Sized):
         ("kernel", ctypes.c_char_p),
         ("num_threads", ctypes.c_int32),
         ("reserved0", ctypes.c_int32),
+        ("dropout_probability", ctypes.c_double),
+        ("dropout_seed", ctypes.c_uint64),
+        ("dropout_offset", ctypes.c_uint64),
+        ("diagonal_offset", ctypes.c_int64),
+        ("block_q", ctypes.c_int32),
+        ("block_k", ctypes.c_int32),
+        ("query_dtype", DLDataType),
+        ("key_dtype", DLDataType),
+        ("value_dtype", DLDataType),
+        ("reserved1", ctypes.c_int32),
     ]
 
 
@@ -90,7 +129,16 @@ class Sku(Sized):
         ("workspace_bytes", ctypes.c_size_t),
         ("workspace_alignment", ctypes.c_size_t),
         ("numbers", ctypes.c_int32 * 8),
+        ("operation", ctypes.c_char_p),
     ]
+
+
+# The functions of the table, in its order, behind struct_size and the two versions: how many arguments each takes.
+TABLE = HEADER[HEADER.index("typedef struct dlattn_api {") : HEADER.index("} dlattn_api;")]
+FUNCTIONS = {
+    name: 0 if parameters == "void" else parameters.count(",") + 1
+    for name, parameters in re.findall(r"\(\*(\w+)\)\(([^)]*)\)", TABLE)
+}
 
 
 class Api:
@@ -99,12 +147,12 @@ class Api:
     def __init__(self, path):
         library = ctypes.CDLL(path)
         library.dlattn_get_api.restype = ctypes.c_void_p
-        slots = (ctypes.c_void_p * 12).from_address(library.dlattn_get_api(1) + 16)
-        self.last_error = ctypes.CFUNCTYPE(ctypes.c_char_p)(slots[1])
-        three = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-        self.query, self.forward, self.plan_create, self.plan_run = (
-            three(slots[i]) for i in (3, 4, 7, 11)
-        )
+        slots = (ctypes.c_void_p * len(FUNCTIONS)).from_address(library.dlattn_get_api(1) + 16)
+        for (name, count), slot in zip(FUNCTIONS.items(), slots):
+            result = ctypes.c_char_p if name in ("version", "last_error") else ctypes.c_int32
+            arguments = [ctypes.c_void_p] * count
+            setattr(self, name, ctypes.CFUNCTYPE(result, *arguments)(slot))
+        self.query = self.forward_query
 
     def check(self, status):
         if status:

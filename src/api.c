@@ -1,5 +1,4 @@
-/* The exported table. A call copies the caller's structs into its own, builds the problem, chooses
- * and launches. */
+/* The exported table. A call copies the caller's structs into its own, builds the problem, chooses a row and launches it. */
 #include "abi/dlattn.h"
 #include "src/caps.h"
 #include "src/cuda_driver.h"
@@ -22,14 +21,17 @@ struct dlattn_plan {
 
 /* ---- Structs that may be older or newer than this library ------------------------------------ */
 
-/* Bytes of each struct in ABI 1.0: the least that a caller may hand over, for ever. */
+/* Bytes of each struct in the version that it came with: the least that a caller may hand over, for ever. */
 enum {
     DESC_1_0 = 88,
     TENSORS_1_0 = 120,
     EXEC_1_0 = 56,
     SKU_1_0 = 104,
     KERNEL_INFO_1_0 = 80,
-    DEVICE_INFO_1_0 = 288
+    DEVICE_INFO_1_0 = 288,
+    GRADIENTS_1_1 = 72,
+    PARTIALS_1_1 = 48,
+    APPEND_1_1 = 96
 };
 
 /* Copies the part that both sides know. */
@@ -75,27 +77,13 @@ static void copy_out(void *theirs, const void *own, size_t own_size) {
 
 #define COPY_IN(own, theirs, least) copy_in(&(own), sizeof(own), least, theirs, #theirs)
 
-/* ---- Forward --------------------------------------------------------------------------------- */
+/* ---- Every operation ------------------------------------------------------------------------- */
 
-/* The problem of a call; `desc` is this library's own copy. */
-static int32_t build(struct problem *p, const dlattn_forward_desc *desc,
-                     const dlattn_tensors *tensors, bool with_data, struct caps *caps) {
-    dlattn_tensors t;
-    int32_t status = COPY_IN(t, tensors, TENSORS_1_0);
-    if (status == DLATTN_OK)
-        status = problem_build(p, desc, &t, with_data);
-    if (status == DLATTN_OK)
-        status = caps_get(caps, p->backend, p->device_id);
+static int32_t find_caps(struct problem *p, struct caps *caps) {
+    const int32_t status = caps_get(caps, p->backend, p->device_id);
     if (status == DLATTN_OK && p->threads == 0)
         p->threads = plan_threads(p, caps->threads);
     return status;
-}
-
-static int32_t choose(struct plan *plan, struct problem *p, const dlattn_forward_desc *desc,
-                      const dlattn_tensors *tensors, bool with_data) {
-    struct caps caps;
-    int32_t status = build(p, desc, tensors, with_data, &caps);
-    return status == DLATTN_OK ? plan_choose(plan, p, &caps) : status;
 }
 
 static int32_t check_workspace(const struct plan *plan, const dlattn_exec *e) {
@@ -113,11 +101,22 @@ static int32_t check_workspace(const struct plan *plan, const dlattn_exec *e) {
 
 static int32_t read_exec(dlattn_exec *own, const dlattn_exec *exec) {
     int32_t status = copy_in(own, sizeof *own, EXEC_1_0, exec, "exec");
-    if (status == DLATTN_OK && own->flags & ~DLATTN_TAKE_OWNERSHIP)
+    if (status == DLATTN_OK && own->flags & ~(DLATTN_TAKE_OWNERSHIP | DLATTN_WORKSPACE_IS_ZERO))
         return fail(DLATTN_UNSUPPORTED,
                     "exec.flags: 0x%llx has bits that this library does not know",
                     (unsigned long long)own->flags);
     return status;
+}
+
+/* For rows that do not leave the zeros that they were given. */
+static int32_t clear_workspace(const struct plan *plan, const struct problem *p,
+                               const dlattn_exec *e) {
+    if (plan->workspace_bytes == 0)
+        return DLATTN_OK;
+    if (p->backend == BACKEND_CUDA)
+        return cuda_clear(p->device_id, e->workspace, plan->workspace_bytes, e->stream);
+    memset(e->workspace, 0, plan->workspace_bytes);
+    return DLATTN_OK;
 }
 
 static int32_t launch(const struct plan *plan, const struct problem *p, const dlattn_exec *exec) {
@@ -133,48 +132,147 @@ static int32_t launch(const struct plan *plan, const struct problem *p, const dl
         status = cuda_check_pointers(p, e.workspace);
     if (status != DLATTN_OK)
         return status;
+    const bool zero = e.flags & DLATTN_WORKSPACE_IS_ZERO;
     const struct exec run = {
         .stream = e.stream,
         .workspace = e.workspace,
+        .workspace_is_zero = zero && plan->kernel->keeps_zero,
         .parallel_for = e.parallel_for,
         .parallel_ctx = e.parallel_ctx,
     };
-    return plan->kernel->launch(plan, p, &run);
+    status = plan->kernel->launch(plan, p, &run);
+    return status == DLATTN_OK && zero && !plan->kernel->keeps_zero ? clear_workspace(plan, p, &e)
+                                                                    : status;
 }
 
-static int32_t forward_query(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
-                             dlattn_sku *sku) {
-    dlattn_forward_desc d;
-    struct problem p;
+/* Chooses and runs a problem that has been built. */
+static int32_t run(struct problem *p, const dlattn_exec *exec) {
     struct plan plan;
+    struct caps caps;
+    int32_t status = find_caps(p, &caps);
+    if (status == DLATTN_OK)
+        status = plan_choose(&plan, p, &caps);
+    return status == DLATTN_OK ? launch(&plan, p, exec) : status;
+}
+
+/* What run() would use. */
+static int32_t describe(struct problem *p, dlattn_sku *sku) {
+    struct plan plan;
+    struct caps caps;
     dlattn_sku own = {0};
-    int32_t status = check_out(sku, SKU_1_0, "sku");
+    int32_t status = find_caps(p, &caps);
     if (status == DLATTN_OK)
-        status = COPY_IN(d, desc, DESC_1_0);
-    if (status == DLATTN_OK)
-        status = choose(&plan, &p, &d, tensors, false);
+        status = plan_choose(&plan, p, &caps);
     if (status != DLATTN_OK)
         return status;
-    plan_describe(&plan, &p, &own);
+    plan_describe(&plan, p, &own);
     copy_out(sku, &own, sizeof own);
     return DLATTN_OK;
 }
 
-/* forward(), and the problem that it was. */
-static int32_t forward_problem(struct problem *p, const dlattn_forward_desc *desc,
-                               const dlattn_tensors *tensors, const dlattn_exec *exec) {
-    dlattn_forward_desc d;
-    struct plan plan;
-    int32_t status = COPY_IN(d, desc, DESC_1_0);
+/* ---- Forward and backward -------------------------------------------------------------------- */
+
+/* `gradients` is NULL for forward; `own_desc` receives the options. */
+static int32_t build(struct problem *p, dlattn_forward_desc *own_desc,
+                     const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                     const dlattn_gradients *gradients, bool with_data) {
+    dlattn_tensors t;
+    dlattn_gradients g;
+    int32_t status = copy_in(own_desc, sizeof *own_desc, DESC_1_0, desc, "desc");
     if (status == DLATTN_OK)
-        status = choose(&plan, p, &d, tensors, true);
-    return status == DLATTN_OK ? launch(&plan, p, exec) : status;
+        status = COPY_IN(t, tensors, TENSORS_1_0);
+    if (status == DLATTN_OK && gradients)
+        status = COPY_IN(g, gradients, GRADIENTS_1_1);
+    return status == DLATTN_OK ? problem_build(p, own_desc, &t, gradients ? &g : NULL, with_data)
+                               : status;
+}
+
+static int32_t check_gradients(const dlattn_gradients *gradients) {
+    return gradients ? DLATTN_OK : fail(DLATTN_INVALID_ARGUMENT, "gradients: is NULL");
+}
+
+static int32_t attention_query(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                               const dlattn_gradients *gradients, dlattn_sku *sku) {
+    dlattn_forward_desc d;
+    struct problem p;
+    int32_t status = check_out(sku, SKU_1_0, "sku");
+    if (status == DLATTN_OK)
+        status = build(&p, &d, desc, tensors, gradients, false);
+    return status == DLATTN_OK ? describe(&p, sku) : status;
+}
+
+static int32_t forward_query(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                             dlattn_sku *sku) {
+    return attention_query(desc, tensors, NULL, sku);
+}
+
+static int32_t backward_query(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                              const dlattn_gradients *gradients, dlattn_sku *sku) {
+    const int32_t status = check_gradients(gradients);
+    return status == DLATTN_OK ? attention_query(desc, tensors, gradients, sku) : status;
 }
 
 static int32_t forward(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
                        const dlattn_exec *exec) {
+    dlattn_forward_desc d;
     struct problem p;
-    return forward_problem(&p, desc, tensors, exec);
+    const int32_t status = build(&p, &d, desc, tensors, NULL, true);
+    return status == DLATTN_OK ? run(&p, exec) : status;
+}
+
+static int32_t backward(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                        const dlattn_gradients *gradients, const dlattn_exec *exec) {
+    dlattn_forward_desc d;
+    struct problem p;
+    int32_t status = check_gradients(gradients);
+    if (status == DLATTN_OK)
+        status = build(&p, &d, desc, tensors, gradients, true);
+    return status == DLATTN_OK ? run(&p, exec) : status;
+}
+
+/* ---- Merge and append ------------------------------------------------------------------------ */
+
+static int32_t merge_problem(struct problem *p, dlattn_partials *own,
+                             const dlattn_partials *partials, bool with_data) {
+    const int32_t status = copy_in(own, sizeof *own, PARTIALS_1_1, partials, "partials");
+    return status == DLATTN_OK ? merge_build(p, own, with_data) : status;
+}
+
+static int32_t merge_query(const dlattn_partials *partials, dlattn_sku *sku) {
+    dlattn_partials own;
+    struct problem p;
+    int32_t status = check_out(sku, SKU_1_0, "sku");
+    if (status == DLATTN_OK)
+        status = merge_problem(&p, &own, partials, false);
+    return status == DLATTN_OK ? describe(&p, sku) : status;
+}
+
+static int32_t merge(const dlattn_partials *partials, const dlattn_exec *exec) {
+    dlattn_partials own;
+    struct problem p;
+    const int32_t status = merge_problem(&p, &own, partials, true);
+    return status == DLATTN_OK ? run(&p, exec) : status;
+}
+
+static int32_t append_problem(struct problem *p, const dlattn_append_tensors *tensors,
+                              bool with_data) {
+    dlattn_append_tensors t;
+    const int32_t status = COPY_IN(t, tensors, APPEND_1_1);
+    return status == DLATTN_OK ? append_build(p, &t, with_data) : status;
+}
+
+static int32_t append_query(const dlattn_append_tensors *tensors, dlattn_sku *sku) {
+    struct problem p;
+    int32_t status = check_out(sku, SKU_1_0, "sku");
+    if (status == DLATTN_OK)
+        status = append_problem(&p, tensors, false);
+    return status == DLATTN_OK ? describe(&p, sku) : status;
+}
+
+static int32_t append(const dlattn_append_tensors *tensors, const dlattn_exec *exec) {
+    struct problem p;
+    const int32_t status = append_problem(&p, tensors, true);
+    return status == DLATTN_OK ? run(&p, exec) : status;
 }
 
 /* ---- Managed tensors ------------------------------------------------------------------------- */
@@ -195,6 +293,7 @@ static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
     struct managed_slots slots;
     dlattn_tensors tensors;
     dlattn_exec e;
+    dlattn_forward_desc d;
     struct problem p = {.backend = BACKEND_CPU};
     int32_t status = copy_in(&slots, sizeof slots, TENSORS_1_0, managed, "tensors");
     if (status == DLATTN_OK)
@@ -204,7 +303,9 @@ static int32_t forward_owned(enum managed kind, const dlattn_forward_desc *desc,
     const bool owned = e.flags & DLATTN_TAKE_OWNERSHIP;
     status = managed_open(kind, &slots, &tensors);
     if (status == DLATTN_OK)
-        status = forward_problem(&p, desc, &tensors, exec);
+        status = build(&p, &d, desc, &tensors, NULL, true);
+    if (status == DLATTN_OK)
+        status = run(&p, exec);
     if (owned) {
         status = wait_for_gpu(status, &p, e.stream);
         managed_release(kind, &slots);
@@ -243,15 +344,15 @@ static void plan_unaligned(dlattn_plan *plan, const struct caps *caps) {
     }
 }
 
-static int32_t plan_create(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
-                           dlattn_plan **plan) {
+static int32_t make_plan(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                         const dlattn_gradients *gradients, dlattn_plan **plan) {
     dlattn_plan made;
     struct caps caps;
     if (!plan)
         return fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
-    int32_t status = COPY_IN(made.desc, desc, DESC_1_0);
+    int32_t status = build(&made.problem, &made.desc, desc, tensors, gradients, false);
     if (status == DLATTN_OK)
-        status = build(&made.problem, &made.desc, tensors, false, &caps);
+        status = find_caps(&made.problem, &caps);
     if (status == DLATTN_OK)
         status = plan_choose(&made.choice, &made.problem, &caps);
     if (status != DLATTN_OK)
@@ -268,24 +369,42 @@ static int32_t plan_create(const dlattn_forward_desc *desc, const dlattn_tensors
     return DLATTN_OK;
 }
 
+static int32_t plan_create(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                           dlattn_plan **plan) {
+    return make_plan(desc, tensors, NULL, plan);
+}
+
+static int32_t backward_plan_create(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                                    const dlattn_gradients *gradients, dlattn_plan **plan) {
+    const int32_t status = check_gradients(gradients);
+    return status == DLATTN_OK ? make_plan(desc, tensors, gradients, plan) : status;
+}
+
 static void plan_destroy(dlattn_plan *plan) { free(plan); }
 
-/* The problem of these tensors under the plan's options, refused unless it is the one planned for.
- */
-static int32_t plan_problem(const dlattn_plan *plan, const dlattn_tensors *tensors, bool with_data,
-                            struct problem *p) {
-    dlattn_tensors t;
+/* The problem of these tensors under the plan's options, refused unless it is the one planned for. */
+static int32_t plan_problem(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                            const dlattn_gradients *gradients, bool with_data, struct problem *p) {
+    dlattn_forward_desc d;
     if (!plan)
         return fail(DLATTN_INVALID_ARGUMENT, "plan: is NULL");
-    int32_t status = COPY_IN(t, tensors, TENSORS_1_0);
-    if (status == DLATTN_OK)
-        status = problem_build(p, &plan->desc, &t, with_data);
+    if ((plan->problem.operation == BACKWARD) != (gradients != NULL))
+        return fail(DLATTN_INVALID_ARGUMENT, "plan: was made for %s",
+                    operation_name(plan->problem.operation));
+    const int32_t status = build(p, &d, &plan->desc, tensors, gradients, with_data);
     return status == DLATTN_OK ? problem_check_same(&plan->problem, p) : status;
 }
 
 static int32_t plan_can_run(const dlattn_plan *plan, const dlattn_tensors *tensors) {
     struct problem p;
-    return plan_problem(plan, tensors, false, &p);
+    return plan_problem(plan, tensors, NULL, false, &p);
+}
+
+static int32_t backward_plan_can_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                                     const dlattn_gradients *gradients) {
+    struct problem p;
+    const int32_t status = check_gradients(gradients);
+    return status == DLATTN_OK ? plan_problem(plan, tensors, gradients, false, &p) : status;
 }
 
 static int32_t plan_sku(const dlattn_plan *plan, dlattn_sku *sku) {
@@ -300,10 +419,10 @@ static int32_t plan_sku(const dlattn_plan *plan, dlattn_sku *sku) {
     return DLATTN_OK;
 }
 
-static int32_t plan_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
-                        const dlattn_exec *exec) {
+static int32_t run_plan(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                        const dlattn_gradients *gradients, const dlattn_exec *exec) {
     struct problem p;
-    int32_t status = plan_problem(plan, tensors, true, &p);
+    const int32_t status = plan_problem(plan, tensors, gradients, true, &p);
     if (status != DLATTN_OK)
         return status;
     const bool aligned = (p.features & ~plan->choice.kernel->features) == 0;
@@ -316,18 +435,20 @@ static int32_t plan_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
     return launch(choice, &p, exec);
 }
 
+static int32_t plan_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                        const dlattn_exec *exec) {
+    return run_plan(plan, tensors, NULL, exec);
+}
+
+static int32_t backward_plan_run(const dlattn_plan *plan, const dlattn_tensors *tensors,
+                                 const dlattn_gradients *gradients, const dlattn_exec *exec) {
+    const int32_t status = check_gradients(gradients);
+    return status == DLATTN_OK ? run_plan(plan, tensors, gradients, exec) : status;
+}
+
 /* ---- Listings -------------------------------------------------------------------------------- */
 
 static int32_t kernel_count(void) { return kernel_table_size; }
-
-static const char *dtype_list(uint32_t dtypes) {
-    static const char *const lists[1 << DTYPE_COUNT] = {
-        "",         "f64",          "f32",          "f64 f32",          "f16",      "f64 f16",
-        "f32 f16",  "f64 f32 f16",  "bf16",         "f64 bf16",         "f32 bf16", "f64 f32 bf16",
-        "f16 bf16", "f64 f16 bf16", "f32 f16 bf16", "f64 f32 f16 bf16",
-    };
-    return lists[dtypes];
-}
 
 static bool available(const struct kernel *k) {
     struct caps caps;
@@ -350,7 +471,7 @@ static int32_t kernel_info(int32_t index, dlattn_kernel_info *info) {
     const struct kernel *k = &kernel_table[index];
     const dlattn_kernel_info own = {
         .name = k->name,
-        .operation = "forward",
+        .operation = operation_name(k->operation),
         .backend = k->backend == BACKEND_CPU ? "cpu" : "cuda",
         .arch = k->arch,
         .dtypes = dtype_list(k->dtypes),
@@ -403,6 +524,15 @@ const dlattn_api *dlattn_get_api(uint32_t major) {
         .kernel_info = kernel_info,
         .device_count = device_count,
         .device_info = device_info,
+        .backward_query = backward_query,
+        .backward = backward,
+        .backward_plan_create = backward_plan_create,
+        .backward_plan_can_run = backward_plan_can_run,
+        .backward_plan_run = backward_plan_run,
+        .merge_query = merge_query,
+        .merge = merge,
+        .append_query = append_query,
+        .append = append,
     };
     return major == DLATTN_ABI_MAJOR ? &api : NULL;
 }

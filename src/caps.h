@@ -2,7 +2,7 @@
 #ifndef DLATTN_CAPS_H_
 #define DLATTN_CAPS_H_
 
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 /* Capabilities of the CPU, found once. DLATTN_CPU limits them to the named sets ("avx2,avx512" or
  * "none"). */

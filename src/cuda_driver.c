@@ -74,6 +74,7 @@ struct launch_config {
       (const struct launch_config *config, CUkernel function, void **parameters, void **extra))    \
     F(cuPointerGetAttributes, (unsigned count, int *attributes, void **values, uint64_t pointer))  \
     F(cuStreamSynchronize, (CUstream stream))                                                      \
+    F(cuMemsetD8Async, (uint64_t address, unsigned char value, size_t count, CUstream stream))     \
     F(cuThreadExchangeStreamCaptureMode, (int *mode))                                              \
     F(cuTensorMapEncodeTiled,                                                                      \
       (void *map, int type, uint32_t rank, void *address, const uint64_t *extent,                  \
@@ -238,8 +239,6 @@ static int32_t check_pointer(const char *name, const void *data, int32_t device)
     int attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_IS_MANAGED,
                         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL};
     void *values[] = {&type, &managed, &ordinal};
-    if (!data)
-        return DLATTN_OK;
     /* For memory that CUDA does not know this succeeds and leaves the type 0. */
     TRY(cuPointerGetAttributes, 3, attributes, values, (uint64_t)(uintptr_t)data);
     if (managed)
@@ -254,33 +253,17 @@ static int32_t check_pointer(const char *name, const void *data, int32_t device)
     return DLATTN_OK;
 }
 
+static int32_t check_view(void *ctx, const char *name, const struct view *view) {
+    const struct problem *p = *(const struct problem *const *)ctx;
+    /* Without elements the address may be anything. */
+    const bool empty = (view == &p->key || view == &p->value) && p->batch * p->len_k == 0;
+    return empty ? DLATTN_OK : check_pointer(name, view->data, p->device_id);
+}
+
 int32_t cuda_check_pointers(const struct problem *p, const void *workspace) {
-    const struct {
-        const char *name;
-        const void *data;
-    } all[] = {
-        {"query", p->query.data},
-        {"key", p->batch * p->len_k ? p->key.data : NULL},
-        {"value", p->batch * p->len_k ? p->value.data : NULL},
-        {"output", p->output.data},
-        {"lse", p->lse.data},
-        {"bias", p->bias.data},
-        {"mask", p->mask.data},
-        {"alibi_slopes", p->alibi_slopes.data},
-        {"sinks", p->sinks.data},
-        {"query_lengths", p->query_lengths.data},
-        {"key_lengths", p->key_lengths.data},
-        {"cu_seqlens_q", p->cu_seqlens_q.data},
-        {"cu_seqlens_k", p->cu_seqlens_k.data},
-        {"block_table", p->block_table.data},
-        {"workspace", workspace},
-    };
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-        const int32_t status = check_pointer(all[i].name, all[i].data, p->device_id);
-        if (status != DLATTN_OK)
-            return status;
-    }
-    return DLATTN_OK;
+    const int32_t status = problem_visit(p, check_view, &p);
+    return status == DLATTN_OK && workspace ? check_pointer("workspace", workspace, p->device_id)
+                                            : status;
 }
 
 /* ---- Launching ------------------------------------------------------------------------------------------------ */
@@ -396,6 +379,19 @@ int32_t cuda_synchronize(int32_t device, void *stream) {
     const CUresult error = cu.cuStreamSynchronize(stream);
     leave(entered);
     return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuStreamSynchronize");
+}
+
+int32_t cuda_clear(int32_t device, void *data, size_t bytes, void *stream) {
+    struct device *d;
+    bool entered = false;
+    int32_t status = open_device(&d, device);
+    if (status == DLATTN_OK)
+        status = enter(d, &entered);
+    if (status != DLATTN_OK)
+        return status;
+    const CUresult error = cu.cuMemsetD8Async((uint64_t)(uintptr_t)data, 0, bytes, stream);
+    leave(entered);
+    return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuMemsetD8Async");
 }
 
 int32_t cuda_tensor_map(struct cuda_tensor_map *map, int32_t device, enum dtype dtype,

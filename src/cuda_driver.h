@@ -7,7 +7,7 @@
 #ifndef DLATTN_CUDA_DRIVER_H_
 #define DLATTN_CUDA_DRIVER_H_
 
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 #include <stdatomic.h>
 
@@ -54,6 +54,9 @@ int32_t cuda_launch_early(struct cuda_kernel *kernel, int32_t device, int64_t bl
 
 /* Waits for a stream: only where the ABI says that a call does. */
 int32_t cuda_synchronize(int32_t device, void *stream);
+
+/* Enqueues zeros. */
+int32_t cuda_clear(int32_t device, void *data, size_t bytes, void *stream);
 
 /* A tensor map for the copy engine of sm_90 (CUtensorMap, 128 bytes, 64-byte aligned): a tile of a 16-bit tensor of
  * `rank` axes, innermost first. `stride` has rank - 1 entries in bytes. Swizzle: bytes, 0, 32, 64 or 128. Pure.

@@ -1,31 +1,19 @@
 #include "src/dlpack.h"
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 #include <string.h>
 
 typedef struct DLManagedTensorVersioned managed_versioned;
 
-static const char *const slot_names[] = {
-    "query",       "key",          "value",        "output",      "lse",
-    "bias",        "mask",         "alibi_slopes", "sinks",       "query_lengths",
-    "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table",
-};
-_Static_assert(sizeof slot_names / sizeof slot_names[0] == TENSOR_SLOTS, "one name for each slot");
-
-static bool is_output(int slot) {
-    return slot == (offsetof(dlattn_tensors, output) - sizeof(size_t)) / sizeof(void *) ||
-           slot == (offsetof(dlattn_tensors, lse) - sizeof(size_t)) / sizeof(void *);
-}
-
 static int32_t open_versioned(managed_versioned *m, int slot, const DLTensor **out) {
     if (m->version.major != DLPACK_MAJOR_VERSION) /* nothing past `flags` may be read then */
         return fail(DLATTN_VERSION_MISMATCH,
-                    "%s: DLPack major version is %u, this library reads %d", slot_names[slot],
-                    m->version.major, DLPACK_MAJOR_VERSION);
-    if (is_output(slot) && m->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
+                    "%s: DLPack major version is %u, this library reads %d",
+                    attention_slots[slot].name, m->version.major, DLPACK_MAJOR_VERSION);
+    if (attention_slots[slot].written && m->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
         return fail(DLATTN_INVALID_ARGUMENT,
-                    "%s: is READ_ONLY (flags 0x%llx), an output must be writable", slot_names[slot],
-                    (unsigned long long)m->flags);
+                    "%s: is READ_ONLY (flags 0x%llx), an output must be writable",
+                    attention_slots[slot].name, (unsigned long long)m->flags);
     *out = &m->dl_tensor;
     return DLATTN_OK;
 }

@@ -2,11 +2,9 @@
 #ifndef DLATTN_DLPACK_H_
 #define DLATTN_DLPACK_H_
 
-#include "abi/dlattn.h"
+#include "src/slots.h"
 
 enum managed { MANAGED, MANAGED_VERSIONED };
-
-enum { TENSOR_SLOTS = (sizeof(dlattn_tensors) - sizeof(size_t)) / sizeof(void *) };
 
 /* dlattn_managed_tensors or dlattn_versioned_tensors: both are a size and the same pointers. */
 struct managed_slots {

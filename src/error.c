@@ -1,6 +1,6 @@
 /* Status names and the thread's last message. */
 #include "src/error.h"
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 #include <stdarg.h>
 #include <stdio.h>

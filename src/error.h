@@ -1,5 +1,4 @@
-/* The thread's last failure; fail() itself is declared in kernels/kernel.h, because kernels call it
- * too. */
+/* The thread's last failure; fail() itself is declared in kernel.h, because kernels call it, too. */
 #ifndef DLATTN_ERROR_H_
 #define DLATTN_ERROR_H_
 

@@ -23,6 +23,7 @@ bool kernel_available(const struct kernel *k, const struct caps *caps) {
 
 /* How far a row gets with a problem; the row that gets furthest is the nearest one. */
 enum fit {
+    OTHER_OPERATION,
     OTHER_DEVICE,
     OTHER_ROW,
     NEEDS_MACHINE,
@@ -33,19 +34,33 @@ enum fit {
     FITS
 };
 
+/* Of the tensors that a row computes with. */
+static uint32_t dtypes_of(const struct problem *p) {
+    uint32_t dtypes = DTYPE_BIT(p->dtype);
+    if (p->features & DLATTN_FEATURE_MIXED_DTYPES)
+        dtypes |= DTYPE_BIT(p->key.dtype) | DTYPE_BIT(p->value.dtype);
+    if (p->features & DLATTN_FEATURE_MIXED_DTYPES && p->operation == APPEND)
+        dtypes |= DTYPE_BIT(p->key_cache.dtype) | DTYPE_BIT(p->value_cache.dtype);
+    else if (p->features & DLATTN_FEATURE_MIXED_DTYPES)
+        dtypes |= DTYPE_BIT(p->output.dtype);
+    return dtypes;
+}
+
 static enum fit fit(struct plan *plan, const struct kernel *k, const struct problem *p,
                     const struct caps *caps) {
+    if (k->operation != p->operation)
+        return OTHER_OPERATION;
     if (k->backend != p->backend)
         return OTHER_DEVICE;
     if (p->kernel && strcmp(p->kernel, k->name) != 0)
         return OTHER_ROW;
     if (!kernel_available(k, caps))
         return NEEDS_MACHINE;
-    if (!(k->dtypes & DTYPE_BIT(p->dtype)))
+    if (dtypes_of(p) & ~k->dtypes)
         return LACKS_DTYPE;
     if (p->dim_qk > k->max_head_dim || p->dim_v > k->max_head_dim_v)
         return LACKS_HEAD_DIM;
-    if (p->features & ~k->features)
+    if (p->features & ~k->features || (k->any_order && !p->any_order))
         return LACKS_FEATURE;
     *plan = (struct plan){
         .kernel = k,
@@ -63,8 +78,10 @@ static int32_t refuse(const struct problem *p, const struct kernel *nearest, enu
     const char *device = p->backend == BACKEND_CPU ? "the CPU" : "this GPU";
     char missing[256];
     switch (how) {
+    case OTHER_OPERATION:
     case OTHER_DEVICE:
-        return fail(DLATTN_UNSUPPORTED, "this build has no kernel for %s", device);
+        return fail(DLATTN_UNSUPPORTED, "this build has no kernel for %s on %s",
+                    operation_name(p->operation), device);
     case OTHER_ROW:
         return fail(DLATTN_INVALID_ARGUMENT, "kernel: there is no row \"%s\" for %s", p->kernel,
                     device);
@@ -72,9 +89,8 @@ static int32_t refuse(const struct problem *p, const struct kernel *nearest, enu
         return fail(DLATTN_UNSUPPORTED, "no kernel for %s: %s needs %s", device, nearest->name,
                     nearest->arch);
     case LACKS_DTYPE:
-        return fail(DLATTN_UNSUPPORTED,
-                    "no kernel for %s on %s: the nearest, %s, does not take this dtype",
-                    dtype_name(p->dtype), device, nearest->name);
+        return fail(DLATTN_UNSUPPORTED, "no kernel for %s on %s: the nearest, %s, takes %s",
+                    dtype_list(dtypes_of(p)), device, nearest->name, dtype_list(nearest->dtypes));
     case LACKS_HEAD_DIM:
         return fail(DLATTN_UNSUPPORTED,
                     "no kernel on %s for head_dim %lld and head_dim_v %lld: the nearest, %s, goes "
@@ -86,16 +102,18 @@ static int32_t refuse(const struct problem *p, const struct kernel *nearest, enu
                     "no kernel on %s for this problem: the nearest, %s, lacks: %s", device,
                     nearest->name,
                     feature_names(p->features & ~nearest->features, missing, sizeof missing));
-    default:
-        return fail(DLATTN_UNSUPPORTED, "kernel %s declines this problem on %s%s%s", nearest->name,
-                    device, why ? ": " : "", why ? why : "");
+    case DECLINES:
+    case FITS:
+        break;
     }
+    return fail(DLATTN_UNSUPPORTED, "kernel %s declines this problem on %s%s%s", nearest->name,
+                device, why ? ": " : "", why ? why : "");
 }
 
 int32_t plan_choose(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const struct kernel *nearest = NULL;
     const char *why = NULL;
-    enum fit best = OTHER_DEVICE;
+    enum fit best = OTHER_OPERATION;
     for (int32_t i = 0; i < kernel_table_size; i++) {
         enum fit how = fit(plan, &kernel_table[i], p, caps);
         if (how == FITS)
@@ -110,7 +128,9 @@ int32_t plan_choose(struct plan *plan, const struct problem *p, const struct cap
 }
 
 int32_t plan_threads(const struct problem *p, int32_t most) {
-    const double keys = (double)p->batch * (double)p->len_k * (double)(p->dim_qk + p->dim_v),
+    const double passes = p->operation == BACKWARD ? 2.5 : 1; /* 5 products instead of 2 */
+    const double keys =
+                     passes * (double)p->batch * (double)p->len_k * (double)(p->dim_qk + p->dim_v),
                  products = keys * (double)p->heads_q * (double)p->len_q,
                  bytes = keys * (double)p->heads_kv * (double)dtype_bytes(p->dtype);
     const double worth = products / (1 << 20) + bytes / (1 << 18);
@@ -128,8 +148,9 @@ void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku 
     sku->workspace_bytes = plan->workspace_bytes;
     sku->workspace_alignment = plan->workspace_alignment;
     sku->contiguous = p->contiguous;
-    sku->deterministic = 1;
-    sku->bit_stable = 1;
+    sku->operation = operation_name(k->operation);
+    sku->deterministic = !k->any_order;
+    sku->bit_stable = !k->any_order;
     sku->tile_q = plan->tile_q;
     sku->tile_k = plan->tile_k;
     sku->num_splits = plan->splits;

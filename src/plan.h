@@ -2,7 +2,7 @@
 #ifndef DLATTN_PLAN_H_
 #define DLATTN_PLAN_H_
 
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 /* The first row that accepts, with its numbers. Pure: any problem on any machine, no device is
  * asked. When nothing accepts, the message names the nearest row and what it lacks. */

@@ -9,8 +9,7 @@
  */
 #define _GNU_SOURCE
 #include "src/threads.h"
-#include "kernels/kernel.h"
-#include "src/caps.h"
+#include "src/kernel.h"
 
 #include <limits.h>
 #include <linux/futex.h>
@@ -36,7 +35,7 @@ static struct {
     int32_t threads; /* started, the caller's own not counted; guarded by `taken` */
 } pool;
 
-int32_t threads_default(void) {
+static int32_t count_threads(void) {
     const char *wish = getenv("DLATTN_NUM_THREADS");
     long n = wish ? strtol(wish, NULL, 10) : 0;
     cpu_set_t set;
@@ -44,6 +43,15 @@ int32_t threads_default(void) {
         n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
                                                         : sysconf(_SC_NPROCESSORS_ONLN);
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : (int32_t)n;
+}
+
+static int32_t most_threads;
+static pthread_once_t most_threads_once = PTHREAD_ONCE_INIT;
+static void find_most_threads(void) { most_threads = count_threads(); }
+
+int32_t threads_default(void) {
+    pthread_once(&most_threads_once, find_most_threads);
+    return most_threads;
 }
 
 static void futex_wait(_Atomic uint32_t *word, uint32_t while_value) {
@@ -134,7 +142,7 @@ static void start_threads(int32_t wanted) {
 }
 
 static void run_pooled(int32_t workers, dlattn_parallel_body body, void *ctx) {
-    const int32_t wanted = (workers < caps_cpu()->threads ? workers : caps_cpu()->threads) - 1;
+    const int32_t wanted = (workers < threads_default() ? workers : threads_default()) - 1;
     if (pool.threads < wanted)
         start_threads(wanted);
     const uint32_t count = (uint32_t)workers;

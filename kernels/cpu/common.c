@@ -1,5 +1,5 @@
 #include "kernels/cpu/common.h"
-#include "kernels/element.h"
+#include "src/element.h"
 
 #define LN_2 0.6931471805599453
 
@@ -14,7 +14,7 @@ int64_t group_of(const struct problem *p) { return p->heads_kv > 0 ? p->heads_q 
 struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int64_t i) {
     const int64_t m = b * p->mask.stride[0] + h * p->mask.stride[1] + i * p->mask.stride[2];
     return (struct extra_row){
-        .bias = p->bias.data ? element_at(&p->bias, p->bias_dtype, b, h, i) : NULL,
+        .bias = p->bias.data ? element_at(&p->bias, p->bias.dtype, b, h, i) : NULL,
         .mask = p->mask.data ? (const uint8_t *)p->mask.data + m : NULL,
     };
 }
@@ -112,7 +112,7 @@ float end_row(const struct problem *p, const struct sequence *s, int64_t b, int6
         const double none = p->empty_lse_inf ? INFINITY : -INFINITY;
         const double lse = sum == 0 ? none : LN_2 * (base + (double)log2f(sum));
         store_element(
-            p->lse.data, p->lse_dtype,
+            p->lse.data, p->lse.dtype,
             b * p->lse.stride[0] + h * p->lse.stride[1] + (s->q_start + i) * p->lse.stride[2], lse);
     }
     return sum == 0 ? 0 : shrink / sum;

@@ -2,7 +2,7 @@
 #ifndef DLATTN_CPU_COMMON_H_
 #define DLATTN_CPU_COMMON_H_
 
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 #include <math.h>
 

@@ -4,6 +4,8 @@
 #define VALUE_PAIRS 2
 #include "kernels/cpu/decode_template.h"
 
+ROW_FUNCTIONS(cpu_decode_avx2);
+
 bool cpu_decode_avx2_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
     return decode_plan(plan, p);

@@ -4,6 +4,8 @@
 #define VALUE_PAIRS 4
 #include "kernels/cpu/decode_template.h"
 
+ROW_FUNCTIONS(cpu_decode_avx512);
+
 bool cpu_decode_avx512_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
     return decode_plan(plan, p);

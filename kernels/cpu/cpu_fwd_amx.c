@@ -537,6 +537,8 @@ static const struct forward_body *body_of(const struct problem *p) {
     return p->dtype == DTYPE_BF16 ? &body_bf16 : p->dtype == DTYPE_F16 ? &body_f16 : &body_f32;
 }
 
+ROW_FUNCTIONS(cpu_fwd_amx);
+
 bool cpu_fwd_amx_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
     /* f32 only where it is asked for: 1.4 times as fast as by FMA on a core of its own, 0.75 times on one whose other thread

@@ -10,6 +10,8 @@
 #include "kernels/cpu/forward_products.h"
 #include "kernels/cpu/forward_row.h"
 
+ROW_FUNCTIONS(cpu_fwd_avx2);
+
 bool cpu_fwd_avx2_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
     return forward_plan(plan, p, &body);

@@ -31,6 +31,8 @@ VEC_FN static struct operand load_value(float *to, const struct rows *rows, int3
 
 #include "kernels/cpu/forward_row.h"
 
+ROW_FUNCTIONS(cpu_fwd_avx512bf16);
+
 bool cpu_fwd_avx512bf16_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     if (!p->kernel && !(caps->cpu & CPU_FAST_AVX512BF16))
         return false;

@@ -4,6 +4,8 @@
 #define VECTORS 2
 #include "kernels/cpu/f64_template.h"
 
+ROW_FUNCTIONS(cpu_fwd_f64_avx2);
+
 bool cpu_fwd_f64_avx2_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     (void)caps;
     return f64_plan(plan, p, &body);

@@ -4,7 +4,7 @@
  * do not depend on how many threads there are or which of them was faster.
  */
 #include "kernels/cpu/decode.h"
-#include "kernels/element.h"
+#include "src/element.h"
 #include "kernels/ref/ref.h"
 
 #include <math.h>
@@ -119,7 +119,7 @@ static void start_part(const struct call *c, const struct task *t, struct part *
 static const float *load_extra(const struct call *c, const struct task *t,
                                const struct part_tile *tile, float *extra) {
     const struct problem *p = t->p;
-    const struct extra_layout layout = {p->bias_dtype, p->bias.stride[3], p->mask.stride[3]};
+    const struct extra_layout layout = {p->bias.dtype, p->bias.stride[3], p->mask.stride[3]};
     float line[DECODE_TILE_K];
     if (!p->bias.data && !p->mask.data)
         return NULL;

@@ -4,7 +4,7 @@
  * keys into tiles depends on the shape alone, so no bit depends on the number of threads or on the size of a task.
  */
 #include "kernels/cpu/f64.h"
-#include "kernels/element.h"
+#include "src/element.h"
 #include "kernels/ref/ref.h"
 
 #include <math.h>
@@ -202,7 +202,7 @@ static void load_extra_row(double *to, const struct problem *p, const struct ext
     for (int64_t j = 0; j < n; j++)
         to[j] = 0;
     for (int64_t j = 0; j < n && row->bias; j++)
-        to[j] = load_element(row->bias, p->bias_dtype, (first_key + j) * p->bias.stride[3]);
+        to[j] = load_element(row->bias, p->bias.dtype, (first_key + j) * p->bias.stride[3]);
     for (int64_t j = 0; j < n && row->mask; j++)
         if (!row->mask[(first_key + j) * p->mask.stride[3]])
             memcpy(to + j, &hidden, sizeof hidden);
@@ -283,7 +283,7 @@ static double end_lane(const struct task *t, struct query_row r, double max, dou
     }
     if (p->lse.data) {
         const double none = p->empty_lse_inf ? INFINITY : -INFINITY;
-        store_element(p->lse.data, p->lse_dtype,
+        store_element(p->lse.data, p->lse.dtype,
                       t->b * p->lse.stride[0] + r.h * p->lse.stride[1] +
                           (t->s.q_start + r.i) * p->lse.stride[2],
                       sum == 0 ? none : max + log(sum));

@@ -7,7 +7,7 @@
  * neither on the number of threads nor on the size of a task.
  */
 #include "kernels/cpu/forward.h"
-#include "kernels/element.h"
+#include "src/element.h"
 #include "kernels/ref/ref.h"
 
 #include <math.h>
@@ -184,7 +184,7 @@ static const float *load_extra(const struct call *c, const struct task *t, int64
     struct query_row row = query_row_at(t, first_row);
     for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
         rows[lane] = extra_row_at(p, t->b, row.h, row.i);
-    const struct extra_layout layout = {p->bias_dtype, p->bias.stride[3], p->mask.stride[3]};
+    const struct extra_layout layout = {p->bias.dtype, p->bias.stride[3], p->mask.stride[3]};
     c->body->load_extra(w->extra, rows, &layout, b, first_key, n, w->rows);
     return w->extra;
 }

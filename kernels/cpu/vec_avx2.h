@@ -2,7 +2,7 @@
 #ifndef DLATTN_VEC_AVX2_H_
 #define DLATTN_VEC_AVX2_H_
 
-#include "kernels/element.h"
+#include "src/element.h"
 
 #include <immintrin.h>
 

@@ -2,7 +2,7 @@
 #ifndef DLATTN_REF_H_
 #define DLATTN_REF_H_
 
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 /* Bytes of scratch that cpu_fwd_ref_row needs, a multiple of 64. */
 size_t cpu_fwd_ref_row_bytes(const struct problem *p);

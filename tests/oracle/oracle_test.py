@@ -1,152 +1,12 @@
-"""The reference row against an oracle: docs/numerics.md written in NumPy, in float64.
+"""The reference rows against an oracle: docs/numerics.md written in NumPy, in float64 (formula.py)."""
 
-Nothing here knows how the plugin computes: features meet as they do in the formula.
-"""
-
-import ctypes
-import os
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
+import plugin
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "abi"))
-from dlattn_ctypes import Api, Desc, DLTensor, Exec, Tensors
-
-# ---- The plugin
-
-WINDOW, EXACT_SCALE, EMPTY_LSE_INF = 1, 2, 4
-# DLPack codes and bits by NumPy's names; u2 are the bits of bfloat16.
-DTYPES = {"f8": (2, 64), "f4": (2, 32), "f2": (2, 16), "i4": (0, 32), "u1": (1, 8), "u2": (4, 16)}
-
-
-def dl_tensor(array):
-    strides = [s // array.itemsize for s in array.strides]
-    numbers = ctypes.c_int64 * array.ndim
-    code, bits = DTYPES[array.dtype.str[1:]]
-    cpu = (ctypes.c_int32 * 2)(1, 0)
-    return DLTensor(
-        array.ctypes.data,
-        cpu,
-        array.ndim,
-        code,
-        bits,
-        1,
-        numbers(*array.shape),
-        numbers(*strides),
-        0,
-    )
-
-
-def forward(arrays, **options):
-    """Runs the reference row; arrays by slot, strided as they are."""
-    held = {slot: dl_tensor(array) for slot, array in arrays.items()}
-    tensors = Tensors(**{slot: ctypes.pointer(t) for slot, t in held.items()})
-    desc = Desc(kernel=b"cpu_fwd_ref", num_threads=1, **options)
-    workspace = np.zeros(1 << 20, np.uint8)
-    start = -workspace.ctypes.data % 64
-    run = Exec(workspace=workspace.ctypes.data + start, workspace_bytes=workspace.size - start)
-    api = Api(os.environ["DLATTN_LIBRARY"])
-    api.check(api.forward(*map(ctypes.addressof, (desc, tensors, run))))
-
-
-# ---- The oracle
-
-
-def sequences(arrays):
-    """Per batch entry: its query, key and value as [H, L, D], and the rows of a packed output."""
-    q, k, v = arrays["query"], arrays["key"], arrays["value"]
-    cu_q, cu_k, table = (
-        arrays.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table")
-    )
-    for b in range(len(cu_q) - 1 if cu_q is not None else len(q)):
-        rows = slice(cu_q[b], cu_q[b + 1]) if cu_q is not None else None
-        keys = slice(cu_k[b], cu_k[b + 1]) if cu_k is not None else None
-        query = q[b] if rows is None else q[rows].transpose(1, 0, 2)
-        if table is not None:
-            used = -(-int(arrays["key_lengths"][b]) // k.shape[2])
-            key, value = (
-                np.concatenate([x[0][:, :0], *(x[p] for p in table[b, :used])], axis=1)
-                for x in (k, v)
-            )
-        elif keys is not None:
-            key, value = k[keys].transpose(1, 0, 2), v[keys].transpose(1, 0, 2)
-        else:
-            key, value = k[b], v[b]
-        yield b, rows, query, key, value
-
-
-def oracle(arrays, options):
-    """Output and lse for every sequence: [(where, output [H, L, Dv], lse [H, L])]."""
-    flags = options.get("flags", 0)
-    results = []
-    for b, rows, query, key, value in sequences(arrays):
-        heads, length = query.shape[:2]
-        key_count = (
-            min(key.shape[1], int(arrays["key_lengths"][b]))
-            if "key_lengths" in arrays
-            else key.shape[1]
-        )
-        row_count = (
-            min(length, int(arrays["query_lengths"][b])) if "query_lengths" in arrays else length
-        )
-        key, value = (
-            np.repeat(x[:, :key_count], heads // x.shape[0], axis=0) for x in (key, value)
-        )
-        scale = options.get("scale", 0)
-        if scale == 0 and not flags & EXACT_SCALE:
-            scale = query.shape[2] ** -0.5
-        score = scale * np.einsum("hid,hjd->hij", query, key)
-        if options.get("softcap"):
-            score = options["softcap"] * np.tanh(score / options["softcap"])
-        i = np.arange(length)[:, None] + (key_count - row_count if options.get("alignment") else 0)
-        j = np.arange(key_count)[None, :]
-        seen = np.broadcast_to(
-            np.arange(length)[:, None] < row_count, (heads, length, key_count)
-        ).copy()
-        if options.get("causal"):
-            seen &= j <= i
-        if flags & WINDOW and options["window_left"] >= 0:
-            seen &= j >= i - options["window_left"]
-        if flags & WINDOW and options["window_right"] >= 0:
-            seen &= j <= i + options["window_right"]
-
-        def extra(name, b=b, heads=heads, length=length, key_count=key_count):
-            x = arrays[name]
-            x = x[b if len(x) > 1 else 0]
-            x = np.broadcast_to(
-                x, (heads, *(w if n == 1 else n for n, w in zip(x.shape[1:], (length, key_count))))
-            )
-            return x[:, :length, :key_count]
-
-        if "bias" in arrays:
-            score = score + extra("bias")
-        if "mask" in arrays:
-            seen &= extra("mask") != 0
-        if "alibi_slopes" in arrays:
-            slopes = arrays["alibi_slopes"]
-            score = score - (slopes[b] if slopes.ndim == 2 else slopes)[:, None, None] * np.abs(
-                i - j
-            )
-        score = np.where(seen, score, -np.inf)
-        sink = arrays["sinks"][:, None] if "sinks" in arrays else np.full((heads, 1), -np.inf)
-        sink = np.where(np.arange(length)[None] < length, sink, -np.inf)
-        most = np.maximum(score.max(axis=2, initial=-np.inf), sink)
-        safe = np.where(np.isfinite(most), most, 0)
-        weight = np.exp(score - safe[:, :, None])
-        total = weight.sum(axis=2) + np.exp(sink - safe)
-        output = (
-            np.einsum("hij,hjd->hid", weight, value) / np.where(total == 0, 1, total)[:, :, None]
-        )
-        with np.errstate(divide="ignore"):
-            lse = safe + np.log(total)
-        if flags & EMPTY_LSE_INF:
-            lse = np.where(total == 0, np.inf, lse)
-        results.append((b, rows, output, lse))
-    return results
-
+from formula import forward as oracle
+from plugin import EMPTY_LSE_INF, EXACT_SCALE, WINDOW, forward
 
 # ---- Cases
 
@@ -197,6 +57,24 @@ CASES = {
         ("bias", "mask", "alibi", "sinks", "lengths"),
     ),
     "transposed": ({"causal": 1}, ("transposed",)),
+    "offset": ({"causal": 1, "diagonal_offset": 3}, ()),
+    "offset_back": (window(4, 2, diagonal_offset=-5, **BOTTOM), ("lengths", "alibi")),
+    "segments": ({}, ("segments",)),
+    "segments_causal": ({"causal": 1}, ("segments", "mask")),
+    "segments_varlen": (BOTTOM, ("varlen_q", "varlen_k", "segments")),
+    "segments_paged": ({}, ("paged", "segments")),
+    "block_mask": ({"block_q": 2, "block_k": 4}, ("block_mask",)),
+    "block_mask_mask": ({"block_q": 3, "block_k": 2, "causal": 1}, ("block_mask", "mask")),
+    "block_mask_heads": ({"block_q": 8, "block_k": 3}, ("block_mask_heads", "mask")),
+    "dropout": ({"dropout_probability": 0.3, "dropout_seed": 7}, ()),
+    "dropout_offset": (
+        {"dropout_probability": 0.6, "dropout_seed": 1 << 40 | 5, "dropout_offset": 1 << 35 | 9},
+        ("sinks", "mask", "mask_rows"),
+    ),
+    "dropout_varlen": ({"dropout_probability": 0.5, "causal": 1}, ("varlen_q", "varlen_k")),
+    "scales": ({}, ("scales",)),
+    "scales_heads": ({"softcap": 2.0}, ("scales_heads",)),
+    "scales_paged": ({}, ("paged", "scales_heads")),
     "no_keys": ({}, ("no_keys",)),
     "no_keys_sinks": ({}, ("no_keys", "sinks")),
 }
@@ -253,7 +131,33 @@ def make_arrays(parts, rng):
         arrays["alibi_slopes"] = rng.random((B, H)).astype(np.float32)
     if "sinks" in parts:
         arrays["sinks"] = rng.normal(size=H).astype(np.float32)
+    add_of_1_1(arrays, parts, rng)
     return arrays
+
+
+def add_of_1_1(arrays, parts, rng):
+    """Segments, block masks and scales."""
+    packed_q, packed_k, paged = (x in parts for x in ("varlen_q", "varlen_k", "paged"))
+    keys = 12 if paged else LK
+    if "segments" in parts:
+        q_shape = (PACKED_Q[-1],) if packed_q else (B, LQ)
+        k_shape = (PACKED_K[-1],) if packed_k else (B, keys)
+        arrays["query_segments"] = np.sort(rng.integers(0, 3, q_shape)).astype(np.int32)
+        arrays["key_segments"] = np.sort(rng.integers(0, 3, k_shape)).astype(np.int32)
+    if "block_mask" in parts:
+        blocks = CASES["block_mask_mask" if "mask" in parts else "block_mask"][0]
+        shape = (B, 1, -(-LQ // blocks["block_q"]), -(-LK // blocks["block_k"]))
+        arrays["block_mask"] = rng.integers(0, 3, shape).astype(np.uint8)
+    if "block_mask_heads" in parts:
+        arrays["block_mask"] = rng.integers(0, 3, (1, H, 1, 4)).astype(np.uint8)
+    if "scales" in parts:
+        for name in ("query_scale", "key_scale", "value_scale"):
+            arrays[name] = rng.uniform(0.5, 2, 1).astype(np.float32)
+    if "scales_heads" in parts:
+        entries = 10 if paged else B
+        arrays["query_scale"] = rng.uniform(0.5, 2, (B, H)).astype(np.float32)
+        arrays["key_scale"] = rng.uniform(0.5, 2, (entries, HKV)).astype(np.float32)
+        arrays["value_scale"] = rng.uniform(0.5, 2, (entries, 1)).astype(np.float32)
 
 
 def compare(arrays, expected, tolerance):
@@ -304,3 +208,48 @@ def test_narrow_types(name):
     for b, _, output, lse in oracle(exact, {"causal": 1}):
         np.testing.assert_allclose(exact["output"][b], output, rtol=unit * 0.5001, atol=1e-12)
         np.testing.assert_allclose(narrow["lse"][b], lse, rtol=2.0**-23, atol=1e-7)
+
+
+# ---- Float8: every number of both formats, from the definition in arXiv:2209.05433
+
+
+def float8(code, exponent_bits, mantissa_bits):
+    """What the byte is; None: infinity or NaN."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    sign = -1 if code & 0x80 else 1
+    exponent, mantissa = (code & 0x7F) >> mantissa_bits, code & (2**mantissa_bits - 1)
+    if exponent_bits == 5 and exponent == 31 or exponent_bits == 4 and code & 0x7F == 0x7F:
+        return None
+    if exponent == 0:
+        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
+    return sign * (2**mantissa_bits + mantissa) * 2.0 ** (exponent - bias - mantissa_bits)
+
+
+FORMATS = {"e4m3": (4, 3), "e5m2": (5, 2)}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_float8(name):
+    """One key with weight 1 whose value is each finite number."""
+    codes = np.array([c for c in range(256) if float8(c, *FORMATS[name]) is not None], np.uint8)
+    arrays = {
+        "query": np.zeros((1, 1, 1, 1)),
+        "key": np.zeros((1, 1, 1, 1)),
+        "value": codes.reshape(1, 1, 1, -1).copy(),
+        "output": np.zeros((1, 1, 1, len(codes))),
+    }
+    forward(arrays, value_dtype=plugin.FLOAT8[name])
+    wanted = [float8(int(c), *FORMATS[name]) for c in codes]
+    np.testing.assert_array_equal(arrays["output"].ravel(), wanted)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float8_with_scales(name):
+    rng = np.random.default_rng(3)
+    codes = {s: rng.integers(0, 0x70, (2, 4 if s == "query" else 2, 5, 8)).astype(np.uint8) for s in ("query", "key", "value")}
+    scales = {f"{s}_scale": rng.uniform(0.01, 0.02, (2, 4 if s == "query" else 1)).astype(np.float32) for s in codes}
+    wide = {s: np.vectorize(lambda c: float8(int(c), *FORMATS[name]))(x).astype(float) for s, x in codes.items()}
+    results = {"output": np.zeros((2, 4, 5, 8)), "lse": np.zeros((2, 4, 5))}
+    held = {f"{s}_dtype": plugin.FLOAT8[name] for s in codes}
+    forward({**codes, **scales, **results}, causal=1, **held)
+    compare(results, oracle({**wide, **scales}, {"causal": 1}), 1e-12)

@@ -73,9 +73,9 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
             (aligned(&p->value, bytes, p->dim_v) ? FWD_ALIGNED_VALUE : 0) |
             (aligned(&p->output, bytes, p->dim_v) ? FWD_ALIGNED_OUTPUT : 0) |
             (p->bottom_right ? FWD_BOTTOM_RIGHT : 0) | (p->empty_lse_inf ? FWD_EMPTY_LSE_INF : 0) |
-            (p->lse_dtype == DTYPE_F32 ? FWD_LSE_F32 : 0) |
-            (p->bias_dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0) |
-            (paired(&p->bias, dtype_bytes(p->bias_dtype)) ? FWD_PAIRED_BIAS : 0) |
+            (p->lse.dtype == DTYPE_F32 ? FWD_LSE_F32 : 0) |
+            (p->bias.dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0) |
+            (paired(&p->bias, dtype_bytes(p->bias.dtype)) ? FWD_PAIRED_BIAS : 0) |
             (paired(&p->mask, 1) ? FWD_PAIRED_MASK : 0),
         .row_blocks = (int32_t)row_blocks(p, tile_q),
         .scale = p->scale,

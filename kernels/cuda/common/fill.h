@@ -3,7 +3,7 @@
 #define DLATTN_CUDA_FILL_H_
 
 #include "kernels/cuda/common/params.h"
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 
 /* True if lengths and counts fit the kernels' 32-bit indices, and blocks of the plan's tile_q rows a grid; else plan->why. */
 bool fwd_fits(struct plan *plan, const struct problem *p);

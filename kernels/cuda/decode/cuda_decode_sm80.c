@@ -72,6 +72,8 @@ static int64_t splits_of(const struct problem *p, const struct tile *t, const st
     return most(1, least(wanted, MOST_SPLITS));
 }
 
+ROW_FUNCTIONS(cuda_decode_sm80);
+
 bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const struct tile *t = choose(p, caps);
     if (!t || (p->dim_qk | p->dim_v) % 8 != 0 || !suits(p, caps))

@@ -26,6 +26,8 @@ static struct tile {
 };
 enum { TILES = sizeof tiles / sizeof tiles[0] };
 
+ROW_FUNCTIONS(cuda_fwd_simt);
+
 bool cuda_fwd_simt_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     for (int32_t i = 0; i < TILES; i++) {
         const struct tile *t = &tiles[i];

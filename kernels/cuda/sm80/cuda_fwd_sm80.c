@@ -63,6 +63,8 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
            (t->keys < 128 || is_long(t, p, caps));
 }
 
+ROW_FUNCTIONS(cuda_fwd_sm80);
+
 bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const struct tile *best = NULL;
     for (const struct tile *t = tiles; t < tiles + TILES; t++) {

@@ -1,6 +1,6 @@
 /* Forward attention for f16 and bf16 on Hopper: TMA, wgmma, warp specialisation. See docs/cuda-sm90.md. */
 #include "kernels/cuda/sm90/params.h"
-#include "kernels/kernel.h"
+#include "src/kernel.h"
 #include "src/cuda_driver.h"
 
 #include <math.h>
@@ -100,6 +100,8 @@ static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t
     }
     return true;
 }
+
+ROW_FUNCTIONS(cuda_fwd_sm90);
 
 bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     if (!(p->scale > 0) || p->dim_v % 8 != 0 || p->len_k == 0 || p->len_k > SM90_MAX_LENGTH ||
@@ -226,7 +228,7 @@ static void fill_problem(struct sm90_params *params, const struct problem *p) {
         .query_lengths_stride = p->query_lengths.stride[0],
         .key_lengths_stride = p->key_lengths.stride[0],
         .bottom_right = p->bottom_right,
-        .lse_is_element = p->lse_dtype != DTYPE_F32,
+        .lse_is_element = p->lse.dtype != DTYPE_F32,
         .empty_lse = p->empty_lse_inf ? INFINITY : -INFINITY,
         .scale = (float)p->scale,
         .scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * log2_e),

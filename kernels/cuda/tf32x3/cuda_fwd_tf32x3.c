@@ -39,6 +39,8 @@ static bool filled(const struct tile *t, const struct caps *caps) {
     return fwd_blocks(caps, t->kernel.shared_memory_bytes) >= t->blocks;
 }
 
+ROW_FUNCTIONS(cuda_fwd_tf32x3);
+
 bool cuda_fwd_tf32x3_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const struct tile *best = NULL;
     for (const struct tile *t = tiles; t < tiles + TILES && !(best && filled(best, caps)); t++) {

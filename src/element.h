@@ -1,9 +1,10 @@
-/* f16 and bf16 as bits, one element at a time: for reference code and the edges of fast code. */
+/* Elements of every dtype as bits, one at a time: for reference code and the edges of fast code. */
 #ifndef DLATTN_ELEMENT_H_
 #define DLATTN_ELEMENT_H_
 
-#include "src/problem.h"
+#include "src/dtype.h"
 
+#include <math.h>
 #include <string.h>
 
 static inline uint32_t float_bits(float x) {
@@ -49,32 +50,80 @@ static inline uint16_t float_to_half(float x) {
     return (uint16_t)(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
+/* The float8 formats of Micikevicius et al., arXiv:2209.05433. e5m2 is the upper half of an f16; e4m3fn has no infinity, its
+ * NaN is all ones. */
+static inline float e5m2_to_float(uint8_t bits) { return half_to_float((uint16_t)(bits << 8)); }
+
+static inline float e4m3_to_float(uint8_t bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    const float size = (bits & 0x7f) == 0x7f ? NAN
+                       : exponent == 0       ? ldexpf((float)mantissa, -9)
+                                             : ldexpf((float)(8 + mantissa), exponent - 10);
+    return bits & 0x80 ? -size : size;
+}
+
+/* To nearest even, what is beyond `largest` to that, NaN to NaN: a float8 whose mantissa has `mantissa` bits, whose smallest
+ * normal number is 2^least, and whose NaN is `nan`. */
+static inline uint8_t to_float8(double x, int mantissa, int least, double largest, uint8_t nan) {
+    const uint8_t sign = signbit(x) ? 0x80 : 0;
+    double size = fabs(x);
+    int exponent;
+    if (isnan(x))
+        return nan | sign;
+    size = size > largest ? largest : size;
+    frexp(size, &exponent); /* size < 2^exponent */
+    exponent = size > 0 && exponent - 1 > least ? exponent - 1 : least;
+    /* In units of the last place; the carry of a rounding goes into the exponent by itself. */
+    const int units = (int)rint(ldexp(size, mantissa - exponent));
+    const int bits = units + ((exponent - least) << mantissa);
+    return (uint8_t)(sign | bits);
+}
+
+static inline uint8_t double_to_e4m3(double x) { return to_float8(x, 3, -6, 448, 0x7f); }
+static inline uint8_t double_to_e5m2(double x) { return to_float8(x, 2, -14, 57344, 0x7e); }
+
 /* Element `offset` of an array of `dtype`; no alignment assumed. */
 static inline double load_element(const void *data, enum dtype dtype, int64_t offset) {
     const char *at = (const char *)data + offset * dtype_bytes(dtype);
-    double wide;
+    double wide = 0;
     float single;
     uint16_t half;
+    uint8_t byte;
     switch (dtype) {
     case DTYPE_F64:
         memcpy(&wide, at, sizeof wide);
-        return wide;
+        break;
     case DTYPE_F32:
         memcpy(&single, at, sizeof single);
-        return single;
+        wide = (double)single;
+        break;
     case DTYPE_F16:
         memcpy(&half, at, sizeof half);
-        return half_to_float(half);
-    default:
+        wide = (double)half_to_float(half);
+        break;
+    case DTYPE_BF16:
         memcpy(&half, at, sizeof half);
-        return bf16_to_float(half);
+        wide = (double)bf16_to_float(half);
+        break;
+    case DTYPE_E4M3:
+        memcpy(&byte, at, sizeof byte);
+        wide = (double)e4m3_to_float(byte);
+        break;
+    case DTYPE_E5M2:
+        memcpy(&byte, at, sizeof byte);
+        wide = (double)e5m2_to_float(byte);
+        break;
+    case DTYPE_COUNT:
+        break;
     }
+    return wide;
 }
 
 static inline void store_element(void *data, enum dtype dtype, int64_t offset, double value) {
     char *at = (char *)data + offset * dtype_bytes(dtype);
     const float single = (float)value;
     uint16_t half;
+    uint8_t byte;
     switch (dtype) {
     case DTYPE_F64:
         memcpy(at, &value, sizeof value);
@@ -86,9 +135,19 @@ static inline void store_element(void *data, enum dtype dtype, int64_t offset, d
         half = float_to_half(single);
         memcpy(at, &half, sizeof half);
         break;
-    default:
+    case DTYPE_BF16:
         half = float_to_bf16(single);
         memcpy(at, &half, sizeof half);
+        break;
+    case DTYPE_E4M3:
+        byte = double_to_e4m3(value);
+        memcpy(at, &byte, sizeof byte);
+        break;
+    case DTYPE_E5M2:
+        byte = double_to_e5m2(value);
+        memcpy(at, &byte, sizeof byte);
+        break;
+    case DTYPE_COUNT:
         break;
     }
 }

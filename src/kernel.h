@@ -1,6 +1,6 @@
 /*
- * The contract between the core and a kernel. A kernel is one row of kernels.inc and one file of
- * that name.
+ * The contract between the core and a kernel. A kernel is one row of kernels/kernels.inc and one file of that name; docs/add-a-kernel.md
+ * says what it must keep. Kernels include what stands in src/, and nothing of src/ includes theirs.
  */
 #ifndef DLATTN_KERNEL_H_
 #define DLATTN_KERNEL_H_
@@ -46,36 +46,42 @@ struct plan {
 struct exec {
     void *stream;
     void *workspace;
+    bool
+        workspace_is_zero; /* only where the row has keeps_zero: it may rely on that, and leaves it so */
     dlattn_parallel_for parallel_for;
     void *parallel_ctx;
 };
 
 struct kernel {
     const char *name;
+    enum operation operation;
     enum backend backend;
     const char *arch;
     uint32_t cpu_needs;     /* CPU_* bits, all needed */
     int32_t sm_min, sm_max; /* CUDA: inclusive range of compute capabilities */
-    uint32_t dtypes;        /* DTYPE_BIT()s */
+    uint32_t
+        dtypes; /* DTYPE_BIT()s of query, key, value and output; the row takes mixtures with MIXED_DTYPES */
     int32_t max_head_dim, max_head_dim_v;
     uint64_t features;              /* DLATTN_FEATURE_* */
     const char *math, *accumulator; /* NULL: the problem's own */
     int32_t tile_q, tile_k;
-    /* Refines a plan whose kernel, tiles and threads are set: splits, variant, workspace. False:
-     * this row does not want the problem after all (too small, say), try the next. Pure. */
+    bool reference; /* the truth for others, not a choice to be proud of */
+    bool
+        any_order; /* its sums depend on who finishes first: only for calls with DLATTN_ANY_ORDER */
+    bool keeps_zero; /* knows exec.workspace_is_zero */
+    /* Refines a plan whose kernel, tiles and threads are set: splits, variant, workspace. False: this row does not want the
+     * problem after all (too small, say), try the next. Pure. */
     bool (*plan)(struct plan *plan, const struct problem *p, const struct caps *caps);
-    /* Runs (CPU) or enqueues (CUDA). Called with every check done and the workspace large enough.
-     */
+    /* Runs (CPU) or enqueues (CUDA). Called with every check done and the workspace large enough. */
     int32_t (*launch)(const struct plan *plan, const struct problem *p, const struct exec *exec);
 };
 
-/* NAME_plan() and NAME_launch() of every row. */
-#define KERNEL(name, ...)                                                                          \
+/* Declares the two functions of a row, in its file and in the table. */
+#define ROW_FUNCTIONS(name)                                                                        \
     bool name##_plan(struct plan *, const struct problem *, const struct caps *);                  \
-    int32_t name##_launch(const struct plan *, const struct problem *, const struct exec *);
-#include "kernels/kernels.inc"
-#undef KERNEL
+    int32_t name##_launch(const struct plan *, const struct problem *, const struct exec *)
 
+/* kernels/table.c */
 extern const struct kernel kernel_table[];
 extern const int32_t kernel_table_size;
 

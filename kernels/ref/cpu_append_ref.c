@@ -1,0 +1,63 @@
+/* The truth of append: element by element, rounded once from double. */
+#include "src/element.h"
+#include "src/kernel.h"
+
+#include <stdatomic.h>
+
+struct call {
+    const struct problem *p;
+    _Atomic int64_t next_row;
+};
+
+struct row {
+    struct sequence s;
+    int64_t b, g, i;
+};
+
+/* Position of row i in the cache, and the scale that goes with it. */
+static void append_row(const struct problem *p, const struct row *r, const struct view *from,
+                       const struct view *cache, const struct view *scale, int64_t dim) {
+    const int64_t at = r->s.k_len + r->i, paged = p->features & DLATTN_FEATURE_PAGED;
+    const int64_t entry = paged ? problem_page(p, r->b, at) : r->b,
+                  l = paged ? at % p->page_size : at;
+    const int64_t source = r->b * from->stride[0] + r->g * from->stride[1] +
+                           (r->s.q_start + r->i) * from->stride[2],
+                  target =
+                      entry * cache->stride[0] + r->g * cache->stride[1] + l * cache->stride[2];
+    const double factor = scale->data
+                              ? load_element(scale->data, DTYPE_F32,
+                                             entry * scale->stride[0] + r->g * scale->stride[1])
+                              : 1;
+    for (int64_t d = 0; d < dim; d++)
+        store_element(cache->data, cache->dtype, target + d * cache->stride[3],
+                      load_element(from->data, from->dtype, source + d * from->stride[3]) / factor);
+}
+
+static void worker(void *ctx, int64_t index) {
+    struct call *c = ctx;
+    const struct problem *p = c->p;
+    (void)index;
+    for (int64_t n; (n = atomic_fetch_add_explicit(&c->next_row, 1, memory_order_relaxed)) <
+                    p->batch * p->heads_kv * p->len_q;) {
+        const int64_t b = n / p->len_q / p->heads_kv;
+        const struct row r = {problem_sequence(p, b), b, n / p->len_q % p->heads_kv, n % p->len_q};
+        if (r.i >= r.s.q_len || r.s.k_len + r.i >= p->len_k)
+            continue;
+        append_row(p, &r, &p->key, &p->key_cache, &p->key_scale, p->dim_qk);
+        append_row(p, &r, &p->value, &p->value_cache, &p->value_scale, p->dim_v);
+    }
+}
+
+ROW_FUNCTIONS(cpu_append_ref);
+
+bool cpu_append_ref_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    (void)plan, (void)p, (void)caps;
+    return true;
+}
+
+int32_t cpu_append_ref_launch(const struct plan *plan, const struct problem *p,
+                              const struct exec *exec) {
+    struct call c = {.p = p};
+    threads_run(exec, plan->threads, worker, &c);
+    return DLATTN_OK;
+}
