@@ -1,6 +1,7 @@
 """dlattn.h for Python programs that do without the package: its structs, its table of functions.
 
-Names and order are those of the header, whose lists of tensors are read here. What pointers point to stays the caller's to keep.
+Names and order are the header's, whose lists of tensors are read here. What pointers point to stays
+the caller's to keep.
 """
 
 import ctypes
@@ -41,9 +42,7 @@ class Sized(ctypes.Structure):
 
 
 def tensor_fields(names):
-    return [("struct_size", ctypes.c_size_t)] + [
-        (name, ctypes.POINTER(DLTensor)) for name in names
-    ]
+    return [("struct_size", ctypes.c_size_t)] + [(name, ctypes.POINTER(DLTensor)) for name in names]
 
 
 class Tensors(Sized):
@@ -133,7 +132,8 @@ class Sku(Sized):
     ]
 
 
-# The functions of the table, in its order, behind struct_size and the two versions: how many arguments each takes.
+# The functions of the table, in its order, behind struct_size and the two versions: how many
+# arguments each takes.
 TABLE = HEADER[HEADER.index("typedef struct dlattn_api {") : HEADER.index("} dlattn_api;")]
 FUNCTIONS = {
     name: 0 if parameters == "void" else parameters.count(",") + 1

@@ -40,13 +40,11 @@ static int open_library(void) {
     return api ? 0 : -1;
 }
 
-/* Positions of what is passed: the tensors of dlattn_tensors, then the options; __init__.py has the
- * same order. */
+/* What is passed: by position the tensors and options of ABI 1.0, as __init__.py has them; by name what came later. */
 enum {
     OUTPUT = 3,
     LSE = 4,
-    SLOTS = (sizeof(dlattn_tensors) - sizeof(size_t)) / sizeof(void *),
-    SCALE = SLOTS,
+    SCALE = 14, /* behind the tensors */
     SOFTCAP,
     WINDOW_LEFT,
     WINDOW_RIGHT,
@@ -58,15 +56,85 @@ enum {
     NUM_THREADS,
     STREAM,
     ALLOCATE,
+    POSITIONAL,
+    MORE_TENSORS =
+        POSITIONAL, /* those of dlattn_tensors since 1.1, in its order, then the gradients */
+    D_OUTPUT = MORE_TENSORS + 6,
+    D_LSE,
+    D_QUERY,
+    D_SINKS = D_QUERY + 5,
+    DROPOUT_PROBABILITY,
+    DROPOUT_SEED,
+    DROPOUT_OFFSET,
+    DIAGONAL_OFFSET,
+    BLOCK_Q,
+    BLOCK_K,
     ARGUMENTS
 };
 
-static const char *const names[ARGUMENTS] = {
-    "query",        "key",          "value",        "output",        "lse",         "bias",
-    "mask",         "alibi_slopes", "sinks",        "query_lengths", "key_lengths", "cu_seqlens_q",
-    "cu_seqlens_k", "block_table",  "scale",        "softcap",       "window_left", "window_right",
-    "causal",       "alignment",    "max_seqlen_q", "max_seqlen_k",  "kernel",      "num_threads",
-    "stream",       "workspace"};
+static const char *const names[ARGUMENTS] = {"query",
+                                             "key",
+                                             "value",
+                                             "output",
+                                             "lse",
+                                             "bias",
+                                             "mask",
+                                             "alibi_slopes",
+                                             "sinks",
+                                             "query_lengths",
+                                             "key_lengths",
+                                             "cu_seqlens_q",
+                                             "cu_seqlens_k",
+                                             "block_table",
+                                             "scale",
+                                             "softcap",
+                                             "window_left",
+                                             "window_right",
+                                             "causal",
+                                             "alignment",
+                                             "max_seqlen_q",
+                                             "max_seqlen_k",
+                                             "kernel",
+                                             "num_threads",
+                                             "stream",
+                                             "workspace",
+                                             "query_segments",
+                                             "key_segments",
+                                             "block_mask",
+                                             "query_scale",
+                                             "key_scale",
+                                             "value_scale",
+                                             "d_output",
+                                             "d_lse",
+                                             "d_query",
+                                             "d_key",
+                                             "d_value",
+                                             "d_bias",
+                                             "d_alibi_slopes",
+                                             "d_sinks",
+                                             "dropout_probability",
+                                             "dropout_seed",
+                                             "dropout_offset",
+                                             "diagonal_offset",
+                                             "block_q",
+                                             "block_k"};
+
+/* Slots of a call: those of dlattn_tensors, then those of dlattn_gradients. */
+enum {
+    TENSORS = (sizeof(dlattn_tensors) - sizeof(size_t)) / sizeof(void *),
+    GRADIENTS = (sizeof(dlattn_gradients) - sizeof(size_t)) / sizeof(void *),
+    SLOTS = TENSORS + GRADIENTS
+};
+_Static_assert(SCALE + (D_SINKS + 1 - MORE_TENSORS) == SLOTS, "an argument for each slot");
+
+static int position_of(int slot) { return slot < SCALE ? slot : slot - SCALE + MORE_TENSORS; }
+
+static int is_written(int position) {
+    return position == OUTPUT || position == LSE || (position >= D_QUERY && position <= D_SINKS);
+}
+
+/* What an argument is called that is not in the list; guarded by the GIL. */
+static const char *other_name;
 
 /* Raises InvalidArgument that begins with the argument's name; -1. */
 static int refuse(int position, const char *format, ...) {
@@ -75,8 +143,8 @@ static int refuse(int position, const char *format, ...) {
     PyObject *what = PyUnicode_FromFormatV(format, values);
     va_end(values);
     if (what)
-        PyErr_Format(PyTuple_GetItem(errors, DLATTN_INVALID_ARGUMENT), "%s: %U", names[position],
-                     what);
+        PyErr_Format(PyTuple_GetItem(errors, DLATTN_INVALID_ARGUMENT), "%s: %U",
+                     other_name ? other_name : names[position], what);
     Py_XDECREF(what);
     return -1;
 }
@@ -193,7 +261,7 @@ static int check_device(const struct argument *a, PyObject *object, int position
 }
 
 static int open_capsule(struct argument *a, PyObject *object, int position) {
-    const int is_output = position == OUTPUT || position == LSE;
+    const int is_output = is_written(position);
     if (PyCapsule_IsValid(a->capsule, "dltensor")) {
         const DLManagedTensor *m = PyCapsule_GetPointer(a->capsule, "dltensor");
         a->tensor = m->dl_tensor;
@@ -304,6 +372,14 @@ static int read_int32(int32_t *integer, PyObject *const *args, int position) {
                : refuse(position, "is %.80R, must be an int of at most 32 bits", args[position]);
 }
 
+static int read_uint64(uint64_t *integer, PyObject *const *args, int position) {
+    *integer = PyLong_AsUnsignedLongLong(args[position]);
+    if (!PyErr_Occurred())
+        return 0;
+    PyErr_Clear();
+    return refuse(position, "is %.80R, must be an int from 0 to 2^64 - 1", args[position]);
+}
+
 static int read_bool(int32_t *truth, PyObject *const *args, int position) {
     *truth = PyObject_IsTrue(args[position]);
     if (*truth >= 0)
@@ -344,14 +420,35 @@ static int read_desc(dlattn_forward_desc *d, PyObject *const *args, char *kernel
                    read_int32(&d->alignment, args, ALIGNMENT) == 0 &&
                    read_int64(&d->max_seqlen_q, args, MAX_SEQLEN_Q) == 0 &&
                    read_int64(&d->max_seqlen_k, args, MAX_SEQLEN_K) == 0 &&
-                   read_int32(&d->num_threads, args, NUM_THREADS) == 0
+                   read_int32(&d->num_threads, args, NUM_THREADS) == 0 &&
+                   read_double(&d->dropout_probability, args, DROPOUT_PROBABILITY) == 0 &&
+                   read_uint64(&d->dropout_seed, args, DROPOUT_SEED) == 0 &&
+                   read_uint64(&d->dropout_offset, args, DROPOUT_OFFSET) == 0 &&
+                   read_int64(&d->diagonal_offset, args, DIAGONAL_OFFSET) == 0 &&
+                   read_int32(&d->block_q, args, BLOCK_Q) == 0 &&
+                   read_int32(&d->block_k, args, BLOCK_K) == 0
                ? 0
                : -1;
 }
 
 /* ---- Plans ----------------------------------------------------------------------------------- */
 
-enum { CACHE = 256, KEY_WORDS = 256, KERNEL_NAME = 128 };
+enum { CACHE = 256, KEY_WORDS = 320, KERNEL_NAME = 128 };
+
+/* A call: its slots point into its arguments. */
+struct call {
+    struct argument arguments[SLOTS];
+    dlattn_tensors tensors;
+    dlattn_gradients gradients;
+    int backward; /* whether there are gradients */
+    dlattn_forward_desc desc;
+    char kernel[KERNEL_NAME];
+};
+
+static const DLTensor **slot_of(struct call *c, int slot) {
+    return slot < TENSORS ? (const DLTensor **)&c->tensors.query + slot
+                          : (const DLTensor **)&c->gradients.d_output + slot - TENSORS;
+}
 
 struct planned {
     dlattn_plan *plan;
@@ -372,18 +469,17 @@ static void release_plan(struct planned *p) {
 
 /* Everything that a plan depends on, as words; also whether addresses are aligned, since other
  * kernels, with other workspace, take those that are not. */
-static size_t make_key(uint64_t *key, const dlattn_forward_desc *desc, const struct argument *a,
-                       const dlattn_tensors *tensors) {
-    const DLTensor *const *slots = (const DLTensor *const *)&tensors->query;
+static size_t make_key(uint64_t *key, struct call *c) {
+    const dlattn_forward_desc *desc = &c->desc;
     dlattn_forward_desc d = *desc;
     size_t n = sizeof d / 8 + 1;
     d.kernel = NULL;
     memcpy(key, &d, sizeof d);
     key[n - 1] = 0;
     for (int i = 0; i < SLOTS; i++) {
-        if (!slots[i])
+        if (!*slot_of(c, i))
             continue;
-        const DLTensor *t = &a[i].tensor;
+        const DLTensor *t = &c->arguments[i].tensor;
         const uint64_t aligned = ((uintptr_t)t->data + t->byte_offset) % 16 == 0;
         const int axes = t->ndim < 0 ? 0 : t->ndim > MAX_AXES ? MAX_AXES : t->ndim;
         key[sizeof d / 8] |= UINT64_C(1) << i;
@@ -409,10 +505,9 @@ _Static_assert(sizeof(dlattn_forward_desc) / 8 + 1 + SLOTS * (2 + 2 * MAX_AXES) 
                "the longest key fits");
 
 /* A plan that the caller releases, or NULL with an exception. */
-static struct planned *find_plan(const dlattn_forward_desc *desc, const struct argument *a,
-                                 const dlattn_tensors *tensors) {
+static struct planned *find_plan(struct call *c) {
     uint64_t key[KEY_WORDS], hash = 0;
-    const size_t words = make_key(key, desc, a, tensors);
+    const size_t words = make_key(key, c);
     for (size_t i = 0; i < words; i++)
         hash = (hash ^ key[i]) * UINT64_C(0x9e3779b97f4a7c15), hash ^= hash >> 29;
     struct planned **slot = &cache[hash % CACHE], *p = *slot;
@@ -423,7 +518,9 @@ static struct planned *find_plan(const dlattn_forward_desc *desc, const struct a
 
     dlattn_plan *plan;
     dlattn_sku sku = {.struct_size = sizeof sku};
-    int32_t status = api->plan_create(desc, tensors, &plan);
+    int32_t status = c->backward
+                         ? api->backward_plan_create(&c->desc, &c->tensors, &c->gradients, &plan)
+                         : api->plan_create(&c->desc, &c->tensors, &plan);
     if (status != DLATTN_OK) {
         raise(status, api->last_error());
         return NULL;
@@ -488,29 +585,21 @@ static void *device_workspace(size_t bytes, PyObject *const *args, PyObject **ow
 
 /* ---- Calls ----------------------------------------------------------------------------------- */
 
-struct call {
-    struct argument arguments[SLOTS];
-    dlattn_tensors tensors;
-    dlattn_forward_desc desc;
-    char kernel[KERNEL_NAME];
-};
-
-static int open_call(struct call *c, PyObject *const *args, Py_ssize_t count) {
-    const DLTensor **slots = (const DLTensor **)&c->tensors.query;
+/* `args`: every argument, None or 0 for those that the caller left out. */
+static int open_call(struct call *c, PyObject *const *args) {
     memset(c->arguments, 0, sizeof c->arguments);
     c->tensors = (dlattn_tensors){.struct_size = sizeof c->tensors};
-    if (count != ARGUMENTS) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments, must be %d", count, ARGUMENTS);
-        return -1;
-    }
+    c->gradients = (dlattn_gradients){.struct_size = sizeof c->gradients};
+    c->backward = args[D_OUTPUT] != Py_None;
     if (open_library() != 0 || read_desc(&c->desc, args, c->kernel, sizeof c->kernel) != 0)
         return -1;
-    for (int i = 0; i < SLOTS; i++) {
-        if (args[i] == Py_None)
+    for (int slot = 0; slot < SLOTS; slot++) {
+        const int position = position_of(slot);
+        if (args[position] == Py_None)
             continue;
-        if (open_argument(&c->arguments[i], args[i], i, args[STREAM]) != 0)
+        if (open_argument(&c->arguments[slot], args[position], position, args[STREAM]) != 0)
             return -1;
-        slots[i] = &c->arguments[i].tensor;
+        *slot_of(c, slot) = &c->arguments[slot].tensor;
     }
     return 0;
 }
@@ -548,7 +637,8 @@ static int run(struct call *c, PyObject *const *args, struct planned *p, PyObjec
     }
     int32_t status;
     Py_BEGIN_ALLOW_THREADS;
-    status = api->plan_run(p->plan, &c->tensors, &exec);
+    status = c->backward ? api->backward_plan_run(p->plan, &c->tensors, &c->gradients, &exec)
+                         : api->plan_run(p->plan, &c->tensors, &exec);
     Py_END_ALLOW_THREADS;
     if (status != DLATTN_OK)
         raise(status, api->last_error());
@@ -558,18 +648,48 @@ static int run(struct call *c, PyObject *const *args, struct planned *p, PyObjec
 /* Plans and computes a call that has been opened. */
 static int compute(struct call *c, PyObject *const *args) {
     PyObject *owner = NULL;
-    struct planned *p = find_plan(&c->desc, c->arguments, &c->tensors);
+    struct planned *p = find_plan(c);
     const int status = p ? run(c, args, p, &owner) : -1;
     release_plan(p);
     Py_XDECREF(owner);
     return status;
 }
 
-/* forward(query, ..., allocate): computes into output and lse. */
-static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+static PyObject *defaults[ARGUMENTS];
+
+/* Brings what a function got into args[ARGUMENTS]. */
+static int read_arguments(PyObject **args, PyObject *const *given, Py_ssize_t count,
+                          PyObject *keywords) {
+    const Py_ssize_t named = keywords ? PyTuple_Size(keywords) : 0;
+    memcpy(args, defaults, ARGUMENTS * sizeof *args);
+    if (count != POSITIONAL) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments, must be %d", count, POSITIONAL);
+        return -1;
+    }
+    memcpy(args, given, POSITIONAL * sizeof *args);
+    for (Py_ssize_t i = 0; i < named; i++) {
+        PyObject *name = PyTuple_GetItem(keywords, i);
+        int position = POSITIONAL;
+        while (position < ARGUMENTS && PyUnicode_CompareWithASCIIString(name, names[position]) != 0)
+            position++;
+        if (position == ARGUMENTS) {
+            PyErr_Format(PyExc_TypeError, "there is no argument %R", name);
+            return -1;
+        }
+        args[position] = given[count + i];
+    }
+    return 0;
+}
+
+/* forward(query, ..., allocate, **more): computes into output and lse; with d_output into the gradients. */
+static PyObject *forward(PyObject *self, PyObject *const *given, Py_ssize_t count,
+                         PyObject *keywords) {
     struct call c;
-    int status = open_call(&c, args, count);
+    PyObject *args[ARGUMENTS];
     (void)self;
+    if (read_arguments(args, given, count, keywords) != 0)
+        return NULL;
+    int status = open_call(&c, args);
     if (status == 0)
         status = compute(&c, args);
     close_arguments(c.arguments, SLOTS);
@@ -578,15 +698,21 @@ static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t count
     Py_RETURN_NONE;
 }
 
-/* query(query, ..., allocate) -> what forward() would use; reads no data, so that tensors may be
+/* query(query, ..., allocate, **more) -> what forward() would use; reads no data, so that tensors may be
  * specs. */
-static PyObject *query(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+static PyObject *query(PyObject *self, PyObject *const *given, Py_ssize_t count,
+                       PyObject *keywords) {
     struct call c;
+    PyObject *args[ARGUMENTS];
     dlattn_sku s = {.struct_size = sizeof s};
-    int status = open_call(&c, args, count);
     (void)self;
+    if (read_arguments(args, given, count, keywords) != 0)
+        return NULL;
+    int status = open_call(&c, args);
     if (status == 0) {
-        const int32_t answer = api->forward_query(&c.desc, &c.tensors, &s);
+        const int32_t answer = c.backward
+                                   ? api->backward_query(&c.desc, &c.tensors, &c.gradients, &s)
+                                   : api->forward_query(&c.desc, &c.tensors, &s);
         if (answer != DLATTN_OK)
             raise(answer, api->last_error());
         status = answer == DLATTN_OK ? 0 : -1;
@@ -599,6 +725,148 @@ static PyObject *query(PyObject *self, PyObject *const *args, Py_ssize_t count) 
                          (Py_ssize_t)s.workspace_alignment, PyBool_FromLong(s.contiguous),
                          PyBool_FromLong(s.deterministic), PyBool_FromLong(s.bit_stable), s.tile_q,
                          s.tile_k, s.num_splits, s.num_threads);
+}
+
+/* ---- Merge and append ------------------------------------------------------------------------ */
+
+/* Arrays by name, for messages and to be kept while a call lasts. */
+struct arrays {
+    struct argument *arguments;
+    int count;
+};
+
+static const DLTensor *open_named(struct arrays *held, PyObject *object, const char *name,
+                                  int written) {
+    struct argument *a = &held->arguments[held->count];
+    if (object == Py_None)
+        return NULL;
+    other_name = name;
+    const int status = open_argument(a, object, written ? OUTPUT : 0, Py_None);
+    other_name = NULL;
+    if (status != 0)
+        return NULL;
+    held->count++;
+    return &a->tensor;
+}
+
+/* The workspace and the stream of a call on `first`'s device, whose owner the caller releases. */
+static int open_exec(dlattn_exec *exec, const dlattn_sku *sku, const DLTensor *first,
+                     PyObject *array, PyObject *stream, PyObject *allocate, PyObject **owner) {
+    PyObject *args[ARGUMENTS];
+    const int on_gpu =
+        first->device.device_type == kDLCUDA || first->device.device_type == kDLCUDAManaged;
+    memcpy(args, defaults, sizeof args);
+    args[0] = array;
+    args[STREAM] = stream;
+    args[ALLOCATE] = allocate;
+    *exec = (dlattn_exec){.struct_size = sizeof *exec, .workspace_bytes = sku->workspace_bytes};
+    if (on_gpu && find_stream(&exec->stream, first, args) != 0)
+        return -1;
+    if (sku->workspace_bytes == 0)
+        return 0;
+    exec->workspace = on_gpu ? device_workspace(sku->workspace_bytes, args, owner)
+                             : thread_workspace(sku->workspace_bytes);
+    return exec->workspace ? 0 : -1;
+}
+
+static int answer(int32_t status) {
+    if (status != DLATTN_OK && !PyErr_Occurred())
+        raise(status, api->last_error());
+    return status == DLATTN_OK ? 0 : -1;
+}
+
+/* Opens the arrays of a tuple into list[count]. */
+static int open_list(struct arrays *held, PyObject *tuple, const char *name,
+                     const DLTensor **list) {
+    char text[32];
+    for (Py_ssize_t n = 0; n < PyTuple_Size(tuple); n++) {
+        snprintf(text, sizeof text, "%s[%zd]", name, n);
+        list[n] = open_named(held, PyTuple_GetItem(tuple, n), text, 0);
+        if (PyErr_Occurred())
+            return -1;
+    }
+    return 0;
+}
+
+static int run_merge(struct arrays *held, const DLTensor **lists, PyObject *const *given) {
+    const Py_ssize_t count = PyTuple_Size(given[0]);
+    dlattn_partials partials = {
+        .struct_size = sizeof partials, .count = count, .outputs = lists, .lses = lists + count};
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    dlattn_exec exec;
+    PyObject *owner = NULL;
+    int32_t status = DLATTN_INTERNAL;
+    if (open_list(held, given[0], "outputs", lists) != 0 ||
+        open_list(held, given[1], "lses", lists + count) != 0)
+        return -1;
+    partials.output = open_named(held, given[2], "output", 1);
+    partials.lse = PyErr_Occurred() ? NULL : open_named(held, given[3], "lse", 1);
+    if (PyErr_Occurred() || answer(api->merge_query(&partials, &sku)) != 0)
+        return -1;
+    if (open_exec(&exec, &sku, partials.output, given[2], given[4], given[5], &owner) == 0) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = api->merge(&partials, &exec);
+        Py_END_ALLOW_THREADS;
+    }
+    Py_XDECREF(owner);
+    return answer(status);
+}
+
+/* merge(outputs, lses, output, lse or None, stream, allocate); the first two are tuples of one length. */
+static PyObject *merge(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    (void)self;
+    if (count != 6 || !PyTuple_Check(given[0]) || !PyTuple_Check(given[1]) ||
+        PyTuple_Size(given[0]) != PyTuple_Size(given[1]))
+        return PyErr_Format(PyExc_TypeError, "merge: 6 arguments, the first two tuples alike");
+    if (open_library() != 0)
+        return NULL;
+    const size_t parts = (size_t)PyTuple_Size(given[0]);
+    struct arrays held = {calloc(2 * parts + 2, sizeof *held.arguments), 0};
+    const DLTensor **lists = calloc(2 * parts + 1, sizeof *lists);
+    if (!held.arguments || !lists)
+        PyErr_NoMemory();
+    const int status = PyErr_Occurred() ? -1 : run_merge(&held, lists, given);
+    close_arguments(held.arguments, held.count);
+    free(held.arguments);
+    free(lists);
+    if (status != 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* append(the ten tensors of dlattn_append_tensors or None, stream, allocate). */
+static PyObject *append(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    enum { APPENDED = 10, KEY_CACHE = 2, VALUE_CACHE = 3 };
+    static const char *const of[APPENDED] = {
+        "key",         "value",      "key_cache",   "value_cache", "cache_lengths",
+        "new_lengths", "cu_seqlens", "block_table", "key_scale",   "value_scale"};
+    struct argument arguments[APPENDED] = {0};
+    struct arrays held = {arguments, 0};
+    dlattn_append_tensors t = {.struct_size = sizeof t};
+    const DLTensor **slots = (const DLTensor **)&t.key;
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    dlattn_exec exec;
+    PyObject *owner = NULL;
+    int32_t status = DLATTN_INTERNAL;
+    (void)self;
+    if (count != APPENDED + 2)
+        return PyErr_Format(PyExc_TypeError, "append: %zd arguments", count);
+    if (open_library() != 0)
+        return NULL;
+    for (int i = 0; i < APPENDED && !PyErr_Occurred(); i++)
+        slots[i] = open_named(&held, given[i], of[i], i == KEY_CACHE || i == VALUE_CACHE);
+    if (!PyErr_Occurred() && answer(api->append_query(&t, &sku)) == 0 &&
+        open_exec(&exec, &sku, t.key_cache, given[KEY_CACHE], given[APPENDED], given[APPENDED + 1],
+                  &owner) == 0) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = api->append(&t, &exec);
+        Py_END_ALLOW_THREADS;
+    }
+    Py_XDECREF(owner);
+    close_arguments(arguments, held.count);
+    if (answer(status) != 0)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 /* ---- PyTorch's common case ------------------------------------------------------------------- */
@@ -616,7 +884,6 @@ static struct {
     PyObject *is_negated;                   /* whether its memory holds the negative */
     PyObject *empty_like;
 } torch;
-static PyObject *defaults[ARGUMENTS];
 
 /* bind_torch(...): the members of `torch`, in their order. */
 static PyObject *bind_torch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -735,7 +1002,7 @@ static PyObject *plain(PyObject *self, PyObject *const *given, Py_ssize_t count)
     memcpy(args, given, OUTPUT * sizeof *args);
     args[SCALE] = given[3];
     args[CAUSAL] = given[4];
-    if (open_call(&c, args, ARGUMENTS) == 0)
+    if (open_call(&c, args) == 0)
         output = output_like_query(&c, given[0], PyObject_IsTrue(given[5]) == 1);
     if (output && open_argument(&c.arguments[OUTPUT], output, OUTPUT, Py_None) == 0) {
         c.tensors.output = &c.arguments[OUTPUT].tensor;
@@ -780,8 +1047,10 @@ static PyObject *kernels(PyObject *self, PyObject *none) {
 }
 
 static PyMethodDef methods[] = {
-    {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, NULL},
-    {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL, NULL},
+    {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, NULL},
+    {"append", (PyCFunction)(void (*)(void))append, METH_FASTCALL, NULL},
     {"bind_torch", (PyCFunction)(void (*)(void))bind_torch, METH_FASTCALL, NULL},
     {"is_plain", (PyCFunction)(void (*)(void))is_plain, METH_FASTCALL, NULL},
     {"plain", (PyCFunction)(void (*)(void))plain, METH_FASTCALL, NULL},
@@ -806,11 +1075,11 @@ PyMODINIT_FUNC PyInit__core(void) {
         Py_BuildValue("{s(ii)}", "max_version", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
     for (int i = 0; i < ARGUMENTS; i++) {
         const int is_count = i == CAUSAL || i == ALIGNMENT || i == NUM_THREADS ||
-                             i == MAX_SEQLEN_Q || i == MAX_SEQLEN_K;
-        defaults[i] = i == SOFTCAP                            ? PyFloat_FromDouble(0)
-                      : i == WINDOW_LEFT || i == WINDOW_RIGHT ? PyLong_FromLong(-1)
-                      : is_count                              ? PyLong_FromLong(0)
-                                                              : Py_NewRef(Py_None);
+                             i == MAX_SEQLEN_Q || i == MAX_SEQLEN_K || i > DROPOUT_PROBABILITY;
+        defaults[i] = i == SOFTCAP || i == DROPOUT_PROBABILITY ? PyFloat_FromDouble(0)
+                      : i == WINDOW_LEFT || i == WINDOW_RIGHT  ? PyLong_FromLong(-1)
+                      : is_count                               ? PyLong_FromLong(0)
+                                                               : Py_NewRef(Py_None);
     }
     if (!errors || !max_version_kw)
         return NULL;

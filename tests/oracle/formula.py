@@ -5,13 +5,18 @@ from plugin import EMPTY_LSE_INF, EXACT_SCALE, WINDOW
 
 
 def philox(counter, key):
-    """Philox4x32-10 (Salmon et al., SC 2011) of arrays of four counters and two keys: four words."""
+    """Four words of Philox4x32-10 (Salmon et al., SC 2011) for arrays of counters and two keys."""
     c = [np.asarray(x, np.uint64) for x in counter]
     k = [np.uint64(x) for x in key]
     low = np.uint64(0xFFFFFFFF)
     for _ in range(10):
         a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [(b >> np.uint64(32)) ^ c[1] ^ k[0], b & low, (a >> np.uint64(32)) ^ c[3] ^ k[1], a & low]
+        c = [
+            (b >> np.uint64(32)) ^ c[1] ^ k[0],
+            b & low,
+            (a >> np.uint64(32)) ^ c[3] ^ k[1],
+            a & low,
+        ]
         k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
     return c
 
@@ -123,7 +128,9 @@ class Sequence:
         mask = self.extra("mask") != 0 if "mask" in a else True
         if "block_mask" in a:
             blocks = a["block_mask"]
-            blocks = np.broadcast_to(blocks[self.b if len(blocks) > 1 else 0], (self.heads, *blocks.shape[2:]))
+            blocks = np.broadcast_to(
+                blocks[self.b if len(blocks) > 1 else 0], (self.heads, *blocks.shape[2:])
+            )
             state = np.repeat(np.repeat(blocks, o["block_q"], axis=1), o["block_k"], axis=2)
             state = state[:, : self.length, : self.key_count]
             mask = np.where(state == 1, mask, state != 0)
@@ -204,14 +211,19 @@ def backward(arrays, d_output, d_lse, options):
         delta = (weights * d_weights).sum(axis=2) - e
         d_score = weights * (d_weights - delta[:, :, None])
         groups = len(s.query) // g["key"].shape[1]
-        fold = lambda x, n=groups: x.reshape(len(x) // n, n, *x.shape[1:]).sum(axis=1)
+
+        def fold(x, n=groups):
+            return x.reshape(len(x) // n, n, *x.shape[1:]).sum(axis=1)
+
         place(g["value"], s, "keys", fold(np.einsum("hij,hid->hjd", kept * weights, o)))
         if "bias" in g:
             target = g["bias"][b if len(g["bias"]) > 1 else 0]
             axes = tuple(n for n, extent in enumerate(target.shape) if extent == 1)
-            target[tuple(slice(n) if e > 1 else slice(None) for n, e in zip(d_score.shape, target.shape))] += (
-                d_score.sum(axis=axes, keepdims=True)
-            )
+            target[
+                tuple(
+                    slice(n) if e > 1 else slice(None) for n, e in zip(d_score.shape, target.shape)
+                )
+            ] += d_score.sum(axis=axes, keepdims=True)
         if "alibi_slopes" in g:
             target = g["alibi_slopes"]
             target = target[b] if target.ndim == 2 else target

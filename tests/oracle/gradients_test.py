@@ -94,7 +94,9 @@ def test_nan_that_no_row_sees_reaches_no_gradient():
 def test_stride_0_heads_have_gradients_of_their_own():
     options, arrays, d_output, d_lse = make("causal")
     for n in ("key", "value"):
-        arrays[n] = np.broadcast_to(arrays[n][:, :1], (*arrays[n].shape[:1], 4, *arrays[n].shape[2:]))
+        arrays[n] = np.broadcast_to(
+            arrays[n][:, :1], (*arrays[n].shape[:1], 4, *arrays[n].shape[2:])
+        )
     got = gradients_of(arrays, d_output, d_lse, **options)
     wanted = formula.backward(arrays, d_output, d_lse, options)
     np.testing.assert_allclose(got["key"], wanted["key"], 1e-11, 1e-11)

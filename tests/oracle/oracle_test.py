@@ -1,4 +1,4 @@
-"""The reference rows against an oracle: docs/numerics.md written in NumPy, in float64 (formula.py)."""
+"""The reference rows against an oracle: docs/numerics.md in NumPy and float64 (formula.py)."""
 
 import zlib
 
@@ -218,7 +218,7 @@ def float8(code, exponent_bits, mantissa_bits):
     bias = 2 ** (exponent_bits - 1) - 1
     sign = -1 if code & 0x80 else 1
     exponent, mantissa = (code & 0x7F) >> mantissa_bits, code & (2**mantissa_bits - 1)
-    if exponent_bits == 5 and exponent == 31 or exponent_bits == 4 and code & 0x7F == 0x7F:
+    if (exponent_bits == 5 and exponent == 31) or (exponent_bits == 4 and code & 0x7F == 0x7F):
         return None
     if exponent == 0:
         return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
@@ -246,9 +246,18 @@ def test_every_float8(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_float8_with_scales(name):
     rng = np.random.default_rng(3)
-    codes = {s: rng.integers(0, 0x70, (2, 4 if s == "query" else 2, 5, 8)).astype(np.uint8) for s in ("query", "key", "value")}
-    scales = {f"{s}_scale": rng.uniform(0.01, 0.02, (2, 4 if s == "query" else 1)).astype(np.float32) for s in codes}
-    wide = {s: np.vectorize(lambda c: float8(int(c), *FORMATS[name]))(x).astype(float) for s, x in codes.items()}
+    codes = {
+        s: rng.integers(0, 0x70, (2, 4 if s == "query" else 2, 5, 8)).astype(np.uint8)
+        for s in ("query", "key", "value")
+    }
+    scales = {
+        f"{s}_scale": rng.uniform(0.01, 0.02, (2, 4 if s == "query" else 1)).astype(np.float32)
+        for s in codes
+    }
+    wide = {
+        s: np.vectorize(lambda c: float8(int(c), *FORMATS[name]))(x).astype(float)
+        for s, x in codes.items()
+    }
     results = {"output": np.zeros((2, 4, 5, 8)), "lse": np.zeros((2, 4, 5))}
     held = {f"{s}_dtype": plugin.FLOAT8[name] for s in codes}
     forward({**codes, **scales, **results}, causal=1, **held)

@@ -16,8 +16,16 @@ def parts_of(rng, keys):
         formula.forward({"query": q, "key": k[:, :, a:b], "value": v[:, :, a:b]}, {})
         for a, b in zip(ends, ends[1:])
     ]
-    stack = lambda results, n: np.stack([r[n] for r in results])
-    return stack(whole, 2), stack(whole, 3), [stack(p, 2) for p in pieces], [stack(p, 3) for p in pieces]
+
+    def stack(results, n):
+        return np.stack([r[n] for r in results])
+
+    return (
+        stack(whole, 2),
+        stack(whole, 3),
+        [stack(p, 2) for p in pieces],
+        [stack(p, 3) for p in pieces],
+    )
 
 
 def test_merge_is_the_whole():
@@ -46,9 +54,11 @@ def test_merge_of_nothing():
 
 
 def test_merge_refuses_another_shape():
-    a, l = np.zeros((1, 1, 2, 3)), np.zeros((1, 1, 2))
-    with pytest.raises(RuntimeError, match=r"outputs\[1\]: axis 2 \(length\) is 4, output makes it 2"):
-        plugin.merge([a, np.zeros((1, 1, 4, 3))], [l, l], a.copy(), l.copy())
+    a, lse = np.zeros((1, 1, 2, 3)), np.zeros((1, 1, 2))
+    with pytest.raises(
+        RuntimeError, match=r"outputs\[1\]: axis 2 \(length\) is 4, output makes it 2"
+    ):
+        plugin.merge([a, np.zeros((1, 1, 4, 3))], [lse, lse], a.copy(), lse.copy())
 
 
 def new_rows(rng):
@@ -73,7 +83,9 @@ def to_float8(x, name):
     values = np.array([float8(c, *FORMATS[name]) for c in codes])
     at = np.clip(np.searchsorted(values, np.abs(x)), 1, len(values) - 1)
     low, high = values[at - 1], values[at]
-    up = (np.abs(x) - low > high - np.abs(x)) | ((np.abs(x) - low == high - np.abs(x)) & (at % 2 == 0))
+    up = (np.abs(x) - low > high - np.abs(x)) | (
+        (np.abs(x) - low == high - np.abs(x)) & (at % 2 == 0)
+    )
     return (np.where(up, at, at - 1) | np.where(np.signbit(x), 0x80, 0)).astype(np.uint8)
 
 
@@ -81,25 +93,40 @@ def to_float8(x, name):
 def test_append_packed_rows_to_float8_pages(name):
     rng = np.random.default_rng(6)
     cu = np.array([0, 5, 6], np.int32)
-    rows = {n: rng.normal(size=(6, 3, 4)) * 10.0 ** rng.integers(-4, 6, (6, 3, 4)) for n in ("key", "value")}
+    rows = {
+        n: rng.normal(size=(6, 3, 4)) * 10.0 ** rng.integers(-4, 6, (6, 3, 4))
+        for n in ("key", "value")
+    }
     caches = {f"{n}_cache": np.full((5, 3, 2, 4), 99, np.uint8) for n in rows}
     table, lengths = np.array([[4, 0, 2, 1], [3, -1, -1, -1]], np.int32), np.array([1, 0], np.int32)
     scales = {f"{n}_scale": rng.uniform(0.5, 2, (5, 3)).astype(np.float32) for n in rows}
     held = {f"{n}_cache_dtype": plugin.FLOAT8[name] for n in rows}
-    plugin.append({**rows, **caches, **scales, "cache_lengths": lengths, "cu_seqlens": cu, "block_table": table}, **held)
+    plugin.append(
+        {
+            **rows,
+            **caches,
+            **scales,
+            "cache_lengths": lengths,
+            "cu_seqlens": cu,
+            "block_table": table,
+        },
+        **held,
+    )
     for n, x in rows.items():
         wanted = np.full((5, 3, 2, 4), 99, np.uint8)
         for b in range(2):
             for i in range(cu[b + 1] - cu[b]):
-                page, l = table[b, (lengths[b] + i) // 2], (lengths[b] + i) % 2
+                page, at = table[b, (lengths[b] + i) // 2], (lengths[b] + i) % 2
                 scale = scales[f"{n}_scale"][page][:, None].astype(np.float64)
-                wanted[page, :, l] = to_float8(x[cu[b] + i] / scale, name)
+                wanted[page, :, at] = to_float8(x[cu[b] + i] / scale, name)
         np.testing.assert_array_equal(caches[f"{n}_cache"], wanted)
 
 
 def test_append_refuses_what_has_no_room():
     rows = new_rows(np.random.default_rng(7))
     caches = {f"{n}_cache": np.full((2, 3, 9, x.shape[3]), 777.0) for n, x in rows.items()}
-    with pytest.raises(RuntimeError, match="entry 1 is 6, and 4 rows are to be appended; the cache has room for 9"):
+    with pytest.raises(
+        RuntimeError, match="entry 1 is 6, and 4 rows are to be appended; the cache has room for 9"
+    ):
         plugin.append({**rows, **caches, "cache_lengths": np.array([2, 6], np.int32)})
     assert (caches["key_cache"] == 777).all()

@@ -32,9 +32,7 @@ def dl_tensor(array):
     code, bits = DTYPES[array.dtype.str[1:]]
     cpu = (ctypes.c_int32 * 2)(1, 0)
     shape = numbers(*array.shape)
-    return DLTensor(
-        array.ctypes.data, cpu, array.ndim, code, bits, 1, shape, numbers(*strides), 0
-    )
+    return DLTensor(array.ctypes.data, cpu, array.ndim, code, bits, 1, shape, numbers(*strides), 0)
 
 
 def pointers(arrays):

@@ -12,7 +12,15 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple, TypeVar
 
 from . import _core
-from ._arrays import family, output_shape, slots
+from ._arrays import (
+    append_slots,
+    family,
+    gradient_slots,
+    more_slots,
+    output_shape,
+    part_slots,
+    slots,
+)
 from ._errors import (
     BufferTooSmall,
     DeviceError,
@@ -25,13 +33,14 @@ from ._errors import (
     Unsupported,
     VersionMismatch,
 )
-from ._options import Alignment, Window, alignment_code, window_sides
+from ._options import Alignment, Window, alignment_code, block_sides, window_sides
 
 __all__ = [
     "BufferTooSmall",
     "DeviceError",
     "DeviceUnavailable",
     "Error",
+    "Gradients",
     "InternalError",
     "InvalidArgument",
     "Kernel",
@@ -41,9 +50,12 @@ __all__ = [
     "Sku",
     "Unsupported",
     "VersionMismatch",
+    "append",
     "attention",
+    "attention_backward",
     "kernels",
     "library",
+    "merge",
     "select",
 ]
 
@@ -123,6 +135,17 @@ def attention(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     block_table: Any = None,
+    query_segments: Any = None,
+    key_segments: Any = None,
+    block_mask: Any = None,
+    block_size: tuple[int, int] | None = None,
+    query_scale: Any = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
+    diagonal_offset: int = 0,
+    dropout_probability: float = 0.0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
     out: Any = None,
     lse: Any = None,
     kernel: str | None = None,
@@ -132,7 +155,8 @@ def attention(
     """``softmax(scale * query key^T + bias) value`` over the visible keys.
 
     All arrays are of one framework and on one device, with any strides. E is float16, bfloat16
-    (NumPy: that of ml_dtypes), float32 or float64. Of NumPy's own classes ndarray and memmap are
+    (NumPy: that of ml_dtypes), float32 or float64; query, key and value may also be ml_dtypes'
+    float8_e4m3fn or float8_e5m2. Of NumPy's own classes ndarray and memmap are
     taken: others may mean more than their memory says, as a masked array does.
 
     query:  E ``[B, H, Lq, D]``; packed ``[total_q, H, D]`` with ``cu_seqlens_q``.
@@ -156,6 +180,16 @@ def attention(
     block_table: int32 ``[B, max_pages]``, page indices; needs ``key_lengths``. It, lengths and
             beginnings are converted from other integer types, whose values are looked at for that:
             on a GPU this waits for them.
+    query_segments, key_segments: int32 ``[B, Lq]`` and ``[B, Lk]`` (packed: ``[total]``); a key
+            is visible only to rows with its own number, as documents in one sequence are.
+    block_mask: uint8 ``[B, H, ceil(Lq / block_q), ceil(Lk / block_k)]`` with
+            ``block_size=(block_q, block_k)``: 0 hides a block of keys from a block of rows, in 1
+            ``mask`` decides, in 2 it is not read. The first two axes may be 1.
+    query_scale, key_scale, value_scale: float32 ``[1]``, ``[B, H]`` (key, value: H_kv) or, for
+            pages, ``[pages, H_kv]``: what is multiplied with the tensor.
+    diagonal_offset: added to ``offset``: where a shard of a longer sequence lies.
+    dropout_probability: each weight becomes 0 with it and is else divided by 1 - it; which, seed
+            and offset say, the same for ``attention_backward``.
     out:    array to write instead of a new one. A row that sees no key becomes 0. It and ``lse``
             share no element with each other or an input (``out=query`` is refused), but may lie
             between the elements of one, as views of one array do.
@@ -178,10 +212,13 @@ def attention(
     framework = _FRAMEWORKS.get(type(query)) or _framework(type(query))
     if framework.attention is not None:
         options = {name: x for name, x in locals().items() if name != "framework"}
-        return framework.attention(**options)
+        return framework.attention(**_without_defaults(options))
     if out is None:
         out = framework.empty(query, output_shape(query, value))
     left, right = window_sides(window)
+    later = (query_segments, key_segments, block_mask, block_size, query_scale, key_scale)
+    later += (value_scale, diagonal_offset or None, dropout_probability or None)
+    more = _more(locals()) if any(x is not None for x in later) else {}
     _core.forward(
         *slots(
             query,
@@ -211,27 +248,124 @@ def attention(
         num_threads,
         stream,
         framework.workspace,
+        **more,
     )
     return out
 
 
+class Gradients(NamedTuple):
+    """What ``attention_backward`` returns; None for what is not wanted or not given."""
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any
+    alibi_slopes: Any
+    sinks: Any
+
+
+def attention_backward(
+    d_output: Any,
+    query: Array,
+    key: Any,
+    value: Any,
+    output: Any,
+    lse: Any,
+    *,
+    d_lse: Any = None,
+    wanted: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Gradients:
+    """Gradients of ``<d_output, output> + <d_lse, lse>`` by the inputs of ``attention``.
+
+    output, lse: what ``attention`` wrote for the same inputs and options, which are named as there
+    (all but ``out``). wanted: names of fields of ``Gradients``; default all whose tensors are
+    given. Each is a new array shaped and typed as its tensor. The same bits on every run and for
+    any number of threads. Pages, float8 and scales have no gradients.
+
+    For arrays of NumPy and of frameworks without gradients of their own; JAX and PyTorch
+    differentiate ``attention``.
+    """
+    o = _read_options("attention_backward", options)
+    framework = _framework(type(query))
+    if framework.attention is not None:
+        raise Unsupported(f"query: {type(query)} has gradients of its own; differentiate attention")
+    tensors = {"query": query, "key": key, "value": value}
+    tensors |= {n: o[n] for n in ("bias", "alibi_slopes", "sinks")}
+    names = [n for n, x in tensors.items() if x is not None] if wanted is None else list(wanted)
+    for name in names:
+        if tensors.get(name) is None:
+            raise InvalidArgument(f"wanted: {name!r} is not among the tensors of this call")
+    made = {n: framework.empty(tensors[n], tuple(tensors[n].shape)) for n in names}
+    o |= {"out": output, "lse": lse}
+    gradients = gradient_slots(
+        {"d_output": d_output, "d_lse": d_lse}, {f"d_{n}": x for n, x in made.items()}
+    )
+    main = slots(query, key, value, *(o[name] for name in _TENSORS))
+    _core.forward(
+        *main, *(o[name] for name in _OPTIONS), framework.workspace, **_more(o), **gradients
+    )
+    return Gradients(*(made.get(n) for n in Gradients._fields))
+
+
+def merge(
+    outputs: Any, lses: Any, *, out: Any = None, lse: Any = None, stream: int | None = None
+) -> tuple[Any, Any]:
+    """(output, lse) over all keys, from results over disjoint parts of them.
+
+    outputs: sequence of arrays ``[B, H, Lq, D_v]`` (packed: ``[total_q, H, D_v]``), lses: of as
+    many ``[B, H, Lq]`` (``[H, total_q]``), as ``attention`` wrote them for the same queries. A part
+    whose lse is -inf has no weight. out, lse: arrays to write, which may be those of one part;
+    default new ones like the first part's.
+    """
+    if not len(outputs) or not len(lses):
+        raise InvalidArgument("outputs and lses: are empty, must have at least one part")
+    framework = _framework(type(outputs[0]))
+    out = framework.empty(outputs[0], tuple(outputs[0].shape)) if out is None else out
+    lse = framework.empty(lses[0], tuple(lses[0].shape)) if lse is None else lse
+    _core.merge(*part_slots(outputs, lses, out, lse), stream, framework.workspace)
+    return out, lse
+
+
+def append(
+    key: Any,
+    value: Any,
+    key_cache: Any,
+    value_cache: Any,
+    cache_lengths: Any,
+    *,
+    new_lengths: Any = None,
+    cu_seqlens: Any = None,
+    block_table: Any = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
+    stream: int | None = None,
+) -> None:
+    """Writes new keys and values into a cache, behind the ``cache_lengths[b]`` that are there.
+
+    key, value: ``[B, H_kv, L, D]`` or packed ``[total, H_kv, D]`` with ``cu_seqlens``; rows from
+    ``new_lengths[b]`` on are left out. key_cache, value_cache: ``[B, H_kv, capacity, D]``, or
+    ``[pages, H_kv, page_size, D]`` with ``block_table``; of any float type, float8 included, to
+    which rows are rounded after division by the scale, if there is one. ``cache_lengths`` stays as
+    it is.
+    """
+    given = {n: x for n, x in locals().items() if n != "stream"}
+    framework = _framework(type(key_cache))
+    _core.append(*append_slots(**given), stream, framework.workspace)
+
+
 def select(query: Any, key: Any, value: Any, **options: Any) -> Sku:
     """The kernel that ``attention`` would use for these arrays and options; computes nothing."""
-    unknown = options.keys() - attention.__kwdefaults__.keys()
-    if unknown:
-        raise TypeError(f"select: attention has no argument {', '.join(sorted(unknown))}")
-    o = {**attention.__kwdefaults__, **options}
+    o = _read_options("select", options)
     framework = _framework(type(query))
     if o["out"] is None:
         o["out"] = framework.empty(query, output_shape(query, value))
-    o["window_left"], o["window_right"] = window_sides(o["window"])
-    o["alignment"] = alignment_code(o["alignment"])
     tensors = slots(query, key, value, *(o[name] for name in _TENSORS))
-    options = (o[name] for name in _OPTIONS)
-    return Sku(*_core.query(*tensors, *options, framework.workspace))
+    given = (o[name] for name in _OPTIONS)
+    return Sku(*_core.query(*tensors, *given, framework.workspace, **_more(o)))
 
 
-# The arguments of _core after query, key and value.
+# The arguments of _core after query, key and value; those behind them go by name.
 _TENSORS = (
     *("out", "lse", "bias", "mask", "alibi_slopes", "sinks", "query_lengths", "key_lengths"),
     *("cu_seqlens_q", "cu_seqlens_k", "block_table"),
@@ -240,6 +374,41 @@ _OPTIONS = (
     *("scale", "softcap", "window_left", "window_right", "causal", "alignment"),
     *("max_seqlen_q", "max_seqlen_k", "kernel", "num_threads", "stream"),
 )
+_MORE_TENSORS = (
+    *("query_segments", "key_segments", "block_mask"),
+    *("query_scale", "key_scale", "value_scale"),
+)
+_MORE_OPTIONS = ("diagonal_offset", "dropout_probability", "dropout_seed", "dropout_offset")
+
+
+def _read_options(function: str, options: dict[str, Any]) -> dict[str, Any]:
+    """All options of ``attention``, windows and alignment as the plugin has them."""
+    unknown = options.keys() - attention.__kwdefaults__.keys()
+    if unknown:
+        raise TypeError(f"{function}: attention has no argument {', '.join(sorted(unknown))}")
+    o = {**attention.__kwdefaults__, **options}
+    o["window_left"], o["window_right"] = window_sides(o["window"])
+    o["alignment"] = alignment_code(o["alignment"])
+    return o
+
+
+def _more(o: dict[str, Any]) -> dict[str, Any]:
+    """What goes by name, if it differs from its default."""
+    more = more_slots(**{n: o[n] for n in _MORE_TENSORS if o[n] is not None})
+    more |= {n: o[n] for n in _MORE_OPTIONS if o[n] != 0}
+    if o["block_size"] is not None:
+        more["block_q"], more["block_k"] = block_sides(o["block_size"])
+    return more
+
+
+def _without_defaults(o: dict[str, Any]) -> dict[str, Any]:
+    """Other frameworks' functions do not have what came later: it is refused where it is asked."""
+    later = (*_MORE_TENSORS, *_MORE_OPTIONS, "block_size")
+    defaults = attention.__kwdefaults__
+    for name in later:
+        if o[name] is not None and (defaults[name] is None or o[name] != defaults[name]):
+            raise Unsupported(f"{name}: is not there yet for arrays of {type(o['query'])}")
+    return {name: x for name, x in o.items() if name not in later}
 
 
 class _Framework(NamedTuple):

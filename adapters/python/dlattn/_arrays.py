@@ -7,7 +7,8 @@ from typing import Any, Callable, NamedTuple
 
 from ._errors import InvalidArgument
 
-BFLOAT = 4  # DLPack's kDLBfloat
+# DLPack's codes of what NumPy has only by ml_dtypes, and an own type of the same size for each.
+CODES = {"bfloat16": (4, "uint16"), "float8_e4m3fn": (10, "uint8"), "float8_e5m2": (12, "uint8")}
 INT32 = range(-(2**31), 2**31)
 
 
@@ -43,6 +44,66 @@ def slots(
         cu_seqlens_q if cu_seqlens_q is None else _of_int32("cu_seqlens_q", cu_seqlens_q),
         cu_seqlens_k if cu_seqlens_k is None else _of_int32("cu_seqlens_k", cu_seqlens_k),
         block_table if block_table is None else _of_int32("block_table", block_table),
+    )
+
+
+def more_slots(
+    *,
+    query_segments: Any = None,
+    key_segments: Any = None,
+    block_mask: Any = None,
+    query_scale: Any = None,
+    key_scale: Any = None,
+    value_scale: Any = None,
+) -> dict[str, Any]:
+    """What ``_core`` reads for these, by name; those that are absent are left out."""
+    given = {
+        "query_segments": (_of_int32, query_segments),
+        "key_segments": (_of_int32, key_segments),
+        "block_mask": (_of_four_axes, block_mask),
+        "query_scale": (_of_float32, query_scale),
+        "key_scale": (_of_float32, key_scale),
+        "value_scale": (_of_float32, value_scale),
+    }
+    return {name: read(name, x) for name, (read, x) in given.items() if x is not None}
+
+
+def gradient_slots(inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    """``d_output`` and ``d_lse``, and the gradients to be written."""
+    read = {name: _readable(name, x) for name, x in inputs.items() if x is not None}
+    return read | {name: _writable(name, x) for name, x in outputs.items()}
+
+
+def part_slots(outputs: Any, lses: Any, out: Any, lse: Any) -> tuple[Any, ...]:
+    """The partial results of a merge, and where it goes."""
+    try:
+        lists = [tuple(parts) for parts in (outputs, lses)]
+    except TypeError:
+        raise InvalidArgument("outputs and lses: must be sequences of arrays") from None
+    if len(lists[0]) != len(lists[1]):
+        raise InvalidArgument(f"lses: has {len(lists[1])} arrays, outputs has {len(lists[0])}")
+    read = (
+        tuple(_readable(f"{name}[{n}]", x) for n, x in enumerate(parts))
+        for name, parts in zip(("outputs", "lses"), lists)
+    )
+    return (*read, _writable("output", out), lse if lse is None else _writable("lse", lse))
+
+
+def append_slots(
+    key: Any, value: Any, key_cache: Any, value_cache: Any, **rest: Any
+) -> tuple[Any, ...]:
+    """The tensors of an append, in the plugin's order."""
+    integers = ("cache_lengths", "new_lengths", "cu_seqlens", "block_table")
+    return (
+        _readable("key", key),
+        _readable("value", value),
+        _writable("key_cache", key_cache),
+        _writable("value_cache", value_cache),
+        *(None if rest[n] is None else _of_int32(n, rest[n]) for n in integers),
+        *(
+            None if rest[n] is None else _of_float32(n, rest[n])
+            for n in ("key_scale", "value_scale")
+        ),
     )
 
 
@@ -106,14 +167,21 @@ class _Kind(NamedTuple):
     writable: bool = True
 
 
-def _is_bfloat16(x: Any) -> bool:
-    """ml_dtypes' type; NumPy knows no more of it than its size and its name."""
-    return x.dtype.kind == "V" and x.dtype.name == "bfloat16"
+def _is_of_ml_dtypes(x: Any) -> bool:
+    """NumPy knows no more of such a type than its size and its name."""
+    return x.dtype.kind in "Vf" and x.dtype.name in CODES
+
+
+def _numpy_view(x: Any) -> Any:
+    if not _is_of_ml_dtypes(x):
+        return x
+    code, bits = CODES[x.dtype.name]
+    return x.view(bits), code
 
 
 _NUMPY = _Kind(
-    view=lambda x: (x.view("uint16"), BFLOAT) if _is_bfloat16(x) else x,
-    is_float=lambda x: x.dtype != "float32" and (x.dtype.kind == "f" or _is_bfloat16(x)),
+    view=_numpy_view,
+    is_float=lambda x: x.dtype != "float32" and (x.dtype.kind == "f" or _is_of_ml_dtypes(x)),
     is_integer=lambda x: x.dtype != "int32" and x.dtype.kind in "iu",
     bounds=lambda x: (int(x.min()), int(x.max())) if x.size else (),
     cast=lambda x, dtype: x.astype(dtype),

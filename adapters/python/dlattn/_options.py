@@ -34,3 +34,14 @@ def window_sides(window: Any) -> tuple[int, int]:
             f"window: is {window!r}, must be (left, right), each an int or None"
         ) from None
     return left, right
+
+
+def block_sides(block_size: Any) -> tuple[int, int]:
+    """(rows, keys) of a block of ``block_mask``."""
+    try:
+        rows, keys = (operator.index(side) for side in block_size)
+    except (TypeError, ValueError):
+        raise InvalidArgument(
+            f"block_size: is {block_size!r}, must be (rows, keys), each an int"
+        ) from None
+    return rows, keys
