@@ -37,7 +37,8 @@ static DLTensor *make(struct made *t, DLDataType dtype, int ndim, const int64_t 
                        .strides = t->stride};
     return &t->dl;
 }
-#define SHAPE(...) (sizeof((int64_t[]){__VA_ARGS__}) / 8), (int64_t[]){__VA_ARGS__}
+#define SHAPE(...)                                                                                 \
+    (sizeof((int64_t[]){__VA_ARGS__}) / 8), (int64_t[]) { __VA_ARGS__ }
 
 static void set_int(struct made *t, int i, int32_t value) {
     memcpy(t->bytes + i * 4, &value, sizeof value);
@@ -85,9 +86,8 @@ struct attempt {
 
 static void prepare_exec(struct attempt *a) {
     a->workspace = aligned_alloc(64, 1 << 20);
-    a->exec = (dlattn_exec){.struct_size = sizeof a->exec,
-                            .workspace = a->workspace,
-                            .workspace_bytes = 1 << 20};
+    a->exec = (dlattn_exec){
+        .struct_size = sizeof a->exec, .workspace = a->workspace, .workspace_bytes = 1 << 20};
 }
 
 static void prepare_attention(struct attempt *a, bool backward) {
@@ -170,96 +170,154 @@ static void prepare_append(struct attempt *a) {
 /* clang-format off: one line for each way, where it fits */
 /* BAD(name, status, "fragments of the message", what spoils it); RUN: seen only where data is read */
 #define BAD_FORWARD                                                                                \
-    BAD(dropout_negative, INVALID_ARGUMENT, ("dropout_probability", "-0.1"), a->desc.dropout_probability = -0.1) \
-    BAD(dropout_one, INVALID_ARGUMENT, ("dropout_probability", "is 1", "below 1"), a->desc.dropout_probability = 1) \
-    BAD(dropout_nan, INVALID_ARGUMENT, ("dropout_probability", "nan"), a->desc.dropout_probability = NAN) \
-    BAD(offset_beyond, INVALID_ARGUMENT, ("diagonal_offset", "2147483648"), a->desc.diagonal_offset = INT64_C(1) << 31) \
+    BAD(dropout_negative, INVALID_ARGUMENT, ("dropout_probability", "-0.1"),                       \
+        a->desc.dropout_probability = -0.1)                                                        \
+    BAD(dropout_one, INVALID_ARGUMENT, ("dropout_probability", "is 1", "below 1"),                 \
+        a->desc.dropout_probability = 1)                                                           \
+    BAD(dropout_nan, INVALID_ARGUMENT, ("dropout_probability", "nan"),                             \
+        a->desc.dropout_probability = NAN)                                                         \
+    BAD(offset_beyond, INVALID_ARGUMENT, ("diagonal_offset", "2147483648"),                        \
+        a->desc.diagonal_offset = INT64_C(1) << 31)                                                \
     BAD(block_q_zero, INVALID_ARGUMENT, ("block_q", "0 and 4", "at least 1"), a->desc.block_q = 0) \
-    BAD(no_block_mask, INVALID_ARGUMENT, ("block_q", "2 and 4", "0 without"), a->tensors.block_mask = NULL) \
-    BAD(block_rows, INVALID_ARGUMENT, ("block_mask", "axis 2 (row blocks)", "4", "3"), a->block_mask.shape[2] = 4) \
-    BAD(block_keys, INVALID_ARGUMENT, ("block_mask", "axis 3 (key blocks)", "1", "3"), a->block_mask.shape[3] = 1) \
-    BAD(segments_alone, INVALID_ARGUMENT, ("key_segments", "absent", "query_segments"), a->tensors.key_segments = NULL) \
-    BAD(key_segments_alone, INVALID_ARGUMENT, ("query_segments", "absent", "key_segments"), a->tensors.query_segments = NULL) \
-    BAD(segments_length, INVALID_ARGUMENT, ("key_segments", "axis 1", "9", "10"), a->key_segments.shape[1] = 9) \
-    BAD(segments_dtype, INVALID_ARGUMENT, ("query_segments", "float32", "int32"), a->query_segments.dl.dtype = f32) \
-    BAD(scale_heads, INVALID_ARGUMENT, ("key_scale", "axis 1", "4", "2"), a->key_scale.shape[1] = 4) \
-    BAD(scale_dtype, INVALID_ARGUMENT, ("query_scale", "int32", "float32"), a->query_scale.dl.dtype = i32) \
-    BAD(held_dtype, INVALID_ARGUMENT, ("key", "float32", "float8_e4m3fn", "uint8"), a->desc.key_dtype = (DLDataType){kDLFloat8_e4m3fn, 8, 1}) \
-    BAD(held_other, INVALID_ARGUMENT, ("value", "uint8", "int8"), (a->value.dl.dtype = u8, a->desc.value_dtype = (DLDataType){kDLInt, 8, 1})) \
-    BAD(reserved1, INVALID_ARGUMENT, ("reserved1", "7"), a->desc.reserved1 = 7) \
-    RUN(scale_zero, INVALID_ARGUMENT, ("query_scale", "[0, 0] is 0", "positive"), set_float(&a->query_scale, 0, 0)) \
-    RUN(scale_nan, INVALID_ARGUMENT, ("key_scale", "[1, 0] is", "nan"), set_float(&a->key_scale, 2, NAN)) \
-    RUN(scale_infinite, INVALID_ARGUMENT, ("key_scale", "[0, 1] is inf"), set_float(&a->key_scale, 1, INFINITY))
+    BAD(no_block_mask, INVALID_ARGUMENT, ("block_q", "2 and 4", "0 without"),                      \
+        a->tensors.block_mask = NULL)                                                              \
+    BAD(block_rows, INVALID_ARGUMENT, ("block_mask", "axis 2 (row blocks)", "4", "3"),             \
+        a->block_mask.shape[2] = 4)                                                                \
+    BAD(block_keys, INVALID_ARGUMENT, ("block_mask", "axis 3 (key blocks)", "1", "3"),             \
+        a->block_mask.shape[3] = 1)                                                                \
+    BAD(segments_alone, INVALID_ARGUMENT, ("key_segments", "absent", "query_segments"),            \
+        a->tensors.key_segments = NULL)                                                            \
+    BAD(key_segments_alone, INVALID_ARGUMENT, ("query_segments", "absent", "key_segments"),        \
+        a->tensors.query_segments = NULL)                                                          \
+    BAD(segments_length, INVALID_ARGUMENT, ("key_segments", "axis 1", "9", "10"),                  \
+        a->key_segments.shape[1] = 9)                                                              \
+    BAD(segments_dtype, INVALID_ARGUMENT, ("query_segments", "float32", "int32"),                  \
+        a->query_segments.dl.dtype = f32)                                                          \
+    BAD(scale_heads, INVALID_ARGUMENT, ("key_scale", "axis 1", "4", "2"),                          \
+        a->key_scale.shape[1] = 4)                                                                 \
+    BAD(scale_dtype, INVALID_ARGUMENT, ("query_scale", "int32", "float32"),                        \
+        a->query_scale.dl.dtype = i32)                                                             \
+    BAD(held_dtype, INVALID_ARGUMENT, ("key", "float32", "float8_e4m3fn", "uint8"),                \
+        a->desc.key_dtype = (DLDataType){kDLFloat8_e4m3fn, 8, 1})                                  \
+    BAD(held_other, INVALID_ARGUMENT, ("value", "uint8", "int8"),                                  \
+        (a->value.dl.dtype = u8, a->desc.value_dtype = (DLDataType){kDLInt, 8, 1}))                \
+    BAD(reserved1, INVALID_ARGUMENT, ("reserved1", "7"), a->desc.reserved1 = 7)                    \
+    RUN(scale_zero, INVALID_ARGUMENT, ("query_scale", "[0, 0] is 0", "positive"),                  \
+        set_float(&a->query_scale, 0, 0))                                                          \
+    RUN(scale_nan, INVALID_ARGUMENT, ("key_scale", "[1, 0] is", "nan"),                            \
+        set_float(&a->key_scale, 2, NAN))                                                          \
+    RUN(scale_infinite, INVALID_ARGUMENT, ("key_scale", "[0, 1] is inf"),                          \
+        set_float(&a->key_scale, 1, INFINITY))
 
 #define BAD_BACKWARD                                                                               \
-    BAD(no_gradients, INVALID_ARGUMENT, ("gradients", "none"), (a->gradients.d_query = a->gradients.d_key = a->gradients.d_value = a->gradients.d_bias = NULL, a->gradients.d_alibi_slopes = a->gradients.d_sinks = NULL)) \
-    BAD(no_d_output, INVALID_ARGUMENT, ("d_output", "absent"), a->gradients.d_output = NULL) \
-    BAD(no_lse, INVALID_ARGUMENT, ("lse", "absent"), (a->tensors.lse = NULL, a->gradients.d_lse = NULL)) \
-    BAD(no_output, INVALID_ARGUMENT, ("output", "absent"), a->tensors.output = NULL) \
-    BAD(no_bias, INVALID_ARGUMENT, ("d_bias", "bias is absent"), a->tensors.bias = NULL) \
-    BAD(no_sinks, INVALID_ARGUMENT, ("d_sinks", "sinks is absent"), a->tensors.sinks = NULL) \
-    BAD(d_output_dim, INVALID_ARGUMENT, ("d_output", "axis 3 is 8", "12"), a->d_output.shape[3] = 8) \
-    BAD(d_key_heads, INVALID_ARGUMENT, ("d_key", "axis 1 is 4", "2"), a->d_key.shape[1] = 4) \
-    BAD(d_bias_batch, INVALID_ARGUMENT, ("d_bias", "axis 0 is 2", "1"), a->d_bias.shape[0] = 2) \
-    BAD(d_query_axes, INVALID_ARGUMENT, ("d_query", "3 axes", "4"), a->d_query.dl.ndim = 3) \
-    BAD(d_query_dtype, INVALID_ARGUMENT, ("d_query", "float16", "float32"), a->d_query.dl.dtype.bits = 16) \
-    BAD(d_sinks_dtype, INVALID_ARGUMENT, ("d_sinks", "int32", "float32"), a->d_sinks.dl.dtype = i32) \
+    BAD(no_gradients, INVALID_ARGUMENT, ("gradients", "none"),                                     \
+        (a->gradients.d_query = a->gradients.d_key = a->gradients.d_value = a->gradients.d_bias =  \
+             NULL,                                                                                 \
+         a->gradients.d_alibi_slopes = a->gradients.d_sinks = NULL))                               \
+    BAD(no_d_output, INVALID_ARGUMENT, ("d_output", "absent"), a->gradients.d_output = NULL)       \
+    BAD(no_lse, INVALID_ARGUMENT, ("lse", "absent"),                                               \
+        (a->tensors.lse = NULL, a->gradients.d_lse = NULL))                                        \
+    BAD(no_output, INVALID_ARGUMENT, ("output", "absent"), a->tensors.output = NULL)               \
+    BAD(no_bias, INVALID_ARGUMENT, ("d_bias", "bias is absent"), a->tensors.bias = NULL)           \
+    BAD(no_sinks, INVALID_ARGUMENT, ("d_sinks", "sinks is absent"), a->tensors.sinks = NULL)       \
+    BAD(d_output_dim, INVALID_ARGUMENT, ("d_output", "axis 3 is 8", "12"),                         \
+        a->d_output.shape[3] = 8)                                                                  \
+    BAD(d_key_heads, INVALID_ARGUMENT, ("d_key", "axis 1 is 4", "2"), a->d_key.shape[1] = 4)       \
+    BAD(d_bias_batch, INVALID_ARGUMENT, ("d_bias", "axis 0 is 2", "1"), a->d_bias.shape[0] = 2)    \
+    BAD(d_query_axes, INVALID_ARGUMENT, ("d_query", "3 axes", "4"), a->d_query.dl.ndim = 3)        \
+    BAD(d_query_dtype, INVALID_ARGUMENT, ("d_query", "float16", "float32"),                        \
+        a->d_query.dl.dtype.bits = 16)                                                             \
+    BAD(d_sinks_dtype, INVALID_ARGUMENT, ("d_sinks", "int32", "float32"),                          \
+        a->d_sinks.dl.dtype = i32)                                                                 \
     BAD(d_key_stride_0, INVALID_ARGUMENT, ("d_key", "axis 1", "stride 0"), a->d_key.stride[1] = 0) \
-    BAD(d_value_overlap, INVALID_ARGUMENT, ("d_value", "axis 2", "stride 11"), a->d_value.stride[2] = 11) \
-    BAD(device, INVALID_ARGUMENT, ("d_key", "cuda 0", "cpu 0"), a->d_key.dl.device.device_type = kDLCUDA) \
-    BAD(scales, UNSUPPORTED, ("backward", "scales"), a->tensors.key_scale = make(&a->key_scale, f32, SHAPE(1))) \
-    BAD(row_of_forward, INVALID_ARGUMENT, ("kernel", "\"cpu_fwd_ref\""), a->desc.kernel = "cpu_fwd_ref") \
-    BAD(small_struct, INVALID_ARGUMENT, ("gradients", "struct_size is 64", "72"), a->gradients.struct_size = 64) \
-    RUN(no_data, INVALID_ARGUMENT, ("d_output", "NULL"), a->d_output.dl.data = NULL) \
-    RUN(d_query_is_query, INVALID_ARGUMENT, ("d_query", "shares memory with query"), a->d_query.dl.data = a->query.bytes) \
-    RUN(two_in_one, INVALID_ARGUMENT, ("d_key", "shares memory with d_value"), a->d_key.dl.data = a->d_value.bytes) \
-    RUN(d_value_is_d_output, INVALID_ARGUMENT, ("d_value", "shares memory with d_output"), a->d_value.dl.data = a->d_output.bytes)
+    BAD(d_value_overlap, INVALID_ARGUMENT, ("d_value", "axis 2", "stride 11"),                     \
+        a->d_value.stride[2] = 11)                                                                 \
+    BAD(device, INVALID_ARGUMENT, ("d_key", "cuda 0", "cpu 0"),                                    \
+        a->d_key.dl.device.device_type = kDLCUDA)                                                  \
+    BAD(scales, UNSUPPORTED, ("backward", "scales"),                                               \
+        a->tensors.key_scale = make(&a->key_scale, f32, SHAPE(1)))                                 \
+    BAD(row_of_forward, INVALID_ARGUMENT, ("kernel", "\"cpu_fwd_ref\""),                           \
+        a->desc.kernel = "cpu_fwd_ref")                                                            \
+    BAD(small_struct, INVALID_ARGUMENT, ("gradients", "struct_size is 64", "72"),                  \
+        a->gradients.struct_size = 64)                                                             \
+    RUN(no_data, INVALID_ARGUMENT, ("d_output", "NULL"), a->d_output.dl.data = NULL)               \
+    RUN(d_query_is_query, INVALID_ARGUMENT, ("d_query", "shares memory with query"),               \
+        a->d_query.dl.data = a->query.bytes)                                                       \
+    RUN(two_in_one, INVALID_ARGUMENT, ("d_key", "shares memory with d_value"),                     \
+        a->d_key.dl.data = a->d_value.bytes)                                                       \
+    RUN(d_value_is_d_output, INVALID_ARGUMENT, ("d_value", "shares memory with d_output"),         \
+        a->d_value.dl.data = a->d_output.bytes)
 
 #define BAD_MERGE                                                                                  \
-    BAD(no_parts, INVALID_ARGUMENT, ("count", "is 0", "1"), a->partials.count = 0) \
-    BAD(negative_parts, INVALID_ARGUMENT, ("count", "is -1"), a->partials.count = -1) \
-    BAD(many_parts, INVALID_ARGUMENT, ("count", "1025", "1024"), a->partials.count = 1025) \
-    BAD(no_outputs, INVALID_ARGUMENT, ("outputs", "NULL"), a->partials.outputs = NULL) \
-    BAD(no_lses, INVALID_ARGUMENT, ("lses", "NULL"), a->partials.lses = NULL) \
-    BAD(no_output, INVALID_ARGUMENT, ("output", "absent"), a->partials.output = NULL) \
-    BAD(no_part, INVALID_ARGUMENT, ("outputs[1]", "absent"), a->output_list[1] = NULL) \
-    BAD(no_part_lse, INVALID_ARGUMENT, ("lses[2]", "absent"), a->lse_list[2] = NULL) \
-    BAD(part_shape, INVALID_ARGUMENT, ("outputs[2]", "axis 2", "5", "6"), a->outputs[2].shape[2] = 5) \
-    BAD(part_lse_shape, INVALID_ARGUMENT, ("lses[0]", "axis 1", "3", "4"), a->lses[0].shape[1] = 3) \
-    BAD(part_axes, INVALID_ARGUMENT, ("outputs[1]", "3 axes", "4"), a->outputs[1].dl.ndim = 3) \
-    BAD(part_dtype, INVALID_ARGUMENT, ("lses[1]", "int32", "float32"), a->lses[1].dl.dtype = i32) \
-    BAD(part_device, INVALID_ARGUMENT, ("outputs[1]", "cuda 0", "cpu 0"), a->outputs[1].dl.device.device_type = kDLCUDA) \
-    BAD(output_stride_0, INVALID_ARGUMENT, ("output", "axis 1", "stride 0"), a->output.stride[1] = 0) \
-    RUN(part_no_data, INVALID_ARGUMENT, ("lses[1]", "NULL"), a->lses[1].dl.data = NULL) \
-    RUN(output_between_parts, INVALID_ARGUMENT, ("output", "shares memory with outputs[1]"), a->output.dl.data = a->outputs[1].bytes + 4) \
-    RUN(lse_is_an_output, INVALID_ARGUMENT, ("lse", "shares memory with outputs[2]"), a->lse.dl.data = a->outputs[2].bytes) \
-    RUN(lse_is_the_output, INVALID_ARGUMENT, ("output", "shares memory with lse"), a->lse.dl.data = a->output.bytes)
+    BAD(no_parts, INVALID_ARGUMENT, ("count", "is 0", "1"), a->partials.count = 0)                 \
+    BAD(negative_parts, INVALID_ARGUMENT, ("count", "is -1"), a->partials.count = -1)              \
+    BAD(many_parts, INVALID_ARGUMENT, ("count", "1025", "1024"), a->partials.count = 1025)         \
+    BAD(no_outputs, INVALID_ARGUMENT, ("outputs", "NULL"), a->partials.outputs = NULL)             \
+    BAD(no_lses, INVALID_ARGUMENT, ("lses", "NULL"), a->partials.lses = NULL)                      \
+    BAD(no_output, INVALID_ARGUMENT, ("output", "absent"), a->partials.output = NULL)              \
+    BAD(no_part, INVALID_ARGUMENT, ("outputs[1]", "absent"), a->output_list[1] = NULL)             \
+    BAD(no_part_lse, INVALID_ARGUMENT, ("lses[2]", "absent"), a->lse_list[2] = NULL)               \
+    BAD(part_shape, INVALID_ARGUMENT, ("outputs[2]", "axis 2", "5", "6"),                          \
+        a->outputs[2].shape[2] = 5)                                                                \
+    BAD(part_lse_shape, INVALID_ARGUMENT, ("lses[0]", "axis 1", "3", "4"),                         \
+        a->lses[0].shape[1] = 3)                                                                   \
+    BAD(part_axes, INVALID_ARGUMENT, ("outputs[1]", "3 axes", "4"), a->outputs[1].dl.ndim = 3)     \
+    BAD(part_dtype, INVALID_ARGUMENT, ("lses[1]", "int32", "float32"), a->lses[1].dl.dtype = i32)  \
+    BAD(part_device, INVALID_ARGUMENT, ("outputs[1]", "cuda 0", "cpu 0"),                          \
+        a->outputs[1].dl.device.device_type = kDLCUDA)                                             \
+    BAD(output_stride_0, INVALID_ARGUMENT, ("output", "axis 1", "stride 0"),                       \
+        a->output.stride[1] = 0)                                                                   \
+    RUN(part_no_data, INVALID_ARGUMENT, ("lses[1]", "NULL"), a->lses[1].dl.data = NULL)            \
+    RUN(output_between_parts, INVALID_ARGUMENT, ("output", "shares memory with outputs[1]"),       \
+        a->output.dl.data = a->outputs[1].bytes + 4)                                               \
+    RUN(lse_is_an_output, INVALID_ARGUMENT, ("lse", "shares memory with outputs[2]"),              \
+        a->lse.dl.data = a->outputs[2].bytes)                                                      \
+    RUN(lse_is_the_output, INVALID_ARGUMENT, ("output", "shares memory with lse"),                 \
+        a->lse.dl.data = a->output.bytes)
 
 #define BAD_APPEND                                                                                 \
-    BAD(no_key, INVALID_ARGUMENT, ("key", "absent"), a->append.key = NULL) \
-    BAD(no_cache, INVALID_ARGUMENT, ("value_cache", "absent"), a->append.value_cache = NULL) \
+    BAD(no_key, INVALID_ARGUMENT, ("key", "absent"), a->append.key = NULL)                         \
+    BAD(no_cache, INVALID_ARGUMENT, ("value_cache", "absent"), a->append.value_cache = NULL)       \
     BAD(no_lengths, INVALID_ARGUMENT, ("cache_lengths", "absent"), a->append.cache_lengths = NULL) \
-    BAD(cache_heads, INVALID_ARGUMENT, ("key_cache", "axis 1", "4", "2"), a->key_cache.shape[1] = 4) \
-    BAD(cache_dim, INVALID_ARGUMENT, ("value_cache", "axis 3", "8", "12"), a->value_cache.shape[3] = 8) \
-    BAD(cache_batch, INVALID_ARGUMENT, ("key_cache", "axis 0", "3", "2"), a->key_cache.shape[0] = 3) \
-    BAD(two_capacities, INVALID_ARGUMENT, ("value_cache", "axis 2", "15", "16"), a->value_cache.shape[2] = 15) \
-    BAD(value_length, INVALID_ARGUMENT, ("value", "axis 2", "2", "3"), a->value.shape[2] = 2) \
-    BAD(value_dtype, INVALID_ARGUMENT, ("value", "float64", "float32"), a->value.dl.dtype.bits = 64) \
-    BAD(key_dtype, UNSUPPORTED, ("key", "uint8", "float16"), a->key.dl.dtype = u8) \
-    BAD(lengths_dtype, INVALID_ARGUMENT, ("cache_lengths", "float32", "int32"), a->cache_lengths.dl.dtype = f32) \
-    BAD(cache_stride_0, INVALID_ARGUMENT, ("key_cache", "axis 0", "stride 0"), a->key_cache.stride[0] = 0) \
-    BAD(held_dtype, INVALID_ARGUMENT, ("key_cache", "float32", "float8_e5m2"), a->append.key_cache_dtype = (DLDataType){kDLFloat8_e5m2, 8, 1}) \
-    BAD(table_batch, INVALID_ARGUMENT, ("block_table", "axis 0", "1", "2"), a->append.block_table = make(&a->block_table, i32, SHAPE(1, 4))) \
-    RUN(cache_is_key, INVALID_ARGUMENT, ("key_cache", "shares memory with key"), a->key_cache.dl.data = a->key.bytes) \
-    RUN(one_cache, INVALID_ARGUMENT, ("key_cache", "shares memory with value_cache"), a->key_cache.dl.data = a->value_cache.bytes) \
-    RUN(no_room, INVALID_ARGUMENT, ("cache_lengths", "entry 1 is 14", "3 rows", "16"), set_int(&a->cache_lengths, 1, 14)) \
-    RUN(length_negative, INVALID_ARGUMENT, ("cache_lengths", "entry 0 is -1"), set_int(&a->cache_lengths, 0, -1)) \
-    RUN(new_beyond, INVALID_ARGUMENT, ("new_lengths", "entry 1 is 4", "0 to 3"), set_int(&a->new_lengths, 1, 4)) \
-    RUN(scale_negative, INVALID_ARGUMENT, ("key_scale", "[1, 1] is -2"), set_float(&a->key_scale, 3, -2)) \
-    RUN(page_beyond, INVALID_ARGUMENT, ("block_table", "entry [0, 0] is 9", "2 pages"), (a->append.block_table = make(&a->block_table, i32, SHAPE(2, 1)), set_int(&a->block_table, 0, 9)))
+    BAD(cache_heads, INVALID_ARGUMENT, ("key_cache", "axis 1", "4", "2"),                          \
+        a->key_cache.shape[1] = 4)                                                                 \
+    BAD(cache_dim, INVALID_ARGUMENT, ("value_cache", "axis 3", "8", "12"),                         \
+        a->value_cache.shape[3] = 8)                                                               \
+    BAD(cache_batch, INVALID_ARGUMENT, ("key_cache", "axis 0", "3", "2"),                          \
+        a->key_cache.shape[0] = 3)                                                                 \
+    BAD(two_capacities, INVALID_ARGUMENT, ("value_cache", "axis 2", "15", "16"),                   \
+        a->value_cache.shape[2] = 15)                                                              \
+    BAD(value_length, INVALID_ARGUMENT, ("value", "axis 2", "2", "3"), a->value.shape[2] = 2)      \
+    BAD(value_dtype, INVALID_ARGUMENT, ("value", "float64", "float32"),                            \
+        a->value.dl.dtype.bits = 64)                                                               \
+    BAD(key_dtype, UNSUPPORTED, ("key", "uint8", "float16"), a->key.dl.dtype = u8)                 \
+    BAD(lengths_dtype, INVALID_ARGUMENT, ("cache_lengths", "float32", "int32"),                    \
+        a->cache_lengths.dl.dtype = f32)                                                           \
+    BAD(cache_stride_0, INVALID_ARGUMENT, ("key_cache", "axis 0", "stride 0"),                     \
+        a->key_cache.stride[0] = 0)                                                                \
+    BAD(held_dtype, INVALID_ARGUMENT, ("key_cache", "float32", "float8_e5m2"),                     \
+        a->append.key_cache_dtype = (DLDataType){kDLFloat8_e5m2, 8, 1})                            \
+    BAD(table_batch, INVALID_ARGUMENT, ("block_table", "axis 0", "1", "2"),                        \
+        a->append.block_table = make(&a->block_table, i32, SHAPE(1, 4)))                           \
+    RUN(cache_is_key, INVALID_ARGUMENT, ("key_cache", "shares memory with key"),                   \
+        a->key_cache.dl.data = a->key.bytes)                                                       \
+    RUN(one_cache, INVALID_ARGUMENT, ("key_cache", "shares memory with value_cache"),              \
+        a->key_cache.dl.data = a->value_cache.bytes)                                               \
+    RUN(no_room, INVALID_ARGUMENT, ("cache_lengths", "entry 1 is 14", "3 rows", "16"),             \
+        set_int(&a->cache_lengths, 1, 14))                                                         \
+    RUN(length_negative, INVALID_ARGUMENT, ("cache_lengths", "entry 0 is -1"),                     \
+        set_int(&a->cache_lengths, 0, -1))                                                         \
+    RUN(new_beyond, INVALID_ARGUMENT, ("new_lengths", "entry 1 is 4", "0 to 3"),                   \
+        set_int(&a->new_lengths, 1, 4))                                                            \
+    RUN(scale_negative, INVALID_ARGUMENT, ("key_scale", "[1, 1] is -2"),                           \
+        set_float(&a->key_scale, 3, -2))                                                           \
+    RUN(page_beyond, INVALID_ARGUMENT, ("block_table", "entry [0, 0] is 9", "2 pages"),            \
+        (a->append.block_table = make(&a->block_table, i32, SHAPE(2, 1)),                          \
+         set_int(&a->block_table, 0, 9)))
 
 #define RUN BAD
-#define BAD(name, status, says, ...) static void SPOIL(name)(struct attempt *a) { __VA_ARGS__; }
+#define BAD(name, status, says, ...)                                                               \
+    static void SPOIL(name)(struct attempt * a) { __VA_ARGS__; }
 #define SPOIL(name) spoil_forward_##name
 BAD_FORWARD
 #undef SPOIL
@@ -408,21 +466,21 @@ Test(operations, null_pointers) {
     struct attempt *a = prepare(BACKWARD);
     dlattn_sku sku = {.struct_size = sizeof sku};
     dlattn_plan *plan = NULL;
-    cr_expect(eq(int, api->backward(&a->desc, &a->tensors, NULL, &a->exec),
-                 DLATTN_INVALID_ARGUMENT));
+    cr_expect(
+        eq(int, api->backward(&a->desc, &a->tensors, NULL, &a->exec), DLATTN_INVALID_ARGUMENT));
     cr_expect(strstr(api->last_error(), "gradients: is NULL") != NULL);
-    cr_expect(eq(int, api->backward_query(&a->desc, &a->tensors, NULL, &sku),
-                 DLATTN_INVALID_ARGUMENT));
+    cr_expect(
+        eq(int, api->backward_query(&a->desc, &a->tensors, NULL, &sku), DLATTN_INVALID_ARGUMENT));
     cr_expect(eq(int, api->merge(NULL, &a->exec), DLATTN_INVALID_ARGUMENT));
     cr_expect(strstr(api->last_error(), "partials: is NULL") != NULL);
     cr_expect(eq(int, api->append(NULL, &a->exec), DLATTN_INVALID_ARGUMENT));
     cr_expect(eq(int, api->append_query(NULL, &sku), DLATTN_INVALID_ARGUMENT));
-    cr_assert(eq(int, api->backward_plan_create(&a->desc, &a->tensors, &a->gradients, &plan),
-                 DLATTN_OK));
+    cr_assert(
+        eq(int, api->backward_plan_create(&a->desc, &a->tensors, &a->gradients, &plan), DLATTN_OK));
     cr_expect(eq(int, api->plan_run(plan, &a->tensors, &a->exec), DLATTN_INVALID_ARGUMENT));
     cr_expect(strstr(api->last_error(), "was made for backward") != NULL);
-    cr_expect(eq(int, api->backward_plan_run(plan, &a->tensors, &a->gradients, &a->exec),
-                 DLATTN_OK));
+    cr_expect(
+        eq(int, api->backward_plan_run(plan, &a->tensors, &a->gradients, &a->exec), DLATTN_OK));
     a->gradients.d_bias = NULL;
     cr_expect(eq(int, api->backward_plan_can_run(plan, &a->tensors, &a->gradients),
                  DLATTN_INVALID_ARGUMENT));

@@ -119,7 +119,8 @@ int rows_here(const dlattn_api *api, dlattn_kernel_info rows[MAX_ROWS]) {
     for (int32_t i = 0; i < api->kernel_count() && count < MAX_ROWS; i++) {
         rows[count] = (dlattn_kernel_info){.struct_size = sizeof rows[count]};
         cr_assert(eq(int, api->kernel_info(i, &rows[count]), DLATTN_OK));
-        count += strcmp(rows[count].backend, "cuda") == 0 && rows[count].available;
+        count += strcmp(rows[count].backend, "cuda") == 0 &&
+                 strcmp(rows[count].operation, "forward") == 0 && rows[count].available;
     }
     cr_assert(gt(int, count, 0));
     return count;

@@ -72,7 +72,7 @@ static bool row_fails(const dlattn_api *api, const char *kernel, enum element e,
 static bool row_here(const dlattn_api *api, int32_t i, dlattn_kernel_info *row) {
     *row = (dlattn_kernel_info){.struct_size = sizeof *row};
     return api->kernel_info(i, row) == DLATTN_OK && strcmp(row->backend, "cuda") == 0 &&
-           row->available;
+           strcmp(row->operation, "forward") == 0 && row->available;
 }
 
 /* The number of types for which rows fail; `only`: one row, or NULL for all. */

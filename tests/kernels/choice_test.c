@@ -54,7 +54,7 @@ static const char *row_of(const struct test_case *from, uint32_t cpu, const char
     c.desc.kernel = kernel;
     c.desc.num_threads = 2;
     const dlattn_tensors tensors = call_tensors(&c);
-    cr_assert(eq(int, problem_build(&p, &c.desc, &tensors, false), DLATTN_OK));
+    cr_assert(eq(int, problem_build(&p, &c.desc, &tensors, NULL, false), DLATTN_OK));
     if (plan_choose(&plan, &p, &caps) == DLATTN_OK)
         row = plan.kernel->name;
     call_free(&c);

@@ -52,7 +52,8 @@ static const char *next_row(int32_t *index) {
     while (*index < api->kernel_count()) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
         cr_assert(eq(int, api->kernel_info((*index)++, &info), DLATTN_OK));
-        if (strcmp(info.backend, "cpu") != 0 || !strstr(info.dtypes, "f64"))
+        if (strcmp(info.backend, "cpu") != 0 || strcmp(info.operation, "forward") != 0 ||
+            !strstr(info.dtypes, "f64"))
             continue;
         if (info.available)
             return info.name;

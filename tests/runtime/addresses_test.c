@@ -19,7 +19,7 @@ static void each_cpu_row(void (*visit)(const char *row, enum element e)) {
     for (int32_t row = 0; row < api->kernel_count(); row++) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
         cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
-        if (strcmp(info.backend, "cpu") != 0)
+        if (strcmp(info.backend, "cpu") != 0 || strcmp(info.operation, "forward") != 0)
             continue;
         if (info.available)
             visit(info.name, strstr(info.dtypes, "bf16")  ? BF16
