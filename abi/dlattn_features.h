@@ -26,6 +26,12 @@ static const struct {
     {DLATTN_FEATURE_INNER_STRIDE, "inner_stride"},
     {DLATTN_FEATURE_UNALIGNED, "unaligned"},
     {DLATTN_FEATURE_LSE, "lse"},
+    {DLATTN_FEATURE_DROPOUT, "dropout"},
+    {DLATTN_FEATURE_SEGMENTS, "segments"},
+    {DLATTN_FEATURE_BLOCK_MASK, "block_mask"},
+    {DLATTN_FEATURE_DIAGONAL_OFFSET, "diagonal_offset"},
+    {DLATTN_FEATURE_MIXED_DTYPES, "mixed_dtypes"},
+    {DLATTN_FEATURE_SCALES, "scales"},
 };
 enum { DLATTN_FEATURE_COUNT = sizeof dlattn_features / sizeof dlattn_features[0] };
 

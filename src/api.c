@@ -361,6 +361,7 @@ static int32_t make_plan(const dlattn_forward_desc *desc, const dlattn_tensors *
     /* The choice is made, and the caller's string need not outlive this call. */
     made.desc.kernel = made.problem.kernel = NULL;
     made.desc.num_threads = made.problem.threads;
+    made.desc.struct_size = sizeof made.desc; /* it is this library's now */
     dlattn_plan *kept = malloc(sizeof *kept);
     if (!kept)
         return fail(DLATTN_OUT_OF_MEMORY, "plan: no memory for %zu bytes", sizeof *kept);

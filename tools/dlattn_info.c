@@ -108,14 +108,14 @@ static void json_tail(void) { printf("]}\n"); }
 
 static void markdown_head(const dlattn_api *api) {
     printf("# Support matrix of dlattn %s (ABI %u.%u)\n\n"
-           "Best first: the first row that accepts a problem gets it. Made by `dlattn-info "
-           "--markdown`.\n\n"
-           "| kernel | machine | dtypes | head_dim, head_dim_v up to |",
+           "For each operation best first: the first row that accepts a problem gets it. Made by "
+           "`dlattn-info --markdown`.\n\n"
+           "| kernel | operation | machine | dtypes | head_dim, head_dim_v up to |",
            api->version(), api->abi_major, api->abi_minor);
     for (int i = 0; i < DLATTN_FEATURE_COUNT; i++)
         printf(" %s |", dlattn_features[i].name);
     printf("\n|");
-    for (int i = 0; i < DLATTN_FEATURE_COUNT + 4; i++)
+    for (int i = 0; i < DLATTN_FEATURE_COUNT + 5; i++)
         printf(" --- |");
     printf("\n");
 }
@@ -127,7 +127,7 @@ static void markdown_device(const dlattn_device_info *d, bool first) {
 
 static void markdown_kernel(const dlattn_kernel_info *k, bool first) {
     (void)first;
-    printf("| %s | %s | %s | ", k->name, k->arch, k->dtypes);
+    printf("| %s | %s | %s | %s | ", k->name, k->operation, k->arch, k->dtypes);
     print_dim(k->max_head_dim);
     printf(", ");
     print_dim(k->max_head_dim_v);

@@ -123,7 +123,7 @@ check "loader: DLATTN_LIBRARY and no other" \
 check "loader: not a plugin" fails_saying "has no dlattn_get_api" env DLATTN_LIBRARY="${file[broken_symbol]}" "$client"
 check "loader: another major version" fails_saying "does not serve ABI 1" env DLATTN_LIBRARY="${file[broken_major]}" "$client"
 check "loader: a table cut short" \
-    fails_saying "serves ABI 1.0, this program needs 1.0" env DLATTN_LIBRARY="${file[broken_table]}" "$client"
+    fails_saying "serves ABI 1.0, this program needs 1\.[0-9]+" env DLATTN_LIBRARY="${file[broken_table]}" "$client"
 check "the client links libc and libm alone" says '^ *0x.*NEEDED.*libc\.so\.6' readelf -dW "$client"
 links() { ! readelf -dW "$client" | grep NEEDED | grep -vE 'libc\.so\.6|libm\.so\.6|ld-linux'; }
 check "and nothing of dlattn" links

@@ -1,0 +1,98 @@
+"""Two builds of the library beside each other on a GPU, in one process and in turns.
+
+    python3 bench/gpu_compare.py ./OLD.so ./NEW.so [--out FILE.csv] [--rounds N]
+
+The cases are those of gpu_bench.py: its grid of forward calls in bf16 and f16, and decoding with a
+cold L2. Prints old / new for each, which is above 1 where the new one is faster, and the geometric
+means. Set DLATTN_COMMIT to what the CSV shall name.
+"""
+
+import argparse
+import csv
+import datetime
+import math
+import os
+
+import torch
+from gpu_bench import COLUMNS, DECODE, DTYPES, Library, case_rows, grid, rounds
+
+
+def forward_cases():
+    for op, dtype, dim, causal, length in grid(("bf16", "f16"), False):
+        if op == "fwd":
+            shape = 16384 // length, length, 2048 // dim, dim
+            q, k, v = (
+                torch.randn(shape, device="cuda", dtype=DTYPES[dtype]).transpose(1, 2)
+                for _ in range(3)
+            )
+            yield op, dtype, q, k, v, causal
+
+
+def decode_cases():
+    for dtype, batch, heads, heads_kv, length, dim in DECODE:
+        q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPES[dtype])
+        k, v = (
+            torch.randn(batch, heads_kv, length, dim, device="cuda", dtype=DTYPES[dtype])
+            for _ in range(2)
+        )
+        yield "decode", dtype, q, k, v, False
+
+
+def time_case(libraries, case, count, flush):
+    """The calls by name, and name -> (median, spread)."""
+    op, _, q, k, v, causal = case
+    calls, functions = {}, {}
+    for name, library in libraries.items():
+        calls[name] = library.call(causal, query=q, key=k, value=v, output=torch.empty_like(q))
+        if op == "decode":
+            functions[f"before {name}"] = flush
+        functions[name] = calls[name]
+    return calls, rounds(functions, count)
+
+
+def csv_lines(case, calls, times):
+    op, dtype, q, k, _, causal = case
+    read = 2 * k.numel() * k.element_size() if op == "decode" else 0
+    found = {name: (f"dlattn {name}", call) for name, call in calls.items()}
+    return case_rows(op, dtype, q, k, causal, found, times, read)
+
+
+def write(path, lines):
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "commit": os.environ.get("DLATTN_COMMIT", ""),
+        "device": torch.cuda.get_device_name(),
+        "threads": 0,
+    }
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows({**common, **line} for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("old")
+    parser.add_argument("new")
+    parser.add_argument("--out")
+    parser.add_argument("--rounds", type=int, default=24)
+    given = parser.parse_args()
+    libraries = {"old": Library(given.old), "new": Library(given.new)}
+    other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
+    ratios, lines = {"fwd": [], "decode": []}, []
+    for case in (*forward_cases(), *decode_cases()):
+        calls, times = time_case(libraries, case, given.rounds, other.max)
+        ratio = times["old"][0] / times["new"][0]
+        op, dtype, q, k, _, causal = case
+        ratios[op].append(ratio)
+        print(f"{op} {dtype} {list(q.shape)} {list(k.shape)} causal {int(causal)}: {ratio:.3f}")
+        lines += csv_lines(case, calls, times)
+    for op, of in ratios.items():
+        mean = math.exp(sum(map(math.log, of)) / len(of))
+        print(f"{op}: geometric mean {mean:.4f}, lowest {min(of):.3f}, {len(of)} cases")
+    if given.out:
+        write(given.out, lines)
+
+
+if __name__ == "__main__":
+    main()
