@@ -179,6 +179,15 @@ ParameterizedTestParameters(kernels, row) {
     return cr_make_param_array(struct job, jobs, (size_t)(end - jobs), free_jobs);
 }
 
+/* Features of which the loop has no case, by row: tests/oracle holds them to NumPy's results. */
+static uint64_t in_the_oracle(const char *row) {
+    return strcmp(row, "cpu_fwd_ref") == 0
+               ? DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK |
+                     DLATTN_FEATURE_DIAGONAL_OFFSET | DLATTN_FEATURE_MIXED_DTYPES |
+                     DLATTN_FEATURE_SCALES
+               : 0;
+}
+
 ParameterizedTest(struct job *job, kernels, row) {
     struct loop loop = {.subject = {.api = test_api(), .place = &PLACE, .kernel = job->kernel},
                         .job = job,
@@ -197,9 +206,10 @@ ParameterizedTest(struct job *job, kernels, row) {
         cr_expect(eq(int, loop.unwilling, 0));
     cr_expect(eq(int, loop.failed, 0), "%s: %d of %d cases failed", info.name, loop.failed,
               loop.checked);
-    cr_expect(eq(ulong, loop.covered & info.features, info.features),
+    const uint64_t claimed = info.features & ~in_the_oracle(info.name);
+    cr_expect(eq(ulong, loop.covered & claimed, claimed),
               "%s claims features that no case reached: 0x%llx", info.name,
-              (unsigned long long)(info.features & ~loop.covered));
+              (unsigned long long)(claimed & ~loop.covered));
 }
 
 /* The library's own choice. On the CPU also on lesser machines: DLATTN_CPU takes instruction sets away. */

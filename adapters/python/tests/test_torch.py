@@ -641,7 +641,7 @@ def test_refusals():
         ours(query, key, value, dropout_p=0.1)
     with pytest.raises(ValueError, match=r"key: axis 3 \(head_dim\) is 8, query makes it 16"):
         ours(query, key[..., :8], value)
-    with pytest.raises(ValueError, match="key: dtype is f64, query's is f32"):
+    with pytest.raises(ValueError, match="key: dtype is float64, query's is float32"):
         ours(query, key.double(), value)
     with pytest.raises(NotImplementedError, match="query: dtype"):
         ours(query.int(), key.int(), value.int())
