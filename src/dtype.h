@@ -30,12 +30,16 @@ enum dtype {
     (DTYPE_BIT(DTYPE_F64) | DTYPE_BIT(DTYPE_F32) | DTYPE_BIT(DTYPE_F16) | DTYPE_BIT(DTYPE_BF16))
 
 static inline int64_t dtype_bytes(enum dtype d) {
-    static const int8_t bytes[] = {
-#define BYTES(constant, name, full, code, bytes_) bytes_,
+    switch (d) {
+#define BYTES(constant, name, full_name, code, bytes)                                              \
+    case DTYPE_##constant:                                                                         \
+        return bytes;
         DTYPE_LIST(BYTES)
 #undef BYTES
-    };
-    return bytes[d];
+    case DTYPE_COUNT:
+        break;
+    }
+    return 0;
 }
 
 static inline bool dtype_is_float8(enum dtype d) { return d == DTYPE_E4M3 || d == DTYPE_E5M2; }
@@ -47,8 +51,8 @@ const char *dtype_full_name(enum dtype d);
 /* False for types that are not in the list. */
 bool dtype_of(DLDataType dl, enum dtype *dtype);
 
-/* Names of DTYPE_BIT()s, "f32 f16 bf16". Static. */
-const char *dtype_list(uint32_t dtypes);
+/* Names of a set of DTYPE_BIT()s, "f32 f16 bf16". Static. */
+const char *dtype_list(uint32_t set);
 
 /* As frameworks print it, "int64", also for types that are not in the list; into text[DTYPE_TEXT], which is returned. */
 enum { DTYPE_TEXT = 48 };

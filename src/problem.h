@@ -72,7 +72,8 @@ struct problem {
 
 #define VIEW(T, name) struct view name;
     DLATTN_GRADIENT_LIST(VIEW, )
-    struct view key_cache, value_cache; /* append; its lengths are key_lengths, those of the new rows query_lengths */
+    /* Of append, whose cache_lengths are key_lengths here, and whose new_lengths are query_lengths. */
+    struct view key_cache, value_cache;
     DLATTN_TENSOR_LIST(VIEW, )
 #undef VIEW
 };
@@ -82,7 +83,7 @@ struct problem {
 int32_t problem_build(struct problem *p, const dlattn_forward_desc *desc,
                       const dlattn_tensors *tensors, const dlattn_gradients *gradients,
                       bool with_data);
-int32_t merge_build(struct problem *p, const dlattn_partials *partials, bool with_data);
+int32_t merge_build(struct problem *p, const dlattn_partials *in, bool with_data);
 int32_t append_build(struct problem *p, const dlattn_append_tensors *tensors, bool with_data);
 
 /* Integer tensors and scales in host memory against the extents: for CPU problems, before anything is written. */

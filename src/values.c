@@ -93,7 +93,7 @@ static int32_t check_attention(const struct problem *p) {
     TRY(check_scales("query_scale", &p->query_scale, p->batch, p->heads_q));
     TRY(check_scales("key_scale", &p->key_scale, scaled, p->heads_kv));
     TRY(check_scales("value_scale", &p->value_scale, scaled, p->heads_kv));
-    for (int64_t b = 0; p->block_table.data && b < p->batch; b++) {
+    for (int64_t b = 0; p->page_size && b < p->batch; b++) {
         const struct sequence s = problem_sequence(p, b);
         int64_t first, end, unused;
         if (s.q_len == 0)
@@ -119,7 +119,7 @@ static int32_t check_append(const struct problem *p) {
                         "cache_lengths: entry %lld is %lld, and %lld rows are to be appended; the "
                         "cache has room for %lld",
                         (long long)b, (long long)s.k_len, (long long)s.q_len, (long long)p->len_k);
-        if (p->block_table.data)
+        if (p->page_size)
             TRY(check_pages(p, b, s.k_len, s.k_len + s.q_len));
     }
     return DLATTN_OK;

@@ -823,9 +823,11 @@ static PyObject *merge(PyObject *self, PyObject *const *given, Py_ssize_t count)
     const size_t parts = (size_t)PyTuple_Size(given[0]);
     struct arrays held = {calloc(2 * parts + 2, sizeof *held.arguments), 0};
     const DLTensor **lists = calloc(2 * parts + 1, sizeof *lists);
-    if (!held.arguments || !lists)
+    int status = -1;
+    if (held.arguments && lists)
+        status = run_merge(&held, lists, given);
+    else
         PyErr_NoMemory();
-    const int status = PyErr_Occurred() ? -1 : run_merge(&held, lists, given);
     close_arguments(held.arguments, held.count);
     free(held.arguments);
     free(lists);

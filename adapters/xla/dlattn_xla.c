@@ -108,7 +108,7 @@ static int read_integer(const xla_scalar *s, int64_t *value) {
         *value = *(const uint8_t *)s->value;
         return 1;
     case XLA_S8:
-        *value = *(const int8_t *)s->value;
+        *value = (int64_t)*(const int8_t *)s->value;
         return 1;
     case XLA_S16:
         *value = *(const int16_t *)s->value;

@@ -4,8 +4,8 @@
  * do not depend on how many threads there are or which of them was faster.
  */
 #include "kernels/cpu/decode.h"
-#include "src/element.h"
 #include "kernels/ref/ref.h"
+#include "src/element.h"
 
 #include <math.h>
 #include <stdatomic.h>

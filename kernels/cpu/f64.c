@@ -4,8 +4,8 @@
  * keys into tiles depends on the shape alone, so no bit depends on the number of threads or on the size of a task.
  */
 #include "kernels/cpu/f64.h"
-#include "src/element.h"
 #include "kernels/ref/ref.h"
+#include "src/element.h"
 
 #include <math.h>
 #include <stdatomic.h>

@@ -7,8 +7,8 @@
  * neither on the number of threads nor on the size of a task.
  */
 #include "kernels/cpu/forward.h"
-#include "src/element.h"
 #include "kernels/ref/ref.h"
+#include "src/element.h"
 
 #include <math.h>
 #include <stdatomic.h>

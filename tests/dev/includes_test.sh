@@ -5,6 +5,7 @@ cd "$(dirname "$(readlink -f "$0")")/../.."
 
 # includes FOLDER...: "FILE INCLUDED" for each quoted include in the folders' C and CUDA sources.
 includes() {
+    # shellcheck disable=SC2016 # awk has variables of its own
     git ls-files --cached --others --exclude-standard -- "${@/%//*.[ch]}" "${@/%//*.cu}" "${@/%//*.cuh}" "${@/%//*.inc}" |
         xargs awk '/^#[ ]*include "/ { split($0, part, "\""); print FILENAME, part[2] }'
 }

@@ -1,7 +1,7 @@
 /* Forward attention for f16 and bf16 on Hopper: TMA, wgmma, warp specialisation. See docs/cuda-sm90.md. */
 #include "kernels/cuda/sm90/params.h"
-#include "src/kernel.h"
 #include "src/cuda_driver.h"
+#include "src/kernel.h"
 
 #include <math.h>
 
