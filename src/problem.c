@@ -234,10 +234,12 @@ static void read_blocks(struct problem *p, const dlattn_forward_desc *d, struct 
     }
 }
 
-/* Stride-0 heads are one kv head; a gradient's elements are apart, so for backward they stay as many as they are. */
+/* Stride-0 heads are one kv head, unless they have scales of their own; a gradient's elements are apart, so for backward they
+ * stay as many as they are. */
 static void read_heads(struct problem *p) {
-    if (p->operation == FORWARD && p->heads_kv > 1 && p->key.stride[1] == 0 &&
-        p->value.stride[1] == 0)
+    const int64_t between_heads =
+        p->key.stride[1] | p->value.stride[1] | p->key_scale.stride[1] | p->value_scale.stride[1];
+    if (p->operation == FORWARD && p->heads_kv > 1 && between_heads == 0)
         p->heads_kv = 1;
     if (p->heads_kv != p->heads_q)
         p->features |= DLATTN_FEATURE_GQA;

@@ -516,6 +516,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
         .lanes = LANES,                                                                            \
         .vector_lanes = VEC_LANES,                                                                 \
         .tile_k = TILE_K(count),                                                                   \
+        .step_k = STEP,                                                                            \
         .elements_per_word = 2,                                                                    \
         .terms = count,                                                                            \
         .score_bytes = (2 * STEP + TILE_K(count) * count / 2) * LANES * 4,                         \

@@ -307,6 +307,9 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
         first = least(first, b->first);
         end = most(end, b->end);
     }
+    /* A hidden value that is not finite spoils what its step adds. Whole steps are read, as far as there are keys, so that a
+     * block meets it, and leaves its rows to the reference, whatever other blocks are in the task. */
+    end = least(round_up(end, body->step_k), t->s.k_len);
     struct kv_tile tile =
         tile_at(t, least(first, end) / tile_k * tile_k, end, tile_k, w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {

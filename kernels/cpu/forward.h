@@ -61,6 +61,7 @@ struct forward_body {
     int32_t lanes;
     int32_t vector_lanes;
     int32_t tile_k;
+    int32_t step_k;            /* keys whose values a product takes at once; divides tile_k */
     int32_t elements_per_word; /* 1: f32, 2: bf16 */
     int32_t terms;             /* bf16 whose sum is an element */
     int32_t score_bytes;       /* scratch of attend() */

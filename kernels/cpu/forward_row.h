@@ -4,6 +4,7 @@ static const struct forward_body body = {
     .lanes = LANES,
     .vector_lanes = VEC_LANES,
     .tile_k = TILE_K,
+    .step_k = PAIRS ? 2 : 1,
     .elements_per_word = PAIRS ? 2 : 1,
     .terms = 1,
     .score_bytes = TILE_K * LANES * 4,

@@ -76,11 +76,14 @@ static bool is_cpu_row(int32_t index, const char *dtype, dlattn_kernel_info *inf
     return info->available;
 }
 
-static void forward(struct arrays *a, const char *kernel, const struct edge *edge) {
-    int64_t shape[] = {1, 1, LENGTH, DIM};
+/* Causal, with so many query heads over one of keys. */
+static void forward_heads(struct arrays *a, const char *kernel, double scale, int64_t heads,
+                          int64_t length, int32_t threads) {
+    int64_t shape[] = {1, heads, length, DIM}, key_shape[] = {1, 1, length, DIM};
     const DLTensor like = {
         .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 32, 1}, .shape = shape};
     DLTensor query = like, key = like, value = like, output = like, lse = like;
+    key.shape = value.shape = key_shape;
     query.data = a->query, key.data = a->key, value.data = a->value, output.data = a->output;
     lse.data = a->lse, lse.ndim = 3;
     const dlattn_tensors tensors = {.struct_size = sizeof tensors,
@@ -92,9 +95,13 @@ static void forward(struct arrays *a, const char *kernel, const struct edge *edg
     const dlattn_forward_desc desc = {.struct_size = sizeof desc,
                                       .causal = 1,
                                       .kernel = kernel,
-                                      .scale = edge->scale,
-                                      .num_threads = 1};
+                                      .scale = scale,
+                                      .num_threads = threads};
     run(&desc, &tensors);
+}
+
+static void forward(struct arrays *a, const char *kernel, const struct edge *edge) {
+    forward_heads(a, kernel, edge->scale, 1, LENGTH, 1);
 }
 
 /* How many elements differ: by kind, or by more than f32 explains. */
@@ -105,6 +112,31 @@ static int wrong(const float *got, const float *want, int count) {
              : isinf(want[i]) ? got[i] != want[i]
                               : !(fabsf(got[i] - want[i]) <= 1e-5f * fmaxf(1, fabsf(want[i])));
     return n;
+}
+
+/* A NaN that only later rows see, in the step of keys in which the first block ends: what the block makes of it must not depend
+ * on which other blocks its thread has. */
+Test(edges, hidden_nan_for_any_number_of_threads) {
+    enum { HEADS = 4, ROWS = LENGTH / HEADS, HIDDEN = 20 };
+    const dlattn_api *api = test_api();
+    struct arrays *one = malloc(sizeof *one), *many = malloc(sizeof *many);
+    for (int32_t row = 0; row < api->kernel_count(); row++) {
+        dlattn_kernel_info info;
+        if (!is_cpu_row(row, "f32", &info))
+            continue;
+        for (struct arrays *a = one; a; a = a == one ? many : NULL) {
+            fill(a, &edges[0]);
+            a->value[HIDDEN * DIM + 3] = NAN;
+            forward_heads(a, info.name, 0, HEADS, ROWS, a == one ? 1 : 8);
+        }
+        for (int i = 0; i < HEADS * ROWS * DIM; i++)
+            cr_expect(memcmp(&one->output[i], &many->output[i], 4) == 0 ||
+                          (isnan(one->output[i]) && isnan(many->output[i])),
+                      "%s: row %d is %.9g with a thread, %.9g with eight", info.name,
+                      i / DIM % ROWS, one->output[i], many->output[i]);
+    }
+    free(one);
+    free(many);
 }
 
 Test(edges, every_cpu_row) {

@@ -20,6 +20,7 @@ struct row {
     int64_t keys;           /* that take part in this batch entry */
     double *score, *weight; /* [keys] */
     const double **value;   /* [keys]; NULL: the row does not see the key */
+    double *factor;         /* [keys]; of the value, its scale */
     double most, total;     /* the largest score, and the sum of weights relative to it */
     struct sums *sums;      /* [dim_v] */
 };
@@ -38,11 +39,15 @@ static const double *query_row(const struct row *r) {
     return floats(r->call, QUERY, index);
 }
 
+static int64_t kv_head(const struct row *r) {
+    const struct shape *s = &r->call->made_from.shape;
+    return r->h / (s->heads_q / s->heads_kv);
+}
+
 /* Row j of KEY or VALUE. */
 static const double *kv_row(const struct row *r, enum slot slot, int64_t j) {
-    const struct shape *s = &r->call->made_from.shape;
     int64_t index[4];
-    call_row(r->call, slot, r->b, r->h / (s->heads_q / s->heads_kv), j, index);
+    call_row(r->call, slot, r->b, kv_head(r), j, index);
     return floats(r->call, slot, index);
 }
 
@@ -67,10 +72,13 @@ static double alibi(const struct row *r, int64_t j) {
            fabs((double)(r->i + r->call->span[r->b].diagonal - j));
 }
 
-static double scale_of(const struct row *r) {
+static double scale_of(const struct row *r, int64_t j) {
     const struct features *f = &r->call->made_from.features;
-    return f->exact_scale || f->scale != 0 ? f->scale
-                                           : 1 / sqrt((double)r->call->made_from.shape.dim_qk);
+    const double scale = f->exact_scale || f->scale != 0
+                             ? f->scale
+                             : 1 / sqrt((double)r->call->made_from.shape.dim_qk);
+    return scale * call_scale(r->call, QUERY_SCALE, r->b, r->h, 0) *
+           call_scale(r->call, KEY_SCALE, r->b, kv_head(r), j);
 }
 
 static double score(const struct row *r, int64_t j) {
@@ -79,7 +87,7 @@ static double score(const struct row *r, int64_t j) {
     double x = 0;
     for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
         x += q[d] * k[d];
-    x *= scale_of(r);
+    x *= scale_of(r, j);
     return (cap > 0 ? cap * tanh(x / cap) : x) + bias(r, j) - alibi(r, j);
 }
 
@@ -93,6 +101,7 @@ static void weigh(struct row *r) {
     for (int64_t j = 0; j < r->keys; j++) {
         r->score[j] = call_sees(c, r->b, r->h, r->i, j) ? score(r, j) : -INFINITY;
         r->value[j] = r->score[j] == -INFINITY ? NULL : kv_row(r, VALUE, j);
+        r->factor[j] = r->value[j] ? call_scale(c, VALUE_SCALE, r->b, kv_head(r), j) : 0;
         r->most = fmax(r->most, r->score[j]);
     }
     r->total = sink == -INFINITY ? 0 : exp(sink - r->most);
@@ -110,7 +119,7 @@ static void attend(struct row *r) {
     memset(r->sums, 0, (size_t)dim_v * sizeof *r->sums);
     for (int64_t j = 0; j < r->keys; j++) {
         for (int64_t d = 0; d < dim_v && r->value[j]; d++)
-            r->sums[d].output += r->weight[j] * r->value[j][d];
+            r->sums[d].output += r->weight[j] * r->factor[j] * r->value[j][d];
     }
 }
 
@@ -144,7 +153,7 @@ static double score_size(const struct row *r, int64_t j) {
     double products = 0;
     for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
         products += fabs(q[d] * k[d]);
-    return 1 + products * fabs(scale_of(r)) + r->call->made_from.features.softcap +
+    return 1 + products * fabs(scale_of(r, j)) + r->call->made_from.features.softcap +
            fabs(bias(r, j)) + alibi(r, j);
 }
 
@@ -153,7 +162,8 @@ static void add_key(const struct row *r, int64_t j, double size) {
     const double weight = r->weight[j], lost = rounding(e, weight * r->total) / r->total;
     for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++) {
         struct sums *s = &r->sums[d];
-        const double value = r->value[j][d], moved = weight * size * (value - s->output);
+        const double value = r->factor[j] * r->value[j][d],
+                     moved = weight * size * (value - s->output);
         s->values += weight * value * weight * value;
         s->rounded += lost * value * lost * value;
         s->scored += moved * moved;
@@ -212,8 +222,9 @@ static void each_row(struct call *wide, void (*put)(struct row *)) {
     r.score = calloc(keys, sizeof *r.score);
     r.weight = calloc(keys, sizeof *r.weight);
     r.value = calloc(keys, sizeof *r.value);
+    r.factor = calloc(keys, sizeof *r.factor);
     r.sums = calloc((size_t)s->dim_v + 1, sizeof *r.sums);
-    assert(r.score && r.weight && r.value && r.sums);
+    assert(r.score && r.weight && r.value && r.factor && r.sums);
     for (r.b = 0; r.b < s->batch; r.b++) {
         for (r.h = 0; r.h < s->heads_q; r.h++) {
             for (r.i = 0; r.i < wide->span[r.b].q_rows; r.i++)
@@ -223,6 +234,7 @@ static void each_row(struct call *wide, void (*put)(struct row *)) {
     free(r.score);
     free(r.weight);
     free(r.value);
+    free(r.factor);
     free(r.sums);
 }
 

@@ -22,9 +22,10 @@ const int feature_set_count = sizeof feature_sets / sizeof feature_sets[0];
 
 const char *slot_name(enum slot slot) {
     static const char *const names[SLOTS] = {
-        "query",       "key",          "value",        "output",      "lse",
-        "bias",        "mask",         "alibi_slopes", "sinks",       "query_lengths",
-        "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table",
+        "query",        "key",          "value",        "output",      "lse",
+        "bias",         "mask",         "alibi_slopes", "sinks",       "query_lengths",
+        "key_lengths",  "cu_seqlens_q", "cu_seqlens_k", "block_table", "query_segments",
+        "key_segments", "block_mask",   "query_scale",  "key_scale",   "value_scale",
     };
     return names[slot];
 }
@@ -93,7 +94,7 @@ static void set_spans(struct call *c) {
             own->q_len = least(own->q_rows, draw_length(c, DRAW_Q_LENGTHS, b, s->len_q));
         if (f->key_lengths || f->page_size)
             own->k_len = least(own->k_rows, draw_length(c, DRAW_K_LENGTHS, b, s->len_k));
-        own->diagonal = f->bottom_right ? own->k_len - own->q_len : 0;
+        own->diagonal = f->diagonal_offset + (f->bottom_right ? own->k_len - own->q_len : 0);
         q_start += f->varlen_q ? own->q_rows : 0;
         k_start += f->varlen_k ? own->k_rows : 0;
     }
@@ -179,6 +180,36 @@ static void make_broadcast(struct call *c, enum slot slot, enum element e, unsig
     make(c, slot, e, 4, shape, broadcast);
 }
 
+static int64_t blocks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
+
+static void make_scale(struct call *c, enum slot slot, int64_t entries, int64_t heads) {
+    const int kind = c->made_from.features.scales;
+    make(c, slot, F32, kind == 1 ? 1 : 2, (int64_t[]){kind == 2 ? entries : 1, heads}, 0);
+}
+
+static void make_later(struct call *c) {
+    const struct shape *s = &c->made_from.shape;
+    const struct features *f = &c->made_from.features;
+    if (f->segments) {
+        const bool packed_q = f->varlen_q, packed_k = f->varlen_k;
+        make(c, QUERY_SEGMENTS, I32, packed_q ? 1 : 2,
+             packed_q ? c->tensor[QUERY].shape : (int64_t[]){s->batch, s->len_q}, 0);
+        make(c, KEY_SEGMENTS, I32, packed_k ? 1 : 2,
+             packed_k ? c->tensor[KEY].shape : (int64_t[]){s->batch, c->extent_k}, 0);
+    }
+    if (f->block_q)
+        make(c, BLOCK_MASK, U8, 4,
+             (int64_t[]){s->batch, s->heads_q, blocks(c->extent_q, f->block_q),
+                         blocks(c->extent_k, f->block_k)},
+             0);
+    if (f->scales) {
+        const int64_t entries = f->page_size ? c->tensor[KEY].shape[0] : s->batch;
+        make_scale(c, QUERY_SCALE, s->batch, s->heads_q);
+        make_scale(c, KEY_SCALE, entries, s->heads_kv);
+        make_scale(c, VALUE_SCALE, entries, s->heads_kv);
+    }
+}
+
 static void make_rest(struct call *c) {
     const struct shape *s = &c->made_from.shape;
     const struct features *f = &c->made_from.features;
@@ -225,15 +256,26 @@ static double value_of(const struct call *c, enum slot slot, uint64_t n, const i
         return mask_value(c, n, index);
     case ALIBI_SLOPES:
         return ldexp(1, -(int)(1 + n % 8));
+    case QUERY_SEGMENTS:
+    case KEY_SEGMENTS:
+        return (double)random_below(draw(c, slot), n / 5, 3) - 1;
+    case BLOCK_MASK:
+        return (double)random_below(draw(c, slot), n, 3);
+    case QUERY_SCALE:
+    case KEY_SCALE:
+    case VALUE_SCALE:
+        return 0.25 + (double)random_below(draw(c, slot), n, 1000) / 1000;
     default:
         return x;
     }
 }
 
-static void fill_floats(struct call *c) {
-    for (int slot = 0; slot < QUERY_LENGTHS; slot++) {
+/* All but results, lengths and the block table. */
+static void fill_values(struct call *c) {
+    for (int slot = 0; slot < SLOTS; slot++) {
         struct tensor *t = &c->tensor[slot];
-        if (!c->has[slot] || slot == OUTPUT || slot == LSE)
+        if (!c->has[slot] || slot == OUTPUT || slot == LSE ||
+            (slot >= QUERY_LENGTHS && slot <= BLOCK_TABLE))
             continue;
         int64_t index[4] = {0};
         for (int64_t n = 0, count = tensor_count(t); n < count; n++, tensor_next(t, index))
@@ -250,7 +292,7 @@ static int64_t common_divisor(int64_t a, int64_t b) {
     return b == 0 ? a : common_divisor(b, a % b);
 }
 
-static void fill_integers(struct call *c) {
+static void fill_lengths(struct call *c) {
     const struct features *f = &c->made_from.features;
     const int64_t batch = c->made_from.shape.batch;
     set_integer(c, CU_SEQLENS_Q, 0, 0, 0);
@@ -395,6 +437,9 @@ static void set_desc(struct call *c) {
     c->desc.window_right = f->window ? f->window_right : 0;
     c->desc.causal = f->causal;
     c->desc.alignment = f->bottom_right ? DLATTN_ALIGN_BOTTOM_RIGHT : DLATTN_ALIGN_TOP_LEFT;
+    c->desc.diagonal_offset = f->diagonal_offset;
+    c->desc.block_q = (int32_t)f->block_q;
+    c->desc.block_k = (int32_t)f->block_k;
 }
 
 void call_make(struct call *c, const struct test_case *from) {
@@ -404,8 +449,9 @@ void call_make(struct call *c, const struct test_case *from) {
     set_spans(c);
     make_main(c);
     make_rest(c);
-    fill_floats(c);
-    fill_integers(c);
+    make_later(c);
+    fill_values(c);
+    fill_lengths(c);
     poison_unseen(c);
     set_nan(c);
 }
@@ -468,6 +514,26 @@ static double broadcast_get(const struct tensor *t, int64_t b, int64_t h, int64_
     return tensor_get(t, index);
 }
 
+static double segment(const struct call *c, enum slot slot, int64_t b, int64_t start, int64_t l) {
+    const struct tensor *t = &c->tensor[slot];
+    return tensor_get(t, t->dl.ndim == 1 ? (int64_t[4]){start + l} : (int64_t[4]){b, l});
+}
+
+/* By segments, block mask and mask. */
+static bool masks_leave(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j) {
+    const struct features *f = &c->made_from.features;
+    if (f->segments && segment(c, QUERY_SEGMENTS, b, c->span[b].q_start, i) !=
+                           segment(c, KEY_SEGMENTS, b, c->span[b].k_start, j))
+        return false;
+    if (f->block_q) {
+        const double block =
+            broadcast_get(&c->tensor[BLOCK_MASK], b, h, i / f->block_q, j / f->block_k);
+        if (block != 1)
+            return block == 2;
+    }
+    return !c->has[MASK] || broadcast_get(&c->tensor[MASK], b, h, i, j) != 0;
+}
+
 bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j) {
     const struct features *f = &c->made_from.features;
     const struct span *s = &c->span[b];
@@ -477,11 +543,24 @@ bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j)
     if (f->window && ((f->window_left >= 0 && j < key - f->window_left) ||
                       (f->window_right >= 0 && j > key + f->window_right)))
         return false;
-    return !c->has[MASK] || broadcast_get(&c->tensor[MASK], b, h, i, j) != 0;
+    return masks_leave(c, b, h, i, j);
 }
 
 double call_bias(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j) {
     return c->has[BIAS] ? broadcast_get(&c->tensor[BIAS], b, h, i, j) : 0;
+}
+
+double call_scale(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t j) {
+    const struct tensor *t = &c->tensor[slot];
+    int64_t entry = b;
+    if (!c->has[slot])
+        return 1;
+    if (t->dl.ndim == 1)
+        return tensor_get(t, (int64_t[4]){0});
+    if (slot != QUERY_SCALE && c->has[BLOCK_TABLE])
+        entry = (int64_t)tensor_get(&c->tensor[BLOCK_TABLE],
+                                    (int64_t[4]){b, j / c->made_from.features.page_size});
+    return tensor_get(t, (int64_t[4]){t->shape[0] > 1 ? entry : 0, h});
 }
 
 void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
@@ -516,6 +595,10 @@ void case_print(const struct test_case *c, char *text, size_t size) {
              (unsigned long long)c->seed);
 }
 
+bool features_are_later(const struct features *f) {
+    return f->diagonal_offset != 0 || f->segments || f->block_q || f->scales;
+}
+
 struct features features_random(uint64_t seed) {
     uint64_t n = 0;
 #define ONE_IN(k) (random_below(seed, n++, k) == 0)
@@ -545,6 +628,13 @@ struct features features_random(uint64_t seed) {
     f.varlen_q = ONE_IN(4);
     f.page_size = ONE_IN(5) ? 1 + random_below(seed, n++, 20) : 0;
     f.varlen_k = !f.page_size && ONE_IN(4);
+    if (!ONE_IN(4))
+        return f;
+    f.diagonal_offset = ONE_IN(2) ? random_below(seed, n++, 60) - 30 : 0;
+    f.segments = ONE_IN(2);
+    f.block_q = ONE_IN(2) ? 1 + random_below(seed, n++, 20) : 0;
+    f.block_k = f.block_q ? 1 + random_below(seed, n++, 20) : 0;
+    f.scales = (int)random_below(seed, n++, 4);
 #undef ONE_IN
     return f;
 }

@@ -39,6 +39,10 @@ struct features {
     enum { NO_NAN, NAN_QUERY, NAN_KEY, NAN_VALUE } nan; /* in one element that some rows see */
     double planted;                                     /* there, instead of the NaN; 0 = NaN */
     double logits;                                      /* multiplies the query; 0 = 1 */
+    int64_t diagonal_offset;
+    bool segments;
+    int64_t block_q, block_k; /* not 0: a block mask */
+    int scales;               /* 1: [1], 2: [B, heads] or [pages, heads], 3: [1, heads] */
 };
 
 struct test_case {
@@ -63,6 +67,12 @@ enum slot {
     CU_SEQLENS_Q,
     CU_SEQLENS_K,
     BLOCK_TABLE,
+    QUERY_SEGMENTS,
+    KEY_SEGMENTS,
+    BLOCK_MASK,
+    QUERY_SCALE,
+    KEY_SCALE,
+    VALUE_SCALE,
     SLOTS
 };
 const char *slot_name(enum slot slot);
@@ -99,10 +109,12 @@ dlattn_tensors call_tensors(const struct call *c);
 /* Points every tensor at its own image. */
 void call_use_images(struct call *c);
 
-/* Whether query row i of head h may look at key j, by causal, window, lengths and mask. */
+/* Whether query row i of head h may look at key j, by causal, window, lengths, segments and masks. */
 bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j);
 /* The bias of that row and key; 0 where there is none. */
 double call_bias(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j);
+/* The factor of query row or key j of head h, of the query's heads or the key's; 1 without a scale. */
+double call_scale(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t j);
 /* Indices of row l of head h of batch b in a query, output, key, value or lse, also packed and paged. */
 void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
               int64_t index[4]);
@@ -119,6 +131,8 @@ extern const struct shape check_shapes[];
 extern const int check_shape_count;
 extern const struct features feature_sets[];
 extern const int feature_set_count;
+/* Whether they ask for what ABI 1.1 brought, of which the reference row alone has all. */
+bool features_are_later(const struct features *f);
 /* A sensible combination drawn by chance. */
 struct features features_random(uint64_t seed);
 
