@@ -308,7 +308,7 @@ fn refusals() -> Result<()> {
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
         let says = message(attention(&q, &k, &v.i(0..1)?, &Options::default()));
         assert!(
-            says.contains("value: axis 0 (batch) is 1, key makes it 2"),
+            says.contains("value: axis 0 (batch) is 1, query makes it 2"),
             "{says}"
         );
         let says = message(attention(
