@@ -368,12 +368,15 @@ int32_t cuda_launch_early(struct cuda_kernel *k, int32_t device, int64_t blocks,
     return launch(k, device, blocks, true, stream, params);
 }
 
-int32_t cuda_synchronize(int32_t device, void *stream) {
+static int32_t enter_device(int32_t device, bool *entered) {
     struct device *d;
-    bool entered = false;
-    int32_t status = open_device(&d, device);
-    if (status == DLATTN_OK)
-        status = enter(d, &entered);
+    const int32_t status = open_device(&d, device);
+    return status == DLATTN_OK ? enter(d, entered) : status;
+}
+
+int32_t cuda_synchronize(int32_t device, void *stream) {
+    bool entered;
+    const int32_t status = enter_device(device, &entered);
     if (status != DLATTN_OK)
         return status;
     const CUresult error = cu.cuStreamSynchronize(stream);
@@ -382,11 +385,8 @@ int32_t cuda_synchronize(int32_t device, void *stream) {
 }
 
 int32_t cuda_clear(int32_t device, void *data, size_t bytes, void *stream) {
-    struct device *d;
-    bool entered = false;
-    int32_t status = open_device(&d, device);
-    if (status == DLATTN_OK)
-        status = enter(d, &entered);
+    bool entered;
+    const int32_t status = enter_device(device, &entered);
     if (status != DLATTN_OK)
         return status;
     const CUresult error = cu.cuMemsetD8Async((uint64_t)(uintptr_t)data, 0, bytes, stream);

@@ -7,18 +7,19 @@
 enum { OPTIONAL, REQUIRED };
 enum { READ, WRITTEN };
 
-#define TENSOR(name, kind, need, use, feature, axes, packed, paged, other)                         \
-    [SLOT_##name] = {#name,                                                                        \
-                     kind,                                                                         \
-                     need == REQUIRED,                                                             \
-                     use == WRITTEN,                                                               \
-                     feature,                                                                      \
-                     axes,                                                                         \
-                     packed,                                                                       \
-                     paged,                                                                        \
-                     other,                                                                        \
-                     -1,                                                                           \
-                     offsetof(struct problem, name)},
+#define SLOT(index, name, view, kind, need, use, feature, axes, packed, paged, other)              \
+    [index] = {name,                                                                               \
+               kind,                                                                               \
+               need == REQUIRED,                                                                   \
+               use == WRITTEN,                                                                     \
+               feature,                                                                            \
+               axes,                                                                               \
+               packed,                                                                             \
+               paged,                                                                              \
+               other,                                                                              \
+               -1,                                                                                 \
+               offsetof(struct problem, view)},
+#define TENSOR(name, ...) SLOT(SLOT_##name, #name, name, __VA_ARGS__)
 #define GRADIENT(slot, of_, need, use)                                                             \
     [SLOT_##slot] = {.name = #slot,                                                                \
                      .required = need == REQUIRED,                                                 \
@@ -31,22 +32,12 @@ const struct slot attention_slots[ATTENTION_SLOTS] = {
 #undef TENSOR
 #undef GRADIENT
 
-#define APPENDED(name, view, kind, need, use, feature, axes, packed, paged, other)                 \
-    [APPEND_##name] = {#name,                                                                      \
-                       kind,                                                                       \
-                       need == REQUIRED,                                                           \
-                       use == WRITTEN,                                                             \
-                       feature,                                                                    \
-                       axes,                                                                       \
-                       packed,                                                                     \
-                       paged,                                                                      \
-                       other,                                                                      \
-                       -1,                                                                         \
-                       offsetof(struct problem, view)},
+#define APPENDED(name, view, ...) SLOT(APPEND_##name, #name, view, __VA_ARGS__)
 const struct slot append_slots[APPEND_SLOTS] = {
 #include "src/slots.inc"
 };
 #undef APPENDED
+#undef SLOT
 
 #define POINTERS(bytes) (((bytes) - sizeof(size_t)) / sizeof(const DLTensor *))
 _Static_assert(POINTERS(sizeof(dlattn_tensors)) == TENSOR_SLOTS, "a line for each slot");

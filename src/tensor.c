@@ -224,10 +224,10 @@ int32_t tensor_override_dtype(struct tensor *t, DLDataType holds) {
 
 /* ---- Memory ---------------------------------------------------------------------------------- */
 
-/* No two elements of an output may share memory: with axes in order of stride, each step must clear
- * all of the smaller axes together. */
 static int64_t size_of(int64_t stride) { return stride < 0 ? -stride : stride; }
 
+/* No two elements of an output may share memory: with axes in order of stride, each step must clear
+ * all of the smaller axes together. */
 int32_t tensor_check_writable(const struct tensor *t) {
     int order[4], n = 0;
     if (t->empty)

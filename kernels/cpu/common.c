@@ -31,6 +31,43 @@ struct rows kv_rows(const struct problem *p, const struct view *v, const struct 
     return (struct rows){.rows = pointers};
 }
 
+struct kv_tile kv_tile_at(const struct problem *p, const struct sequence *s, int64_t b, int64_t h,
+                          int64_t first, int64_t end, int32_t tile_k, const char **pointers) {
+    struct kv_tile tile = {.first = first, .n = (int32_t)most(0, least(tile_k, end - first))};
+    if (tile.n == 0)
+        return tile;
+    tile.keys = kv_rows(p, &p->key, s, b, h, first, tile.n, pointers);
+    tile.values = kv_rows(p, &p->value, s, b, h, first, tile.n, pointers + tile_k);
+    return tile;
+}
+
+static int64_t fetched_bytes(const struct problem *p, const struct view *v, int64_t dim) {
+    return is_dense(v, dim) ? dim * dtype_bytes(p->dtype) : 0;
+}
+
+struct fetch kv_tile_share(const struct problem *p, const struct kv_tile *next, int64_t n,
+                           int64_t blocks) {
+    return (struct fetch){.keys = next->keys,
+                          .values = next->values,
+                          .key_bytes = fetched_bytes(p, &p->key, p->dim_qk),
+                          .value_bytes = fetched_bytes(p, &p->value, p->dim_v),
+                          .row = next->n * n / blocks,
+                          .end = next->n * (n + 1) / blocks};
+}
+
+int64_t runs_of(const struct problem *p, int64_t tile_q) {
+    return (p->len_q * group_of(p) + tile_q - 1) / tile_q;
+}
+
+void plan_tasks(struct plan *plan, const struct problem *p, int64_t lanes) {
+    const int64_t heads = p->batch * p->heads_kv, rows = p->len_q * group_of(p),
+                  wanted = plan->threads == 1 ? 1 : 4 * plan->threads;
+    while (plan->tile_q > lanes &&
+           (plan->tile_q / 2 >= rows || heads * runs_of(p, plan->tile_q) < wanted))
+        plan->tile_q /= 2;
+    plan->threads = (int32_t)most(1, least(plan->threads, heads * runs_of(p, plan->tile_q)));
+}
+
 /* A few elements of each row at a time, so that rows across memory (a transposed matrix) are read by whole cache lines. */
 static inline void copy_words(char *const *to, int64_t to_step, const char *const *from,
                               int64_t from_step, int32_t n, int64_t dim, size_t bytes) {

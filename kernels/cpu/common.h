@@ -104,6 +104,28 @@ struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int
 struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
                     int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers);
 
+/* A run of keys and their values. */
+struct kv_tile {
+    struct rows keys, values;
+    int64_t first;
+    int32_t n;
+};
+
+/* Up to tile_k keys of a sequence from `first` on, n = 0 at the end; pages are looked up into pointers[2 * tile_k]. */
+struct kv_tile kv_tile_at(const struct problem *p, const struct sequence *s, int64_t b, int64_t h,
+                          int64_t first, int64_t end, int32_t tile_k, const char **pointers);
+
+/* What block n of so many asks for of the next tile. Rows whose elements lie apart are left to the hardware. */
+struct fetch kv_tile_share(const struct problem *p, const struct kv_tile *next, int64_t n,
+                           int64_t blocks);
+
+/* Runs of tile_q rows in the group of a kv head of one batch. */
+int64_t runs_of(const struct problem *p, int64_t tile_q);
+
+/* Tasks of as many rows as the table's tile says, but of no fewer than `lanes`: fewer where that would leave threads without
+ * work. */
+void plan_tasks(struct plan *plan, const struct problem *p, int64_t lanes);
+
 /* True if scores need more than a positive scale before softmax: then they are made logits first. */
 bool needs_rule(const struct problem *p);
 

@@ -236,38 +236,6 @@ static const double *load_extra(const struct task *t, const struct f64_block *b,
     return w->extra;
 }
 
-struct kv_tile {
-    struct rows keys, values;
-    int64_t first;
-    int32_t n;
-};
-
-/* The keys from `first` on that make a tile; n = 0 at the end. */
-static struct kv_tile tile_at(const struct task *t, int64_t first, int64_t end,
-                              const char **pointers) {
-    const struct problem *p = t->p;
-    struct kv_tile tile = {.first = first, .n = (int32_t)most(0, least(F64_TILE_K, end - first))};
-    if (tile.n == 0)
-        return tile;
-    tile.keys = kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first, tile.n, pointers);
-    tile.values =
-        kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first, tile.n, pointers + F64_TILE_K);
-    return tile;
-}
-
-/* Block n's share of the next tile; rows whose elements lie apart are not asked for. */
-static struct fetch share_of(const struct problem *p, const struct kv_tile *next, int64_t n,
-                             int64_t blocks) {
-    const int64_t bytes = dtype_bytes(p->dtype);
-    return (struct fetch){
-        .keys = next->keys,
-        .values = next->values,
-        .key_bytes = inner_stride(&p->key, p->dim_qk) == 1 ? p->dim_qk * bytes : 0,
-        .value_bytes = inner_stride(&p->value, p->dim_v) == 1 ? p->dim_v * bytes : 0,
-        .row = next->n * n / blocks,
-        .end = next->n * (n + 1) / blocks};
-}
-
 /* ---- The end of a row -------------------------------------------------------------------------------------------- */
 
 /* Counts the sink, writes lse, and returns the factor that the output still needs. */
@@ -335,7 +303,7 @@ static void attend_tile(const struct task *t, const struct kv_tile *tile,
     };
     for (int64_t n = 0; n < blocks; n++) {
         struct f64_block *b = &w->blocks[n];
-        struct fetch share = share_of(p, next, n, blocks);
+        struct fetch share = kv_tile_share(p, next, n, blocks);
         if (tile->first + F64_TILE_K > b->first && tile->first < b->end) {
             now.n = (int32_t)least(tile->n, b->end - tile->first);
             now.extra = load_extra(t, b, t->first_row + n * lanes, tile->first, now.n, w);
@@ -347,6 +315,7 @@ static void attend_tile(const struct task *t, const struct kv_tile *tile,
 }
 
 static void run_task(const struct task *t, struct scratch *w) {
+    const struct problem *p = t->p;
     const int64_t lanes = t->call->lanes;
     int64_t first = INT64_MAX, end = 0;
     for (int64_t row = 0; row < t->rows; row += lanes) {
@@ -356,9 +325,11 @@ static void run_task(const struct task *t, struct scratch *w) {
         end = most(end, b->end);
     }
     struct kv_tile tile =
-        tile_at(t, least(first, end) / F64_TILE_K * F64_TILE_K, end, w->pointers[0]);
+        kv_tile_at(p, &t->s, t->b, t->kv_head, least(first, end) / F64_TILE_K * F64_TILE_K, end,
+                   F64_TILE_K, w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {
-        const struct kv_tile next = tile_at(t, tile.first + tile.n, end, w->pointers[parity]);
+        const struct kv_tile next = kv_tile_at(p, &t->s, t->b, t->kv_head, tile.first + tile.n, end,
+                                               F64_TILE_K, w->pointers[parity]);
         attend_tile(t, &tile, &next, w);
         tile = next;
     }
@@ -387,18 +358,8 @@ static void worker(void *ctx, int64_t index) {
     }
 }
 
-static int64_t runs_of(const struct problem *p, int64_t tile_q) {
-    return (p->len_q * group_of(p) + tile_q - 1) / tile_q;
-}
-
-/* A task takes as many rows as the table's tile says, fewer where that would leave threads without work. */
 bool f64_plan(struct plan *plan, const struct problem *p, const struct f64_body *body) {
-    const int64_t heads = p->batch * p->heads_kv, rows = p->len_q * group_of(p),
-                  wanted = plan->threads == 1 ? 1 : 4 * plan->threads;
-    while (plan->tile_q > block_lanes(body, p) &&
-           (plan->tile_q / 2 >= rows || heads * runs_of(p, plan->tile_q) < wanted))
-        plan->tile_q /= 2;
-    plan->threads = (int32_t)most(1, least(plan->threads, heads * runs_of(p, plan->tile_q)));
+    plan_tasks(plan, p, block_lanes(body, p));
     struct scratch w;
     plan->workspace_bytes = lay_out(&w, NULL, body, plan, p) * (size_t)plan->threads;
     return true;

@@ -261,39 +261,6 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     }
 }
 
-struct kv_tile {
-    struct rows keys, values;
-    int64_t first;
-    int32_t n;
-};
-
-/* Up to tile_k keys from `first` on; n = 0 at the end. */
-static struct kv_tile tile_at(const struct task *t, int64_t first, int64_t end, int32_t tile_k,
-                              const char **pointers) {
-    const struct problem *p = t->p;
-    struct kv_tile tile = {.first = first, .n = (int32_t)most(0, least(tile_k, end - first))};
-    if (tile.n == 0)
-        return tile;
-    tile.keys = kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first, tile.n, pointers);
-    tile.values = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first, tile.n, pointers + tile_k);
-    return tile;
-}
-
-static int64_t fetched_bytes(const struct problem *p, const struct view *v, int64_t dim) {
-    return is_dense(v, dim) ? dim * dtype_bytes(p->dtype) : 0;
-}
-
-/* Block n's share of the next tile. Rows whose elements lie apart are left to the hardware. */
-static struct fetch share_of(const struct problem *p, const struct kv_tile *next, int64_t n,
-                             int64_t blocks) {
-    return (struct fetch){.keys = next->keys,
-                          .values = next->values,
-                          .key_bytes = fetched_bytes(p, &p->key, p->dim_qk),
-                          .value_bytes = fetched_bytes(p, &p->value, p->dim_v),
-                          .row = next->n * n / blocks,
-                          .end = next->n * (n + 1) / blocks};
-}
-
 static void run_task(const struct call *c, const struct task *t, struct scratch *w) {
     const struct forward_body *body = c->body;
     const struct problem *p = t->p;
@@ -311,7 +278,8 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
      * block meets it, and leaves its rows to the reference, whatever other blocks are in the task. */
     end = least(round_up(end, body->step_k), t->s.k_len);
     struct kv_tile tile =
-        tile_at(t, least(first, end) / tile_k * tile_k, end, tile_k, w->pointers[0]);
+        kv_tile_at(p, &t->s, t->b, t->kv_head, least(first, end) / tile_k * tile_k, end, tile_k,
+                   w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {
         const struct rows keys = dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->dtype,
                                             w->dense_key),
@@ -320,11 +288,11 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
         const struct operand key = body->load_key(w->key, &keys, tile.n, p->dim_qk, p->dtype);
         const struct operand value =
             body->load_value(w->value, &values, tile.n, p->dim_v, p->dtype);
-        const struct kv_tile next =
-            tile_at(t, tile.first + tile.n, end, tile_k, w->pointers[parity]);
+        const struct kv_tile next = kv_tile_at(p, &t->s, t->b, t->kv_head, tile.first + tile.n, end,
+                                               tile_k, w->pointers[parity]);
         for (int64_t n = 0; n < blocks; n++) {
             struct block *b = &w->blocks[n];
-            struct fetch share = share_of(p, &next, n, blocks);
+            struct fetch share = kv_tile_share(p, &next, n, blocks);
             if (tile.first + tile_k > b->first && tile.first < b->end)
                 attend(c, t, b, t->first_row + n * lanes, &key, &value, tile.first,
                        (int32_t)least(tile.n, b->end - tile.first), &share, w);
@@ -358,22 +326,11 @@ static void worker(void *ctx, int64_t index) {
     c->body->leave();
 }
 
-static int64_t runs_of(const struct problem *p, int64_t tile_q) {
-    return (p->len_q * group_of(p) + tile_q - 1) / tile_q;
-}
-
-/* A task takes as many rows as the table's tile says, fewer where that would leave threads without work. */
 bool forward_plan(struct plan *plan, const struct problem *p, const struct forward_body *body) {
     if (!options_fit_f32(p))
         return false;
     plan->tile_k = body->tile_k;
-    const int64_t heads = p->batch * p->heads_kv,
-                  wanted = plan->threads == 1 ? 1 : 4 * plan->threads;
-    const int64_t rows = p->len_q * group_of(p);
-    while (plan->tile_q > body->lanes &&
-           (plan->tile_q / 2 >= rows || heads * runs_of(p, plan->tile_q) < wanted))
-        plan->tile_q /= 2;
-    plan->threads = (int32_t)most(1, least(plan->threads, heads * runs_of(p, plan->tile_q)));
+    plan_tasks(plan, p, body->lanes);
     struct scratch w;
     plan->workspace_bytes = lay_out(&w, NULL, body, plan, p) * (size_t)plan->threads;
     return true;

@@ -1,6 +1,5 @@
 /* The truth of append: element by element, rounded once from double. */
-#include "src/element.h"
-#include "src/kernel.h"
+#include "kernels/ref/pair.h"
 
 #include <stdatomic.h>
 
@@ -20,17 +19,12 @@ static void append_row(const struct problem *p, const struct row *r, const struc
     const int64_t at = r->s.k_len + r->i, paged = p->features & DLATTN_FEATURE_PAGED;
     const int64_t entry = paged ? problem_page(p, r->b, at) : r->b,
                   l = paged ? at % p->page_size : at;
-    const int64_t source = r->b * from->stride[0] + r->g * from->stride[1] +
-                           (r->s.q_start + r->i) * from->stride[2],
-                  target =
-                      entry * cache->stride[0] + r->g * cache->stride[1] + l * cache->stride[2];
-    const double factor = scale->data
-                              ? load_element(scale->data, DTYPE_F32,
-                                             entry * scale->stride[0] + r->g * scale->stride[1])
-                              : 1;
+    const int64_t source = row_of(from, r->b, r->g, r->s.q_start + r->i),
+                  target = row_of(cache, entry, r->g, l);
+    const double factor = scale_at(scale, entry, r->g);
     for (int64_t d = 0; d < dim; d++)
         store_element(cache->data, cache->dtype, target + d * cache->stride[3],
-                      load_element(from->data, from->dtype, source + d * from->stride[3]) / factor);
+                      element(from, source, d) / factor);
 }
 
 static void worker(void *ctx, int64_t index) {

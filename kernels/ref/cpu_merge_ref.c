@@ -1,6 +1,5 @@
 /* The truth of merge: row by row, in double. A row is read whole before it is written, so it may be merged in place. */
-#include "src/element.h"
-#include "src/kernel.h"
+#include "kernels/ref/pair.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -9,10 +8,6 @@ struct call {
     const struct problem *p;
     _Atomic int64_t next_row;
 };
-
-static int64_t row_of(const struct view *v, int64_t b, int64_t h, int64_t l) {
-    return b * v->stride[0] + h * v->stride[1] + l * v->stride[2];
-}
 
 static double lse_of(const struct problem *p, int64_t n, int64_t b, int64_t h, int64_t l) {
     const struct partial part = problem_partial(p, n);
@@ -27,9 +22,7 @@ static double merged(const struct problem *p, double lse, int64_t b, int64_t h, 
         const struct partial part = problem_partial(p, n);
         const double of_part = lse_of(p, n, b, h, l);
         if (of_part != -INFINITY)
-            sum += exp(of_part - lse) *
-                   load_element(part.output.data, part.output.dtype,
-                                row_of(&part.output, b, h, l) + d * part.output.stride[3]);
+            sum += exp(of_part - lse) * element(&part.output, row_of(&part.output, b, h, l), d);
     }
     return sum;
 }
