@@ -296,14 +296,6 @@ static const struct bad bad_runs[] = {BAD_RUNS};
 
 /* ---- Trying it -------------------------------------------------------------------------------------------- */
 
-static const struct features *features_named(const char *name) {
-    for (int i = 0; i < feature_set_count; i++) {
-        if (strcmp(feature_sets[i].name, name) == 0)
-            return &feature_sets[i];
-    }
-    cr_fatal("no feature set %s", name);
-}
-
 static void prepare_case(struct attempt *a, const struct test_case *from) {
     memset(a, 0, sizeof *a);
     call_make(&a->call, from);

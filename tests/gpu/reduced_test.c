@@ -30,24 +30,6 @@ static const char *const features[] = {
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
 
-static const struct features *features_named(const char *name) {
-    for (int i = 0; i < feature_set_count; i++) {
-        if (strcmp(feature_sets[i].name, name) == 0)
-            return &feature_sets[i];
-    }
-    abort();
-}
-
-static bool lists(const char *dtypes, enum element e) {
-    const char *const name = element_name(e);
-    const size_t length = strlen(name);
-    for (const char *at = dtypes; (at = strstr(at, name)) != NULL; at += length) {
-        if ((at == dtypes || at[-1] == ' ') && (at[length] == ' ' || at[length] == 0))
-            return true;
-    }
-    return false;
-}
-
 /* Whether a case failed: all shapes with the first two features, all features with the first shape. */
 static bool row_fails(const dlattn_api *api, const char *kernel, enum element e, bool few) {
     const struct subject subject = {.api = api, .place = &place_gpu, .kernel = kernel};
@@ -83,7 +65,7 @@ static int check_rows(const dlattn_api *api, bool few, const char *only) {
         if (!row_here(api, i, &row) || (only && strcmp(row.name, only) != 0))
             continue;
         for (enum element e = F64; e <= BF16; e++)
-            failed += lists(row.dtypes, e) && row_fails(api, row.name, e, few);
+            failed += element_is_listed(row.dtypes, e) && row_fails(api, row.name, e, few);
     }
     return failed;
 }
@@ -133,7 +115,7 @@ static int call_wild(const dlattn_api *api) {
                 .api = api, .place = &place_gpu, .kernel = row.name, .forward = forward_wild};
             const struct test_case c = {{4, 4, 2, 37, 75, 64, 64},
                                         *features_named(wild_features[n]),
-                                        lists(row.dtypes, F16) ? F16 : F32,
+                                        element_is_listed(row.dtypes, F16) ? F16 : F32,
                                         (uint64_t)n};
             struct verdict v;
             check_case(&v, &subject, &c);

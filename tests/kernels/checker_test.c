@@ -188,14 +188,6 @@ static const struct {
     {"refuses", refuses, "plain", "internal error"},
 };
 
-static const struct features *features_named(const char *name) {
-    for (int i = 0; i < feature_set_count; i++) {
-        if (strcmp(feature_sets[i].name, name) == 0)
-            return &feature_sets[i];
-    }
-    cr_fatal("no feature set %s", name);
-}
-
 Test(checker, notices) {
     api = test_api();
     for (size_t i = 0; i < sizeof wrongs / sizeof wrongs[0]; i++) {

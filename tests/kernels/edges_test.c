@@ -3,15 +3,9 @@
  * the reverse. Each row of the CPU against the reference row; loose bounds, for kernels_test has the tight ones. And a
  * NaN that rounding to bf16 must not carry over into another number.
  */
-#include "tests/support/check.h"
-
-#include <criterion/criterion.h>
-#include <criterion/new/assert.h>
+#include "tests/support/cpu_rows.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum { LENGTH = 150, DIM = 64, COUNT = LENGTH * DIM, SPECIAL = 70 * DIM + 3 };
 
@@ -53,27 +47,20 @@ static void fill(struct arrays *a, const struct edge *edge) {
         a->value[SPECIAL] = edge->value;
 }
 
-/* A call with workspace of its own. */
-static void run(const dlattn_forward_desc *desc, const dlattn_tensors *tensors) {
-    const dlattn_api *api = test_api();
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    cr_assert(eq(int, api->forward_query(desc, tensors, &sku), DLATTN_OK));
-    void *workspace = aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64);
-    const dlattn_exec exec = {
-        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
-    cr_assert(eq(int, api->forward(desc, tensors, &exec), DLATTN_OK));
-    free(workspace);
+/* The forward rows, for decoding has others, that take such elements. */
+static void find_forward_rows(struct cpu_rows *rows, enum element element) {
+    struct cpu_rows all;
+    find_cpu_rows(&all, element);
+    rows->count = 0;
+    for (int n = 0; n < all.count; n++) {
+        if (strncmp(all.info[n].name, "cpu_fwd", 7) == 0)
+            rows->info[rows->count++] = all.info[n];
+    }
 }
 
-/* Row `index`, if it is one of the CPU's forward rows for this dtype that this machine can run; says which it cannot. */
-static bool is_cpu_row(int32_t index, const char *dtype, dlattn_kernel_info *info) {
-    *info = (dlattn_kernel_info){.struct_size = sizeof *info};
-    cr_assert(eq(int, test_api()->kernel_info(index, info), DLATTN_OK));
-    if (strncmp(info->name, "cpu_fwd", 7) != 0 || !strstr(info->dtypes, dtype))
-        return false;
-    if (!info->available)
-        fprintf(stderr, "%s is skipped: it needs %s\n", info->name, info->arch);
-    return info->available;
+static void run(const dlattn_forward_desc *desc, const dlattn_tensors *tensors) {
+    dlattn_sku sku;
+    cr_assert(run_tensors(desc, tensors, &sku), "%s", test_api()->last_error());
 }
 
 /* Causal, with so many query heads over one of keys. */
@@ -118,21 +105,19 @@ static int wrong(const float *got, const float *want, int count) {
  * on which other blocks its thread has. */
 Test(edges, hidden_nan_for_any_number_of_threads) {
     enum { HEADS = 4, ROWS = LENGTH / HEADS, HIDDEN = 20 };
-    const dlattn_api *api = test_api();
+    struct cpu_rows rows;
     struct arrays *one = malloc(sizeof *one), *many = malloc(sizeof *many);
-    for (int32_t row = 0; row < api->kernel_count(); row++) {
-        dlattn_kernel_info info;
-        if (!is_cpu_row(row, "f32", &info))
-            continue;
+    find_forward_rows(&rows, F32);
+    for (int row = 0; row < rows.count; row++) {
         for (struct arrays *a = one; a; a = a == one ? many : NULL) {
             fill(a, &edges[0]);
             a->value[HIDDEN * DIM + 3] = NAN;
-            forward_heads(a, info.name, 0, HEADS, ROWS, a == one ? 1 : 8);
+            forward_heads(a, rows.info[row].name, 0, HEADS, ROWS, a == one ? 1 : 8);
         }
         for (int i = 0; i < HEADS * ROWS * DIM; i++)
             cr_expect(memcmp(&one->output[i], &many->output[i], 4) == 0 ||
                           (isnan(one->output[i]) && isnan(many->output[i])),
-                      "%s: row %d is %.9g with a thread, %.9g with eight", info.name,
+                      "%s: row %d is %.9g with a thread, %.9g with eight", rows.info[row].name,
                       i / DIM % ROWS, one->output[i], many->output[i]);
     }
     free(one);
@@ -140,23 +125,22 @@ Test(edges, hidden_nan_for_any_number_of_threads) {
 }
 
 Test(edges, every_cpu_row) {
-    const dlattn_api *api = test_api();
+    struct cpu_rows rows;
     struct arrays *got = malloc(sizeof *got), *want = malloc(sizeof *want);
-    for (int32_t row = 0; row < api->kernel_count(); row++) {
-        dlattn_kernel_info info;
-        if (!is_cpu_row(row, "f32", &info))
-            continue;
+    find_forward_rows(&rows, F32);
+    for (int row = 0; row < rows.count; row++) {
         for (size_t e = 0; e < sizeof edges / sizeof edges[0]; e++) {
             fill(got, &edges[e]);
             fill(want, &edges[e]);
             /* A row may decline vast scales; then the library's choice must do them. */
-            const bool named = edges[e].scale == 0 || strcmp(info.name, "cpu_fwd_amx") != 0;
-            forward(got, named ? info.name : NULL, &edges[e]);
+            const bool named =
+                edges[e].scale == 0 || strcmp(rows.info[row].name, "cpu_fwd_amx") != 0;
+            forward(got, named ? rows.info[row].name : NULL, &edges[e]);
             forward(want, "cpu_fwd_ref", &edges[e]);
             cr_expect(eq(int, wrong(got->output, want->output, COUNT), 0), "%s: %s: output",
-                      info.name, edges[e].name);
-            cr_expect(eq(int, wrong(got->lse, want->lse, LENGTH), 0), "%s: %s: lse", info.name,
-                      edges[e].name);
+                      rows.info[row].name, edges[e].name);
+            cr_expect(eq(int, wrong(got->lse, want->lse, LENGTH), 0), "%s: %s: lse",
+                      rows.info[row].name, edges[e].name);
         }
     }
     free(got);
@@ -168,7 +152,7 @@ Test(edges, nan_of_all_bits) {
     enum { ROWS = 20, HIT = 3, ELEMENTS = ROWS * DIM };
     static uint16_t one[ELEMENTS], output[ELEMENTS];
     static float bias[ROWS * ROWS];
-    const dlattn_api *api = test_api();
+    struct cpu_rows rows;
     int64_t shape[] = {1, 1, ROWS, DIM}, square[] = {1, 1, ROWS, ROWS};
     const DLTensor like = {
         .data = one, .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLBfloat, 16, 1}, .shape = shape};
@@ -185,17 +169,15 @@ Test(edges, nan_of_all_bits) {
                                     .value = &value,
                                     .output = &result,
                                     .bias = &extra};
-    for (int32_t row = 0; row < api->kernel_count(); row++) {
-        dlattn_kernel_info info;
-        if (!is_cpu_row(row, "bf16", &info))
-            continue;
+    find_forward_rows(&rows, BF16);
+    for (int row = 0; row < rows.count; row++) {
         const dlattn_forward_desc desc = {
-            .struct_size = sizeof desc, .kernel = info.name, .num_threads = 1};
+            .struct_size = sizeof desc, .kernel = rows.info[row].name, .num_threads = 1};
         memset(output, 0, sizeof output);
         run(&desc, &tensors);
         int differ = 0;
         for (int i = 0; i < ELEMENTS; i++)
             differ += i / DIM == HIT ? (output[i] & 0x7fff) <= 0x7f80 : output[i] != one[0];
-        cr_expect(eq(int, differ, 0), "%s", info.name);
+        cr_expect(eq(int, differ, 0), "%s", rows.info[row].name);
     }
 }

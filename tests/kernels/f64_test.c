@@ -1,14 +1,8 @@
 /* The f64 rows against long double: exp and tanh to the last bits, and logits up to the end of the type's range. */
-#include "tests/support/check.h"
-
-#include <criterion/criterion.h>
-#include <criterion/new/assert.h>
+#include "tests/support/cpu_rows.h"
 
 #include <float.h>
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 /* One head; compact tensors. */
 struct attention {
@@ -18,7 +12,6 @@ struct attention {
 };
 
 static void run(const struct attention *a, const char *kernel) {
-    const dlattn_api *api = test_api();
     int64_t rows[] = {1, 1, a->len_q, a->dim}, keys[] = {1, 1, a->len_k, a->dim};
     const DLTensor like = {
         .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 64, 1}, .shape = rows};
@@ -36,30 +29,8 @@ static void run(const struct attention *a, const char *kernel) {
     desc.struct_size = sizeof desc;
     desc.kernel = kernel;
     desc.num_threads = 1;
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    cr_assert(eq(int, api->forward_query(&desc, &tensors, &sku), DLATTN_OK), "%s",
-              api->last_error());
-    void *workspace = aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64);
-    const dlattn_exec exec = {
-        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
-    cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK), "%s", api->last_error());
-    free(workspace);
-}
-
-/* The rows of the CPU that take f64 and that this machine can run; says which it cannot. */
-static const char *next_row(int32_t *index) {
-    const dlattn_api *api = test_api();
-    while (*index < api->kernel_count()) {
-        dlattn_kernel_info info = {.struct_size = sizeof info};
-        cr_assert(eq(int, api->kernel_info((*index)++, &info), DLATTN_OK));
-        if (strcmp(info.backend, "cpu") != 0 || strcmp(info.operation, "forward") != 0 ||
-            !strstr(info.dtypes, "f64"))
-            continue;
-        if (info.available)
-            return info.name;
-        fprintf(stderr, "%s is skipped: it needs %s\n", info.name, info.arch);
-    }
-    return NULL;
+    dlattn_sku sku;
+    cr_assert(run_tensors(&desc, &tensors, &sku), "%s", test_api()->last_error());
 }
 
 /* Units in the last place of f64. */
@@ -74,12 +45,14 @@ static double query[MOST_ROWS], output[MOST_ROWS], lse[MOST_ROWS];
 
 /* The first key has logit 0 and value 0, the second logit x and value 1: the output is e^x / (1 + e^x). */
 Test(f64, exp_to_the_last_bits) {
+    struct cpu_rows rows;
     double key[] = {0, 1}, value[] = {0, 1};
     const struct attention a = {MOST_ROWS, 2, 1, query, key, value, output, lse, {.scale = 1}};
     for (int i = 0; i < MOST_ROWS; i++)
         query[i] = i == 0 ? -DBL_MAX : -708.0 * i / MOST_ROWS;
-    const char *kernel;
-    for (int32_t row = 0; (kernel = next_row(&row));) {
+    find_cpu_rows(&rows, F64);
+    for (int row = 0; row < rows.count; row++) {
+        const char *const kernel = rows.info[row].name;
         double worst = 0;
         run(&a, kernel);
         for (int i = 0; i < MOST_ROWS; i++) {
@@ -93,14 +66,16 @@ Test(f64, exp_to_the_last_bits) {
 
 /* Of a single key, lse is the logit. */
 Test(f64, tanh_to_the_last_bits) {
+    struct cpu_rows rows;
     double key[] = {1}, value[] = {1};
     const struct attention a = {
         MOST_ROWS, 1, 1, query, key, value, output, lse, {.scale = 1, .softcap = 3}};
     for (int i = 0; i < MOST_ROWS; i++)
         query[i] = (i & 1 ? -1 : 1) * ldexp(1 + i / (double)MOST_ROWS, i % 64 - 50);
     query[0] = INFINITY, query[1] = -DBL_MAX, query[2] = 0;
-    const char *kernel;
-    for (int32_t row = 0; (kernel = next_row(&row));) {
+    find_cpu_rows(&rows, F64);
+    for (int row = 0; row < rows.count; row++) {
+        const char *const kernel = rows.info[row].name;
         double worst = 0;
         run(&a, kernel);
         for (int i = 0; i < MOST_ROWS; i++)
@@ -116,6 +91,7 @@ Test(f64, logits_to_the_end_of_the_range) {
     enum { KEYS = 100, LARGEST = 80 };
     static const double scale = 0.7, tops[] = {1e3,     0x1p31, 1e10,  0x1p53, 1e100,       1e300,
                                                DBL_MAX, -1e3,   -1e10, -1e100, -DBL_MAX / 2};
+    struct cpu_rows rows;
     double key[KEYS], value[KEYS];
     query[0] = 1;
     for (size_t t = 0; t < sizeof tops / sizeof tops[0]; t++) {
@@ -132,8 +108,9 @@ Test(f64, logits_to_the_end_of_the_range) {
             sum += weight * value[j];
         }
         const struct attention a = {1, KEYS, 1, query, key, value, output, lse, {.scale = scale}};
-        const char *kernel;
-        for (int32_t row = 0; (kernel = next_row(&row));) {
+        find_cpu_rows(&rows, F64);
+        for (int row = 0; row < rows.count; row++) {
+            const char *const kernel = rows.info[row].name;
             run(&a, kernel);
             cr_expect(fabsl(output[0] - sum / total) <= 1e-13L * KEYS,
                       "%s: top %g: output %.17g, must be %.17g", kernel, top, output[0],

@@ -2,7 +2,7 @@
  * Logits to the end of f32's range and beyond, on every row of the CPU: the softmax takes the maximum out, so their size
  * must not matter.
  */
-#include "tests/kernels/cpu_rows.h"
+#include "tests/support/cpu_rows.h"
 
 #include <float.h>
 #include <math.h>

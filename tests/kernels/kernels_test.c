@@ -56,14 +56,6 @@ static void check(struct loop *loop, const struct shape *shape, const struct fea
                 loop->job->cpu, v.text);
 }
 
-static const struct features *features_named(const char *name) {
-    for (int i = 0; i < feature_set_count; i++) {
-        if (strcmp(feature_sets[i].name, name) == 0)
-            return &feature_sets[i];
-    }
-    abort();
-}
-
 /* Every shape, plain and causal. */
 static void loop_shapes(struct loop *loop) {
     for (int i = 0; i < check_shape_count; i++) {
@@ -119,13 +111,6 @@ static void loop_random(struct loop *loop) {
 
 /* ---- Jobs ------------------------------------------------------------------------------------------------- */
 
-static bool lists(const char *dtypes, enum element e) {
-    char padded[128], wanted[16];
-    snprintf(padded, sizeof padded, " %s ", dtypes);
-    snprintf(wanted, sizeof wanted, " %s ", element_name(e));
-    return strstr(padded, wanted) != NULL;
-}
-
 static dlattn_kernel_info kernel_info(const dlattn_api *api, int32_t row) {
     dlattn_kernel_info info = {.struct_size = sizeof info};
     cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
@@ -172,7 +157,7 @@ ParameterizedTestParameters(kernels, row) {
         api->kernel_info(row, &info);
         for (enum element e = F64; e <= BF16; e++) {
             if (strcmp(info.backend, BACKEND) == 0 && strcmp(info.operation, "forward") == 0 &&
-                lists(info.dtypes, e) && wanted(info.name))
+                element_is_listed(info.dtypes, e) && wanted(info.name))
                 end = add_job(end, info.name, "all", e);
         }
     }

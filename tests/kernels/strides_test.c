@@ -2,7 +2,7 @@
  * What lies in memory another way is computed the same way: each row of the CPU gives the bits of the compact call where
  * elements lie apart, keys lie along the head dimension's axis, or axes run backwards. And what a thread's workspace may take.
  */
-#include "tests/kernels/cpu_rows.h"
+#include "tests/support/cpu_rows.h"
 
 /* Axis `axis` of a tensor runs backwards in memory. Its elements are to be set again. */
 static void turn(struct tensor *t, int axis) {

@@ -3,47 +3,22 @@
  * row of the CPU gives the bits that it gives for compact tensors.
  */
 #define _GNU_SOURCE
-#include "tests/support/check.h"
+#include "tests/support/cpu_rows.h"
 
-#include <criterion/criterion.h>
-#include <criterion/new/assert.h>
-
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
-/* Calls visit(row, element) for each row of the CPU that runs here, in a type that it takes; says which it skips. */
+/* Calls visit(row, element) for each row of the CPU. */
 static void each_cpu_row(void (*visit)(const char *row, enum element e)) {
-    const dlattn_api *api = test_api();
-    for (int32_t row = 0; row < api->kernel_count(); row++) {
-        dlattn_kernel_info info = {.struct_size = sizeof info};
-        cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
-        if (strcmp(info.backend, "cpu") != 0 || strcmp(info.operation, "forward") != 0)
-            continue;
-        if (info.available)
-            visit(info.name, strstr(info.dtypes, "bf16")  ? BF16
-                             : strstr(info.dtypes, "f32") ? F32
-                                                          : F64);
-        else
-            fprintf(stderr, "%s is skipped: it needs %s\n", info.name, info.arch);
-    }
+    struct cpu_rows rows;
+    find_every_cpu_row(&rows);
+    for (int n = 0; n < rows.count; n++)
+        visit(rows.info[n].name, shortest_element(&rows.info[n]));
 }
 
-static void run(const char *row, const struct call *c) {
-    const dlattn_api *api = test_api();
-    const dlattn_tensors tensors = call_tensors(c);
-    dlattn_forward_desc desc = c->desc;
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    desc.kernel = row;
-    desc.num_threads = 2;
-    cr_assert(eq(int, api->forward_query(&desc, &tensors, &sku), DLATTN_OK), "%s: %s", row,
-              api->last_error());
-    void *workspace = aligned_alloc(64, (sku.workspace_bytes + 127) / 64 * 64);
-    const dlattn_exec exec = {
-        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
-    cr_assert(eq(int, api->forward(&desc, &tensors, &exec), DLATTN_OK));
-    free(workspace);
+static void run(const char *row, struct call *c) {
+    dlattn_sku sku;
+    c->desc.num_threads = 2;
+    cr_assert(run_call(c, row, &sku), "%s: %s", row, test_api()->last_error());
 }
 
 static bool same_elements(const struct tensor *a, const struct tensor *b) {

@@ -20,6 +20,15 @@ const struct features feature_sets[] = {
 };
 const int feature_set_count = sizeof feature_sets / sizeof feature_sets[0];
 
+const struct features *features_named(const char *name) {
+    for (int i = 0; i < feature_set_count; i++) {
+        if (strcmp(feature_sets[i].name, name) == 0)
+            return &feature_sets[i];
+    }
+    fprintf(stderr, "no feature set %s\n", name);
+    abort();
+}
+
 const char *slot_name(enum slot slot) {
     static const char *const names[SLOTS] = {
         "query",        "key",          "value",        "output",      "lse",

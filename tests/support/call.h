@@ -131,6 +131,8 @@ extern const struct shape check_shapes[];
 extern const int check_shape_count;
 extern const struct features feature_sets[];
 extern const int feature_set_count;
+/* The set of that name, which there is. */
+const struct features *features_named(const char *name);
 /* Whether they ask for what ABI 1.1 brought, of which the reference row alone has all. */
 bool features_are_later(const struct features *f);
 /* A sensible combination drawn by chance. */

@@ -2,6 +2,7 @@
 
 #include <assert.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -27,6 +28,13 @@ const char *layout_name(enum layout layout) {
         "shifted", "inner_2",      "inner_last",  "mixed",
     };
     return names[layout];
+}
+
+bool element_is_listed(const char *dtypes, enum element e) {
+    char padded[128], wanted[16];
+    snprintf(padded, sizeof padded, " %s ", dtypes);
+    snprintf(wanted, sizeof wanted, " %s ", element_name(e));
+    return strstr(padded, wanted) != NULL;
 }
 
 /* ---- Elements --------------------------------------------------------------------------------------------- */

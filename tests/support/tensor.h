@@ -15,6 +15,8 @@ enum element { F64, F32, F16, BF16, I32, U8 };
 
 size_t element_bytes(enum element e);
 const char *element_name(enum element e);
+/* Whether a list of dtypes as kernel_info has it, "f32 f16 bf16", names the element type. */
+bool element_is_listed(const char *dtypes, enum element e);
 /* x as the element type holds it: rounded to nearest even. */
 double element_round(enum element e, double x);
 /* Half a unit in the last place of 1. */
