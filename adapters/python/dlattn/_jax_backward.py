@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._jax_call import Options, Tensors, wide_type
+from ._options import visible_keys
 
 BACKWARD_ROWS = 128  # query rows whose logits, [B, H, 128, Lk], are held at a time
 
@@ -145,7 +146,7 @@ def _softmax(options: Options, tensors: Tensors, part: _Rows) -> _Softmax:
     if options.softcap:
         capped = jnp.tanh(logits / options.softcap)
         logits, slope = options.softcap * capped, scale * (1 - capped**2)
-    distance, visible = visible_keys(
+    distance, visible = visible_from(
         options, tensors, part.first, chunk, tensors.query.shape[2], key.shape[2]
     )
     if part.bias is not None:
@@ -173,26 +174,12 @@ def _softmax(options: Options, tensors: Tensors, part: _Rows) -> _Softmax:
     return _Softmax(weights, sink_weights, visible, distance, slope)
 
 
-def visible_keys(
+def visible_from(
     options: Options, tensors: Tensors, first: Any, chunk: int, rows: int, keys: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(how far key j is from row i, whether it is visible but for mask and bias), both
-    ``[B|1, 1, chunk, keys]``, for rows [first, first + chunk)."""
+    """``visible_keys`` for rows [first, first + chunk)."""
     row = (first + jnp.arange(chunk))[None, None, :, None]
-    key = jnp.arange(keys)[None, None, None, :]
-    row_end, key_end = (
-        extent if lengths is None else lengths[:, None, None, None]
-        for lengths, extent in ((tensors.query_lengths, rows), (tensors.key_lengths, keys))
-    )
-    distance = key - row - (key_end - row_end if options.alignment else 0)
-    visible = (key < key_end) & (row < row_end)
-    if options.causal:
-        visible = visible & (distance <= 0)
-    if options.window_left >= 0:
-        visible = visible & (distance >= -options.window_left)
-    if options.window_right >= 0:
-        visible = visible & (distance <= options.window_right)
-    return distance, visible
+    return visible_keys(options, tensors, row, jnp.arange(keys)[None, None, None], rows, keys)
 
 
 def _finite(x: jax.Array) -> jax.Array:

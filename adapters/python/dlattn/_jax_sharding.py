@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ._jax_backward import visible_keys
+from ._jax_backward import visible_from
 from ._jax_call import Options, Tensors, check, wide_type
 
 Attend = Callable[[Options, Tensors], tuple[jax.Array, jax.Array]]
@@ -144,7 +144,7 @@ def _rows_from(
         return options, tensors
     rows_axis = 3 - options.heads_axis
     chunk, keys = tensors.query.shape[rows_axis], tensors.key.shape[rows_axis]
-    distance, visible = visible_keys(options, tensors, first, chunk, rows, keys)
+    distance, visible = visible_from(options, tensors, first, chunk, rows, keys)
     if mask is not None:
         visible = visible & (mask != 0)
     if slopes is not None:

@@ -45,3 +45,25 @@ def block_sides(block_size: Any) -> tuple[int, int]:
             f"block_size: is {block_size!r}, must be (rows, keys), each an int"
         ) from None
     return rows, keys
+
+
+def visible_keys(options: Any, tensors: Any, row: Any, key: Any, rows: int, keys: int) -> Any:
+    """(how far each ``key`` is from each ``row``, whether lengths, causal and window let it be seen).
+
+    Both of the axes ``[B|1, 1, rows, keys]``, against which the indices ``row`` and ``key`` broadcast;
+    of PyTorch's tensors and JAX's arrays alike. ``rows`` and ``keys``: how many there are without
+    lengths.
+    """
+    row_end, key_end = (
+        extent if lengths is None else lengths[:, None, None, None]
+        for lengths, extent in ((tensors.query_lengths, rows), (tensors.key_lengths, keys))
+    )
+    distance = key - row - (key_end - row_end if options.alignment else 0)
+    visible = (key < key_end) & (row < row_end)
+    if options.causal:
+        visible = visible & (distance <= 0)
+    if options.window_left >= 0:
+        visible = visible & (distance >= -options.window_left)
+    if options.window_right >= 0:
+        visible = visible & (distance <= options.window_right)
+    return distance, visible

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._options import visible_keys
+
 
 class Tensors(NamedTuple):
     """The plugin's inputs, in the order of its slots; absent ones are None."""
@@ -82,7 +84,11 @@ def logits_of(
     capped = (grouped(query, heads_kv) @ key[:, :, None].mT * scale).flatten(1, 2)
     if options.softcap:
         capped = options.softcap * torch.tanh(capped / options.softcap)
-    distance, visible = _visible(t, options, first, last)
+    keys, device = key.shape[2], query.device
+    row = torch.arange(first, last, device=device)[:, None]
+    distance, visible = visible_keys(
+        options, t, row, torch.arange(keys, device=device), t.query.shape[2], keys
+    )
     values = capped
     if t.bias is not None:
         values = values + rows_of(t.bias, first, last)
@@ -92,28 +98,6 @@ def logits_of(
         visible = visible & (rows_of(t.mask, first, last) != 0)
     visible = visible & (values != -torch.inf)
     return Logits(torch.where(visible, values, -torch.inf), capped, visible, distance)
-
-
-def _visible(t: Tensors, options: Options, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """How far each key is from each row, and whether lengths, causal and window let it be seen."""
-    key = torch.arange(t.key.shape[2], device=t.query.device)
-    row = torch.arange(first, last, device=t.query.device)[:, None]
-    row_end, key_end = (
-        extent if lengths is None else lengths[:, None, None, None]
-        for lengths, extent in (
-            (t.query_lengths, t.query.shape[2]),
-            (t.key_lengths, t.key.shape[2]),
-        )
-    )
-    distance = key - row - (key_end - row_end if options.alignment else 0)
-    visible = (key < key_end) & (row < row_end)
-    if options.causal:
-        visible = visible & (distance <= 0)
-    if options.window_left >= 0:
-        visible = visible & (distance >= -options.window_left)
-    if options.window_right >= 0:
-        visible = visible & (distance <= options.window_right)
-    return distance, visible
 
 
 def largest(logits: Tensor, sinks: Tensor | None) -> Tensor:

@@ -199,8 +199,8 @@ fn strides_that_run_backwards() {
     }
 }
 
-#[test]
-fn counts_beyond_their_fields() {
+/// Of `inputs()`.
+fn output_of(options: &Options) -> Vec<f32> {
     let (q, k, v) = inputs();
     let mut o = vec![f32::NAN; 2 * 4 * 7 * 12];
     let mut tensors = Tensors::new(
@@ -209,13 +209,20 @@ fn counts_beyond_their_fields() {
         Tensor::new(&v, &VALUE).unwrap(),
         TensorMut::new(&mut o, &OUTPUT).unwrap(),
     );
+    library().forward(options, &mut tensors).unwrap();
+    o
+}
+
+#[test]
+fn counts_beyond_their_fields() {
+    let (q, k, v) = inputs();
     let options = Options {
         num_threads: u32::MAX,
         max_seqlen_q: usize::MAX,
         max_seqlen_k: usize::MAX,
         ..causal()
     };
-    library().forward(&options, &mut tensors).unwrap();
+    let o = output_of(&options);
     let (expected, _) = reference(QUERY, [2, 9, 12], (&q, &k, &v), true);
     assert_close(o.iter().map(|&x| x.into()), &expected, 1e-5);
 }
@@ -223,20 +230,13 @@ fn counts_beyond_their_fields() {
 #[test]
 fn a_window_of_one_key_gives_its_value() {
     let (q, k, v) = inputs();
-    let mut o = vec![f32::NAN; 2 * 4 * 7 * 12];
-    let mut tensors = Tensors::new(
-        Tensor::new(&q, &QUERY).unwrap(),
-        Tensor::new(&k, &KEY).unwrap(),
-        Tensor::new(&v, &VALUE).unwrap(),
-        TensorMut::new(&mut o, &OUTPUT).unwrap(),
-    );
     let options = Options {
         window_left: Some(0),
         window_right: Some(0),
         alignment: Alignment::BottomRight,
         ..Options::default()
     };
-    library().forward(&options, &mut tensors).unwrap();
+    let o = output_of(&options);
     let expected: Vec<f64> = (0..2 * 4 * 7)
         .flat_map(|row| {
             let kv = row / (4 * 7) * 2 + row / 7 % 4 / 2;
