@@ -87,5 +87,5 @@ int32_t append_build(struct problem *p, const dlattn_append_tensors *tensors, bo
     TRY(tensor_override_dtype(&t[APPEND_value_cache], tensors->value_cache_dtype));
     TRY(read_tensors(p, t, forms));
     read_layout(p, t);
-    return slots_check_memory(p, t, APPEND_SLOTS, written, with_data);
+    return slots_check_memory(p, t, written, with_data);
 }

@@ -329,6 +329,9 @@ static uint64_t written_slots(const struct problem *p) {
     return written;
 }
 
+/* Of those that are not the four main ones, nor gradients. */
+#define OPTIONAL_SLOTS ((UINT64_C(1) << TENSOR_SLOTS) - (UINT64_C(1) << SLOT_lse))
+
 static int32_t read_tensors(struct problem *p, struct tensor *t, const dlattn_forward_desc *d,
                             struct forms forms) {
     struct extents e;
@@ -339,8 +342,8 @@ static int32_t read_tensors(struct problem *p, struct tensor *t, const dlattn_fo
         TRY(read_pages(p, t, forms, &e));
     read_blocks(p, d, &e);
     extents_set(&e, 'C', p->batch + 1, "the batch");
-    for (int i = SLOT_lse; i < TENSOR_SLOTS; i++)
-        TRY(slot_read(p, &attention_slots[i], &t[i], forms, &e));
+    EACH_SLOT(i, p->present & OPTIONAL_SLOTS)
+    TRY(slot_read(p, &attention_slots[i], &t[i], forms, &e));
     if (p->operation == BACKWARD)
         TRY(read_gradients(p, t, forms, &e));
     read_heads(p);
@@ -371,7 +374,7 @@ int32_t problem_build(struct problem *p, const dlattn_forward_desc *desc,
     TRY(tensor_override_dtype(&t[SLOT_key], desc->key_dtype));
     TRY(tensor_override_dtype(&t[SLOT_value], desc->value_dtype));
     TRY(read_tensors(p, t, desc, forms));
-    TRY(slots_check_memory(p, t, count, written_slots(p), with_data));
+    TRY(slots_check_memory(p, t, written_slots(p), with_data));
     if (p->scale == 0 && !(desc->flags & DLATTN_EXACT_SCALE))
         p->scale = 1 / sqrt((double)p->dim_qk);
     return DLATTN_OK;

@@ -52,7 +52,7 @@ static bool is_form(const char *axes, int32_t count) {
 }
 
 static const char *axes_of(const struct slot *slot, struct forms f, int32_t count) {
-    const bool packed = slot->packed && (strchr(slot->packed, 'T') ? f.packed_q : f.packed_k);
+    const bool packed = slot->packed && (slot->packed[0] == 'U' ? f.packed_k : f.packed_q);
     if (f.paged && is_form(slot->paged, count))
         return slot->paged;
     if (packed)
@@ -81,10 +81,8 @@ int32_t slots_open(struct problem *p, const struct slot *slots, int count,
 
 int32_t slots_check_devices(struct problem *p, const struct tensor *t, int count) {
     tensor_device(p, t, count);
-    for (int i = 0; i < count; i++) {
-        if (t[i].dl)
-            TRY(tensor_check_device(p, &t[i], &t[0]));
-    }
+    EACH_SLOT(i, p->present)
+    TRY(tensor_check_device(p, &t[i], &t[0]));
     return DLATTN_OK;
 }
 
@@ -137,9 +135,9 @@ int32_t slot_read(struct problem *p, const struct slot *slot, const struct tenso
 /* ---- Memory ---------------------------------------------------------------------------------- */
 
 /* Rows are read again after others have been written. */
-static int32_t check_apart(const struct tensor *t, int count, int output) {
-    for (int i = 0; i < count; i++) {
-        if (t[i].dl && i != output && tensor_overlap(&t[output], &t[i]))
+static int32_t check_apart(const struct problem *p, const struct tensor *t, uint64_t output) {
+    EACH_SLOT(i, p->present) {
+        if (i != output && tensor_overlap(&t[output], &t[i]))
             return fail(DLATTN_INVALID_ARGUMENT,
                         "%s: shares memory with %s; what a call writes must be apart from all else "
                         "that it is given",
@@ -148,17 +146,15 @@ static int32_t check_apart(const struct tensor *t, int count, int output) {
     return DLATTN_OK;
 }
 
-int32_t slots_check_memory(const struct problem *p, const struct tensor *t, int count,
-                           uint64_t written, bool with_data) {
-    for (int i = 0; i < count; i++) {
-        if (!t[i].dl)
-            continue;
+int32_t slots_check_memory(const struct problem *p, const struct tensor *t, uint64_t written,
+                           bool with_data) {
+    EACH_SLOT(i, p->present) {
         if (written >> i & 1)
             TRY(tensor_check_writable(&t[i]));
         if (with_data && p->backend == BACKEND_CUDA)
             TRY(tensor_check_alignment(&t[i]));
         if (with_data && written >> i & 1)
-            TRY(check_apart(t, count, i));
+            TRY(check_apart(p, t, i));
     }
     return DLATTN_OK;
 }
@@ -221,9 +217,9 @@ int32_t problem_check_same(const struct problem *planned, const struct problem *
         FIELD(total_q),  FIELD(total_k),   FIELD(page_size), FIELD(pages),  FIELD(max_pages),
     };
     const struct slot *slots;
-    const int count = slots_of(p, &slots);
-    for (int i = 0; i < count; i++)
-        TRY(check_same_tensor(&slots[i], planned, p, UINT64_C(1) << i));
+    slots_of(p, &slots);
+    EACH_SLOT(i, planned->present | p->present)
+    TRY(check_same_tensor(&slots[i], planned, p, UINT64_C(1) << i));
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
         if (memcmp((const char *)planned + fields[i].offset, (const char *)p + fields[i].offset,
                    fields[i].size) != 0)

@@ -57,8 +57,13 @@ int32_t slot_read(struct problem *p, const struct slot *slot, const struct tenso
 
 /* Outputs: no element twice; with data also: none shared with another tensor, and on a GPU each aligned. `written`: which
  * tensors are outputs. */
-int32_t slots_check_memory(const struct problem *p, const struct tensor *t, int count,
-                           uint64_t written, bool with_data);
+int32_t slots_check_memory(const struct problem *p, const struct tensor *t, uint64_t written,
+                           bool with_data);
+
+/* for each slot i of a set such as p->present */
+#define EACH_SLOT(i, set)                                                                          \
+    for (uint64_t left_ = (set), i; left_ && ((i = (uint64_t)__builtin_ctzll(left_)), true);       \
+         left_ &= left_ - 1)
 
 static inline struct view *slot_view(struct problem *p, const struct slot *slot) {
     return (struct view *)(void *)((char *)p + slot->view);

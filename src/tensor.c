@@ -143,10 +143,7 @@ static const struct {
 };
 
 void extents_start(struct extents *e) {
-    for (int i = 0; i < LETTERS; i++) {
-        e->of[i] = -1;
-        e->from[i] = "the problem";
-    }
+    memset(e->of, 0xff, sizeof e->of);
     extents_set(e, '1', 1, "its shape");
 }
 

@@ -54,8 +54,8 @@ int32_t tensor_check_alignment(const struct tensor *t);
  */
 enum { LETTERS = 128 };
 struct extents {
-    int64_t of[LETTERS]; /* -1: not known yet */
-    const char *from[LETTERS];
+    int64_t of[LETTERS];       /* -1: not known yet */
+    const char *from[LETTERS]; /* of those that are known */
 };
 void extents_start(struct extents *e);
 void extents_set(struct extents *e, char letter, int64_t extent, const char *from);

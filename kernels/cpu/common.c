@@ -133,6 +133,8 @@ bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i
 
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
               float max, float sum) {
+    if (!p->sinks.data && !p->lse.data) /* nobody asks what they are relative to */
+        return sum == 0 ? 0 : 1 / sum;
     const float scale = score_scale(p);
     const struct origin origin = origin_of(max, scale);
     double base =
