@@ -216,9 +216,12 @@ def attention(
     if out is None:
         out = framework.empty(query, output_shape(query, value))
     left, right = window_sides(window)
-    later = (query_segments, key_segments, block_mask, block_size, query_scale, key_scale)
-    later += (value_scale, diagonal_offset or None, dropout_probability or None)
-    more = _more(locals()) if any(x is not None for x in later) else {}
+    is_plain = (
+        query_segments is key_segments is block_mask is block_size is None
+        and query_scale is key_scale is value_scale is None
+        and not (diagonal_offset or dropout_probability)
+    )
+    more = {} if is_plain else _more(locals())
     _core.forward(
         *slots(
             query,

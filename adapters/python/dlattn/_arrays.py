@@ -167,21 +167,28 @@ class _Kind(NamedTuple):
     writable: bool = True
 
 
-def _is_of_ml_dtypes(x: Any) -> bool:
-    """NumPy knows no more of such a type than its size and its name."""
-    return x.dtype.kind in "Vf" and x.dtype.name in CODES
+# By dtype, whose name NumPy takes a microsecond to spell: the entry of CODES, or None.
+_RETYPED: dict[Any, tuple[int, str] | None] = {}
+
+
+def _retyped(x: Any) -> tuple[int, str] | None:
+    """NumPy knows no more of a type of ml_dtypes than its size and its name."""
+    dtype = x.dtype
+    try:
+        return _RETYPED[dtype]
+    except KeyError:
+        code = CODES.get(dtype.name) if dtype.kind in "Vf" else None
+        return _RETYPED.setdefault(dtype, code)
 
 
 def _numpy_view(x: Any) -> Any:
-    if not _is_of_ml_dtypes(x):
-        return x
-    code, bits = CODES[x.dtype.name]
-    return x.view(bits), code
+    retyped = _retyped(x)
+    return x if retyped is None else (x.view(retyped[1]), retyped[0])
 
 
 _NUMPY = _Kind(
     view=_numpy_view,
-    is_float=lambda x: x.dtype != "float32" and (x.dtype.kind == "f" or _is_of_ml_dtypes(x)),
+    is_float=lambda x: x.dtype != "float32" and (x.dtype.kind == "f" or _retyped(x) is not None),
     is_integer=lambda x: x.dtype != "int32" and x.dtype.kind in "iu",
     bounds=lambda x: (int(x.min()), int(x.max())) if x.size else (),
     cast=lambda x, dtype: x.astype(dtype),
