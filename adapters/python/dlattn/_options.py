@@ -48,11 +48,11 @@ def block_sides(block_size: Any) -> tuple[int, int]:
 
 
 def visible_keys(options: Any, tensors: Any, row: Any, key: Any, rows: int, keys: int) -> Any:
-    """(how far each ``key`` is from each ``row``, whether lengths, causal and window let it be seen).
+    """(how far each ``key`` is from each ``row``, if lengths, causal and window let it be seen).
 
-    Both of the axes ``[B|1, 1, rows, keys]``, against which the indices ``row`` and ``key`` broadcast;
-    of PyTorch's tensors and JAX's arrays alike. ``rows`` and ``keys``: how many there are without
-    lengths.
+    Both of the axes ``[B|1, 1, rows, keys]``, against which the indices ``row`` and ``key``
+    broadcast; of PyTorch's tensors and JAX's arrays alike. ``rows`` and ``keys``: how many there
+    are without lengths.
     """
     row_end, key_end = (
         extent if lengths is None else lengths[:, None, None, None]

@@ -28,7 +28,7 @@ static bool aligned(const struct view *v, int64_t bytes, int64_t inner) {
 /* True if elements 2 j and 2 j + 1 of every row can be read at once. */
 static bool paired(const struct view *v, int64_t bytes) {
     const int64_t strides = v->stride[0] | v->stride[1] | v->stride[2];
-    return (uintptr_t)v->data % (2 * bytes) == 0 && strides % 2 == 0 && v->stride[3] == 1;
+    return ((uintptr_t)v->data & (2 * bytes - 1)) == 0 && strides % 2 == 0 && v->stride[3] == 1;
 }
 
 static int32_t window(int64_t keys) {

@@ -229,7 +229,7 @@ fn counts_beyond_their_fields() {
 
 #[test]
 fn a_window_of_one_key_gives_its_value() {
-    let (q, k, v) = inputs();
+    let (_, _, v) = inputs();
     let options = Options {
         window_left: Some(0),
         window_right: Some(0),
