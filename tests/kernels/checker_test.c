@@ -206,6 +206,207 @@ Test(checker, notices) {
     }
 }
 
+/* ---- Backward --------------------------------------------------------------------------------------------- */
+
+#define BACKWARD_ARGUMENTS                                                                         \
+    const dlattn_forward_desc *desc, const dlattn_tensors *t, const dlattn_gradients *g,           \
+        const dlattn_exec *exec
+
+static int32_t honest_backward(BACKWARD_ARGUMENTS) { return api->backward(desc, t, g, exec); }
+
+static int32_t scaled_backward(BACKWARD_ARGUMENTS) {
+    dlattn_forward_desc wrong = *desc;
+    wrong.scale = 1.0001 / sqrt((double)t->query->shape[3]);
+    return api->backward(&wrong, t, g, exec);
+}
+
+static int32_t misaligned_backward(BACKWARD_ARGUMENTS) {
+    dlattn_forward_desc wrong = *desc;
+    wrong.alignment = !desc->alignment;
+    return api->backward(&wrong, t, g, exec);
+}
+
+static int32_t drops_others(BACKWARD_ARGUMENTS) {
+    dlattn_forward_desc wrong = *desc;
+    wrong.dropout_offset++;
+    return api->backward(&wrong, t, g, exec);
+}
+
+static int32_t drops_nothing(BACKWARD_ARGUMENTS) {
+    dlattn_forward_desc wrong = *desc;
+    wrong.dropout_probability = 0;
+    return api->backward(&wrong, t, g, exec);
+}
+
+static int32_t unmasked_backward(BACKWARD_ARGUMENTS) {
+    dlattn_tensors wrong = *t;
+    wrong.mask = NULL;
+    return api->backward(desc, &wrong, g, exec);
+}
+
+static int32_t beyond_lengths_backward(BACKWARD_ARGUMENTS) {
+    dlattn_tensors wrong = *t;
+    wrong.key_lengths = NULL;
+    return api->backward(desc, &wrong, g, exec);
+}
+
+static int32_t without_d_lse(BACKWARD_ARGUMENTS) {
+    dlattn_gradients wrong = *g;
+    wrong.d_lse = NULL;
+    return api->backward(desc, t, &wrong, exec);
+}
+
+static int32_t without_d_sinks(BACKWARD_ARGUMENTS) {
+    dlattn_gradients wrong = *g;
+    wrong.d_sinks = NULL;
+    return api->backward(desc, t, &wrong, exec);
+}
+
+/* As if each row and key had a number of its own. */
+static int32_t last_bias_alone(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    *(float *)data_of(g->d_bias) *= 1.001F;
+    return status;
+}
+
+/* The last row of the query reaches no key. */
+static int32_t without_last_row_backward(BACKWARD_ARGUMENTS) {
+    dlattn_tensors wrong = *t;
+    dlattn_gradients of_them = *g;
+    int64_t shapes[4][4];
+    const DLTensor query = shortened(t->query, shapes[0]), output = shortened(t->output, shapes[1]),
+                   d_output = shortened(g->d_output, shapes[2]),
+                   d_query = shortened(g->d_query, shapes[3]);
+    DLTensor lse = *t->lse;
+    int64_t lse_shape[3] = {lse.shape[0], lse.shape[1], lse.shape[2] - 1};
+    lse.shape = lse_shape;
+    wrong.query = &query;
+    wrong.output = &output;
+    wrong.lse = &lse;
+    of_them.d_output = &d_output;
+    of_them.d_query = &d_query;
+    of_them.d_lse = NULL;
+    return api->backward(desc, &wrong, &of_them, exec);
+}
+
+static int32_t rough_backward(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    ((float *)data_of(g->d_key))[3] += 2e-6F;
+    return status;
+}
+
+static int32_t hides_nan_backward(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    float *d_query = data_of(g->d_query);
+    const int64_t *shape = g->d_query->shape;
+    for (int64_t n = 0; n < shape[0] * shape[1] * shape[2] * shape[3]; n++)
+        d_query[n] = isnan(d_query[n]) ? 0 : d_query[n];
+    return status;
+}
+
+static int32_t spreads_nan_backward(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    *(float *)data_of(g->d_value) = NAN;
+    return status;
+}
+
+static int32_t restless_backward(BACKWARD_ARGUMENTS) {
+    static int calls;
+    const int32_t status = api->backward(desc, t, g, exec);
+    float *d_value = data_of(g->d_value);
+    if (calls++ % 2)
+        *d_value = nextafterf(*d_value, 10);
+    return status;
+}
+
+static int32_t writes_gap_backward(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    ((float *)data_of(g->d_query))[g->d_query->shape[3]] = 0;
+    return status;
+}
+
+static int32_t writes_before_backward(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    ((unsigned char *)data_of(g->d_key))[-1] = 0;
+    return status;
+}
+
+static int32_t writes_lse(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    *(float *)data_of(t->lse) = 0;
+    return status;
+}
+
+/* A weight of 0 times what a blind row has for its d_output. */
+static int32_t leaks(BACKWARD_ARGUMENTS) {
+    const int32_t status = api->backward(desc, t, g, exec);
+    const float *d_output = data_of(g->d_output);
+    const int64_t *shape = g->d_output->shape;
+    float *d_value = data_of(g->d_value);
+    for (int64_t n = 0; n < shape[0] * shape[1] * shape[2] * shape[3]; n++)
+        d_value[n % shape[3]] += 0 * d_output[n];
+    return status;
+}
+
+static const struct {
+    const char *name;
+    int32_t (*backward)(BACKWARD_ARGUMENTS);
+    const char *features;
+    const char *said; /* part of the verdict; NULL: nothing is wrong */
+} wrongs_of_backward[] = {
+    {"honest", honest_backward, "bias_keys", NULL},
+    {"scaled", scaled_backward, "plain", "d_query["},
+    {"misaligned", misaligned_backward, "causal", "d_key["},
+    {"drops_others", drops_others, "dropout", "d_value["},
+    {"drops_nothing", drops_nothing, "dropout", "d_query["},
+    {"unmasked", unmasked_backward, "mask_keys", "d_value["},
+    {"beyond_lengths", beyond_lengths_backward, "key_lengths", "d_query["},
+    {"without_d_lse", without_d_lse, "plain", "d_query["},
+    {"without_d_sinks", without_d_sinks, "sinks", "d_sinks["},
+    {"last_bias_alone", last_bias_alone, "bias_keys", "d_bias[0, 0, 0, 0]"},
+    {"without_last_row", without_last_row_backward, "plain", "d_key["},
+    {"rough", rough_backward, "plain", "d_key[0, 0, 0, 3]"},
+    {"hides_nan", hides_nan_backward, "nan_query", "must be nan"},
+    {"spreads_nan", spreads_nan_backward, "plain", "d_value[0, 0, 0, 0] is nan"},
+    {"restless", restless_backward, "plain", "in a second run"},
+    {"writes_gap", writes_gap_backward, "odd", "d_query: byte"},
+    {"writes_before", writes_before_backward, "shifted", "d_key: byte"},
+    {"writes_lse", writes_lse, "plain", "lse: an input was written"},
+    {"leaks", leaks, "mask_rows", "d_value[0, 0, 0, 0] is nan"},
+};
+
+/* The first case from seed 77 on that has every gradient. */
+static struct test_case with_every_gradient(const char *features) {
+    struct test_case c = {{2, 2, 1, 18, 40, 24, 24}, *features_named(features), F32, 76};
+    bool every = false;
+    c.features.backward = true;
+    while (!every) {
+        struct call call;
+        c.seed++;
+        call_make(&call, &c);
+        every = call.has[D_LSE] && call.has[D_QUERY] && call.has[D_KEY] && call.has[D_VALUE] &&
+                call.has[D_BIAS] == call.has[BIAS] && call.has[D_SINKS] == call.has[SINKS];
+        call_free(&call);
+    }
+    return c;
+}
+
+Test(checker, notices_in_backward) {
+    api = test_api();
+    for (size_t i = 0; i < sizeof wrongs_of_backward / sizeof wrongs_of_backward[0]; i++) {
+        const char *name = wrongs_of_backward[i].name, *said = wrongs_of_backward[i].said;
+        const struct subject subject = {.api = api,
+                                        .place = &place_cpu,
+                                        .kernel = "cpu_bwd_ref",
+                                        .backward = wrongs_of_backward[i].backward};
+        const struct test_case c = with_every_gradient(wrongs_of_backward[i].features);
+        struct verdict v;
+        check_case(&v, &subject, &c);
+        cr_expect(eq(int, v.outcome, said ? FAILED : PASSED), "%s: %s", name, v.text);
+        cr_expect(said == NULL || strstr(v.text, said), "%s: %s", name, v.text);
+    }
+}
+
 /* ---- One key of one row ----------------------------------------------------------------------------------- */
 
 /* What goes wrong with it. */

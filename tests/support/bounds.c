@@ -1,29 +1,9 @@
-#include "tests/support/check.h"
+#include "tests/support/plain.h"
 
 #include <assert.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* One element of a row's output, and the sums of squares that its errors come from. */
-struct sums {
-    double output;
-    double values;  /* weighted values */
-    double rounded; /* what they lose when the weights are rounded to the element type */
-    double scored;  /* what they move by for a score that is off by its size */
-};
-
-/* One query row of an upcast call, and room for what is computed of it. */
-struct row {
-    struct call *call;
-    int64_t b, h, i;
-    int64_t keys;           /* that take part in this batch entry */
-    double *score, *weight; /* [keys] */
-    const double **value;   /* [keys]; NULL: the row does not see the key */
-    double *factor;         /* [keys]; of the value, its scale */
-    double most, total;     /* the largest score, and the sum of weights relative to it */
-    struct sums *sums;      /* [dim_v] */
-};
 
 static const double *floats(const struct call *c, enum slot slot, const int64_t index[4]) {
     const struct tensor *t = &c->tensor[slot];
@@ -33,10 +13,10 @@ static const double *floats(const struct call *c, enum slot slot, const int64_t 
     return (const double *)(const void *)t->image + offset;
 }
 
-static const double *query_row(const struct row *r) {
+const double *query_row(const struct row *r, enum slot slot) {
     int64_t index[4];
-    call_row(r->call, QUERY, r->b, r->h, r->i, index);
-    return floats(r->call, QUERY, index);
+    call_row(r->call, slot, r->b, r->h, r->i, index);
+    return floats(r->call, slot, index);
 }
 
 static int64_t kv_head(const struct row *r) {
@@ -44,8 +24,7 @@ static int64_t kv_head(const struct row *r) {
     return r->h / (s->heads_q / s->heads_kv);
 }
 
-/* Row j of KEY or VALUE. */
-static const double *kv_row(const struct row *r, enum slot slot, int64_t j) {
+const double *kv_row(const struct row *r, enum slot slot, int64_t j) {
     int64_t index[4];
     call_row(r->call, slot, r->b, kv_head(r), j, index);
     return floats(r->call, slot, index);
@@ -54,25 +33,30 @@ static const double *kv_row(const struct row *r, enum slot slot, int64_t j) {
 /* Of OUTPUT or LSE. */
 static double *result_row(const struct row *r, enum slot slot) {
     struct tensor *t = &r->call->tensor[slot];
-    int64_t index[4];
-    call_row(r->call, slot, r->b, r->h, r->i, index);
-    return (double *)(void *)t->image +
-           (floats(r->call, slot, index) - (const double *)(void *)t->image);
+    return (double *)(void *)t->image + (query_row(r, slot) - (const double *)(void *)t->image);
 }
 
 static double bias(const struct row *r, int64_t j) {
     return call_bias(r->call, r->b, r->h, r->i, j);
 }
 
+double sink_of(const struct row *r) {
+    const struct call *c = r->call;
+    return c->has[SINKS] ? tensor_get(&c->tensor[SINKS], (int64_t[4]){r->h}) : -INFINITY;
+}
+
+double distance_of(const struct row *r, int64_t j) {
+    return fabs((double)(r->i + r->call->span[r->b].diagonal - j));
+}
+
 static double alibi(const struct row *r, int64_t j) {
     const int64_t index[4] = {r->call->made_from.features.alibi == 2 ? r->b : r->h, r->h};
     if (!r->call->has[ALIBI_SLOPES])
         return 0;
-    return tensor_get(&r->call->tensor[ALIBI_SLOPES], index) *
-           fabs((double)(r->i + r->call->span[r->b].diagonal - j));
+    return tensor_get(&r->call->tensor[ALIBI_SLOPES], index) * distance_of(r, j);
 }
 
-static double scale_of(const struct row *r, int64_t j) {
+double scale_of(const struct row *r, int64_t j) {
     const struct features *f = &r->call->made_from.features;
     const double scale = f->exact_scale || f->scale != 0
                              ? f->scale
@@ -81,27 +65,30 @@ static double scale_of(const struct row *r, int64_t j) {
            call_scale(r->call, KEY_SCALE, r->b, kv_head(r), j);
 }
 
-static double score(const struct row *r, int64_t j) {
-    const double *q = query_row(r), *k = kv_row(r, KEY, j),
-                 cap = r->call->made_from.features.softcap;
+double scaled_product(const struct row *r, int64_t j) {
+    const double *q = query_row(r, QUERY), *k = kv_row(r, KEY, j);
     double x = 0;
     for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
         x += q[d] * k[d];
-    x *= scale_of(r, j);
+    return x * scale_of(r, j);
+}
+
+static double score(const struct row *r, int64_t j) {
+    const double x = scaled_product(r, j), cap = r->call->made_from.features.softcap;
     return (cap > 0 ? cap * tanh(x / cap) : x) + bias(r, j) - alibi(r, j);
 }
 
-/* Scores and weights; the weights add up to 1 with the sink's. */
 static void weigh(struct row *r) {
     const struct call *c = r->call;
-    const double sink =
-        c->has[SINKS] ? tensor_get(&c->tensor[SINKS], (int64_t[4]){r->h}) : -INFINITY;
+    const double sink = sink_of(r);
     r->keys = c->span[r->b].k_len;
     r->most = sink;
     for (int64_t j = 0; j < r->keys; j++) {
         r->score[j] = call_sees(c, r->b, r->h, r->i, j) ? score(r, j) : -INFINITY;
         r->value[j] = r->score[j] == -INFINITY ? NULL : kv_row(r, VALUE, j);
-        r->factor[j] = r->value[j] ? call_scale(c, VALUE_SCALE, r->b, kv_head(r), j) : 0;
+        r->factor[j] = r->value[j] ? call_scale(c, VALUE_SCALE, r->b, kv_head(r), j) *
+                                         call_keeps(c, r->b, r->h, r->i, j)
+                                   : 0;
         r->most = fmax(r->most, r->score[j]);
     }
     r->total = sink == -INFINITY ? 0 : exp(sink - r->most);
@@ -113,13 +100,18 @@ static void weigh(struct row *r) {
         r->weight[j] /= r->value[j] ? r->total : 1;
 }
 
-static void attend(struct row *r) {
+/* A value that dropout drops counts as 0, whatever it holds. */
+static double scaled_value(const struct row *r, int64_t j, int64_t d) {
+    return r->factor[j] == 0 ? 0 : r->factor[j] * r->value[j][d];
+}
+
+void attend(struct row *r) {
     const int64_t dim_v = r->call->made_from.shape.dim_v;
     weigh(r);
     memset(r->sums, 0, (size_t)dim_v * sizeof *r->sums);
     for (int64_t j = 0; j < r->keys; j++) {
         for (int64_t d = 0; d < dim_v && r->value[j]; d++)
-            r->sums[d].output += r->weight[j] * r->factor[j] * r->value[j][d];
+            r->sums[d].output += r->weight[j] * scaled_value(r, j, d);
     }
 }
 
@@ -135,21 +127,20 @@ static void put_result(struct row *r) {
 
 /* ---- What a right row may miss ---------------------------------------------------------------------------- */
 
-/* Independent errors add up like a random walk. Each is taken at its largest, 1.7 times its root mean square or more, so
- * that one sum in 10^11 goes further than this. */
-static const double WALK = 4;
+double least_normal(enum element e) { return e == F16 ? 0x1p-14 : e == F64 ? 0x1p-1022 : 0x1p-126; }
 
-/* What rounding x to the type costs at most. */
-static double rounding(enum element e, double x) {
-    const double least_normal = e == F16 ? 0x1p-14 : 0;
-    return element_epsilon(e) * fmax(fabs(x), least_normal);
+double rounding(enum element e, double x) {
+    return element_epsilon(e) * fmax(fabs(x), least_normal(e));
 }
 
-static enum element type_of_sums(enum element e) { return e == F64 ? F64 : F32; }
+double factor_rounding(enum element e, double x) {
+    return e == F16 || e == BF16 ? rounding(e, x) : 0;
+}
 
-/* Of the terms that make a score, each of which is rounded; 1 is for exp. */
-static double score_size(const struct row *r, int64_t j) {
-    const double *q = query_row(r), *k = kv_row(r, KEY, j);
+enum element type_of_sums(enum element e) { return e == F64 ? F64 : F32; }
+
+double score_size(const struct row *r, int64_t j) {
+    const double *q = query_row(r, QUERY), *k = kv_row(r, KEY, j);
     double products = 0;
     for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
         products += fabs(q[d] * k[d]);
@@ -162,8 +153,7 @@ static void add_key(const struct row *r, int64_t j, double size) {
     const double weight = r->weight[j], lost = rounding(e, weight * r->total) / r->total;
     for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++) {
         struct sums *s = &r->sums[d];
-        const double value = r->factor[j] * r->value[j][d],
-                     moved = weight * size * (value - s->output);
+        const double value = scaled_value(r, j, d), moved = weight * size * (value - s->output);
         s->values += weight * value * weight * value;
         s->rounded += lost * value * lost * value;
         s->scored += moved * moved;
@@ -173,7 +163,8 @@ static void add_key(const struct row *r, int64_t j, double size) {
 /* The terms stand in docs/numerics.md, "The bound". */
 static double output_bound(enum element e, const struct sums *s, int64_t seen) {
     const double size = fabs(s->output),
-                 weights = e == F16 || e == BF16 ? rounding(e, size) + WALK * sqrt(s->rounded) : 0,
+                 weights = factor_rounding(e, size) +
+                           (e == F16 || e == BF16 ? WALK * sqrt(s->rounded) : 0),
                  sums = sqrt((double)seen) * (sqrt(s->values) + size) + sqrt(s->scored),
                  bound =
                      rounding(e, size) + weights + WALK * element_epsilon(type_of_sums(e)) * sums;
@@ -215,10 +206,10 @@ static void put_exact_bounds(struct row *r) { put_bounds_of(r, exp_alone); }
 
 /* ---- Rows of a call --------------------------------------------------------------------------------------- */
 
-static void each_row(struct call *wide, void (*put)(struct row *)) {
+void each_row(struct call *wide, void (*put)(struct row *), void *context) {
     const struct shape *s = &wide->made_from.shape;
     const size_t keys = (size_t)s->len_k + 1;
-    struct row r = {.call = wide};
+    struct row r = {.call = wide, .context = context};
     r.score = calloc(keys, sizeof *r.score);
     r.weight = calloc(keys, sizeof *r.weight);
     r.value = calloc(keys, sizeof *r.value);
@@ -238,8 +229,8 @@ static void each_row(struct call *wide, void (*put)(struct row *)) {
     free(r.sums);
 }
 
-void plain_forward(struct call *wide) { each_row(wide, put_result); }
+void plain_forward(struct call *wide) { each_row(wide, put_result, NULL); }
 
-void plain_bounds(struct call *wide) { each_row(wide, put_bounds); }
+void plain_bounds(struct call *wide) { each_row(wide, put_bounds, NULL); }
 
-void plain_bounds_of_exact_scores(struct call *wide) { each_row(wide, put_exact_bounds); }
+void plain_bounds_of_exact_scores(struct call *wide) { each_row(wide, put_exact_bounds, NULL); }

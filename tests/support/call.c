@@ -1,5 +1,7 @@
 #include "tests/support/call.h"
 
+#include "src/philox.h"
+
 #include <assert.h>
 #include <math.h>
 #include <stdio.h>
@@ -31,12 +33,26 @@ const struct features *features_named(const char *name) {
 
 const char *slot_name(enum slot slot) {
     static const char *const names[SLOTS] = {
-        "query",        "key",          "value",        "output",      "lse",
-        "bias",         "mask",         "alibi_slopes", "sinks",       "query_lengths",
-        "key_lengths",  "cu_seqlens_q", "cu_seqlens_k", "block_table", "query_segments",
-        "key_segments", "block_mask",   "query_scale",  "key_scale",   "value_scale",
+        "query",        "key",           "value",          "output",
+        "lse",          "bias",          "mask",           "alibi_slopes",
+        "sinks",        "query_lengths", "key_lengths",    "cu_seqlens_q",
+        "cu_seqlens_k", "block_table",   "query_segments", "key_segments",
+        "block_mask",   "query_scale",   "key_scale",      "value_scale",
+        "d_output",     "d_lse",         "d_query",        "d_key",
+        "d_value",      "d_bias",        "d_alibi_slopes", "d_sinks",
     };
     return names[slot];
+}
+
+/* The tensor that a gradient belongs to; any other is its own. */
+static enum slot slot_of(enum slot slot) {
+    static const enum slot of[SLOTS - TENSOR_SLOTS] = {OUTPUT, LSE,  QUERY,        KEY,
+                                                       VALUE,  BIAS, ALIBI_SLOPES, SINKS};
+    return slot < TENSOR_SLOTS ? slot : of[slot - TENSOR_SLOTS];
+}
+
+bool call_writes(const struct call *c, enum slot slot) {
+    return c->made_from.features.backward ? slot >= D_QUERY : slot == OUTPUT || slot == LSE;
 }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -73,7 +89,10 @@ enum {
     DRAW_PAGES,
     DRAW_POISON,
     DRAW_NAN,
-    DRAW_MAX
+    DRAW_MAX,
+    DRAW_DROPOUT,
+    DRAW_GRADIENTS,
+    DRAW_GRADIENT_TYPES
 };
 
 static uint64_t draw(const struct call *c, uint64_t what) {
@@ -125,8 +144,10 @@ static void set_spans(struct call *c) {
 
 static enum layout layout_of(const struct call *c, enum slot slot) {
     static const enum layout mixed[SLOTS] = {
-        [QUERY] = HEADS_INNER, [KEY] = SLICED, [VALUE] = ODD, [OUTPUT] = HEADS_INNER, [LSE] = ODD,
-        [BIAS] = INNER_2,      [MASK] = ODD,   [SINKS] = ODD, [KEY_LENGTHS] = ODD,
+        [QUERY] = HEADS_INNER, [KEY] = SLICED,      [VALUE] = ODD,  [OUTPUT] = HEADS_INNER,
+        [LSE] = ODD,           [BIAS] = INNER_2,    [MASK] = ODD,   [SINKS] = ODD,
+        [KEY_LENGTHS] = ODD,   [D_OUTPUT] = SLICED, [D_LSE] = ODD,  [D_QUERY] = ODD,
+        [D_KEY] = HEADS_INNER, [D_VALUE] = INNER_2, [D_BIAS] = ODD,
     };
     const enum layout all = c->made_from.features.layout;
     return all == MIXED ? mixed[slot] : all;
@@ -134,10 +155,17 @@ static enum layout layout_of(const struct call *c, enum slot slot) {
 
 static void make(struct call *c, enum slot slot, enum element e, int ndim, const int64_t *shape,
                  unsigned broadcast) {
-    const bool output = slot == OUTPUT || slot == LSE;
     tensor_make(&c->tensor[slot], e, ndim, shape, layout_of(c, slot), broadcast,
-                output ? OUTPUT_FILL : GAP_FILL);
+                call_writes(c, slot) ? OUTPUT_FILL : GAP_FILL);
     c->has[slot] = true;
+}
+
+/* Of ALIBI_SLOPES and SINKS there is no other than f32. */
+static enum element element_of(const struct features *f, enum slot slot, enum element e) {
+    const bool may_differ = slot == LSE || slot == BIAS || slot == ALIBI_SLOPES || slot == SINKS,
+               has_element =
+                   (slot == LSE && f->lse == LSE_ELEMENT) || (slot == BIAS && f->bias_element);
+    return may_differ && !has_element ? F32 : e;
 }
 
 static void make_main(struct call *c) {
@@ -167,8 +195,8 @@ static void make_main(struct call *c) {
         make(c, KEY, e, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_qk}, heads);
         make(c, VALUE, e, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_v}, heads);
     }
-    if (f->lse) {
-        const enum element le = f->lse == LSE_ELEMENT ? e : F32;
+    if (f->lse || f->backward) {
+        const enum element le = element_of(f, LSE, e);
         if (f->varlen_q)
             make(c, LSE, le, 2, (int64_t[]){s->heads_q, total_q}, 0);
         else
@@ -225,7 +253,7 @@ static void make_rest(struct call *c) {
     const int64_t batch[] = {s->batch}, heads[] = {s->heads_q}, both[] = {s->batch, s->heads_q},
                   ends[] = {s->batch + 1};
     if (f->bias)
-        make_broadcast(c, BIAS, f->bias_element ? c->made_from.element : F32, f->bias);
+        make_broadcast(c, BIAS, element_of(f, BIAS, c->made_from.element), f->bias);
     if (f->mask)
         make_broadcast(c, MASK, U8, f->mask);
     if (f->alibi)
@@ -242,6 +270,36 @@ static void make_rest(struct call *c) {
         make(c, CU_SEQLENS_K, I32, 1, ends, 0);
     if (f->page_size)
         make(c, BLOCK_TABLE, I32, 2, (int64_t[]){s->batch, c->extent_k / f->page_size}, 0);
+}
+
+enum element call_gradient_element(const struct call *c, enum slot slot) {
+    return random_below(draw(c, DRAW_GRADIENT_TYPES), slot, 2)
+               ? F32
+               : element_of(&c->made_from.features, slot_of(slot), c->made_from.element);
+}
+
+/* Those that are inputs, and most of those that are not. */
+static bool wants(const struct call *c, enum slot slot) {
+    const bool all = random_below(draw(c, DRAW_GRADIENTS), 0, 2),
+               alone = random_below(draw(c, DRAW_GRADIENTS), 1, 8) == 0;
+    if (!c->has[slot_of(slot)])
+        return false;
+    if (slot == D_OUTPUT || all)
+        return true;
+    if (alone)
+        return slot == D_QUERY + random_below(draw(c, DRAW_GRADIENTS), 2, 3);
+    return slot == D_VALUE || random_below(draw(c, DRAW_GRADIENTS), slot, 4);
+}
+
+/* A gradient has each element by itself, also where its tensor has stride 0. */
+static void make_gradients(struct call *c) {
+    const unsigned heads = c->made_from.features.broadcast_heads ? 2 : 0;
+    for (enum slot slot = D_OUTPUT; slot < SLOTS; slot++) {
+        const struct tensor *of = &c->tensor[slot_of(slot)];
+        if (wants(c, slot))
+            make(c, slot, call_gradient_element(c, slot), of->dl.ndim, of->shape,
+                 slot == D_OUTPUT ? heads : 0);
+    }
 }
 
 /* ---- Values ----------------------------------------------------------------------------------------------- */
@@ -283,7 +341,7 @@ static double value_of(const struct call *c, enum slot slot, uint64_t n, const i
 static void fill_values(struct call *c) {
     for (int slot = 0; slot < SLOTS; slot++) {
         struct tensor *t = &c->tensor[slot];
-        if (!c->has[slot] || slot == OUTPUT || slot == LSE ||
+        if (!c->has[slot] || slot == OUTPUT || slot == LSE || call_writes(c, (enum slot)slot) ||
             (slot >= QUERY_LENGTHS && slot <= BLOCK_TABLE))
             continue;
         int64_t index[4] = {0};
@@ -408,6 +466,71 @@ static void poison_unseen(struct call *c) {
     poison_pages(c);
 }
 
+/* Whether row i of head h sees a key, or with `weighs`, one that some weight can go to. */
+static bool row_sees(const struct call *c, int64_t b, int64_t h, int64_t i, bool weighs) {
+    for (int64_t j = 0; j < c->span[b].k_len; j++) {
+        if (call_sees(c, b, h, i, j) && (!weighs || call_bias(c, b, h, i, j) != -INFINITY))
+            return true;
+    }
+    return false;
+}
+
+/* What stands in rows that see nothing is nothing to any gradient. */
+static void poison_blind_row(struct call *c, int64_t b, int64_t h, int64_t i) {
+    int64_t index[4];
+    bool heads_see = false;
+    if (!row_sees(c, b, h, i, false)) {
+        call_row(c, QUERY, b, h, i, index);
+        poison_row(c, QUERY, index);
+    }
+    if (row_sees(c, b, h, i, true))
+        return;
+    for (int64_t n = 0; c->made_from.features.broadcast_heads && n < c->made_from.shape.heads_q;
+         n++)
+        heads_see |= row_sees(c, b, n, i, true);
+    if (!heads_see) {
+        call_row(c, D_OUTPUT, b, h, i, index);
+        poison_row(c, D_OUTPUT, index);
+    }
+    if (c->has[D_LSE] && !c->has[SINKS]) {
+        call_row(c, D_LSE, b, h, i, index);
+        tensor_set(&c->tensor[D_LSE], index, poison(c, (uint64_t)i));
+    }
+}
+
+/* Numbers of a bias that no row and key share. */
+static void poison_bias(struct call *c) {
+    struct tensor *t = &c->tensor[BIAS];
+    const struct shape *s = &c->made_from.shape;
+    const int64_t extents[4] = {s->batch, s->heads_q, c->extent_q, c->extent_k};
+    int64_t index[4] = {0};
+    for (int64_t n = tensor_count(t); n > 0; n--, tensor_next(t, index)) {
+        bool seen = false;
+        int64_t first[4], end[4];
+        for (int axis = 0; axis < 4; axis++) {
+            first[axis] = t->shape[axis] > 1 ? index[axis] : 0;
+            end[axis] = t->shape[axis] > 1 ? index[axis] + 1 : extents[axis];
+        }
+        for (int64_t b = first[0]; b < end[0]; b++)
+            for (int64_t h = first[1]; h < end[1]; h++)
+                for (int64_t i = first[2]; i < end[2] && !seen; i++)
+                    for (int64_t j = first[3]; j < end[3] && !seen; j++)
+                        seen = call_sees(c, b, h, i, j);
+        if (!seen)
+            tensor_set(t, index, poison(c, (uint64_t)n));
+    }
+}
+
+static void poison_for_backward(struct call *c) {
+    const struct shape *s = &c->made_from.shape;
+    for (int64_t b = 0; b < s->batch; b++) {
+        for (int64_t n = 0; n < s->heads_q * c->span[b].q_rows; n++)
+            poison_blind_row(c, b, n % s->heads_q, n / s->heads_q);
+    }
+    if (c->has[BIAS] && !c->made_from.features.expanded)
+        poison_bias(c);
+}
+
 /* NaN, or what is planted, in one element that takes part, if chance finds one. */
 static void set_nan(struct call *c) {
     static const enum slot slots[] = {[NAN_QUERY] = QUERY, [NAN_KEY] = KEY, [NAN_VALUE] = VALUE};
@@ -449,6 +572,9 @@ static void set_desc(struct call *c) {
     c->desc.diagonal_offset = f->diagonal_offset;
     c->desc.block_q = (int32_t)f->block_q;
     c->desc.block_k = (int32_t)f->block_k;
+    c->desc.dropout_probability = f->dropout;
+    c->desc.dropout_seed = f->dropout > 0 ? random_bits(draw(c, DRAW_DROPOUT), 0) : 0;
+    c->desc.dropout_offset = f->dropout > 0 ? random_bits(draw(c, DRAW_DROPOUT), 1) : 0;
 }
 
 void call_make(struct call *c, const struct test_case *from) {
@@ -459,9 +585,13 @@ void call_make(struct call *c, const struct test_case *from) {
     make_main(c);
     make_rest(c);
     make_later(c);
+    if (from->features.backward)
+        make_gradients(c);
     fill_values(c);
     fill_lengths(c);
     poison_unseen(c);
+    if (from->features.backward)
+        poison_for_backward(c);
     set_nan(c);
 }
 
@@ -482,7 +612,8 @@ void call_upcast(struct call *wide, const struct call *from) {
     wide->made_from.features.layout = COMPACT;
     for (int slot = 0; slot < SLOTS; slot++) {
         const struct tensor *t = &from->tensor[slot];
-        const enum element e = slot < MASK ? F64 : t->element;
+        const bool widens = slot < MASK || (slot >= D_OUTPUT && slot <= D_BIAS);
+        const enum element e = widens ? F64 : t->element;
         int64_t index[4] = {0};
         if (!from->has[slot])
             continue;
@@ -493,14 +624,25 @@ void call_upcast(struct call *wide, const struct call *from) {
 }
 
 dlattn_tensors call_tensors(const struct call *c) {
-    const DLTensor *slots[SLOTS] = {0};
+    const DLTensor *slots[TENSOR_SLOTS];
     dlattn_tensors tensors = {.struct_size = sizeof tensors};
-    for (int slot = 0; slot < SLOTS; slot++)
+    for (int slot = 0; slot < TENSOR_SLOTS; slot++)
         slots[slot] = c->has[slot] ? &c->tensor[slot].dl : NULL;
-    _Static_assert(sizeof slots + offsetof(dlattn_tensors, query) <= sizeof tensors,
+    _Static_assert(sizeof slots + offsetof(dlattn_tensors, query) == sizeof tensors,
                    "a pointer for each slot");
     memcpy((char *)&tensors + offsetof(dlattn_tensors, query), slots, sizeof slots);
     return tensors;
+}
+
+dlattn_gradients call_gradients(const struct call *c) {
+    const DLTensor *slots[SLOTS - TENSOR_SLOTS];
+    dlattn_gradients gradients = {.struct_size = sizeof gradients};
+    for (int slot = TENSOR_SLOTS; slot < SLOTS; slot++)
+        slots[slot - TENSOR_SLOTS] = c->has[slot] ? &c->tensor[slot].dl : NULL;
+    _Static_assert(sizeof slots + offsetof(dlattn_gradients, d_output) == sizeof gradients,
+                   "a pointer for each slot");
+    memcpy((char *)&gradients + offsetof(dlattn_gradients, d_output), slots, sizeof slots);
+    return gradients;
 }
 
 void call_use_images(struct call *c) {
@@ -572,9 +714,21 @@ double call_scale(const struct call *c, enum slot slot, int64_t b, int64_t h, in
     return tensor_get(t, (int64_t[4]){t->shape[0] > 1 ? entry : 0, h});
 }
 
-void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
+double call_keeps(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j) {
+    const dlattn_forward_desc *d = &c->desc;
+    if (d->dropout_probability == 0)
+        return 1;
+    uint32_t x[4] = {(uint32_t)(j / 4), (uint32_t)i, (uint32_t)(b * c->made_from.shape.heads_q + h),
+                     (uint32_t)d->dropout_offset};
+    philox(x, (uint32_t)d->dropout_seed,
+           (uint32_t)(d->dropout_seed >> 32 ^ d->dropout_offset >> 32));
+    return x[j % 4] < d->dropout_probability * 0x1p32 ? 0 : 1 / (1 - d->dropout_probability);
+}
+
+void call_row(const struct call *c, enum slot of, int64_t b, int64_t h, int64_t l,
               int64_t index[4]) {
     const struct span *s = &c->span[b];
+    const enum slot slot = slot_of(of);
     const bool of_query = slot == QUERY || slot == OUTPUT || slot == LSE;
     memset(index, 0, 4 * sizeof *index);
     index[0] = b;
@@ -597,16 +751,18 @@ void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_
 
 void case_print(const struct test_case *c, char *text, size_t size) {
     const struct shape *s = &c->shape;
-    snprintf(text, size, "%s B%lld H%lld/%lld Lq%lld Lk%lld D%lld/%lld %s %s seed %llu",
-             element_name(c->element), (long long)s->batch, (long long)s->heads_q,
-             (long long)s->heads_kv, (long long)s->len_q, (long long)s->len_k, (long long)s->dim_qk,
-             (long long)s->dim_v, c->features.name, layout_name(c->features.layout),
-             (unsigned long long)c->seed);
+    snprintf(text, size, "%s%s B%lld H%lld/%lld Lq%lld Lk%lld D%lld/%lld %s %s seed %llu",
+             c->features.backward ? "backward " : "", element_name(c->element), (long long)s->batch,
+             (long long)s->heads_q, (long long)s->heads_kv, (long long)s->len_q,
+             (long long)s->len_k, (long long)s->dim_qk, (long long)s->dim_v, c->features.name,
+             layout_name(c->features.layout), (unsigned long long)c->seed);
 }
 
 bool features_are_later(const struct features *f) {
-    return f->diagonal_offset != 0 || f->segments || f->block_q || f->scales;
+    return f->diagonal_offset != 0 || f->segments || f->block_q || f->scales || f->dropout > 0;
 }
+
+bool features_are_forward_only(const struct features *f) { return f->page_size || f->scales; }
 
 struct features features_random(uint64_t seed) {
     uint64_t n = 0;
@@ -644,6 +800,7 @@ struct features features_random(uint64_t seed) {
     f.block_q = ONE_IN(2) ? 1 + random_below(seed, n++, 20) : 0;
     f.block_k = f.block_q ? 1 + random_below(seed, n++, 20) : 0;
     f.scales = (int)random_below(seed, n++, 4);
+    f.dropout = ONE_IN(3) ? (double)random_below(seed, n++, 90) / 100 : 0;
 #undef ONE_IN
     return f;
 }

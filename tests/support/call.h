@@ -43,6 +43,8 @@ struct features {
     bool segments;
     int64_t block_q, block_k; /* not 0: a block mask */
     int scales;               /* 1: [1], 2: [B, heads] or [pages, heads], 3: [1, heads] */
+    double dropout;           /* its probability */
+    bool backward;            /* the gradients are computed, not the output */
 };
 
 struct test_case {
@@ -73,8 +75,17 @@ enum slot {
     QUERY_SCALE,
     KEY_SCALE,
     VALUE_SCALE,
+    D_OUTPUT,
+    D_LSE,
+    D_QUERY,
+    D_KEY,
+    D_VALUE,
+    D_BIAS,
+    D_ALIBI_SLOPES,
+    D_SINKS,
     SLOTS
 };
+enum { TENSOR_SLOTS = D_OUTPUT };
 const char *slot_name(enum slot slot);
 
 enum { MAX_BATCH = 8 };
@@ -99,6 +110,8 @@ struct call {
 /* Byte of untouched output storage, and of gaps between the elements of inputs (NaN in every float type). */
 enum { OUTPUT_FILL = 0xf7, GAP_FILL = 0xff };
 
+/* Of a call of backward, OUTPUT and LSE are inputs, which are left to whoever runs forward. It has some of its gradients, each in
+ * the tensor's type or f32. */
 void call_make(struct call *c, const struct test_case *from);
 void call_free(struct call *c);
 /* The same call in compact double tensors: what the reference gets. */
@@ -106,6 +119,11 @@ void call_upcast(struct call *wide, const struct call *from);
 
 /* The slots as the ABI takes them. */
 dlattn_tensors call_tensors(const struct call *c);
+dlattn_gradients call_gradients(const struct call *c);
+/* Whether the call writes the tensor, which it has. */
+bool call_writes(const struct call *c, enum slot slot);
+/* The type of D_OUTPUT or a later slot before the call was upcast. */
+enum element call_gradient_element(const struct call *c, enum slot slot);
 /* Points every tensor at its own image. */
 void call_use_images(struct call *c);
 
@@ -115,7 +133,9 @@ bool call_sees(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j)
 double call_bias(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j);
 /* The factor of query row or key j of head h, of the query's heads or the key's; 1 without a scale. */
 double call_scale(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t j);
-/* Indices of row l of head h of batch b in a query, output, key, value or lse, also packed and paged. */
+/* What dropout makes of that weight: 0, or 1 / (1 - probability). */
+double call_keeps(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j);
+/* Indices of row l of head h of batch b in a query, output, key, value or lse, also packed and paged, or in their gradients. */
 void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
               int64_t index[4]);
 
@@ -135,6 +155,8 @@ extern const int feature_set_count;
 const struct features *features_named(const char *name);
 /* Whether they ask for what ABI 1.1 brought, of which the reference row alone has all. */
 bool features_are_later(const struct features *f);
+/* Whether backward refuses them. */
+bool features_are_forward_only(const struct features *f);
 /* A sensible combination drawn by chance. */
 struct features features_random(uint64_t seed);
 

@@ -64,14 +64,12 @@ struct run {
     struct block block[SLOTS + 1]; /* the last is the workspace */
 };
 
-static bool is_output(int slot) { return slot == OUTPUT || slot == LSE; }
-
 static void put(struct call *c, const struct place *place, struct run *run) {
     for (int slot = 0; slot < SLOTS; slot++) {
         struct tensor *t = &c->tensor[slot];
         if (!c->has[slot])
             continue;
-        if (is_output(slot))
+        if (call_writes(c, (enum slot)slot))
             tensor_fill(t, run->fill);
         run->block[slot] = place->take(t->bytes, t->alignment, run->side);
         place->store(&run->block[slot], t->image);
@@ -88,6 +86,7 @@ static bool take_back(struct verdict *v, struct call *c, const struct place *pla
     bool good = true;
     for (int slot = 0; slot < SLOTS; slot++) {
         struct tensor *t = &c->tensor[slot];
+        const bool written = call_writes(c, (enum slot)slot);
         size_t at = 0;
         if (!c->has[slot])
             continue;
@@ -98,11 +97,11 @@ static bool take_back(struct verdict *v, struct call *c, const struct place *pla
             say(v, FAILED, "; %s: memory around it was written", slot_name((enum slot)slot));
             good = false;
         }
-        if (!is_output(slot) && memcmp(before, t->image, t->bytes) != 0) {
+        if (!written && memcmp(before, t->image, t->bytes) != 0) {
             say(v, FAILED, "; %s: an input was written", slot_name((enum slot)slot));
             good = false;
         }
-        if (is_output(slot) && !tensor_gaps_hold(t, run->fill, &at)) {
+        if (written && !tensor_gaps_hold(t, run->fill, &at)) {
             say(v, FAILED, "; %s: byte %zu, between its elements, was written",
                 slot_name((enum slot)slot), at);
             good = false;
@@ -113,40 +112,71 @@ static bool take_back(struct verdict *v, struct call *c, const struct place *pla
     return good;
 }
 
-static int32_t launch(const struct subject *s, const dlattn_forward_desc *desc,
-                      const dlattn_tensors *tensors, const dlattn_exec *exec, bool planned) {
-    if (s->forward)
-        return s->forward(desc, tensors, exec);
-    if (!planned)
-        return s->api->forward(desc, tensors, exec);
+/* What a call hands over. */
+struct arguments {
+    dlattn_forward_desc desc;
+    dlattn_tensors tensors;
+    dlattn_gradients gradients;
+    dlattn_exec exec;
+};
+
+static struct arguments arguments_of(const struct call *c, const char *kernel, int32_t threads) {
+    struct arguments a = {
+        c->desc, call_tensors(c), call_gradients(c), {.struct_size = sizeof a.exec}};
+    a.desc.kernel = kernel;
+    a.desc.num_threads = threads;
+    return a;
+}
+
+static int32_t query(const dlattn_api *api, const struct call *c, const struct arguments *a,
+                     dlattn_sku *sku) {
+    sku->struct_size = sizeof *sku;
+    return c->made_from.features.backward
+               ? api->backward_query(&a->desc, &a->tensors, &a->gradients, sku)
+               : api->forward_query(&a->desc, &a->tensors, sku);
+}
+
+static int32_t launch_planned(const dlattn_api *api, bool backward, const struct arguments *a) {
     dlattn_plan *plan;
-    int32_t status = s->api->plan_create(desc, tensors, &plan);
+    int32_t status = backward
+                         ? api->backward_plan_create(&a->desc, &a->tensors, &a->gradients, &plan)
+                         : api->plan_create(&a->desc, &a->tensors, &plan);
     if (status != DLATTN_OK)
         return status;
-    status = s->api->plan_can_run(plan, tensors);
+    status = backward ? api->backward_plan_can_run(plan, &a->tensors, &a->gradients)
+                      : api->plan_can_run(plan, &a->tensors);
     if (status == DLATTN_OK)
-        status = s->api->plan_run(plan, tensors, exec);
-    s->api->plan_destroy(plan);
+        status = backward ? api->backward_plan_run(plan, &a->tensors, &a->gradients, &a->exec)
+                          : api->plan_run(plan, &a->tensors, &a->exec);
+    api->plan_destroy(plan);
     return status;
+}
+
+static int32_t launch(const struct subject *s, const struct call *c, const struct arguments *a,
+                      bool planned) {
+    const bool backward = c->made_from.features.backward;
+    if (!backward && s->forward)
+        return s->forward(&a->desc, &a->tensors, &a->exec);
+    if (backward && s->backward)
+        return s->backward(&a->desc, &a->tensors, &a->gradients, &a->exec);
+    if (planned)
+        return launch_planned(s->api, backward, a);
+    return backward ? s->api->backward(&a->desc, &a->tensors, &a->gradients, &a->exec)
+                    : s->api->forward(&a->desc, &a->tensors, &a->exec);
 }
 
 /* Runs the subject on placed tensors; the images hold the results. */
 static void run_subject(struct verdict *v, const struct subject *s, struct call *c,
                         struct run *run) {
-    dlattn_forward_desc desc = c->desc;
-    dlattn_exec exec = {.struct_size = sizeof exec};
-    desc.kernel = s->kernel;
-    desc.num_threads = run->threads;
     put(c, s->place, run);
-    const dlattn_tensors tensors = call_tensors(c);
-    v->sku.struct_size = sizeof v->sku;
-    int32_t status = s->api->forward_query(&desc, &tensors, &v->sku);
+    struct arguments a = arguments_of(c, s->kernel, run->threads);
+    int32_t status = query(s->api, c, &a, &v->sku);
     struct block workspace = {0};
     if (status == DLATTN_OK) {
         workspace = s->place->take(v->sku.workspace_bytes, v->sku.workspace_alignment, run->side);
-        exec.workspace = workspace.data;
-        exec.workspace_bytes = v->sku.workspace_bytes;
-        status = launch(s, &desc, &tensors, &exec, run->planned);
+        a.exec.workspace = workspace.data;
+        a.exec.workspace_bytes = v->sku.workspace_bytes;
+        status = launch(s, c, &a, run->planned);
     }
     if (status == DLATTN_UNSUPPORTED && s->kernel)
         say(v, DECLINED, ": %s", s->api->last_error());
@@ -180,7 +210,7 @@ static double excess(double got, double want, double bound) {
     return isfinite(bound) ? fabs(got - want) / bound : INFINITY;
 }
 
-/* Elements of OUTPUT or LSE against the reference, each within its own bound. */
+/* Elements of a result against the reference, each within its own bound. */
 static void compare(struct verdict *v, const struct call *c, const struct call *ref,
                     const struct call *bounds, enum slot slot) {
     const struct tensor *got = &c->tensor[slot];
@@ -211,10 +241,11 @@ static void compare(struct verdict *v, const struct call *c, const struct call *
 /* The outputs of the first run against those that the images hold now. */
 static void compare_runs(struct verdict *v, const struct call *c, const struct call *first,
                          int32_t threads) {
-    for (int slot = OUTPUT; slot <= LSE; slot++) {
+    for (int slot = 0; slot < SLOTS; slot++) {
         const struct tensor *a = &first->tensor[slot], *b = &c->tensor[slot];
         int64_t index[4] = {0};
-        for (int64_t n = c->has[slot] ? tensor_count(b) : 0; n > 0; n--, tensor_next(b, index)) {
+        const bool compared = c->has[slot] && call_writes(c, (enum slot)slot);
+        for (int64_t n = compared ? tensor_count(b) : 0; n > 0; n--, tensor_next(b, index)) {
             const double x = tensor_get(a, index), y = tensor_get(b, index);
             if (memcmp(&x, &y, sizeof x) == 0)
                 continue;
@@ -227,49 +258,76 @@ static void compare_runs(struct verdict *v, const struct call *c, const struct c
     }
 }
 
-static bool run_reference(struct verdict *v, const dlattn_api *api, struct call *ref) {
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    dlattn_exec exec = {.struct_size = sizeof exec};
-    ref->desc.kernel = "cpu_fwd_ref";
-    call_use_images(ref);
-    const dlattn_tensors tensors = call_tensors(ref);
-    int32_t status = api->forward_query(&ref->desc, &tensors, &sku);
+/* Of a call in its images. */
+static bool run_reference(struct verdict *v, const dlattn_api *api, struct call *c) {
+    const struct subject reference = {.api = api};
+    dlattn_sku sku;
+    call_use_images(c);
+    struct arguments a =
+        arguments_of(c, c->made_from.features.backward ? "cpu_bwd_ref" : "cpu_fwd_ref", 0);
+    int32_t status = query(api, c, &a, &sku);
     if (status == DLATTN_OK) {
-        exec.workspace_bytes = sku.workspace_bytes + 64;
-        exec.workspace = aligned_alloc(64, (exec.workspace_bytes + 63) / 64 * 64);
-        status = api->forward(&ref->desc, &tensors, &exec);
-        free(exec.workspace);
+        a.exec.workspace_bytes = sku.workspace_bytes + 64;
+        a.exec.workspace = aligned_alloc(64, (a.exec.workspace_bytes + 63) / 64 * 64);
+        status = launch(&reference, c, &a, false);
+        free(a.exec.workspace);
     }
     if (status != DLATTN_OK)
         say(v, FAILED, "; the reference failed: %s", api->last_error());
     return status == DLATTN_OK;
 }
 
+static void compare_all(struct verdict *v, const struct call *c, const struct call *ref,
+                        const struct call *bounds) {
+    for (int slot = 0; slot < SLOTS; slot++) {
+        if (c->has[slot] && call_writes(c, (enum slot)slot))
+            compare(v, c, ref, bounds, (enum slot)slot);
+    }
+}
+
+/* What the plain loops have to say of the call, and how far rows may be from it. */
+static void find_plain(struct call *plain, struct call *bounds) {
+    if (plain->made_from.features.backward) {
+        plain_gradients(plain, bounds);
+        return;
+    }
+    plain_bounds(bounds);
+    if (plain->made_from.element == F64)
+        plain_forward(plain);
+}
+
 static void compare_with_reference(struct verdict *v, const dlattn_api *api, const struct call *c) {
     struct call ref, plain, bounds;
     call_upcast(&ref, c);
+    call_upcast(&plain, c);
     call_upcast(&bounds, c);
-    plain_bounds(&bounds);
+    find_plain(&plain, &bounds);
     if (run_reference(v, api, &ref)) {
-        compare(v, c, &ref, &bounds, OUTPUT);
-        if (c->has[LSE])
-            compare(v, c, &ref, &bounds, LSE);
-        if (c->made_from.element == F64) { /* the reference itself */
-            call_upcast(&plain, c);
-            plain_forward(&plain);
-            compare(v, &plain, &ref, &bounds, OUTPUT);
-            if (c->has[LSE])
-                compare(v, &plain, &ref, &bounds, LSE);
-            call_free(&plain);
-        }
+        compare_all(v, c, &ref, &bounds);
+        if (c->made_from.element == F64) /* the reference itself */
+            compare_all(v, &plain, &ref, &bounds);
     }
+    call_free(&plain);
     call_free(&bounds);
     call_free(&ref);
 }
 
+/* What forward makes of the others, rounded once, is an input of backward. */
+static bool run_forward(struct verdict *v, const dlattn_api *api, struct call *c) {
+    c->made_from.features.backward = false;
+    const bool good = run_reference(v, api, c);
+    c->made_from.features.backward = true;
+    return good;
+}
+
+static void copy_results(struct call *to, const struct call *from) {
+    for (enum slot slot = OUTPUT; slot <= LSE; slot++)
+        memcpy(to->tensor[slot].image, from->tensor[slot].image, from->tensor[slot].bytes);
+}
+
 void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which) {
     struct call first, second;
-    struct run one = {.fill = OUTPUT_FILL, .side = which->seed & 1 ? AT_END : AT_BEGIN};
+    struct run one = {.fill = GAP_FILL, .side = which->seed & 1 ? AT_END : AT_BEGIN};
     struct run two = {.fill = 0x5a,
                       .side = which->seed & 1 ? AT_BEGIN : AT_END,
                       .threads = 1 + which->seed % 3,
@@ -279,12 +337,15 @@ void check_case(struct verdict *v, const struct subject *subject, const struct t
     report_crashes();
     snprintf(running, sizeof running, "%s %s", subject->kernel ? subject->kernel : "", v->text);
     call_make(&first, which);
-    run_subject(v, subject, &first, &one);
+    if (!which->features.backward || run_forward(v, subject->api, &first))
+        run_subject(v, subject, &first, &one);
     if (v->outcome != PASSED) {
         call_free(&first);
         return;
     }
     call_make(&second, which);
+    if (which->features.backward)
+        copy_results(&second, &first);
     run_subject(v, subject, &second, &two);
     if (v->outcome == PASSED)
         compare_runs(v, &second, &first, two.threads);

@@ -16,8 +16,10 @@ struct subject {
     const dlattn_api *api;
     const struct place *place;
     const char *kernel;
-    /* Stands in for api->forward, to test the checker; NULL: api->forward, and a plan on the second run. */
+    /* Stand in for api->forward and backward, to test the checker; NULL: the api's, and a plan on the second run. */
     int32_t (*forward)(const dlattn_forward_desc *, const dlattn_tensors *, const dlattn_exec *);
+    int32_t (*backward)(const dlattn_forward_desc *, const dlattn_tensors *,
+                        const dlattn_gradients *, const dlattn_exec *);
 };
 
 enum outcome { PASSED, DECLINED, FAILED };
@@ -38,5 +40,7 @@ void plain_bounds(struct call *wide);
 /* The same where rounding moves no weight, for scores that are alike to the bit or far apart: huge ones, whose terms would
  * make the bounds so large that they said nothing. */
 void plain_bounds_of_exact_scores(struct call *wide);
+/* The gradients of an upcast call of backward, and how far each element may be from them. */
+void plain_gradients(struct call *values, struct call *bounds);
 
 #endif /* DLATTN_TESTS_CHECK_H_ */

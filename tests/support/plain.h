@@ -1,0 +1,58 @@
+/* One query row of an upcast call by plain loops: what the bounds of forward and of backward are made of. */
+#ifndef DLATTN_TESTS_PLAIN_H_
+#define DLATTN_TESTS_PLAIN_H_
+
+#include "tests/support/check.h"
+
+/* One element of a row's output, and the sums of squares that its errors come from. */
+struct sums {
+    double output;
+    double values;  /* weighted values */
+    double rounded; /* what they lose when the weights are rounded to the element type */
+    double scored;  /* what they move by for a score that is off by its size */
+};
+
+/* The row, and room for what is computed of it. */
+struct row {
+    struct call *call;
+    int64_t b, h, i;
+    int64_t keys;           /* that take part in this batch entry */
+    double *score, *weight; /* [keys] */
+    const double **value;   /* [keys]; NULL: the row does not see the key */
+    double *factor;     /* [keys]; of the value: its scale, and what dropout makes of the weight */
+    double most, total; /* the largest score, and the sum of weights relative to it */
+    struct sums *sums;  /* [dim_v] */
+    void *context;      /* of who asked for each row */
+};
+
+/* Calls put() with every row of the call. */
+void each_row(struct call *wide, void (*put)(struct row *), void *context);
+
+/* Scores, weights, and the output in sums; the weights add up to 1 with the sink's. */
+void attend(struct row *r);
+
+/* Row j of KEY or VALUE, or the row itself of QUERY and what is shaped like it. */
+const double *kv_row(const struct row *r, enum slot slot, int64_t j);
+const double *query_row(const struct row *r, enum slot slot);
+
+double sink_of(const struct row *r); /* -infinity without one */
+double scale_of(const struct row *r, int64_t j);
+double distance_of(const struct row *r, int64_t j);
+/* Query and key, scaled, before the cap. */
+double scaled_product(const struct row *r, int64_t j);
+/* Of the terms that make a score, each of which is rounded; 1 is for exp. */
+double score_size(const struct row *r, int64_t j);
+
+/* Independent errors add up like a random walk. Each is taken at its largest, 1.7 times its root mean square or more, so
+ * that one sum in 10^11 goes further than this. */
+static const double WALK = 4;
+
+/* Below it a type's steps stop shrinking. */
+double least_normal(enum element e);
+/* What rounding x to the type costs at most. */
+double rounding(enum element e, double x);
+/* The same for the types in which factors of a product may be rounded; 0 for the others. */
+double factor_rounding(enum element e, double x);
+enum element type_of_sums(enum element e);
+
+#endif /* DLATTN_TESTS_PLAIN_H_ */
