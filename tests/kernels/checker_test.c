@@ -8,6 +8,7 @@
 
 #include <math.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const dlattn_api *api;
@@ -491,6 +492,217 @@ Test(checker, notices_one_key_of_one_row) {
             }
             cr_expect(eq(int, noticed, TRIES), "%s, %lld keys, %s", element_name(e),
                       (long long)len_k, names[slipped.slip]);
+        }
+    }
+}
+
+/* ---- A right row in short floats -------------------------------------------------------------------------- */
+
+/* Backward as a fast row computes it, from the output and the lse of forward, with sums in f32 and, in f16 and bf16, weights and
+ * gradients of logits rounded before they meet the tensors. Of what the library offers it knows causal, softcap, bias and groups. */
+struct short_row {
+    const dlattn_forward_desc *desc;
+    struct tensor query, key, value, output, lse, bias, d_output, d_lse, d_query, d_key, d_value;
+    enum element element;
+    int64_t b, h, i;
+    float *d_of_key, *d_of_value; /* [len_k][SLIP_DIM], of the head */
+};
+
+/* The pair that is lost, if any: of the last row the first key from `from` on whose logit has no less gradient than the average. */
+static struct {
+    bool loses;
+    int64_t from;
+} short_slip;
+
+static struct tensor tensor_of(const DLTensor *t) {
+    struct tensor v = {.element = F64, .dl = {.ndim = t ? t->ndim : 0}};
+    if (!t)
+        return v;
+    v.element = t->dtype.bits == 64          ? F64
+                : t->dtype.bits == 32        ? F32
+                : t->dtype.code == kDLBfloat ? BF16
+                                             : F16;
+    memcpy(v.shape, t->shape, (size_t)t->ndim * sizeof *t->shape);
+    memcpy(v.stride, t->strides, (size_t)t->ndim * sizeof *t->strides);
+    v.image = data_of(t);
+    return v;
+}
+
+static float at(const struct tensor *t, int64_t b, int64_t h, int64_t l, int64_t d) {
+    return t->image ? (float)tensor_get(t, (int64_t[4]){b, h, l, d}) : 0;
+}
+
+static int64_t group_of(const struct short_row *r) {
+    return r->h / (r->query.shape[1] / r->key.shape[1]);
+}
+
+static int64_t keys_of(const struct short_row *r) {
+    const int64_t keys = r->key.shape[2];
+    return r->desc->causal && r->i + 1 < keys ? r->i + 1 : keys;
+}
+
+static float delta_of(const struct short_row *r) {
+    float delta = -at(&r->d_lse, r->b, r->h, r->i, 0);
+    for (int64_t d = 0; d < SLIP_DIM; d++)
+        delta += at(&r->d_output, r->b, r->h, r->i, d) * at(&r->output, r->b, r->h, r->i, d);
+    return delta;
+}
+
+static float weight_of(const struct short_row *r, int64_t j, float *slope) {
+    const float scale = 1 / sqrtf(SLIP_DIM), cap = (float)r->desc->softcap;
+    float x = 0;
+    for (int64_t d = 0; d < SLIP_DIM; d++)
+        x += at(&r->query, r->b, r->h, r->i, d) * at(&r->key, r->b, group_of(r), j, d);
+    x *= scale;
+    *slope = 1;
+    if (cap > 0) {
+        const float t = tanhf(x / cap);
+        x = cap * t;
+        *slope = 1 - t * t;
+    }
+    return expf(x + at(&r->bias, r->b, r->h, r->i, j) - at(&r->lse, r->b, r->h, r->i, 0));
+}
+
+static float d_logit_of(const struct short_row *r, int64_t j, float weight, float delta) {
+    float product = 0;
+    for (int64_t d = 0; d < SLIP_DIM; d++)
+        product += at(&r->d_output, r->b, r->h, r->i, d) * at(&r->value, r->b, group_of(r), j, d);
+    return weight * (product - delta);
+}
+
+/* -1: none. */
+static int64_t lost_key(const struct short_row *r, float delta) {
+    const int64_t keys = keys_of(r);
+    float slope, sum = 0, own = -1;
+    int64_t key = short_slip.from % keys;
+    if (!short_slip.loses || r->i + 1 < r->query.shape[2])
+        return -1;
+    for (int64_t j = 0; j < keys; j++)
+        sum += fabsf(d_logit_of(r, j, weight_of(r, j, &slope), delta));
+    while ((own = fabsf(d_logit_of(r, key, weight_of(r, key, &slope), delta))) * (float)keys < sum)
+        key = (key + 1) % keys;
+    return key;
+}
+
+static void short_pairs(struct short_row *r) {
+    const float scale = 1 / sqrtf(SLIP_DIM), delta = delta_of(r);
+    const int64_t lost = lost_key(r, delta);
+    float d_query[SLIP_DIM] = {0}, slope;
+    for (int64_t j = 0; j < keys_of(r); j++) {
+        const float weight = j == lost ? 0 : weight_of(r, j, &slope),
+                    d_logit =
+                        (float)element_round(r->element, slope * d_logit_of(r, j, weight, delta)),
+                    rounded = (float)element_round(r->element, weight);
+        for (int64_t d = 0; d < SLIP_DIM; d++) {
+            d_query[d] += d_logit * at(&r->key, r->b, group_of(r), j, d);
+            r->d_of_key[j * SLIP_DIM + d] += d_logit * at(&r->query, r->b, r->h, r->i, d);
+            r->d_of_value[j * SLIP_DIM + d] +=
+                rounded * (float)element_round(r->element, at(&r->d_output, r->b, r->h, r->i, d));
+        }
+    }
+    for (int64_t d = 0; d < SLIP_DIM; d++)
+        tensor_set(&r->d_query, (int64_t[4]){r->b, r->h, r->i, d}, scale * d_query[d]);
+}
+
+static void short_head(struct short_row *r, int64_t b, int64_t g) {
+    const int64_t group = r->query.shape[1] / r->key.shape[1], keys = r->key.shape[2];
+    memset(r->d_of_key, 0, (size_t)(keys * SLIP_DIM) * sizeof *r->d_of_key);
+    memset(r->d_of_value, 0, (size_t)(keys * SLIP_DIM) * sizeof *r->d_of_value);
+    r->b = b;
+    for (r->h = g * group; r->h < (g + 1) * group; r->h++) {
+        for (r->i = 0; r->i < r->query.shape[2]; r->i++)
+            short_pairs(r);
+    }
+    for (int64_t n = 0; n < keys * SLIP_DIM; n++) {
+        const int64_t index[4] = {b, g, n / SLIP_DIM, n % SLIP_DIM};
+        tensor_set(&r->d_key, index, r->d_of_key[n] / sqrtf(SLIP_DIM));
+        tensor_set(&r->d_value, index, r->d_of_value[n]);
+    }
+}
+
+static int32_t short_backward(BACKWARD_ARGUMENTS) {
+    struct short_row r = {.desc = desc,
+                          .query = tensor_of(t->query),
+                          .key = tensor_of(t->key),
+                          .value = tensor_of(t->value),
+                          .output = tensor_of(t->output),
+                          .lse = tensor_of(t->lse),
+                          .bias = tensor_of(t->bias),
+                          .d_output = tensor_of(g->d_output),
+                          .d_lse = tensor_of(g->d_lse),
+                          .d_query = tensor_of(g->d_query),
+                          .d_key = tensor_of(g->d_key),
+                          .d_value = tensor_of(g->d_value)};
+    const size_t count = (size_t)(r.key.shape[2] * SLIP_DIM);
+    (void)exec;
+    r.element = r.query.element;
+    r.d_of_key = malloc(count * sizeof *r.d_of_key);
+    r.d_of_value = malloc(count * sizeof *r.d_of_value);
+    for (int64_t n = 0; n < r.key.shape[0] * r.key.shape[1]; n++)
+        short_head(&r, n / r.key.shape[1], n % r.key.shape[1]);
+    free(r.d_of_key);
+    free(r.d_of_value);
+    return DLATTN_OK;
+}
+
+/* The first case from that seed on that has the three gradients that the short row writes, and no other. */
+static struct test_case short_case(int64_t len_q, int64_t len_k, const char *features,
+                                   enum element e, uint64_t seed) {
+    struct test_case c = {
+        {2, 2, 1, len_q, len_k, SLIP_DIM, SLIP_DIM}, *features_named(features), e, seed};
+    c.features.backward = true;
+    for (bool right = false; !right; c.seed++) {
+        struct call call;
+        call_make(&call, &c);
+        right = call.has[D_QUERY] && call.has[D_KEY] && call.has[D_VALUE] && !call.has[D_BIAS];
+        call_free(&call);
+        if (right)
+            return c;
+    }
+    return c;
+}
+
+static const struct {
+    int64_t len_q, len_k;
+    const char *features;
+} short_cases[] = {{3, 3, "lse"},           {40, 40, "causal_lse"},  {20, 70, "softcap"},
+                   {33, 65, "lse_element"}, {50, 50, "huge_logits"}, {30, 30, "bias"},
+                   {3, 500, "lse"},         {130, 130, "causal_lse"}};
+enum { SHORT_CASES = sizeof short_cases / sizeof short_cases[0] };
+
+Test(checker, allows_what_short_floats_cost) {
+    api = test_api();
+    const struct subject subject = {
+        .api = api, .place = &place_cpu, .kernel = "cpu_bwd_ref", .backward = short_backward};
+    short_slip.loses = false;
+    for (enum element e = F32; e <= BF16; e++) {
+        for (uint64_t n = 0; n < 2 * SHORT_CASES; n++) {
+            struct verdict v;
+            const struct test_case c =
+                short_case(short_cases[n % SHORT_CASES].len_q, short_cases[n % SHORT_CASES].len_k,
+                           short_cases[n % SHORT_CASES].features, e, 1000 * n);
+            check_case(&v, &subject, &c);
+            cr_expect(eq(int, v.outcome, PASSED), "%s", v.text);
+        }
+    }
+}
+
+/* A pair that one row loses, in the gradients of the row, its key and its value. */
+Test(checker, notices_one_pair_of_a_gradient) {
+    enum { TRIES = 3 };
+    api = test_api();
+    const struct subject subject = {
+        .api = api, .place = &place_cpu, .kernel = "cpu_bwd_ref", .backward = short_backward};
+    short_slip.loses = true;
+    for (enum element e = F32; e <= BF16; e++) {
+        for (uint64_t n = 0; n < TRIES * SHORT_CASES; n++) {
+            struct verdict v;
+            const struct test_case c =
+                short_case(short_cases[n % SHORT_CASES].len_q, short_cases[n % SHORT_CASES].len_k,
+                           short_cases[n % SHORT_CASES].features, e, 1000 * n);
+            short_slip.from = random_below(n, 903, 1000);
+            check_case(&v, &subject, &c);
+            cr_expect(eq(int, v.outcome, FAILED), "%s", v.text);
         }
     }
 }

@@ -92,7 +92,8 @@ enum {
     DRAW_MAX,
     DRAW_DROPOUT,
     DRAW_GRADIENTS,
-    DRAW_GRADIENT_TYPES
+    DRAW_GRADIENT_TYPES,
+    DRAW_ORDER
 };
 
 static uint64_t draw(const struct call *c, uint64_t what) {
@@ -563,6 +564,8 @@ static void set_desc(struct call *c) {
     c->desc.struct_size = sizeof c->desc;
     c->desc.flags = (f->window ? DLATTN_WINDOW : 0) | (f->exact_scale ? DLATTN_EXACT_SCALE : 0) |
                     (f->empty_lse_inf ? DLATTN_EMPTY_LSE_INF : 0);
+    if (f->backward && random_below(draw(c, DRAW_ORDER), 0, 2))
+        c->desc.flags |= DLATTN_ANY_ORDER;
     c->desc.scale = f->scale;
     c->desc.softcap = f->softcap;
     c->desc.window_left = f->window ? f->window_left : 0;
