@@ -263,8 +263,7 @@ static int32_t without_d_sinks(BACKWARD_ARGUMENTS) {
     return api->backward(desc, t, &wrong, exec);
 }
 
-/* As if each row and key had a number of its own. */
-static int32_t last_bias_alone(BACKWARD_ARGUMENTS) {
+static int32_t rough_bias(BACKWARD_ARGUMENTS) {
     const int32_t status = api->backward(desc, t, g, exec);
     *(float *)data_of(g->d_bias) *= 1.001F;
     return status;
@@ -364,7 +363,7 @@ static const struct {
     {"beyond_lengths", beyond_lengths_backward, "key_lengths", "d_query["},
     {"without_d_lse", without_d_lse, "plain", "d_query["},
     {"without_d_sinks", without_d_sinks, "sinks", "d_sinks["},
-    {"last_bias_alone", last_bias_alone, "bias_keys", "d_bias[0, 0, 0, 0]"},
+    {"rough_bias", rough_bias, "bias_keys", "d_bias[0, 0, 0, 0]"},
     {"without_last_row", without_last_row_backward, "plain", "d_key["},
     {"rough", rough_backward, "plain", "d_key[0, 0, 0, 3]"},
     {"hides_nan", hides_nan_backward, "nan_query", "must be nan"},
@@ -573,13 +572,13 @@ static float d_logit_of(const struct short_row *r, int64_t j, float weight, floa
 /* -1: none. */
 static int64_t lost_key(const struct short_row *r, float delta) {
     const int64_t keys = keys_of(r);
-    float slope, sum = 0, own = -1;
+    float slope, sum = 0;
     int64_t key = short_slip.from % keys;
     if (!short_slip.loses || r->i + 1 < r->query.shape[2])
         return -1;
     for (int64_t j = 0; j < keys; j++)
         sum += fabsf(d_logit_of(r, j, weight_of(r, j, &slope), delta));
-    while ((own = fabsf(d_logit_of(r, key, weight_of(r, key, &slope), delta))) * (float)keys < sum)
+    while (fabsf(d_logit_of(r, key, weight_of(r, key, &slope), delta)) * (float)keys < sum)
         key = (key + 1) % keys;
     return key;
 }
@@ -587,7 +586,7 @@ static int64_t lost_key(const struct short_row *r, float delta) {
 static void short_pairs(struct short_row *r) {
     const float scale = 1 / sqrtf(SLIP_DIM), delta = delta_of(r);
     const int64_t lost = lost_key(r, delta);
-    float d_query[SLIP_DIM] = {0}, slope;
+    float d_query[SLIP_DIM] = {0}, slope = 0;
     for (int64_t j = 0; j < keys_of(r); j++) {
         const float weight = j == lost ? 0 : weight_of(r, j, &slope),
                     d_logit =
@@ -636,8 +635,8 @@ static int32_t short_backward(BACKWARD_ARGUMENTS) {
     const size_t count = (size_t)(r.key.shape[2] * SLIP_DIM);
     (void)exec;
     r.element = r.query.element;
-    r.d_of_key = malloc(count * sizeof *r.d_of_key);
-    r.d_of_value = malloc(count * sizeof *r.d_of_value);
+    r.d_of_key = malloc((count + 1) * sizeof *r.d_of_key);
+    r.d_of_value = malloc((count + 1) * sizeof *r.d_of_value);
     for (int64_t n = 0; n < r.key.shape[0] * r.key.shape[1]; n++)
         short_head(&r, n / r.key.shape[1], n % r.key.shape[1]);
     free(r.d_of_key);
@@ -651,15 +650,15 @@ static struct test_case short_case(int64_t len_q, int64_t len_k, const char *fea
     struct test_case c = {
         {2, 2, 1, len_q, len_k, SLIP_DIM, SLIP_DIM}, *features_named(features), e, seed};
     c.features.backward = true;
-    for (bool right = false; !right; c.seed++) {
+    for (;; c.seed++) {
         struct call call;
         call_make(&call, &c);
-        right = call.has[D_QUERY] && call.has[D_KEY] && call.has[D_VALUE] && !call.has[D_BIAS];
+        const bool right =
+            call.has[D_QUERY] && call.has[D_KEY] && call.has[D_VALUE] && !call.has[D_BIAS];
         call_free(&call);
         if (right)
             return c;
     }
-    return c;
 }
 
 static const struct {

@@ -499,25 +499,31 @@ static void poison_blind_row(struct call *c, int64_t b, int64_t h, int64_t i) {
     }
 }
 
-/* Numbers of a bias that no row and key share. */
+/* Whether a row may look at a key over which element `index` of the bias stands. */
+static bool bias_is_seen(const struct call *c, const int64_t index[4]) {
+    const struct tensor *t = &c->tensor[BIAS];
+    const int64_t extents[4] = {c->made_from.shape.batch, c->made_from.shape.heads_q, c->extent_q,
+                                c->extent_k};
+    int64_t count = 1, at[4];
+    for (int axis = 0; axis < 4; axis++)
+        count *= t->shape[axis] > 1 ? 1 : extents[axis];
+    for (int64_t n = 0; n < count; n++) {
+        int64_t left = n;
+        for (int axis = 3; axis >= 0; axis--) {
+            at[axis] = t->shape[axis] > 1 ? index[axis] : left % extents[axis];
+            left /= t->shape[axis] > 1 ? 1 : extents[axis];
+        }
+        if (call_sees(c, at[0], at[1], at[2], at[3]))
+            return true;
+    }
+    return false;
+}
+
 static void poison_bias(struct call *c) {
     struct tensor *t = &c->tensor[BIAS];
-    const struct shape *s = &c->made_from.shape;
-    const int64_t extents[4] = {s->batch, s->heads_q, c->extent_q, c->extent_k};
     int64_t index[4] = {0};
     for (int64_t n = tensor_count(t); n > 0; n--, tensor_next(t, index)) {
-        bool seen = false;
-        int64_t first[4], end[4];
-        for (int axis = 0; axis < 4; axis++) {
-            first[axis] = t->shape[axis] > 1 ? index[axis] : 0;
-            end[axis] = t->shape[axis] > 1 ? index[axis] + 1 : extents[axis];
-        }
-        for (int64_t b = first[0]; b < end[0]; b++)
-            for (int64_t h = first[1]; h < end[1]; h++)
-                for (int64_t i = first[2]; i < end[2] && !seen; i++)
-                    for (int64_t j = first[3]; j < end[3] && !seen; j++)
-                        seen = call_sees(c, b, h, i, j);
-        if (!seen)
+        if (!bias_is_seen(c, index))
             tensor_set(t, index, poison(c, (uint64_t)n));
     }
 }
@@ -728,10 +734,10 @@ double call_keeps(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t
     return x[j % 4] < d->dropout_probability * 0x1p32 ? 0 : 1 / (1 - d->dropout_probability);
 }
 
-void call_row(const struct call *c, enum slot of, int64_t b, int64_t h, int64_t l,
+void call_row(const struct call *c, enum slot slot, int64_t b, int64_t h, int64_t l,
               int64_t index[4]) {
     const struct span *s = &c->span[b];
-    const enum slot slot = slot_of(of);
+    slot = slot_of(slot);
     const bool of_query = slot == QUERY || slot == OUTPUT || slot == LSE;
     memset(index, 0, 4 * sizeof *index);
     index[0] = b;
