@@ -25,6 +25,10 @@ struct Ring {
         phase ^= next == kStages;
         stage = next == kStages ? 0 : next;
     }
+    __device__ __forceinline__ void retreat() {
+        phase ^= stage == 0;
+        stage = stage == 0 ? kStages - 1 : stage - 1;
+    }
 };
 
 template <class C>

@@ -112,6 +112,15 @@ __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+/* Bytes as they lie, a multiple of 16 of them, aligned to 16. */
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes,
+                                          uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 /* Waits until this thread's stores have been written. */
 __device__ __forceinline__ void bulk_wait_written() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -128,6 +137,18 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
                  : "memory");
+}
+
+/* *to += x, at some time before the kernel ends. */
+__device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+/* Four 8 x 8 matrices as store_matrices() leaves them. */
+__device__ __forceinline__ void load_matrices(uint32_t (&w)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(address));
 }
 
 /* ---- Named barriers (1 to 15; 0 is __syncthreads) ---- */
@@ -295,7 +316,8 @@ struct Wgmma;
 #define SM90_D8(i)                                                                                 \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),    \
         "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SM90_D32 SM90_D8(0), SM90_D8(8), SM90_D8(16), SM90_D8(24)
+#define SM90_D16 SM90_D8(0), SM90_D8(8)
+#define SM90_D32 SM90_D16, SM90_D8(16), SM90_D8(24)
 #define SM90_D40 SM90_D32, SM90_D8(32)
 #define SM90_D48 SM90_D40, SM90_D8(40)
 #define SM90_D56 SM90_D48, SM90_D8(48)
@@ -307,8 +329,8 @@ struct Wgmma;
 #define SM90_D112 SM90_D96, SM90_D8(96), SM90_D8(104)
 #define SM90_D128 SM90_D112, SM90_D8(112), SM90_D8(120)
 
-/* R = N / 2; i0 to i5 = R to R + 5, the numbers of the operands that follow the accumulators. */
-#define SM90_WGMMA(E, name, N, R, i0, i1, i2, i3, i4, i5)                                          \
+/* R = N / 2; i0 to i6 = R to R + 6, the numbers of the operands that follow the accumulators. */
+#define SM90_WGMMA(E, name, N, R, i0, i1, i2, i3, i4, i5, i6)                                      \
     template <>                                                                                    \
     struct Wgmma<E, N> {                                                                           \
         /* A and B in shared memory, both K-major: D = A B^T of the tiles as they lie. */          \
@@ -320,33 +342,44 @@ struct Wgmma;
                          : SM90_D##R                                                               \
                          : "l"(a), "l"(b), "r"(accumulate));                                       \
         }                                                                                          \
-        /* A in registers, B MN-major in shared memory. */                                         \
+        /* The same, both MN-major: D = A^T B. */                                                  \
+        static __device__ __forceinline__ void ss_transposed(float (&d)[R], uint64_t a,            \
+                                                             uint64_t b, int accumulate) {         \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name           \
+                         " {" SM90_R##R "}, %" #i0 ", %" #i1 ", p, 1, 1, 1, 1;\n}\n"               \
+                         : SM90_D##R                                                               \
+                         : "l"(a), "l"(b), "r"(accumulate));                                       \
+        }                                                                                          \
+        /* A in registers, B MN-major in shared memory, or K-major. */                             \
+        template <int kMnMajor = 1>                                                                \
         static __device__ __forceinline__ void rs(float (&d)[R], uint32_t a0, uint32_t a1,         \
                                                   uint32_t a2, uint32_t a3, uint64_t b,            \
                                                   int accumulate) {                                \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                         \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name           \
-                         " {" SM90_R##R "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4       \
-                                        ", p, 1, 1, 1;\n}\n"                                       \
-                         : SM90_D##R                                                               \
-                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));           \
+            asm volatile(                                                                          \
+                "{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                                  \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name " {" SM90_R##R     \
+                "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}\n"   \
+                : SM90_D##R                                                                        \
+                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kMnMajor));     \
         }                                                                                          \
     };
 #define SM90_WGMMA_BOTH(N, R, ...)                                                                 \
     SM90_WGMMA(__nv_bfloat16, "bf16", N, R, __VA_ARGS__)                                           \
     SM90_WGMMA(__half, "f16", N, R, __VA_ARGS__)
 
-SM90_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
-SM90_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45)
-SM90_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53)
-SM90_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61)
-SM90_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
-SM90_WGMMA_BOTH(144, 72, 72, 73, 74, 75, 76, 77)
-SM90_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84, 85)
-SM90_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93)
-SM90_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
-SM90_WGMMA_BOTH(224, 112, 112, 113, 114, 115, 116, 117)
-SM90_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
+SM90_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21, 22)
+SM90_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37, 38)
+SM90_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45, 46)
+SM90_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53, 54)
+SM90_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61, 62)
+SM90_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69, 70)
+SM90_WGMMA_BOTH(144, 72, 72, 73, 74, 75, 76, 77, 78)
+SM90_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84, 85, 86)
+SM90_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93, 94)
+SM90_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101, 102)
+SM90_WGMMA_BOTH(224, 112, 112, 113, 114, 115, 116, 117, 118)
+SM90_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
 } // namespace sm90
 

@@ -1,0 +1,657 @@
+/*
+ * The gradients of attention on Hopper: five products for each tile of 128 keys and 64 rows. docs/cuda-backward.md draws the
+ * schedule.
+ *
+ * One block per SM claims tiles of keys. A producer warp brings K and V once, then Q and dO of every tile of rows that sees them; each
+ * of two consumer warpgroups owns 64 keys and keeps their dK and dV in registers, over all query heads of a group:
+ *     S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q      with P^T and dS^T straight from registers
+ *     dQ = dS K      half of the columns in each warpgroup, from the dS of both in shared memory
+ * dQ is added to the workspace in fixed point, so its bits do not depend on which block comes first.
+ */
+#ifndef DLATTN_SM90_BWD_CUH_
+#define DLATTN_SM90_BWD_CUH_
+
+#include "kernels/cuda/sm90/bwd_finish.cuh"
+#include "kernels/cuda/sm90/bwd_prepare.cuh"
+#include "kernels/cuda/sm90/pipeline.cuh"
+
+namespace sm90 {
+
+template <typename E, int D, bool Softcap>
+struct BwdConfig {
+    using Element = E;
+    static constexpr int kDim = D, kColumns = D / 64;
+    static constexpr int kQueryStages = SM90_BWD_QUERY_STAGES, kStages = SM90_BWD_STAGES;
+    static constexpr bool kSoftcap = Softcap;
+    /* K and V are A operands of S and dP: out of registers where there are enough, which spares shared memory. */
+    static constexpr bool kKeysInRegisters = D == 64;
+    static constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
+
+    /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
+    static constexpr int kRowColumn = kTileQ * 128, kKeyColumn = kTileK * 128;
+    static constexpr int kRowBytes = kRowColumn * kColumns, kKeyBytes = kKeyColumn * kColumns;
+    static constexpr int kScoreBytes = kTileK * 128; /* dS^T: keys x rows */
+    /* Of a tile of rows: the terms of S and of dP, 16 x 64 elements each with three rows that are not 0, and a tile that has ones there;
+     * factors, and -lse for softcap. */
+    static constexpr int kTermTile = 16 * 128, kStatsBytes = 2 * kTileQ * 4;
+    static constexpr int kKey = 0, kValue = kKey + kKeyBytes, kQuery = kValue + kKeyBytes;
+    static constexpr int kDOutput = kQuery + kQueryStages * kRowBytes,
+                         kDScore = kDOutput + kStages * kRowBytes;
+    static constexpr int kScaledKey = kDScore + 2 * kScoreBytes; /* for dQ: times column_factor() */
+    static constexpr int kTerms = kScaledKey + kKeyBytes,
+                         kOnes = kTerms + kQueryStages * 2 * kTermTile, kStats = kOnes + kTermTile;
+    static constexpr int kFactors = kStats + kQueryStages * kStatsBytes; /* of columns */
+    static constexpr int kTask = kFactors + D * 4, kBarriers = kTask + 64;
+    static constexpr int kSharedBytes = SM90_BWD_SHARED_BYTES(D);
+    static_assert(kSharedBytes == kBarriers + 8 * (6 + 2 * kQueryStages + 2 * kStages) + 1024,
+                  "1024 to align");
+    static_assert(kSharedBytes <= 227 * 1024 && D % 64 == 0, "");
+};
+
+template <class C>
+struct BwdShared {
+    uint32_t base;
+    char *memory; /* the same place */
+
+    __device__ __forceinline__ uint32_t query(int stage) const {
+        return base + C::kQuery + stage * C::kRowBytes;
+    }
+    __device__ __forceinline__ uint32_t d_output(int stage) const {
+        return base + C::kDOutput + stage * C::kRowBytes;
+    }
+    __device__ __forceinline__ uint32_t d_score(int stage) const {
+        return base + C::kDScore + stage * C::kScoreBytes;
+    }
+    __device__ __forceinline__ uint32_t terms(int stage, int which) const {
+        return base + C::kTerms + (2 * stage + which) * C::kTermTile;
+    }
+    __device__ __forceinline__ const float *stats(int stage) const {
+        return reinterpret_cast<const float *>(memory + C::kStats + stage * C::kStatsBytes);
+    }
+    __device__ __forceinline__ float *factors() const {
+        return reinterpret_cast<float *>(memory + C::kFactors);
+    }
+    __device__ __forceinline__ Task *task() const {
+        return reinterpret_cast<Task *>(memory + C::kTask);
+    }
+    __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * i; }
+    __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
+    __device__ __forceinline__ Ring<2> d_score_ring() const { return {barrier(2), barrier(4)}; }
+    __device__ __forceinline__ Ring<C::kQueryStages> query_ring() const {
+        return {barrier(6), barrier(6 + C::kQueryStages)};
+    }
+    __device__ __forceinline__ Ring<C::kStages> d_output_ring() const {
+        return {barrier(6 + 2 * C::kQueryStages), barrier(6 + 2 * C::kQueryStages + C::kStages)};
+    }
+};
+
+template <class C>
+__device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
+    constexpr int kConsumerWarps = 8;
+    mbarrier_init(s.task_ring().full, 1);
+    mbarrier_init(s.task_ring().empty, kConsumerWarps);
+    for (int i = 0; i < 2; i++) {
+        mbarrier_init(s.d_score_ring().full + 8 * i, kConsumerWarps);
+        mbarrier_init(s.d_score_ring().empty + 8 * i, kConsumerWarps);
+    }
+    for (int i = 0; i < C::kQueryStages; i++) {
+        mbarrier_init(s.query_ring().full + 8 * i, 1);
+        mbarrier_init(s.query_ring().empty + 8 * i, kConsumerWarps);
+    }
+    for (int i = 0; i < C::kStages; i++) {
+        mbarrier_init(s.d_output_ring().full + 8 * i, 1);
+        mbarrier_init(s.d_output_ring().empty + 8 * i, kConsumerWarps);
+    }
+    mbarrier_init_fence();
+}
+
+/* ---- The producer: one warp ----------------------------------------------------------------------------------------- */
+
+/* Rows [row, row + box) of a sequence that takes part with `length` rows from `start` on: zeros behind its end. */
+template <int kColumns, int kColumnBytes>
+__device__ __forceinline__ void load_rows(const sm90_tensor_map &map, uint32_t dst,
+                                          uint32_t barrier, int row, int start, int length,
+                                          int extent, int head, int batch) {
+    for (int c = 0; c < kColumns; c++)
+        tma_load_5d(dst + c * kColumnBytes, &map, barrier, evict_last(), 64 * c,
+                    extent - length + row, start + length, head, batch);
+}
+
+template <class C>
+__device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShared<C> &s) {
+    const bool leads = threadIdx.x % 32 == 0;
+    Ring<1> tasks = s.task_ring();
+    Ring<C::kQueryStages> queries = s.query_ring();
+    Ring<C::kStages> d_outputs = s.d_output_ring();
+    for (;;) {
+        const int index = uniform(leads ? atomicAdd(p.next, 1) : 0);
+        const Task t = task_at<C::kDim>(p, index);
+        const int batch_q = p.cu_seqlens_q ? 0 : t.batch, batch_k = p.cu_seqlens_k ? 0 : t.batch;
+        Walk walk(p, t);
+        const int steps = t.key_tile < 0 ? 0 : t.steps(p);
+        const auto load_query = [&] {
+            mbarrier_wait(queries.empty_barrier(), queries.phase ^ 1);
+            if (leads) {
+                mbarrier_expect_bytes(queries.full_barrier(),
+                                      C::kRowBytes + C::kStatsBytes + 2 * kTermBytes);
+                load_rows<C::kColumns, C::kRowColumn>(
+                    p.query_map, s.query(queries.stage), queries.full_barrier(), walk.tile * kTileQ,
+                    t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
+                const char *const rows = rows_of(p, walk.head, t.first_tile + walk.tile);
+                bulk_load(s.base + C::kStats + queries.stage * C::kStatsBytes, rows, C::kStatsBytes,
+                          queries.full_barrier());
+                for (int i = 0; i < 2; i++)
+                    bulk_load(s.terms(queries.stage, i), rows + kStatsBytes + i * kTermBytes,
+                              kTermBytes, queries.full_barrier());
+            }
+            queries.advance();
+        };
+        const auto load_d_output = [&] {
+            mbarrier_wait(d_outputs.empty_barrier(), d_outputs.phase ^ 1);
+            if (leads) {
+                mbarrier_expect_bytes(d_outputs.full_barrier(), C::kRowBytes);
+                load_rows<C::kColumns, C::kRowColumn>(
+                    p.d_output_map, s.d_output(d_outputs.stage), d_outputs.full_barrier(),
+                    walk.tile * kTileQ, t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
+            }
+            d_outputs.advance();
+        };
+        if (steps > 0)
+            load_query();
+        mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
+        const uint32_t *const facts = facts_of<C::kDim>(p, min(t.batch, p.batch - 1), t.kv_head);
+        for (int c = threadIdx.x % 32; c < C::kDim; c += 32)
+            s.factors()[c] = column_factor(p, facts, c);
+        if (leads)
+            *s.task() = t;
+        __syncwarp();
+        if (leads && steps > 0) {
+            mbarrier_expect_bytes(tasks.full_barrier(), 2 * C::kKeyBytes);
+            load_rows<C::kColumns, C::kKeyColumn>(p.key_map, s.base + C::kKey, tasks.full_barrier(),
+                                                  t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
+                                                  t.kv_head, batch_k);
+            load_rows<C::kColumns, C::kKeyColumn>(p.value_map, s.base + C::kValue,
+                                                  tasks.full_barrier(), t.first_key(), t.s.k_start,
+                                                  t.s.k_len, p.len_k, t.kv_head, batch_k);
+        } else if (leads) {
+            mbarrier_arrive(tasks.full_barrier());
+        }
+        tasks.advance();
+        if (t.key_tile < 0)
+            return;
+        for (int i = 0; i < steps; i++) {
+            load_d_output();
+            walk.advance();
+            if (i + 1 < steps)
+                load_query();
+        }
+    }
+}
+
+/* ---- Consumers ------------------------------------------------------------------------------------------------------ */
+
+/* 64 keys of a warpgroup. A thread holds two keys, `half` 0 and 1, eight apart, and of every eight rows two: element
+ * 4 * (row / 8) + 2 * half + (row & 1) of its arrays. */
+template <class C>
+struct Keys {
+    using E = typename C::Element;
+    static constexpr int kScores = kTileQ / 2, kSums = C::kDim / 2, kQuerySums = C::kDim / 4,
+                         kOperand = C::kKeysInRegisters ? C::kDim / 4 : 4;
+
+    float score[kScores];    /* S, then P, then P times the derivative of the cap */
+    float d_weight[kScores]; /* dP, then dS */
+    float d_key[kSums], d_value[kSums];
+    uint32_t weight[kScores / 2], d_score[kScores / 2]; /* P and dS as the A operand of dV and dK */
+
+    uint32_t key_operand[kOperand], value_operand[kOperand];
+
+    const BwdShared<C> &s;
+    int wg;
+    Ring<C::kQueryStages> queries;
+    Ring<C::kStages> d_outputs;
+    Ring<2> d_scores;
+    /* dQ of the tile before, whose dS are in shared memory: its place in the workspace, and the factors of the thread's rows. */
+    int32_t *sums;
+    float factor[2];
+
+    __device__ __forceinline__ Keys(const BwdShared<C> &s, int wg)
+        : s(s), wg(wg), queries(s.query_ring()), d_outputs(s.d_output_ring()),
+          d_scores(s.d_score_ring()) {}
+
+    template <int kCount>
+    static __device__ __forceinline__ void clear(float (&x)[kCount]) {
+#pragma unroll
+        for (int i = 0; i < kCount; i++)
+            x[i] = 0;
+    }
+
+    /* The keys or values of this warp as A operand. */
+    __device__ __forceinline__ void load_operand(uint32_t (&operand)[kOperand],
+                                                 uint32_t keys) const {
+        const int lane = threadIdx.x & 31,
+                  key = 64 * wg + threadIdx.x % 128 / 32 * 16 + (lane & 15);
+#pragma unroll
+        for (int k = 0; k < kOperand / 4; k++) {
+            uint32_t w[4];
+            load_matrices(w, (keys + 128 * key + ((lane >> 4 ^ (lane & 7)) << 4)) ^ k << 5);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                operand[4 * k + i] = w[i];
+        }
+    }
+
+    /* result^T = keys rows^T, from K and Q, or from V and dO; plus what rows have. */
+    template <bool kTerms = true>
+    __device__ __forceinline__ void multiply(float (&result)[kScores],
+                                             const uint32_t (&operand)[kOperand], uint32_t keys,
+                                             uint32_t rows, uint32_t terms) {
+        const Descriptor a(keys + wg * 64 * 128, 16, 1024), b(rows, 16, 1024);
+        if (kTerms)
+            Wgmma<E, kTileQ>::ss_transposed(result, Descriptor(s.base + C::kOnes, 16, 1024).at(0),
+                                            Descriptor(terms, 16, 1024).at(0), false);
+#pragma unroll
+        for (int k = 0; k < C::kDim / 16; k++) {
+            const uint64_t b_at = b.at(k / 4 * C::kRowColumn + 32 * (k % 4));
+            if constexpr (C::kKeysInRegisters)
+                Wgmma<E, kTileQ>::template rs<0>(result, operand[4 * k], operand[4 * k + 1],
+                                                 operand[4 * k + 2], operand[4 * k + 3], b_at,
+                                                 kTerms || k > 0);
+            else
+                Wgmma<E, kTileQ>::ss(result, a.at(k / 4 * C::kKeyColumn + 32 * (k % 4)), b_at,
+                                     kTerms || k > 0);
+        }
+        wgmma_commit();
+    }
+
+    /* S of the tile at a stage, less lse */
+    __device__ __forceinline__ void start_scores(int stage) {
+        wgmma_fence();
+        multiply<!C::kSoftcap>(score, key_operand, s.base + C::kKey, s.query(stage),
+                               s.terms(stage, 0));
+    }
+
+    /* dP of this tile, less delta */
+    __device__ __forceinline__ void start_d_weights() {
+        wgmma_fence();
+        multiply(d_weight, value_operand, s.base + C::kValue, s.d_output(d_outputs.stage),
+                 s.terms(queries.stage, 1));
+    }
+
+    /* sums += weights^T rows, with P and dO, or with dS and Q */
+    __device__ __forceinline__ void add(float (&sums)[kSums],
+                                        const uint32_t (&weights)[kScores / 2], uint32_t rows) {
+        const Descriptor b(rows, C::kRowColumn, 1024);
+#pragma unroll
+        for (int k = 0; k < kTileQ / 16; k++)
+            Wgmma<E, C::kDim>::rs(sums, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
+                                  weights[4 * k + 3], b.at(k * 16 * 128), true);
+        wgmma_commit();
+    }
+
+    /* The K of this warpgroup times the factor of each column, for dQ: a power of two, so that nothing is rounded but what is 2^-24
+     * of the column's largest. */
+    __device__ __forceinline__ void scale_keys() const {
+        constexpr int kChunks = C::kDim / 8;
+        named_barrier_sync(1, 256); /* both warpgroups are done with those of the last task */
+        for (int i = threadIdx.x % 128; i < 64 * kChunks; i += 128) {
+            const int key = 64 * wg + i / kChunks, chunk = i % kChunks;
+            const int place = chunk / 8 * C::kKeyColumn + key * 128 + ((chunk % 8 ^ key % 8) << 4);
+            const float *const factor = s.factors() + 8 * chunk;
+            uint4 raw = *reinterpret_cast<const uint4 *>(s.memory + C::kKey + place);
+            E *const e = reinterpret_cast<E *>(&raw);
+#pragma unroll
+            for (int c = 0; c < 8; c++)
+                e[c] = E(float(e[c]) * factor[c]);
+            *reinterpret_cast<uint4 *>(s.memory + C::kScaledKey + place) = raw;
+        }
+        async_proxy_fence(); /* the other warpgroup reads them after the first dS of this one */
+    }
+
+    /* dQ = dS K of the tile before, the warpgroup's half of the columns */
+    __device__ __forceinline__ void start_d_query(float (&d_query)[kQuerySums],
+                                                  const Ring<2> &before) {
+        mbarrier_wait(before.full_barrier(), before.phase);
+        wgmma_fence();
+        const uint32_t column =
+            wg * (C::kDim / 2) / 64 * C::kKeyColumn + wg * (C::kDim / 2) % 64 * 2;
+        const Descriptor a(s.d_score(before.stage), 16, 1024),
+            b(s.base + C::kScaledKey + column, C::kKeyColumn, 1024);
+#pragma unroll
+        for (int k = 0; k < kTileK / 16; k++)
+            Wgmma<E, C::kDim / 2>::ss_transposed(d_query, a.at(k * 16 * 128), b.at(k * 16 * 128),
+                                                 k > 0);
+        wgmma_commit();
+    }
+
+    /* Rows of this thread, two of every eight, among the first `count` from its first one on. */
+    static __device__ __forceinline__ int rows_before(int count) {
+        const int inside = min(max(count, 0), kTileQ);
+        return inside / 8 * 2 + min(inside % 8, 2);
+    }
+
+    /* Which rows of the tile see the thread's keys by the windows: a bit for each. */
+    __device__ __forceinline__ void find_visible(const sm90_bwd_params &p, const Task &t, int tile,
+                                                 uint32_t (&visible)[2]) const {
+        const int row = tile * kTileQ + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int key = t.first_key() + 64 * wg + fragment_row(threadIdx.x % 128, 2 * half);
+            const int low = key - t.s.diagonal - p.window_right - row,
+                      high = key < t.s.k_len ? key - t.s.diagonal + p.window_left + 1 - row : 0;
+            const int begin = rows_before(low);
+            visible[half] = ones(begin, max(rows_before(high) - begin, 0));
+        }
+    }
+
+    /* Two numbers of `stats` for the rows of the thread in each group of eight. */
+    static __device__ __forceinline__ float2 of_rows(const float *stats, int which, int n) {
+        return *reinterpret_cast<const float2 *>(stats + which * kTileQ + 8 * n +
+                                                 threadIdx.x % 4 * 2);
+    }
+
+    /* S -> P = 2^(scale_log2 S) of what rows see, and P rounded for the product. */
+    template <bool kMasked>
+    __device__ __forceinline__ void exponentials(const sm90_bwd_params &p, const float *stats,
+                                                 const uint32_t (&visible)[2]) {
+#pragma unroll
+        for (int n = 0; n < kTileQ / 8; n++) {
+            const float2 lse = C::kSoftcap ? of_rows(stats, SM90_BWD_LSE, n) : make_float2(0, 0);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float *const x = score + 4 * n + 2 * half;
+                float slope[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    slope[i] = C::kSoftcap ? cap(p, x[i]) : 1;
+                    x[i] = exp2_approx(fmaf(x[i], p.scale_log2, i ? lse.y : lse.x));
+                    if (kMasked)
+                        x[i] = visible[half] >> (2 * n + i) & 1 ? x[i] : 0;
+                }
+                weight[2 * n + half] = pack<E>(x[0], x[1]);
+                x[0] *= slope[0];
+                x[1] *= slope[1];
+            }
+        }
+    }
+
+    /* x -> softcap tanh(scale x / softcap); gives the derivative by scale x. tanh(y) = 1 - 2 / (exp(2 y) + 1) */
+    static __device__ __forceinline__ float cap(const sm90_bwd_params &p, float &x) {
+        const float twice = 2.8853900817779268f * p.scale / p.softcap;
+        const float tanh = 1 - 2 * reciprocal_approx(exp2_approx(x * twice) + 1);
+        x = p.softcap * tanh;
+        return 1 - tanh * tanh;
+    }
+
+    /* dS = P (dP - delta), rounded for the products. */
+    __device__ __forceinline__ void find_d_scores() {
+#pragma unroll
+        for (int i = 0; i < kScores / 2; i++)
+            d_score[i] =
+                pack<E>(score[2 * i] * d_weight[2 * i], score[2 * i + 1] * d_weight[2 * i + 1]);
+    }
+
+    /* The dS of this warp, where both warpgroups read them once they have those of the tile before the last. */
+    __device__ __forceinline__ void share_d_scores() {
+        mbarrier_wait(d_scores.empty_barrier(), d_scores.phase ^ 1);
+        const int lane = threadIdx.x & 31,
+                  key = 64 * wg + threadIdx.x % 128 / 32 * 16 + (lane & 15);
+        const uint32_t place =
+            s.d_score(d_scores.stage) + 128 * key + ((lane >> 4 ^ (lane & 7)) << 4);
+#pragma unroll
+        for (int k = 0; k < kTileQ / 16; k++) {
+            const uint32_t w[4] = {d_score[4 * k], d_score[4 * k + 1], d_score[4 * k + 2],
+                                   d_score[4 * k + 3]};
+            store_matrices(place ^ k << 5, w);
+        }
+        async_proxy_fence();
+        __syncwarp();
+        release(d_scores.full_barrier());
+    }
+
+    /* Where the dQ of this tile goes. */
+    __device__ __forceinline__ void find_sums(const sm90_bwd_params &p, const Task &t,
+                                              const Walk &walk, const float *stats) {
+        const int thread = threadIdx.x % 128;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            factor[half] = stats[SM90_BWD_FACTOR * kTileQ + fragment_row(thread, 2 * half)];
+        sums = sums_of<C::kDim>(p, walk.head, t.first_tile + walk.tile) +
+               wg * (kTileQ * C::kDim / 2) + thread;
+    }
+
+    /* x times a power of two as an integer, below 2^30: in two parts that land in the last bits of sums, which are chosen so that
+     * what these begin with cancels modulo 2^32. Conversions share a unit with exponentials; half of them this way balances it. */
+    static __device__ __forceinline__ int32_t round_by_adding(float x, float factor) {
+        const float coarse = __int_as_float(159 << 23 | 0x5a6000), fine = 0x1.8p23f;
+        const float high = fmaf(x, factor, coarse);
+        const float low = fmaf(x, factor, -(high - coarse)) + fine;
+        return (__float_as_int(high) << 9) + __float_as_int(low);
+    }
+
+    /* Adds dQ to the sums of its rows, in fixed point. */
+    __device__ __forceinline__ void add_d_query(const float (&d_query)[kQuerySums]) const {
+#pragma unroll
+        for (int i = 0; i < kQuerySums; i++)
+            add_relaxed(sums + i * 128, i % 2 ? round_by_adding(d_query[i], factor[i / 2 % 2])
+                                              : __float2int_rn(d_query[i] * factor[i / 2 % 2]));
+    }
+
+    template <bool kMasked, bool kFirst, bool kLast>
+    __device__ __forceinline__ void step(const sm90_bwd_params &p, const Task &t, const Walk &walk);
+    __device__ __forceinline__ void run(const sm90_bwd_params &p, const Task &t);
+    template <int kCount>
+    __device__ __forceinline__ void store(const sm90_gradient &gradient, const Task &t, int start,
+                                          int batch, int dim, float scale, float (&sums)[kCount]);
+};
+
+/* One tile of rows, whose S is there; finds that of the next one, and dQ of the one before. So the
+ * warpgroups need not keep step. No product is under way when it returns: ptxas would wait for each, if paths met meanwhile. */
+template <class C>
+template <bool kMasked, bool kFirst, bool kLast>
+__device__ __forceinline__ void Keys<C>::step(const sm90_bwd_params &p, const Task &t,
+                                              const Walk &walk) {
+    const float *const stats = s.stats(queries.stage);
+    mbarrier_wait(d_outputs.full_barrier(), d_outputs.phase);
+    start_d_weights();
+    uint32_t visible[2];
+    if (kMasked)
+        find_visible(p, t, walk.tile, visible);
+    exponentials<kMasked>(p, stats, visible);
+    wgmma_fence();
+    add(d_value, weight, s.d_output(d_outputs.stage));
+    wgmma_wait<1>(); /* dP */
+    pin(d_weight);
+    if (kLast && !C::kKeysInRegisters)
+        release(s.task_ring().empty); /* the next K and V may come */
+    find_d_scores();
+    Ring<2> before = d_scores;
+    share_d_scores();
+    d_scores.advance();
+    before.retreat();
+    float d_query[kQuerySums];
+    if (!kFirst)
+        start_d_query(d_query, before);
+    wgmma_wait<kFirst ? 0 : 1>(); /* dV: its weights leave their registers to others */
+    release(d_outputs.empty_barrier());
+    wgmma_fence();
+    add(d_key, d_score, s.query(queries.stage));
+    if (!kFirst) {
+        wgmma_wait<1>(); /* dQ */
+        pin(d_query);
+        release(before.empty_barrier());
+    }
+    Ring<C::kQueryStages> next = queries;
+    next.advance();
+    if (!kLast) {
+        mbarrier_wait(next.full_barrier(), next.phase);
+        start_scores(next.stage);
+    }
+    if (!kFirst)
+        add_d_query(d_query);
+    find_sums(p, t, walk, stats);
+    wgmma_wait<kLast ? 0 : 1>(); /* dK */
+    __syncwarp();
+    release(queries.empty_barrier());
+    queries = next;
+    d_outputs.advance();
+    if (kLast)
+        return;
+    wgmma_wait<0>();
+    pin(score);
+}
+
+/* A task whose K and V are there. */
+template <class C>
+__device__ __forceinline__ void Keys<C>::run(const sm90_bwd_params &p, const Task &t) {
+    Walk walk(p, t);
+    int left = t.steps(p);
+    scale_keys();
+    if (C::kKeysInRegisters) {
+        load_operand(key_operand, s.base + C::kKey);
+        load_operand(value_operand, s.base + C::kValue);
+        __syncwarp();
+        release(s.task_ring().empty); /* the next K and V may come */
+    }
+    mbarrier_wait(queries.full_barrier(), queries.phase);
+    start_scores(queries.stage);
+    wgmma_wait<0>();
+    pin(score);
+    if (left == 1) {
+        step<true, true, true>(p, t, walk);
+    } else {
+        step<true, true, false>(p, t, walk);
+        walk.advance();
+#pragma unroll 1
+        for (; left > 2; left--) {
+            if (t.is_masked(p, walk.tile, wg))
+                step<true, false, false>(p, t, walk);
+            else
+                step<false, false, false>(p, t, walk);
+            walk.advance();
+        }
+        step<true, false, true>(p, t, walk);
+    }
+    Ring<2> before = d_scores;
+    before.retreat();
+    float d_query[kQuerySums];
+    start_d_query(d_query, before);
+    wgmma_wait<0>();
+    pin(d_query);
+    release(before.empty_barrier());
+    add_d_query(d_query);
+    pin(d_key);
+    pin(d_value);
+}
+
+/* Sums of the warp's 16 keys to the tensor, 64 columns at a time through shared memory, where its next dS will be. */
+template <class C>
+template <int kCount>
+__device__ __forceinline__ void Keys<C>::store(const sm90_gradient &gradient, const Task &t,
+                                               int start, int batch, int dim, float scale,
+                                               float (&sums)[kCount]) {
+    if (!gradient.data)
+        return;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x % 128 / 32;
+    const int first = t.first_key() + 64 * wg + 16 * warp, rows = t.s.k_rows - first;
+    const int64_t pitch = gradient.strides.row;
+    if (gradient.is_float) {
+        float *const out = row_of(static_cast<float *>(gradient.data), gradient.strides, batch,
+                                  t.kv_head, start + first);
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) {
+            const int row = fragment_row(lane, i), column = fragment_column(lane, i);
+            if (row < rows && column < dim)
+                *reinterpret_cast<float2 *>(out + row * pitch + column) =
+                    make_float2(sums[i] * scale, sums[i + 1] * scale);
+        }
+        return;
+    }
+    E *const out =
+        row_of(static_cast<E *>(gradient.data), gradient.strides, batch, t.kv_head, start + first);
+    mbarrier_wait(d_scores.empty_barrier(), d_scores.phase ^ 1);
+    const int slot = C::kDScore + d_scores.stage * C::kScoreBytes + (4 * wg + warp) * 16 * 128;
+    const uint32_t row_of_lane =
+        s.base + slot + 128 * (lane & 15) + ((lane >> 4 ^ (lane & 7)) << 4);
+#pragma unroll
+    for (int column = 0; column < C::kColumns; column++) {
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float *const x = sums + 32 * column + 8 * k;
+            const uint32_t w[4] = {
+                pack<E>(x[0] * scale, x[1] * scale), pack<E>(x[2] * scale, x[3] * scale),
+                pack<E>(x[4] * scale, x[5] * scale), pack<E>(x[6] * scale, x[7] * scale)};
+            store_matrices(row_of_lane ^ k << 5, w);
+        }
+        __syncwarp();
+        const int chunk = lane % 8;
+#pragma unroll
+        for (int row = lane / 8; row < 16; row += 4)
+            if (row < rows && 64 * column + 8 * chunk < dim)
+                *reinterpret_cast<uint4 *>(out + row * pitch + 64 * column + 8 * chunk) =
+                    *reinterpret_cast<const uint4 *>(s.memory + slot + 128 * row +
+                                                     ((chunk ^ (row & 7)) << 4));
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void consume_tasks(const sm90_bwd_params &p, const BwdShared<C> &s,
+                                              int wg) {
+    Keys<C> keys(s, wg);
+    Ring<1> tasks = s.task_ring();
+    for (;;) {
+        mbarrier_wait(tasks.full_barrier(), tasks.phase);
+        const Task t = *s.task();
+        if (t.key_tile < 0)
+            return;
+        keys.clear(keys.d_key);
+        keys.clear(keys.d_value);
+        if (t.steps(p) > 0) {
+            keys.run(p, t);
+        } else {
+            __syncwarp();
+            release(tasks.empty_barrier());
+        }
+        tasks.advance();
+        if (t.skipped)
+            continue;
+        const int batch = p.cu_seqlens_k ? 0 : t.batch;
+        keys.store(p.d_value, t, t.s.k_start, batch, p.dim_v, 1, keys.d_value);
+        keys.store(p.d_key, t, t.s.k_start, batch, p.dim_qk, p.scale, keys.d_key);
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void backward(const sm90_bwd_params &p) {
+    extern __shared__ char raw[];
+    const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
+    const BwdShared<C> s{base, raw + (base - shared_address(raw))};
+    const int warpgroup = uniform(threadIdx.x / 128);
+    if (threadIdx.x == 0) {
+        tma_prefetch_map(&p.query_map);
+        tma_prefetch_map(&p.d_output_map);
+        tma_prefetch_map(&p.key_map);
+        tma_prefetch_map(&p.value_map);
+        init_bwd_barriers<C>(s);
+    }
+    for (int i = threadIdx.x; i < (C::kStats - C::kTerms) / 4; i += C::kThreads) {
+        const int in_ones = i - (C::kOnes - C::kTerms) / 4;
+        reinterpret_cast<uint32_t *>(s.memory + C::kTerms)[i] =
+            in_ones >= 0 && in_ones < kTermBytes / 4 ? pack<typename C::Element>(1, 1) : 0;
+    }
+    async_proxy_fence();
+    __syncthreads();
+    wait_for_predecessor();
+    if (warpgroup == 0) {
+        registers_decrease<C::kProducerRegisters>();
+        if (uniform(threadIdx.x / 32) == 0)
+            produce<C>(p, s);
+    } else {
+        registers_increase<C::kConsumerRegisters>();
+        consume_tasks<C>(p, s, warpgroup - 1);
+    }
+}
+
+} // namespace sm90
+
+#endif /* DLATTN_SM90_BWD_CUH_ */

@@ -1,0 +1,81 @@
+/*
+ * What the host hands to the kernels of cuda_bwd_sm90, by value: C11 and CUDA C++ read the same struct. docs/cuda-backward.md draws
+ * how they work together.
+ */
+#ifndef DLATTN_SM90_BWD_PARAMS_H_
+#define DLATTN_SM90_BWD_PARAMS_H_
+
+#include "kernels/cuda/sm90/params.h"
+
+/* Rows of one step, and keys that one block owns. */
+enum { SM90_BWD_TILE_Q = 64, SM90_BWD_TILE_K = 128 };
+
+/* Tiles in shared memory of Q, one of which waits for dK while the next two are on their way, and of dO. */
+enum { SM90_BWD_QUERY_STAGES = 3, SM90_BWD_STAGES = 2 };
+
+/* Of a block: K, V and K once more, the stages of Q and dO, dS twice; what rows and columns have besides; the task, eight for each
+ * mbarrier, 1024 to align. */
+#define SM90_BWD_SHARED_BYTES(D)                                                                   \
+    (2 * (D) *                                                                                     \
+         (3 * SM90_BWD_TILE_K + (SM90_BWD_QUERY_STAGES + SM90_BWD_STAGES) * SM90_BWD_TILE_Q) +     \
+     2 * 128 * SM90_BWD_TILE_K + (SM90_BWD_QUERY_STAGES * 2 + 1) * 16 * 128 +                      \
+     SM90_BWD_QUERY_STAGES * 2 * 4 * SM90_BWD_TILE_Q + 4 * (D) + 64 +                              \
+     8 * (6 + 2 * SM90_BWD_QUERY_STAGES + 2 * SM90_BWD_STAGES) + 1024)
+
+/* What rows have besides, for one tile of them. In f32: the factor of a row's fixed-point sums; -lse in units of q k, with softcap
+ * of exponents of 2, and -inf where the row sees nothing; -delta = d_lse - <d_output, output>. Then -lse (not with softcap) and -delta
+ * once more as the sum of three elements, [term][row], as S and dP begin with them: a product with ones adds them on the tensor cores.
+ * A swizzle of 128 bytes is in these. */
+enum { SM90_BWD_FACTOR, SM90_BWD_LSE, SM90_BWD_DELTA, SM90_BWD_STATS };
+enum { SM90_BWD_TERMS = 3, SM90_BWD_TERM_BYTES = SM90_BWD_TERMS * SM90_BWD_TILE_Q * 2 };
+enum { SM90_BWD_ROW_BYTES = SM90_BWD_STATS * SM90_BWD_TILE_Q * 4 + 2 * SM90_BWD_TERM_BYTES };
+
+/* What is known of the keys and values of one head: bits of floats that are not negative, so that their order is that of
+ * integers. Then, for each column, the largest |key|. */
+enum {
+    SM90_BWD_ODD, /* 1: something is not finite, or beyond what the fast path takes: the head is computed by plain loops */
+    SM90_BWD_VALUE, /* the largest norm of a value, squared */
+    SM90_BWD_KEYS
+};
+
+struct sm90_gradient {
+    void *data; /* NULL: not wanted */
+    struct sm90_strides strides;
+    int32_t is_float;
+};
+
+struct sm90_bwd_params {
+    /* [D, L, start + L, H, B]: see map_rows(). Boxes of 64 columns and a tile of rows or keys. */
+    struct sm90_tensor_map query_map, d_output_map, key_map, value_map;
+
+    const void *query, *key, *value, *output, *d_output;
+    struct sm90_strides query_strides, key_strides, value_strides, output_strides, d_output_strides;
+    const float *lse, *d_lse; /* d_lse: NULL = 0 */
+    struct sm90_strides lse_strides, d_lse_strides;
+    const float *sinks; /* NULL: none */
+    float *d_sinks;
+    int64_t sinks_stride, d_sinks_stride;
+    struct sm90_gradient d_query, d_key, d_value;
+
+    const int32_t *query_lengths, *key_lengths, *cu_seqlens_q, *cu_seqlens_k; /* NULL: none */
+    int64_t query_lengths_stride, key_lengths_stride, cu_seqlens_q_stride, cu_seqlens_k_stride;
+    int32_t total_q, total_k; /* rows of packed tensors */
+
+    /* The workspace. */
+    uint32_t *facts; /* [B, H_kv, SM90_BWD_KEYS + D] */
+    int32_t *next;   /* the task that no block has claimed yet */
+    char *rows;      /* [H, tiles, SM90_BWD_ROW_BYTES] */
+    int32_t
+        *sums; /* d_query in fixed point: [H, tiles, 64 D], in the order in which blocks hold it */
+    int32_t tiles; /* of one head, all sequences: sequence b begins at first_tile() */
+
+    int32_t batch, heads_q, heads_kv, group;
+    int32_t len_q, len_k, dim_qk, dim_v;
+    int32_t window_left, window_right; /* SM90_UNBOUNDED, or >= 0 */
+    int32_t bottom_right, diagonal_offset;
+    int32_t key_tiles, row_tiles; /* of the longest sequence */
+    float scale, scale_log2;      /* scale * log2(e) */
+    float softcap;                /* 0 = none */
+};
+
+#endif /* DLATTN_SM90_BWD_PARAMS_H_ */

@@ -1,0 +1,182 @@
+/*
+ * Which rows and keys a block of cuda_bwd_sm90 works on, and where their numbers are in the workspace.
+ */
+#ifndef DLATTN_SM90_BWD_TILE_CUH_
+#define DLATTN_SM90_BWD_TILE_CUH_
+
+#include "kernels/cuda/sm90/bwd_params.h"
+#include "kernels/cuda/sm90/ptx.cuh"
+
+namespace sm90 {
+
+constexpr int kTileQ = SM90_BWD_TILE_Q, kTileK = SM90_BWD_TILE_K;
+
+/* One sequence of the batch; row i meets key i + diagonal. Whatever the integer tensors hold, nothing outside the tensors is
+ * touched. */
+struct Sequence {
+    int q_start, k_start; /* first row in packed tensors, else 0 */
+    int q_rows, k_rows;   /* that are its own: their gradients are written */
+    int q_len, k_len;     /* that take part */
+    int diagonal;
+
+    static __device__ __forceinline__ void packed(const int32_t *cu_seqlens, int64_t stride, int b,
+                                                  int total, int most, int &start, int &rows) {
+        if (!cu_seqlens)
+            return;
+        start = min(max(__ldg(cu_seqlens + b * stride), 0), total);
+        rows = min(max(min(__ldg(cu_seqlens + (b + 1) * stride), total) - start, 0), most);
+    }
+
+    __device__ __forceinline__ Sequence(const sm90_bwd_params &p, int b)
+        : q_start(0), k_start(0), q_rows(p.len_q), k_rows(p.len_k) {
+        packed(p.cu_seqlens_q, p.cu_seqlens_q_stride, b, p.total_q, p.len_q, q_start, q_rows);
+        packed(p.cu_seqlens_k, p.cu_seqlens_k_stride, b, p.total_k, p.len_k, k_start, k_rows);
+        q_len = k_len = INT32_MAX;
+        if (p.query_lengths)
+            q_len = max(__ldg(p.query_lengths + b * p.query_lengths_stride), 0);
+        if (p.key_lengths)
+            k_len = max(__ldg(p.key_lengths + b * p.key_lengths_stride), 0);
+        q_len = min(q_len, q_rows);
+        k_len = min(k_len, k_rows);
+        diagonal = p.diagonal_offset + (p.bottom_right ? k_len - q_len : 0);
+    }
+
+    /* Keys [low, high) that row i sees. */
+    __device__ __forceinline__ int low_key(const sm90_bwd_params &p, int i) const {
+        return max(i + diagonal - p.window_left, 0);
+    }
+    __device__ __forceinline__ int high_key(const sm90_bwd_params &p, int i) const {
+        return i < q_len ? min(i + diagonal + p.window_right + 1, k_len) : 0;
+    }
+    __device__ __forceinline__ bool sees(const sm90_bwd_params &p, int i) const {
+        return low_key(p, i) < high_key(p, i);
+    }
+};
+
+/* Tiles of rows of one head are numbered through all sequences; packed ones share none. */
+__device__ __forceinline__ int first_tile(const sm90_bwd_params &p, const Sequence &s, int b) {
+    return p.cu_seqlens_q ? s.q_start / kTileQ + b : b * p.row_tiles;
+}
+
+__device__ __forceinline__ char *rows_of(const sm90_bwd_params &p, int head, int tile) {
+    return p.rows + (static_cast<int64_t>(head) * p.tiles + tile) * SM90_BWD_ROW_BYTES;
+}
+__device__ __forceinline__ float *stats_of(const sm90_bwd_params &p, int head, int tile) {
+    return reinterpret_cast<float *>(rows_of(p, head, tile));
+}
+constexpr int kStatsBytes = SM90_BWD_STATS * kTileQ * 4, kTermBytes = SM90_BWD_TERM_BYTES;
+
+template <int D>
+__device__ __forceinline__ int32_t *sums_of(const sm90_bwd_params &p, int head, int tile) {
+    return p.sums + (static_cast<int64_t>(head) * p.tiles + tile) * (kTileQ * D);
+}
+
+template <int D>
+__device__ __forceinline__ uint32_t *facts_of(const sm90_bwd_params &p, int b, int kv_head) {
+    return p.facts + (b * p.heads_kv + kv_head) * static_cast<int64_t>(SM90_BWD_KEYS + D);
+}
+
+template <typename T>
+__device__ __forceinline__ T *row_of(T *data, const sm90_strides &s, int b, int head, int row) {
+    return data + b * s.batch + head * s.head + row * s.row;
+}
+
+/* ---- Fixed point: sums of integers do not depend on their order -------------------------------------------------- */
+
+/* A partial sum of d_query_i[d] is at most scale (2 |d_output_i| max_j |value_j| + |d_lse_i|) max_j |key_j[d]|, and so at most scale
+ * (2 |d_output_i| + |d_lse_i|) (max_j |value_j| + 1) max_j |key_j[d]|; the 1 only where there is a d_lse. With a power of two above
+ * the row's factor and one above the column's taken out, and 30 bits for what is left, no sum of int32 overflows. */
+__device__ __forceinline__ int exponent_above(float x) { return (__float_as_int(x) >> 23) - 126; }
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __int_as_float((min(max(exponent, -126), 120) + 127) << 23);
+}
+/* 1 / x of a power of two. */
+__device__ __forceinline__ float inverse(float x) {
+    return __int_as_float(0x7f000000 - __float_as_int(x));
+}
+/* Of norms and keys that the fast path takes: products of three stay in the range of f32. */
+constexpr float kLargest = 0x1p40f;
+
+__device__ __forceinline__ float column_factor(const sm90_bwd_params &p, const uint32_t *facts,
+                                               int column) {
+    const float value = sqrtf(__uint_as_float(facts[SM90_BWD_VALUE])) + (p.d_lse ? 1 : 0);
+    return power_of_two(-exponent_above(value) -
+                        exponent_above(__uint_as_float(facts[SM90_BWD_KEYS + column])));
+}
+__device__ __forceinline__ float row_factor(float d_output_norm, float d_lse) {
+    return power_of_two(30 - exponent_above(2 * d_output_norm + fabsf(d_lse)));
+}
+
+/* Element i of a thread's part of d_query: of the rows of a warp, and of the columns of a warpgroup. (PTX ISA, wgmma D fragment) */
+__device__ __forceinline__ int fragment_row(int thread, int i) {
+    return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+}
+__device__ __forceinline__ int fragment_column(int thread, int i) {
+    return i / 4 * 8 + thread % 4 * 2 + i % 2;
+}
+
+/* Waits for the kernel before this one in the stream, which this one may have overtaken. */
+__device__ __forceinline__ void wait_for_predecessor() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/* ---- Tasks: tiles of keys ------------------------------------------------------------------------------------------ */
+
+/* Keys of one head, and the rows that see one of them. */
+struct alignas(64) Task {
+    int key_tile; /* -1: there are no more */
+    int batch, kv_head;
+    int first, end, start; /* tiles of rows; the walk begins at `start` and goes round */
+    int first_tile;        /* of the sequence */
+    int skipped;           /* the head is odd: nothing is written here */
+    Sequence s;
+
+    __device__ __forceinline__ int first_key() const { return key_tile * kTileK; }
+    __device__ __forceinline__ int steps(const sm90_bwd_params &p) const {
+        return skipped ? 0 : (end - first) * p.group;
+    }
+    /* Whether some row of the tile does not see some key of the warpgroup. */
+    __device__ __forceinline__ bool is_masked(const sm90_bwd_params &p, int tile, int wg) const {
+        const int row = tile * kTileQ, key = first_key() + 64 * wg;
+        return key + 64 > s.k_len || key + 63 - s.diagonal - p.window_right > row ||
+               key - s.diagonal + p.window_left < row + kTileQ - 1;
+    }
+};
+
+/* Blocks that work on one head at the same time begin at different rows, so that their sums do not meet. Behind a mask they do anyway. */
+template <int D>
+__device__ __forceinline__ Task task_at(const sm90_bwd_params &p, int index) {
+    const int head = index / p.key_tiles, b = head / p.heads_kv;
+    Task t{-1, b, head % p.heads_kv, 0, 0, 0, 0, 0, Sequence(p, min(b, p.batch - 1))};
+    if (b >= p.batch)
+        return t;
+    t.key_tile = index % p.key_tiles;
+    t.first_tile = first_tile(p, t.s, b);
+    t.skipped = facts_of<D>(p, b, t.kv_head)[SM90_BWD_ODD] || t.first_key() >= t.s.k_rows;
+    const int key = t.first_key(), end_key = min(key + kTileK, t.s.k_len);
+    const int low = max(key - t.s.diagonal - p.window_right, 0),
+              high = min(end_key - t.s.diagonal + p.window_left, t.s.q_len);
+    if (key >= end_key || low >= high)
+        return t;
+    const bool bounded = p.window_left != SM90_UNBOUNDED || p.window_right != SM90_UNBOUNDED;
+    t.first = low / kTileQ;
+    t.end = (high + kTileQ - 1) / kTileQ;
+    t.start = bounded ? t.first : t.first + key / kTileQ % (t.end - t.first);
+    return t;
+}
+
+/* The steps of a task: head by head of the group, tile by tile. */
+struct Walk {
+    int head, tile, first, end, start;
+
+    __device__ __forceinline__ Walk(const sm90_bwd_params &p, const Task &t)
+        : head(t.kv_head * p.group), tile(t.start), first(t.first), end(t.end), start(t.start) {}
+    __device__ __forceinline__ void advance() {
+        tile = tile + 1 == end ? first : tile + 1;
+        head += tile == start;
+    }
+};
+
+} // namespace sm90
+
+#endif /* DLATTN_SM90_BWD_TILE_CUH_ */

@@ -1,0 +1,266 @@
+/* The gradients of attention for f16 and bf16 on Hopper: TMA, wgmma, sums in fixed point. See docs/cuda-backward.md. */
+#include "kernels/cuda/sm90/bwd_params.h"
+#include "src/cuda_driver.h"
+#include "src/kernel.h"
+
+/* One image for each head dim. */
+#define MODULE(D)                                                                                  \
+    extern const unsigned char cuda_bwd_sm90_##D##_image[];                                        \
+    static struct cuda_module module_##D = {.image = cuda_bwd_sm90_##D##_image};
+MODULE(64)
+MODULE(128)
+
+enum { SMALL_THREADS = 256, MAIN_THREADS = 384 };
+
+/* The kernels of one head dim and element type, in the order in which they run. */
+struct kernels {
+    struct cuda_kernel prepare, main[2], rows[2], keys[2]; /* [1]: with softcap */
+};
+
+struct tile {
+    int32_t dim;
+    struct kernels f16, bf16;
+};
+
+#define KERNEL(D, NAME, THREADS, BYTES)                                                            \
+    {.module = &module_##D, .name = NAME, .threads = (THREADS), .shared_memory_bytes = (BYTES)}
+#define TWO(D, NAME, THREADS, BYTES)                                                               \
+    {KERNEL(D, NAME, THREADS, BYTES), KERNEL(D, NAME "_softcap", THREADS, BYTES)}
+#define KERNELS(D, TYPE, BYTES)                                                                    \
+    {                                                                                              \
+        .prepare = KERNEL(D, "cuda_bwd_sm90_prepare_" #D TYPE, SMALL_THREADS, 0),                  \
+        .main = TWO(D, "cuda_bwd_sm90_" #D TYPE, MAIN_THREADS, BYTES),                             \
+        .rows = TWO(D, "cuda_bwd_sm90_rows_" #D TYPE, SMALL_THREADS, 0),                           \
+        .keys = TWO(D, "cuda_bwd_sm90_keys_" #D TYPE, SMALL_THREADS, 0),                           \
+    }
+#define TILE(D)                                                                                    \
+    {D, KERNELS(D, "_f16", SM90_BWD_SHARED_BYTES(D)),                                              \
+     KERNELS(D, "_bf16", SM90_BWD_SHARED_BYTES(D))},
+#define SM90_D 0
+static struct tile tiles[] = {
+#include "kernels/cuda/sm90/bwd_tiles.inc"
+};
+enum { TILES = sizeof tiles / sizeof tiles[0] };
+
+static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* ---- The workspace ------------------------------------------------------------------------------------------------ */
+
+/* Tiles of rows of one head: packed sequences share none. */
+static int64_t row_tiles(const struct problem *p) {
+    return p->cu_seqlens_q.data || p->features & DLATTN_FEATURE_VARLEN
+               ? p->total_q / SM90_BWD_TILE_Q + p->batch
+               : p->batch * ceil_divide(p->len_q, SM90_BWD_TILE_Q);
+}
+
+/* Bytes of each part, in this order; all but the last are multiples of 256. */
+struct parts {
+    size_t facts, rows, sums;
+};
+
+static size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+static struct parts parts_of(const struct problem *p, int64_t dim) {
+    const size_t tiles_of_heads = (size_t)(p->heads_q * row_tiles(p));
+    return (struct parts){
+        .facts = round_up((size_t)(p->batch * p->heads_kv * (SM90_BWD_KEYS + dim) + 1) * 4),
+        .rows = round_up(tiles_of_heads * SM90_BWD_ROW_BYTES),
+        .sums = tiles_of_heads * SM90_BWD_TILE_Q * (size_t)dim * 4,
+    };
+}
+
+/* ---- The plan --------------------------------------------------------------------------------------------------------- */
+
+/* What a tensor map can say: strides above 0 and below 2^40 bytes. */
+static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length) {
+    const int64_t extent[3] = {batch, heads, length}, most = INT64_C(1) << 39;
+    for (int i = 0; i < 3; i++) {
+        if (extent[i] > 1 && (v->stride[i] <= 0 || v->stride[i] >= most))
+            return false;
+    }
+    return true;
+}
+
+static bool takes(const struct problem *p) {
+    const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k,
+                  offset = p->diagonal_offset < 0 ? -p->diagonal_offset : p->diagonal_offset;
+    return p->scale > 0 && p->dim_qk % 8 == 0 && p->dim_v % 8 == 0 && p->len_k > 0 &&
+           longest <= SM90_MAX_LENGTH && offset <= SM90_MAX_LENGTH && p->lse.dtype == DTYPE_F32 &&
+           (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
+           ceil_divide(p->len_k, SM90_BWD_TILE_K) * p->heads_kv * p->batch + p->heads_q <=
+               INT32_MAX &&
+           ceil_divide(p->len_q, SM90_BWD_TILE_Q) * p->heads_q * p->batch <= INT32_MAX &&
+           row_tiles(p) <= INT32_MAX && mappable(&p->query, p->batch, p->heads_q, p->len_q) &&
+           mappable(&p->d_output, p->batch, p->heads_q, p->len_q) &&
+           mappable(&p->key, p->batch, p->heads_kv, p->len_k) &&
+           mappable(&p->value, p->batch, p->heads_kv, p->len_k);
+}
+
+ROW_FUNCTIONS(cuda_bwd_sm90);
+
+bool cuda_bwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    (void)caps;
+    if (!takes(p))
+        return false;
+    for (int32_t i = 0; i < TILES; i++) {
+        if (tiles[i].dim < p->dim_qk || tiles[i].dim < p->dim_v)
+            continue;
+        const struct parts parts = parts_of(p, tiles[i].dim);
+        plan->variant = i;
+        plan->tile_q = SM90_BWD_TILE_Q;
+        plan->tile_k = SM90_BWD_TILE_K;
+        plan->workspace_bytes = parts.facts + parts.rows + parts.sums;
+        plan->workspace_alignment = 256;
+        return true;
+    }
+    return false;
+}
+
+/* ---- The tensors ------------------------------------------------------------------------------------------------------ */
+
+static struct sm90_strides strides(const struct view *v) {
+    return (struct sm90_strides){v->stride[0], v->stride[1], v->stride[2]};
+}
+
+/* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
+static uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
+
+/* Rows of sequences that may end anywhere, in boxes of 64 columns and `box` rows. Row i of a sequence that takes part with n rows from
+ * row s on is (length - n + i, s + n): both axes have the stride of a row, the origin lies `length` rows before the tensor's, and behind
+ * the sequence the first coordinate is past its extent, so that zeros arrive whatever the tensor holds there. */
+static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p, const struct view *v,
+                        int64_t dim, int64_t length, int64_t heads, bool packed,
+                        uint32_t box_rows) {
+    const uint64_t row = step(v->stride[2]), most = UINT64_C(1) << 31;
+    const uint64_t extent[] = {(uint64_t)dim, (uint64_t)length, most, (uint64_t)heads,
+                               packed ? 1 : (uint64_t)p->batch};
+    const uint64_t stride[] = {row, row, step(v->stride[1]), step(v->stride[0])};
+    const uint32_t box[] = {64, box_rows, 1, 1, 1};
+    const char *const origin = (const char *)v->data - (uint64_t)length * row;
+    return cuda_tensor_map((struct cuda_tensor_map *)map, p->device_id, p->dtype, origin, 5, extent,
+                           stride, box, 128);
+}
+
+static int32_t fill_maps(struct sm90_bwd_params *params, const struct problem *p) {
+    const bool packed_q = p->cu_seqlens_q.data, packed_k = p->cu_seqlens_k.data;
+    int32_t status = map_rows(&params->query_map, p, &p->query, p->dim_qk, p->len_q, p->heads_q,
+                              packed_q, SM90_BWD_TILE_Q);
+    if (status == DLATTN_OK)
+        status = map_rows(&params->d_output_map, p, &p->d_output, p->dim_v, p->len_q, p->heads_q,
+                          packed_q, SM90_BWD_TILE_Q);
+    if (status == DLATTN_OK)
+        status = map_rows(&params->key_map, p, &p->key, p->dim_qk, p->len_k, p->heads_kv, packed_k,
+                          SM90_BWD_TILE_K);
+    if (status == DLATTN_OK)
+        status = map_rows(&params->value_map, p, &p->value, p->dim_v, p->len_k, p->heads_kv,
+                          packed_k, SM90_BWD_TILE_K);
+    return status;
+}
+
+static struct sm90_gradient gradient(const struct view *v) {
+    return (struct sm90_gradient){v->data, strides(v), v->dtype == DTYPE_F32};
+}
+
+static int32_t window(int64_t keys) {
+    return keys < SM90_UNBOUNDED ? (int32_t)keys : SM90_UNBOUNDED;
+}
+
+static void fill_tensors(struct sm90_bwd_params *params, const struct problem *p) {
+    *params = (struct sm90_bwd_params){
+        .query = p->query.data,
+        .key = p->key.data,
+        .value = p->value.data,
+        .output = p->output.data,
+        .d_output = p->d_output.data,
+        .lse = p->lse.data,
+        .d_lse = p->d_lse.data,
+        .sinks = p->sinks.data,
+        .d_sinks = p->d_sinks.data,
+        .query_strides = strides(&p->query),
+        .key_strides = strides(&p->key),
+        .value_strides = strides(&p->value),
+        .output_strides = strides(&p->output),
+        .d_output_strides = strides(&p->d_output),
+        .lse_strides = strides(&p->lse),
+        .d_lse_strides = strides(&p->d_lse),
+        .sinks_stride = p->sinks.stride[1],
+        .d_sinks_stride = p->d_sinks.stride[1],
+        .d_query = gradient(&p->d_query),
+        .d_key = gradient(&p->d_key),
+        .d_value = gradient(&p->d_value),
+        .query_lengths = p->query_lengths.data,
+        .key_lengths = p->key_lengths.data,
+        .cu_seqlens_q = p->cu_seqlens_q.data,
+        .cu_seqlens_k = p->cu_seqlens_k.data,
+        .query_lengths_stride = p->query_lengths.stride[0],
+        .key_lengths_stride = p->key_lengths.stride[0],
+        .cu_seqlens_q_stride = p->cu_seqlens_q.stride[0],
+        .cu_seqlens_k_stride = p->cu_seqlens_k.stride[0],
+        .total_q = (int32_t)p->total_q,
+        .total_k = (int32_t)p->total_k,
+    };
+}
+
+static void fill_problem(struct sm90_bwd_params *params, const struct problem *p) {
+    const double log2_e = 1.4426950408889634;
+    params->batch = (int32_t)p->batch;
+    params->heads_q = (int32_t)p->heads_q;
+    params->heads_kv = (int32_t)p->heads_kv;
+    params->group = (int32_t)(p->heads_q / p->heads_kv);
+    params->len_q = (int32_t)p->len_q;
+    params->len_k = (int32_t)p->len_k;
+    params->dim_qk = (int32_t)p->dim_qk;
+    params->dim_v = (int32_t)p->dim_v;
+    params->window_left = window(p->window_left);
+    params->window_right = window(p->window_right);
+    params->bottom_right = p->bottom_right;
+    params->diagonal_offset = (int32_t)p->diagonal_offset;
+    params->key_tiles = (int32_t)ceil_divide(p->len_k, SM90_BWD_TILE_K);
+    params->row_tiles = (int32_t)ceil_divide(p->len_q, SM90_BWD_TILE_Q);
+    params->scale = (float)p->scale;
+    params->scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * log2_e);
+    params->softcap = (float)p->softcap;
+}
+
+static void fill_workspace(struct sm90_bwd_params *params, const struct problem *p,
+                           const struct parts *parts, int64_t dim, char *workspace) {
+    params->facts = (uint32_t *)workspace;
+    params->next = (int32_t *)params->facts + p->batch * p->heads_kv * (SM90_BWD_KEYS + dim);
+    params->rows = workspace + parts->facts;
+    params->sums = (int32_t *)(workspace + parts->facts + parts->rows);
+    params->tiles = (int32_t)row_tiles(p);
+}
+
+int32_t cuda_bwd_sm90_launch(const struct plan *plan, const struct problem *p,
+                             const struct exec *exec) {
+    struct tile *t = &tiles[plan->variant];
+    struct kernels *k = p->dtype == DTYPE_F16 ? &t->f16 : &t->bf16;
+    const struct parts parts = parts_of(p, t->dim);
+    const bool capped = p->softcap > 0;
+    struct sm90_bwd_params params;
+    struct caps caps;
+    int32_t status = cuda_caps(&caps, p->device_id);
+    if (status != DLATTN_OK)
+        return status;
+    fill_tensors(&params, p);
+    fill_problem(&params, p);
+    fill_workspace(&params, p, &parts, t->dim, exec->workspace);
+    status = fill_maps(&params, p);
+    const int64_t key_blocks = p->batch * p->heads_kv * params.key_tiles,
+                  row_blocks = p->batch * p->heads_q * params.row_tiles;
+    const struct {
+        struct cuda_kernel *kernel;
+        int64_t blocks;
+    } launches[] = {
+        {&k->prepare, key_blocks + row_blocks},
+        {&k->main[capped], key_blocks < caps.multiprocessors ? key_blocks : caps.multiprocessors},
+        {&k->rows[capped], row_blocks},
+        {&k->keys[capped], key_blocks + (p->d_sinks.data ? p->heads_q : 0)},
+    };
+    if (status == DLATTN_OK)
+        status = cuda_clear(p->device_id, params.facts, parts.facts, exec->stream);
+    for (size_t i = 0; i < sizeof launches / sizeof launches[0] && status == DLATTN_OK; i++)
+        status = cuda_launch_early(launches[i].kernel, p->device_id, launches[i].blocks,
+                                   exec->stream, &params);
+    return status;
+}
