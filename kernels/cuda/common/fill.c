@@ -1,5 +1,7 @@
 #include "kernels/cuda/common/fill.h"
 
+#include <math.h>
+
 static int64_t row_blocks(const struct problem *p, int32_t tile_q) {
     return (p->len_q + tile_q - 1) / tile_q;
 }
@@ -88,4 +90,67 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
 int64_t fwd_blocks(const struct caps *caps, int32_t shared_memory_bytes) {
     /* A multiprocessor has 1 KiB more than one block may use, and the driver takes 1 KiB of each block. */
     return (caps->shared_memory_bytes + 1024) / (shared_memory_bytes + 1024);
+}
+
+bool bwd_fits(struct plan *plan, const struct problem *p) {
+    const int64_t offset = p->diagonal_offset < 0 ? -p->diagonal_offset : p->diagonal_offset;
+    if (offset + p->len_q + p->len_k > FWD_UNBOUNDED)
+        plan->why = "diagonal_offset and the lengths may be at most 2^29 together";
+    return !plan->why && fwd_fits(plan, p);
+}
+
+int64_t bwd_stats_rows(const struct problem *p) {
+    const int64_t group = BWD_STATS_ROWS;
+    return p->total_q > 0 ? (p->total_q / group + p->batch + 1) * group
+                          : (p->len_q + group - 1) / group * group * p->batch;
+}
+
+static int32_t gradient_flags(const struct problem *p) {
+    const struct {
+        const struct view *view;
+        int64_t inner;
+        int32_t f32, aligned;
+    } gradients[] = {{&p->d_output, p->dim_v, BWD_D_OUTPUT_F32, 0},
+                     {&p->d_lse, 1, BWD_D_LSE_F32, 0},
+                     {&p->d_query, p->dim_qk, BWD_D_QUERY_F32, BWD_ALIGNED_D_QUERY},
+                     {&p->d_key, p->dim_qk, BWD_D_KEY_F32, BWD_ALIGNED_D_KEY},
+                     {&p->d_value, p->dim_v, BWD_D_VALUE_F32, BWD_ALIGNED_D_VALUE},
+                     {&p->d_bias, 1, BWD_D_BIAS_F32, 0}};
+    int32_t flags = 0;
+    for (size_t i = 0; i < sizeof gradients / sizeof gradients[0]; i++) {
+        const struct view *v = gradients[i].view;
+        flags |= v->dtype == DTYPE_F32 ? gradients[i].f32 : 0;
+        flags |= aligned(v, dtype_bytes(v->dtype), gradients[i].inner) ? gradients[i].aligned : 0;
+    }
+    if (p->d_output.dtype == p->dtype && aligned(&p->d_output, dtype_bytes(p->dtype), p->dim_v))
+        flags |= BWD_ALIGNED_D_OUTPUT;
+    return flags | (p->dropout_probability > 0 ? BWD_DROPOUT : 0);
+}
+
+void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks) {
+    *params = (struct bwd_params){
+        .d_output = view(&p->d_output),
+        .d_lse = view(&p->d_lse),
+        .d_query = view(&p->d_query),
+        .d_key = view(&p->d_key),
+        .d_value = view(&p->d_value),
+        .d_bias = view(&p->d_bias),
+        .d_alibi_slopes = view(&p->d_alibi_slopes),
+        .d_sinks = view(&p->d_sinks),
+        .query_segments = view(&p->query_segments),
+        .key_segments = view(&p->key_segments),
+        .block_mask = view(&p->block_mask),
+        .stats_rows = bwd_stats_rows(p),
+        .heads_kv = (int32_t)p->heads_kv,
+        .diagonal_offset = (int32_t)p->diagonal_offset,
+        .block_q = (int32_t)p->block_q,
+        .block_k = (int32_t)p->block_k,
+        .flags = gradient_flags(p),
+        .keep = (float)(1 / (1 - p->dropout_probability)),
+        .dropped_upto = (uint32_t)(ceil(p->dropout_probability * 0x1p32) - 1),
+        .seed = {(uint32_t)p->dropout_seed,
+                 (uint32_t)(p->dropout_seed >> 32) ^ (uint32_t)(p->dropout_offset >> 32)},
+        .offset = (uint32_t)p->dropout_offset,
+    };
+    fwd_fill(&params->f, p, tile_q, blocks);
 }

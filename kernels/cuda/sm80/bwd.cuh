@@ -1,0 +1,1392 @@
+// Gradients of attention on the tensor cores of Ampere and later: cp.async, ldmatrix, mma.m16n8k16. See docs/cuda-backward.md.
+//
+// Four kernels, none of which adds to what another block adds to, so the bits of a gradient are those of its one block:
+//   stats   of each row delta, and what its weights are relative to
+//   keys    a block owns keys of one kv head, and walks over the rows of all query heads of the group: d_key and d_value
+//   rows    a block owns query rows, and walks over the keys: d_query, and of each block a sum for d_alibi_slopes
+//   bias    a block owns a part of d_bias, and walks over all that it is broadcast to
+// and two that only add up, slopes and sinks.
+#pragma once
+
+#include "kernels/cuda/common/bwd_params.h"
+#include "kernels/cuda/sm80/bwd_sizes.h"
+#include "kernels/cuda/sm80/fwd.cuh"
+#include "src/philox.h"
+
+#include <type_traits>
+
+// Four words of shared memory.
+__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], uint32_t from) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+// One sequence of the batch, and where the statistics of its rows begin among those of a head.
+struct BwdSequence : Sequence {
+    int k_rows; // keys that are its own: the gradients of all are written
+    int64_t stats;
+
+    __device__ __forceinline__ BwdSequence(const bwd_params &p, int b)
+        : Sequence(p.f, b), k_rows(p.f.len_k) {
+        if (p.f.cu_seqlens_k.data) {
+            const int64_t end = int_at(p.f.cu_seqlens_k, b + 1);
+            k_rows = clamped((end < p.f.total_k ? end : p.f.total_k) - k_start, 0, p.f.len_k);
+        }
+        const int64_t padded = (p.f.len_q + BWD_STATS_ROWS - 1) / BWD_STATS_ROWS * BWD_STATS_ROWS;
+        stats =
+            p.f.cu_seqlens_q.data ? (q_start / BWD_STATS_ROWS + b) * BWD_STATS_ROWS : b * padded;
+        diagonal += p.diagonal_offset;
+    }
+
+    // Rows [first, end) to which the window leaves one of the keys [key, key_end).
+    __device__ __forceinline__ int first_row(const bwd_params &p, int key) const {
+        return max(0, key - diagonal - p.f.window_right);
+    }
+    __device__ __forceinline__ int end_row(const bwd_params &p, int key, int key_end) const {
+        return key < k_len ? min(q_len, min(key_end, k_len) - diagonal + p.f.window_left) : 0;
+    }
+};
+
+// The statistics of row i of head h: top, log and delta are planes.
+__device__ __forceinline__ const float *stats_of(const bwd_params &p, const BwdSequence &seq,
+                                                 int h) {
+    return p.stats + h * p.stats_rows + seq.stats;
+}
+__device__ __forceinline__ int64_t stats_plane(const bwd_params &p) {
+    return p.f.heads_q * p.stats_rows;
+}
+
+// Element `at` of a tensor of floats or of E.
+template <typename E>
+__device__ __forceinline__ float load_float(const void *data, int64_t at, bool f32) {
+    return f32 ? ((const float *)data)[at] : Element<E>::widen(((const uint16_t *)data)[at]);
+}
+template <typename E>
+__device__ __forceinline__ void store_float(void *data, int64_t at, bool f32, float x) {
+    if (f32)
+        ((float *)data)[at] = x;
+    else
+        ((uint16_t *)data)[at] = (uint16_t)Element<E>::pack(x, 0);
+}
+
+template <typename E>
+__device__ __forceinline__ float2 widen_pair(uint32_t pair) {
+    return {Element<E>::widen((uint16_t)pair), Element<E>::widen((uint16_t)(pair >> 16))};
+}
+
+// ---- One head --------------------------------------------------------------------------------------------------------
+
+// From products to scores. Without EXTRAS a score is the bare product q k; with them it is the logit. A weight is 2 to the power
+// of (score - top) * slope - log.
+template <typename E, bool EXTRAS>
+struct Head {
+    const bwd_params &p;
+    const BwdSequence &seq;
+    const int b, h;
+
+    __device__ __forceinline__ float slope() const { return EXTRAS ? LOG2E : p.f.exponent_scale; }
+
+    __device__ __forceinline__ float weight(float score, float top, float log) const {
+        return exp2_fast(fmaf(score - top, slope(), -log));
+    }
+
+    // The capped product, and the derivative of the cap.
+    __device__ __forceinline__ float capped(float dot, float &derivative) const {
+        const float x = dot * (float)p.f.scale, cap = (float)p.f.softcap;
+        derivative = 1;
+        if (!(cap > 0))
+            return x;
+        const float e = exp2_fast(-2 * LOG2E * fabsf(x) / cap), r = 1 / (1 + e);
+        derivative = 4 * e * r * r;
+        return copysignf(cap * (1 - e) * r, x);
+    }
+
+    __device__ __forceinline__ int64_t at(const fwd_view &v, int i, int j) const {
+        return b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
+    }
+    __device__ __forceinline__ float bias(int i, int j) const {
+        return load_float<E>(p.f.bias.data, at(p.f.bias, i, j), p.f.flags & FWD_BIAS_F32);
+    }
+    __device__ __forceinline__ float alibi_slope() const {
+        const fwd_view &v = p.f.alibi_slopes;
+        return v.data ? ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] : 0;
+    }
+    __device__ __forceinline__ float distance(int i, int j) const {
+        return fabsf((float)(i + seq.diagonal - j));
+    }
+
+    __device__ __forceinline__ bool same_segment(int i, int j) const {
+        const fwd_view &q = p.query_segments, &k = p.key_segments;
+        return ((const int *)q.data)[b * q.stride[0] + (seq.q_start + i) * q.stride[2]] ==
+               ((const int *)k.data)[b * k.stride[0] + (seq.k_start + j) * k.stride[2]];
+    }
+    // By block mask and mask.
+    __device__ __forceinline__ bool unmasked(int i, int j) const {
+        if (p.block_mask.data) {
+            const uint8_t state =
+                ((const uint8_t *)
+                     p.block_mask.data)[at(p.block_mask, i / p.block_q, j / p.block_k)];
+            if (state != 1)
+                return state != 0;
+        }
+        return !p.f.mask.data || ((const uint8_t *)p.f.mask.data)[at(p.f.mask, i, j)];
+    }
+    __device__ __forceinline__ bool in_window(int i, int j) const {
+        return j >= seq.first_key(p.f, i) && j < seq.end_key(p.f, i);
+    }
+
+    // The random words of keys j / 4 * 4 to j / 4 * 4 + 3.
+    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4]) const {
+        x[0] = j / 4;
+        x[1] = i;
+        x[2] = b * p.f.heads_q + h;
+        x[3] = p.offset;
+        philox(x, p.seed[0], p.seed[1]);
+    }
+    __device__ __forceinline__ bool dropped(int i, int j) const {
+        uint32_t x[4];
+        random(i, j, x);
+        const uint32_t low = j & 1 ? x[1] : x[0], high = j & 1 ? x[3] : x[2];
+        return (j & 2 ? high : low) <= p.dropped_upto;
+    }
+
+    // First elements of row i of query and output, and of key j and its value.
+    __device__ __forceinline__ int64_t row(const fwd_view &v, int i) const {
+        return b * v.stride[0] + h * v.stride[1] + (seq.q_start + i) * v.stride[2];
+    }
+    __device__ __forceinline__ int64_t key(const fwd_view &v, int j) const {
+        return b * v.stride[0] + h / p.f.group * v.stride[1] + (seq.k_start + j) * v.stride[2];
+    }
+};
+
+// ---- Tiles of pairs of a row and a key ---------------------------------------------------------------------------------
+
+// A warp's tile of MT * 16 by N elements, in the layout of mma.m16n8k16. Its rows are query rows and its columns keys, or
+// TRANSPOSED the other way round.
+template <bool TRANSPOSED, int MT, int N>
+struct Pairs {
+    // body(mt, n, e, i, j) for each element of this thread: [mt][n][e] is of query row i and key j. `row` and `column`: this
+    // thread's first.
+    template <typename Body>
+    __device__ __forceinline__ static void each(int row, int column, Body body) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int r = row + mt * 16 + e / 2 * 8, c = column + n * 8 + e % 2;
+                    body(mt, n, e, TRANSPOSED ? c : r, TRANSPOSED ? r : c);
+                }
+    }
+
+    // Hides what the window, or the end of the rows and keys, cuts off.
+    __device__ __forceinline__ static void hide(const bwd_params &p, const BwdSequence &seq,
+                                                int row, int column, float (&score)[MT][N / 8][4]) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int r = row + mt * 16 + half * 8;
+                const int first = TRANSPOSED ? seq.first_row(p, r) : seq.first_key(p.f, r),
+                          end = TRANSPOSED      ? seq.end_row(p, r, r + 1)
+                                : r < seq.q_len ? seq.end_key(p.f, r)
+                                                : 0;
+#pragma unroll
+                for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int c = column + n * 8 + e;
+                        if (c < first || c >= end)
+                            score[mt][n][2 * half + e] = NEG_INF;
+                    }
+            }
+    }
+
+    // The options, one after the other: from products to logits, and the derivatives of the cap.
+    template <typename H>
+    __device__ __forceinline__ static void options(const H &head, int row, int column,
+                                                   float (&score)[MT][N / 8][4],
+                                                   float (&cap)[MT][N / 8][4]) {
+        const bwd_params &p = head.p;
+        const int last_row = head.seq.q_len - 1, last_key = head.seq.k_len - 1;
+        each(row, column, [&](int mt, int n, int e, int, int) {
+            score[mt][n][e] = head.capped(score[mt][n][e], cap[mt][n][e]);
+        });
+        if (p.f.bias.data)
+            each(row, column, [&](int mt, int n, int e, int i, int j) {
+                score[mt][n][e] += head.bias(min(i, last_row), min(j, last_key));
+            });
+        if (p.f.alibi_slopes.data) {
+            const float slope = head.alibi_slope();
+            each(row, column, [&](int mt, int n, int e, int i, int j) {
+                score[mt][n][e] = fmaf(-slope, head.distance(i, j), score[mt][n][e]);
+            });
+        }
+        if (p.query_segments.data)
+            each(row, column, [&](int mt, int n, int e, int i, int j) {
+                if (!head.same_segment(min(i, last_row), min(j, last_key)))
+                    score[mt][n][e] = NEG_INF;
+            });
+        if (p.f.mask.data || p.block_mask.data)
+            each(row, column, [&](int mt, int n, int e, int i, int j) {
+                if (!head.unmasked(min(i, last_row), min(j, last_key)))
+                    score[mt][n][e] = NEG_INF;
+            });
+    }
+};
+
+template <int MT, int N>
+__device__ __forceinline__ void clear(float (&x)[MT][N][4]) {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                x[mt][n][e] = 0;
+}
+
+template <int MT, int N>
+__device__ __forceinline__ bool is_finite(const float (&x)[MT][N][4]) {
+    float odd = 0;
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                odd = fmaf(x[mt][n][e], 0, odd);
+    return odd == 0;
+}
+
+// ---- The two products --------------------------------------------------------------------------------------------------
+
+// Where a lane's part of ldmatrix begins: of a tile as the left operand, as the right one, and as the right one transposed.
+template <int D>
+__device__ __forceinline__ uint32_t left_at(int lane) {
+    return Chunks<D>::at(lane % 16, lane / 16);
+}
+template <int D>
+__device__ __forceinline__ uint32_t right_at(int lane) {
+    return Chunks<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+template <int D>
+__device__ __forceinline__ uint32_t transposed_at(int lane) {
+    return Chunks<D>::at(lane % 16, lane / 16);
+}
+
+// What runs between two products so that the tensor cores do not wait for it: nothing, or share `item` of `items` of some words.
+struct Nothing {
+    template <typename Item>
+    __device__ __forceinline__ void operator()(Item) const {}
+};
+template <int WORDS, int ITEMS, int ITEM, typename Body>
+__device__ __forceinline__ void share(Body body) {
+    constexpr int FIRST = WORDS * ITEM / ITEMS, END = WORDS * (ITEM + 1) / ITEMS;
+    unrolled<END - FIRST>(
+        [&](auto n) { body(std::integral_constant<int, FIRST + decltype(n)::value>()); });
+}
+
+// score = MT * 16 rows at `left` times N rows at `right`, in ITEMS steps. Matrices are loaded two products early.
+template <int D, int N>
+constexpr int ITEMS_OF = D / 16 * (N / 16);
+template <typename E, int D, int MT, int N, typename Between>
+__device__ __forceinline__ void multiply_rows(float (&score)[MT][N / 8][4], uint32_t left,
+                                              uint32_t right, Between between) {
+    constexpr int PARTS = N / 16, STEPS = D / 16, ITEMS = ITEMS_OF<D, N>;
+    uint32_t a[2][MT][4], b[3][4];
+    const auto load_left = [&](int step) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+            load_matrix(a[step % 2][mt], Chunks<D>::after(left, step) + mt * 16 * D * 2);
+    };
+    const auto load_right = [&](int i) {
+        load_matrix(b[i % 3], Chunks<D>::after(right, i / PARTS) + i % PARTS * 16 * D * 2);
+    };
+    load_left(0);
+    load_right(0);
+    load_right(1);
+    clear(score);
+    unrolled<ITEMS>([&](auto item) {
+        constexpr int i = decltype(item)::value, step = i / PARTS, n = i % PARTS * 2;
+        if (i + 2 < ITEMS)
+            load_right(i + 2);
+        if ((i + 1) % PARTS == 0 && step + 1 < STEPS)
+            load_left(step + 1);
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+            Element<E>::mma(score[mt][n], a[step % 2][mt], b[i % 3][0], b[i % 3][1]);
+            Element<E>::mma(score[mt][n + 1], a[step % 2][mt], b[i % 3][2], b[i % 3][3]);
+        }
+        between(item);
+    });
+}
+
+// sum += the tile whose packed pairs are `left`, MT * 16 by N, times the N rows at `right`. make(mt, step, word) gives a word of
+// `left`: those of 16 columns while the 16 before are multiplied; made(step) follows the last of them.
+template <typename E, int D, int MT, int N, typename Make, typename Made>
+__device__ __forceinline__ void add_products(float (&sum)[MT][D / 8][4], uint32_t right, Make make,
+                                             Made made) {
+    constexpr int PARTS = D / 16, STEPS = N / 16, ITEMS = STEPS * PARTS, WORDS = MT * 4;
+    uint32_t left[2][MT][4], b[3][4];
+    const auto load_right = [&](int i) {
+        load_matrix_transposed(b[i % 3],
+                               Chunks<D>::after(right, i % PARTS) + i / PARTS * 16 * D * 2);
+    };
+    // Neighbouring words are of the same columns.
+    const auto make_word = [&](int step, int k) {
+        const int mt = k / 2 % MT, word = k / (2 * MT) * 2 + k % 2;
+        left[step % 2][mt][word] = make(mt, step, word);
+    };
+    load_right(0);
+    load_right(1);
+#pragma unroll
+    for (int k = 0; k < WORDS; ++k)
+        make_word(0, k);
+    made(0, left[0]);
+    unrolled<ITEMS>([&](auto item) {
+        constexpr int i = decltype(item)::value, step = i / PARTS, part = i % PARTS, n = part * 2;
+        if (i + 2 < ITEMS)
+            load_right(i + 2);
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+            Element<E>::mma(sum[mt][n], left[step % 2][mt], b[i % 3][0], b[i % 3][1]);
+            Element<E>::mma(sum[mt][n + 1], left[step % 2][mt], b[i % 3][2], b[i % 3][3]);
+        }
+        if constexpr (step + 1 < STEPS) {
+            share<WORDS, PARTS, part>([&](auto k) { make_word(step + 1, decltype(k)::value); });
+            if (part == PARTS - 1)
+                made(step + 1, left[(step + 1) % 2]);
+        }
+    });
+}
+
+// ---- Between global and shared memory ----------------------------------------------------------------------------------
+
+// COUNT rows of any layout, of E or of floats, from `data` on; `rows` exist, with `dim` elements each. A call: many kernels have it
+// in many places, and none in a hurry.
+template <typename E, int THREADS, int COUNT, int D>
+__device__ __noinline__ void load_slowly(uint32_t to, const void *data, int64_t stride,
+                                         int64_t inner, int rows, int dim, bool f32) {
+#pragma unroll 1
+    for (int x = threadIdx.x; x < COUNT * (D / 8); x += THREADS) {
+        const int r = x / (D / 8), c = x % (D / 8) * 8;
+        const auto at = [&](int d) {
+            return r < rows && d < dim ? load_float<E>(data, r * stride + d * inner, f32) : 0.0f;
+        };
+        uint32_t pairs[4];
+#pragma unroll
+        for (int e = 0; e < 8; e += 2)
+            pairs[e / 2] = Element<E>::pack(at(c + e), at(c + e + 1));
+        store_chunk(to + Chunks<D>::at(r, c / 8), pairs);
+    }
+}
+
+// The same of a tensor from its element `from` on.
+template <typename E, int THREADS, int COUNT, int D>
+__device__ __forceinline__ void load_tile(uint32_t to, const void *data, int64_t from,
+                                          const fwd_view &v, int rows, int dim, bool aligned,
+                                          bool f32) {
+    using Load = Loader<E, THREADS, COUNT, D>;
+    const int64_t stride = v.stride[2];
+    if (aligned) {
+        const char *next = Load::start((const E *)data + from, stride);
+        Load::template aligned<false>(to + Load::place(), next, stride, rows, Load::columns(dim));
+    } else {
+        load_slowly<E, THREADS, COUNT, D>(to, (const char *)data + from * (f32 ? 4 : sizeof(E)),
+                                          stride, v.stride[3], rows, dim, f32);
+    }
+}
+
+// Of four lanes that are neighbours, lane n gets word n of each, in their order.
+__device__ __forceinline__ void transpose_words(uint32_t (&words)[4]) {
+    const int lane = threadIdx.x;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+            if (!(n & step)) {
+                const bool upper = lane & step;
+                const uint32_t other =
+                    __shfl_xor_sync(~0u, upper ? words[n] : words[n + step], step);
+                words[n] = upper ? other : words[n];
+                words[n + step] = upper ? words[n + step] : other;
+            }
+}
+
+// A warp's MT * 16 rows of sums times `factor` to a gradient whose first row begins at `to`. `rows` exist; those from `len` on
+// are 0. `aligned`: as FWD_ALIGNED_QUERY; else elements go one by one, by way of the warp's `staging` for 8 rows of floats.
+template <typename E, int D, int MT>
+__device__ __forceinline__ void store_gradient(const float (&sum)[MT][D / 8][4], float factor,
+                                               const fwd_view &v, int64_t to, int rows, int len,
+                                               int dim, bool f32, bool aligned, float *staging) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int first = mt * 16 + half * 8, r = first + lane / 4;
+            const auto at = [&](int n, int e) {
+                return r < len ? sum[mt][n][2 * half + e] * factor : 0;
+            };
+            if (aligned && !f32) {
+                const int64_t row = to + r * v.stride[2];
+#pragma unroll
+                for (int n = 0; n < D / 8; n += 4) {
+                    uint32_t words[4];
+#pragma unroll
+                    for (int w = 0; w < 4; ++w)
+                        words[w] = Element<E>::pack(at(n + w, 0), at(n + w, 1));
+                    transpose_words(words);
+                    const int d = (n + lane % 4) * 8;
+                    if (r < rows && d < dim)
+                        *(uint4 *)((E *)v.data + row + d) = {words[0], words[1], words[2],
+                                                             words[3]};
+                }
+                continue;
+            }
+            __syncwarp();
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                *(float2 *)(staging + lane / 4 * D + n * 8 + lane % 4 * 2) = {at(n, 0), at(n, 1)};
+            __syncwarp();
+#pragma unroll 1
+            for (int x = lane; x < 8 * D; x += 32)
+                if (first + x / D < rows && x % D < dim)
+                    store_float<E>(v.data, to + (first + x / D) * v.stride[2] + x % D * v.stride[3],
+                                   f32, staging[x]);
+        }
+}
+
+// ---- Rows and keys by plain loops ---------------------------------------------------------------------------------------
+
+// For sums that came out as NaN or infinity: what is hidden may hold those, and 0 times either is NaN. Here hidden pairs are left
+// out, and products stay in f32.
+template <typename E, bool EXTRAS>
+struct ExactPair {
+    float weight, gradient; // of the value, and that of the product q k
+    bool seen, kept;
+
+    __device__ ExactPair(const Head<E, EXTRAS> &head, int i, int j)
+        : weight(0), gradient(0), seen(false), kept(false) {
+        const bwd_params &p = head.p;
+        if (i >= head.seq.q_len || !head.in_window(i, j) ||
+            (p.query_segments.data && !head.same_segment(i, j)) || !head.unmasked(i, j))
+            return;
+        const int64_t q = head.row(p.f.query, i), k = head.key(p.f.key, j),
+                      o = head.row(p.d_output, i), v = head.key(p.f.value, j);
+        float score = 0, d_weight = 0, cap = 1;
+        for (int d = 0; d < p.f.dim_qk; ++d)
+            score = fmaf(load_float<E>(p.f.query.data, q + d * p.f.query.stride[3], false),
+                         load_float<E>(p.f.key.data, k + d * p.f.key.stride[3], false), score);
+        if (EXTRAS) {
+            score = head.capped(score, cap);
+            if (p.f.bias.data)
+                score += head.bias(i, j);
+            if (p.f.alibi_slopes.data)
+                score = fmaf(-head.alibi_slope(), head.distance(i, j), score);
+        }
+        if (score == NEG_INF)
+            return;
+        seen = true;
+        const float *const stats = stats_of(p, head.seq, head.h) + i;
+        const float probability = head.weight(score, stats[0], stats[stats_plane(p)]);
+        kept = !(EXTRAS && p.flags & BWD_DROPOUT && head.dropped(i, j));
+        for (int d = 0; d < p.f.dim_v && kept; ++d)
+            d_weight =
+                fmaf(load_float<E>(p.d_output.data, o + d * p.d_output.stride[3],
+                                   p.flags & BWD_D_OUTPUT_F32),
+                     load_float<E>(p.f.value.data, v + d * p.f.value.stride[3], false), d_weight);
+        weight = kept ? probability * p.keep : 0;
+        gradient =
+            probability * (d_weight * p.keep - stats[2 * stats_plane(p)]) * cap * (float)p.f.scale;
+    }
+};
+
+// out[c] += factor * element lane + 32 c of a row, for the pairs of the warp's lanes that count, one after the other.
+template <typename E, typename RowOf>
+__device__ __forceinline__ void add_rows(float (&out)[8], float factor, bool counts,
+                                         const fwd_view &v, int dim, bool f32, RowOf row_of) {
+    const int lane = threadIdx.x % 32;
+    for (unsigned left = __ballot_sync(~0u, counts); left; left &= left - 1) {
+        const int who = __ffs(left) - 1;
+        const float x = __shfl_sync(~0u, factor, who);
+        const int64_t row = row_of(who);
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+            if (lane + 32 * c < dim)
+                out[c] = fmaf(x, load_float<E>(v.data, row + (lane + 32 * c) * v.stride[3], f32),
+                              out[c]);
+    }
+}
+
+// Whether no further term changes these sums.
+__device__ __forceinline__ bool all_nan(const float (&out)[8], int dim) {
+    bool all = true;
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+        all &= (int)threadIdx.x % 32 + 32 * c >= dim || isnan(out[c]);
+    return __all_sync(~0u, all);
+}
+
+template <typename E>
+__device__ __forceinline__ void store_columns(const float (&out)[8], const fwd_view &v, int64_t row,
+                                              int dim, bool f32) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+        if (lane + 32 * c < dim)
+            store_float<E>(v.data, row + (lane + 32 * c) * v.stride[3], f32, out[c]);
+}
+
+// Rows [row, end) of d_query, by one warp, over what it has written before.
+template <typename E, bool EXTRAS>
+__device__ __noinline__ void write_query_exactly(const bwd_params &p, int b, int h, int row,
+                                                 int end) {
+    const BwdSequence seq(p, b);
+    const Head<E, EXTRAS> head{p, seq, b, h};
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+    for (int i = row; i < min(end, seq.q_len); ++i) {
+        float out[8] = {};
+        for (int j = seq.first_key(p.f, i); j < seq.end_key(p.f, i) && !all_nan(out, p.f.dim_qk);
+             j += 32) {
+            const ExactPair<E, EXTRAS> pair(head, i, j + lane);
+            add_rows<E>(out, pair.gradient, pair.seen, p.f.key, p.f.dim_qk, false,
+                        [&](int who) { return head.key(p.f.key, j + who); });
+        }
+        store_columns<E>(out, p.d_query, head.row(p.d_query, i), p.f.dim_qk,
+                         p.flags & BWD_D_QUERY_F32);
+    }
+}
+
+// Keys [key, end) of d_value, or of d_key.
+template <typename E, bool EXTRAS>
+__device__ __noinline__ void write_keys_exactly(const bwd_params &p, int b, int kv_head, int key,
+                                                int end, bool values) {
+    const BwdSequence seq(p, b);
+    const int lane = threadIdx.x % 32;
+    const fwd_view &from = values ? p.d_output : p.f.query, &to = values ? p.d_value : p.d_key;
+    const int dim = values ? p.f.dim_v : p.f.dim_qk;
+    __syncwarp();
+    for (int j = key; j < min(end, seq.k_len); ++j) {
+        float out[8] = {};
+        for (int n = 0; n < p.f.group; ++n) {
+            const Head<E, EXTRAS> head{p, seq, b, kv_head * p.f.group + n};
+            for (int i = seq.first_row(p, j); i < seq.end_row(p, j, j + 1) && !all_nan(out, dim);
+                 i += 32) {
+                const ExactPair<E, EXTRAS> pair(head, i + lane, j);
+                add_rows<E>(out, values ? pair.weight : pair.gradient,
+                            values ? pair.kept : pair.seen, from, dim,
+                            values && p.flags & BWD_D_OUTPUT_F32,
+                            [&](int who) { return head.row(from, i + who); });
+            }
+        }
+        const int64_t row =
+            b * to.stride[0] + kv_head * to.stride[1] + (seq.k_start + j) * to.stride[2];
+        store_columns<E>(out, to, row, dim, p.flags & (values ? BWD_D_VALUE_F32 : BWD_D_KEY_F32));
+    }
+}
+
+// ---- Statistics of rows -------------------------------------------------------------------------------------------------
+
+// From here on the rounding of a log-sum-exp in f32 is worth a look at the scores themselves.
+constexpr float FAR_FROM = 1024;
+
+template <int D>
+struct StatsTile {
+    static constexpr int THREADS = STATS_THREADS, ROWS = BWD_STATS_ROWS, KEYS = STATS_KEYS;
+};
+
+// The product of output and its gradient over 8 columns of a row. An output of 0 counts as 0: it is that of a row that sees
+// nothing, whatever stands in the gradient.
+template <typename E>
+__device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_t d_o, int column) {
+    const bool f32 = p.flags & BWD_D_OUTPUT_F32;
+    float sum = 0;
+    const auto add = [&](float x, float d_x) { sum = x == 0 ? sum : fmaf(x, d_x, sum); };
+    if (column >= p.f.dim_v)
+        return 0;
+    if (p.f.flags & FWD_ALIGNED_OUTPUT && p.flags & BWD_ALIGNED_D_OUTPUT) {
+        const uint4 x = *(const uint4 *)((const E *)p.f.output.data + o + column),
+                    d_x = *(const uint4 *)((const E *)p.d_output.data + d_o + column);
+        const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, d_xs[4] = {d_x.x, d_x.y, d_x.z, d_x.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const float2 a = widen_pair<E>(xs[n]), b = widen_pair<E>(d_xs[n]);
+            add(a.x, b.x);
+            add(a.y, b.y);
+        }
+        return sum;
+    }
+    for (int d = column; d < min(column + 8, p.f.dim_v); ++d) {
+        const float d_x = load_float<E>(p.d_output.data, d_o + d * p.d_output.stride[3], f32);
+        add(load_float<E>(p.f.output.data, o + d * p.f.output.stride[3], false),
+            Element<E>::widen((uint16_t)Element<E>::pack(d_x, 0))); // as the tensor cores see it
+    }
+    return sum;
+}
+
+// What weights of 64 rows are relative to, from the scores: 16 rows of a warp.
+template <typename E, int D, bool EXTRAS>
+__device__ __forceinline__ void sweep(const bwd_params &p, const BwdSequence &seq, int b, int h,
+                                      int block_row, uint32_t shared, float *stats) {
+    using T = StatsTile<D>;
+    using Tile = Pairs<false, 1, T::KEYS>;
+    const Head<E, EXTRAS> head{p, seq, b, h};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16 + lane / 4;
+    const int last = min(block_row + T::ROWS, seq.q_len) - 1;
+    const uint32_t keys = shared + T::ROWS * D * 2;
+    float top[2] = {NEG_INF, NEG_INF}, total[2] = {0, 0};
+    load_tile<E, T::THREADS, T::ROWS, D>(shared, p.f.query.data, head.row(p.f.query, block_row),
+                                         p.f.query, seq.q_len - block_row, p.f.dim_qk,
+                                         p.f.flags & FWD_ALIGNED_QUERY, false);
+    for (int key = seq.first_key(p.f, block_row) / T::KEYS * T::KEYS; key < seq.end_key(p.f, last);
+         key += T::KEYS) {
+        load_tile<E, T::THREADS, T::KEYS, D>(keys, p.f.key.data, head.key(p.f.key, key), p.f.key,
+                                             seq.k_len - key, p.f.dim_qk,
+                                             p.f.flags & FWD_ALIGNED_KEY, false);
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+        float score[1][T::KEYS / 8][4], cap[1][T::KEYS / 8][4];
+        multiply_rows<E, D, 1, T::KEYS>(score, shared + warp * 16 * D * 2 + left_at<D>(lane),
+                                        keys + right_at<D>(lane), Nothing());
+        if (EXTRAS)
+            Tile::options(head, block_row + row, key + lane % 4 * 2, score, cap);
+        Tile::hide(p, seq, block_row + row, key + lane % 4 * 2, score);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float most = top[half];
+#pragma unroll
+            for (int n = 0; n < T::KEYS / 8; ++n)
+                most = fmaxf(most, fmaxf(score[0][n][2 * half], score[0][n][2 * half + 1]));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            const float base = most == NEG_INF ? 0 : most;
+            total[half] *= head.weight(top[half], base, 0);
+            top[half] = most;
+#pragma unroll
+            for (int n = 0; n < T::KEYS / 8; ++n)
+                total[half] += head.weight(score[0][n][2 * half], base, 0) +
+                               head.weight(score[0][n][2 * half + 1], base, 0);
+        }
+        __syncthreads();
+    }
+    copy_wait<0>();
+    const float sink = sink_of(p.f, h) * LOG2E / head.slope();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        total[half] += __shfl_xor_sync(~0u, total[half], 1);
+        total[half] += __shfl_xor_sync(~0u, total[half], 2);
+        if (sink > NEG_INF) {
+            const float higher = fmaxf(top[half], sink);
+            total[half] =
+                total[half] * head.weight(top[half], higher, 0) + head.weight(sink, higher, 0);
+            top[half] = higher;
+        }
+        const int r = row + half * 8;
+        const bool empty = block_row + r >= seq.q_len || total[half] == 0;
+        if (lane % 4 == 0) {
+            stats[r] = empty ? 0 : top[half];
+            stats[stats_plane(p) + r] = empty ? POS_INF : log2f(total[half]);
+            if (empty)
+                stats[2 * stats_plane(p) + r] = 0;
+        }
+    }
+}
+
+template <typename E, int D, bool EXTRAS>
+__device__ __forceinline__ void bwd_stats(const bwd_params &p) {
+    using T = StatsTile<D>;
+    constexpr int LANES = D / 8, STEP = T::THREADS / LANES;
+    extern __shared__ __align__(16) char shared[];
+    const int blocks = (p.f.len_q + T::ROWS - 1) / T::ROWS;
+    const int h = blockIdx.x / blocks % p.f.heads_q, b = blockIdx.x / blocks / p.f.heads_q,
+              block_row = blockIdx.x % blocks * T::ROWS;
+    const BwdSequence seq(p, b);
+    if (block_row >= seq.q_rows)
+        return;
+    const Head<E, EXTRAS> head{p, seq, b, h};
+    float *const stats = (float *)stats_of(p, seq, h) + block_row;
+    bool far = false;
+#pragma unroll 2
+    for (int r = threadIdx.x / LANES; r < T::ROWS; r += STEP) {
+        const int i = block_row + r;
+        const bool exists = i < seq.q_len;
+        float delta = exists ? delta_of<E>(p, head.row(p.f.output, i), head.row(p.d_output, i),
+                                           threadIdx.x % LANES * 8)
+                             : 0;
+#pragma unroll
+        for (int step = LANES / 2; step; step /= 2)
+            delta += __shfl_xor_sync(~0u, delta, step);
+        float log = POS_INF;
+        if (exists) {
+            log =
+                load_float<E>(p.f.lse.data, head.row(p.f.lse, i), p.f.flags & FWD_LSE_F32) * LOG2E;
+            if (p.d_lse.data)
+                delta -= load_float<E>(p.d_lse.data, head.row(p.d_lse, i), p.flags & BWD_D_LSE_F32);
+            far |= !(p.f.flags & FWD_LSE_F32) || (fabsf(log) >= FAR_FROM && fabsf(log) < POS_INF);
+        }
+        const bool empty = !exists || (fabsf(log) == POS_INF && p.f.flags & FWD_LSE_F32);
+        if (threadIdx.x % LANES == 0) {
+            stats[r] = 0;
+            stats[stats_plane(p) + r] = empty ? POS_INF : log;
+            stats[2 * stats_plane(p) + r] = empty ? 0 : delta;
+        }
+    }
+    if (barrier_any(0, T::THREADS, far))
+        sweep<E, D, EXTRAS>(p, seq, b, h, block_row, (uint32_t)__cvta_generic_to_shared(shared),
+                            stats);
+}
+
+// ---- Gradients of keys and values ---------------------------------------------------------------------------------------
+
+// Two warps share MT * 16 keys. The first has S^T = K Q^T, the weights P^T, and d_value += P^T dO; the second has dP^T = V dO^T,
+// from P^T that the first left for it dS^T, and d_key += dS^T Q, one step later. So what is no product runs between products, and
+// one barrier a step is all that either waits for.
+template <int D, int WARPS, int MT, int BM>
+struct KeysTile {
+    static constexpr int THREADS = WARPS * 32, PAIRS = WARPS / 2, KEYS = PAIRS * MT * 16;
+    static constexpr int OWN_BYTES = KEYS * D * 2, STEP_BYTES = BM * D * 2;
+    static constexpr int STATS_BYTES = 3 * BM * 4, WEIGHTS_BYTES = MT * BM * 32;
+    // Keys, values, three stages of queries, two of d_output, three of statistics, two of weights.
+    static constexpr int QUERY_AT = 2 * OWN_BYTES, D_OUTPUT_AT = QUERY_AT + 3 * STEP_BYTES,
+                         STATS_AT = D_OUTPUT_AT + 2 * STEP_BYTES,
+                         WEIGHTS_AT = STATS_AT + 3 * STATS_BYTES;
+    static_assert(WEIGHTS_AT + 2 * PAIRS * WEIGHTS_BYTES == KEYS_SHARED_BYTES(D, WARPS, MT, BM),
+                  "");
+};
+
+// Weights are at most 1. f16 has 14 powers of 2 below that before it loses digits, and 15 above: there they are 2^15 times as large.
+template <typename E>
+struct Shift {
+    static constexpr float LOG = std::is_same<E, __half>::value ? 15 : 0,
+                           UNDO = std::is_same<E, __half>::value ? 1.0f / (1 << 15) : 1;
+};
+
+// What the two warps of a pair have in common. A step is tile `tile` of BM rows of a query head.
+template <typename E, int D, int WARPS, int MT, int BM, bool EXTRAS>
+struct KeysBlock {
+    using T = KeysTile<D, WARPS, MT, BM>;
+    using Tile = Pairs<true, MT, BM>;
+    const bwd_params &p;
+    const BwdSequence &seq;
+    int b, kv_head, block_key, key; // `key`: the pair's first
+    int first_tile, tiles, steps;
+    int first_row, end_row; // that see keys of this pair
+    char *shared;
+    uint32_t base, weights; // `weights`: where this lane's are
+
+    __device__ __forceinline__ int head(int step) const {
+        return kv_head * p.f.group + step / tiles;
+    }
+    __device__ __forceinline__ int row(int step) const { return (first_tile + step % tiles) * BM; }
+    __device__ __forceinline__ bool sees(int step) const {
+        return row(step) < end_row && row(step) + BM > first_row;
+    }
+    __device__ __forceinline__ uint32_t query(int step) const {
+        return base + T::QUERY_AT + step % 3 * T::STEP_BYTES;
+    }
+    __device__ __forceinline__ uint32_t d_output(int step) const {
+        return base + T::D_OUTPUT_AT + step % 2 * T::STEP_BYTES;
+    }
+    // Of this lane's columns, in three planes of BM.
+    __device__ __forceinline__ const float *stats(int step) const {
+        return (const float *)(shared + T::STATS_AT + step % 3 * T::STATS_BYTES) +
+               threadIdx.x % 4 * 2;
+    }
+    __device__ __forceinline__ uint32_t weights_at(int step, int mt, int part) const {
+        return weights + step % 2 * T::PAIRS * T::WEIGHTS_BYTES + (mt * (BM / 16) + part) * 512;
+    }
+
+    __device__ __forceinline__ void load_keys() const {
+        const Head<E, EXTRAS> head{p, seq, b, kv_head * p.f.group};
+        load_tile<E, T::THREADS, T::KEYS, D>(base, p.f.key.data, head.key(p.f.key, block_key),
+                                             p.f.key, seq.k_len - block_key, p.f.dim_qk,
+                                             p.f.flags & FWD_ALIGNED_KEY, false);
+        load_tile<E, T::THREADS, T::KEYS, D>(
+            base + T::OWN_BYTES, p.f.value.data, head.key(p.f.value, block_key), p.f.value,
+            seq.k_len - block_key, p.f.dim_v, p.f.flags & FWD_ALIGNED_VALUE, false);
+    }
+
+    __device__ __forceinline__ void load(int step) const {
+        if (step < steps) {
+            const int h = head(step), i = row(step);
+            const Head<E, EXTRAS> head{p, seq, b, h};
+            load_tile<E, T::THREADS, BM, D>(query(step), p.f.query.data, head.row(p.f.query, i),
+                                            p.f.query, seq.q_len - i, p.f.dim_qk,
+                                            p.f.flags & FWD_ALIGNED_QUERY, false);
+            load_tile<E, T::THREADS, BM, D>(
+                d_output(step), p.d_output.data, head.row(p.d_output, i), p.d_output, seq.q_len - i,
+                p.f.dim_v, p.flags & BWD_ALIGNED_D_OUTPUT, p.flags & BWD_D_OUTPUT_F32);
+            if (threadIdx.x < 3 * BM / 4) {
+                const int plane = threadIdx.x / (BM / 4), at = threadIdx.x % (BM / 4) * 4;
+                copy_async(base + T::STATS_AT + step % 3 * T::STATS_BYTES + threadIdx.x * 16,
+                           stats_of(p, seq, h) + plane * stats_plane(p) + i + at, true);
+            }
+        }
+        copy_commit();
+    }
+
+    // What was copied for `step` is there, and so are the weights of the step before; nobody reads what the next copies overwrite.
+    __device__ __forceinline__ void begin(int step) const {
+        copy_wait<0>();
+        barrier(0, T::THREADS);
+        load(step + 1);
+    }
+
+    // The first warp: sums of d_value.
+    __device__ __forceinline__ void add_values(float (&sum)[MT][D / 8][4], uint32_t keys) const {
+        const int lane = threadIdx.x % 32;
+        float score[MT][BM / 8][4];
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            begin(step);
+            if (!sees(step))
+                continue;
+            const Head<E, EXTRAS> h{p, seq, b, head(step)};
+            const int i = row(step) + lane % 4 * 2, j = key + lane / 4;
+            const float *const tops = stats(step);
+            multiply_rows<E, D, MT, BM>(score, keys, query(step) + right_at<D>(lane), Nothing());
+            float cap[MT][BM / 8][4];
+            if (EXTRAS)
+                Tile::options(h, j, i, score, cap);
+            if (key < seq.first_key(p.f, row(step) + BM - 1) ||
+                key + MT * 16 > seq.end_key(p.f, row(step)) ||
+                (EXTRAS && row(step) + BM > seq.q_len))
+                Tile::hide(p, seq, j, i, score);
+            uint32_t others[2][MT][4];
+            float2 top, log;
+            add_products<E, D, MT, BM>(
+                sum, d_output(step) + transposed_at<D>(lane),
+                [&](int mt, int part, int word) {
+                    const int n = part * 2 + word / 2, half = word % 2;
+                    if (mt == 0 && half == 0) {
+                        top = *(const float2 *)(tops + n * 8);
+                        log = *(const float2 *)(tops + BM + n * 8);
+                        log = {log.x - Shift<E>::LOG, log.y - Shift<E>::LOG};
+                    }
+                    float x = h.weight(score[mt][n][2 * half], top.x, log.x),
+                          y = h.weight(score[mt][n][2 * half + 1], top.y, log.y);
+                    if (EXTRAS)
+                        others[part % 2][mt][word] = with_options(
+                            h, i + n * 8, j + mt * 16 + half * 8, &cap[mt][n][2 * half], x, y);
+                    return Element<E>::pack(x, y);
+                },
+                [&](int part, const uint32_t(&left)[MT][4]) {
+#pragma unroll
+                    for (int mt = 0; mt < MT; ++mt)
+                        if (EXTRAS)
+                            store_chunk(weights_at(step, mt, part), others[part % 2][mt]);
+                        else
+                            store_chunk(weights_at(step, mt, part), left[mt]);
+                });
+        }
+        copy_wait<0>();
+        barrier(0, T::THREADS);
+    }
+
+    // The weights of rows i and i + 1 as the other warp gets them: times the derivative of the cap, and negative if dropped. x and y
+    // become 0 if they are.
+    __device__ __forceinline__ uint32_t with_options(const Head<E, EXTRAS> &h, int i, int j,
+                                                     const float *cap, float &x, float &y) const {
+        const bool dropout = p.flags & BWD_DROPOUT, drop_x = dropout && h.dropped(i, j),
+                   drop_y = dropout && h.dropped(i + 1, j);
+        const float a = x * cap[0], b = y * cap[1];
+        x = drop_x ? 0 : x;
+        y = drop_y ? 0 : y;
+        return Element<E>::pack(drop_x ? -a : a, drop_y ? -b : b);
+    }
+
+    // The second warp: sums of d_key, of each step when the next has begun.
+    __device__ __forceinline__ void add_keys(float (&sum)[MT][D / 8][4], uint32_t values) const {
+        const int lane = threadIdx.x % 32;
+        float score[MT][BM / 8][4];
+#pragma unroll 1
+        for (int step = 0; step <= steps; ++step) {
+            begin(step);
+            if (step > 0 && sees(step - 1)) {
+                const float *const deltas = stats(step + 2) + 2 * BM; // of step - 1
+                uint32_t weight[2][MT][4];
+                const auto load_weights = [&](int part) {
+#pragma unroll
+                    for (int mt = 0; mt < MT; ++mt)
+                        load_chunk(weight[part % 2][mt], weights_at(step + 1, mt, part));
+                };
+                float2 delta;
+                load_weights(0);
+                add_products<E, D, MT, BM>(
+                    sum, query(step + 2) + transposed_at<D>(lane),
+                    [&](int mt, int part, int word) {
+                        const int n = part * 2 + word / 2, half = word % 2;
+                        if (mt == 0 && half == 0)
+                            delta = *(const float2 *)(deltas + n * 8);
+                        const float2 w = widen_pair<E>(weight[part % 2][mt][word]);
+                        return Element<E>::pack(gradient(w.x, score[mt][n][2 * half], delta.x),
+                                                gradient(w.y, score[mt][n][2 * half + 1], delta.y));
+                    },
+                    [&](int part, const uint32_t(&)[MT][4]) {
+                        if (part + 1 < BM / 16)
+                            load_weights(part + 1);
+                    });
+            }
+            if (step < steps && sees(step))
+                multiply_rows<E, D, MT, BM>(score, values, d_output(step) + right_at<D>(lane),
+                                            Nothing());
+        }
+    }
+
+    __device__ __forceinline__ float gradient(float weight, float d_weight, float delta) const {
+        if (!EXTRAS)
+            return weight * fmaf(d_weight, Shift<E>::UNDO, -delta * Shift<E>::UNDO);
+        return fabsf(weight) * Shift<E>::UNDO * ((signbit(weight) ? 0 : d_weight * p.keep) - delta);
+    }
+};
+
+template <typename E, int D, int WARPS, int MT, int BM, bool EXTRAS>
+__device__ __forceinline__ void bwd_keys(const bwd_params &p) {
+    using T = KeysTile<D, WARPS, MT, BM>;
+    extern __shared__ __align__(16) char shared[];
+    const int lane = threadIdx.x % 32, warp = kept_by_all(threadIdx.x / 32), pair = warp % T::PAIRS;
+    const int b = blockIdx.x / p.key_blocks / p.heads_kv;
+    const BwdSequence seq(p, b);
+    KeysBlock<E, D, WARPS, MT, BM, EXTRAS> block{p, seq, b};
+    block.kv_head = blockIdx.x / p.key_blocks % p.heads_kv;
+    block.block_key = blockIdx.x % p.key_blocks * T::KEYS;
+    const int key = block.key = block.block_key + pair * MT * 16;
+    if (block.block_key >= seq.k_rows)
+        return;
+    block.first_tile = seq.first_row(p, block.block_key) / BM;
+    const int end = (seq.end_row(p, block.block_key, block.block_key + T::KEYS) + BM - 1) / BM;
+    block.tiles = max(end - block.first_tile, 0);
+    block.steps = kept_by_all(block.tiles * p.f.group);
+    block.first_row = seq.first_row(p, key);
+    block.end_row = seq.end_row(p, key, key + MT * 16);
+    block.shared = shared;
+    block.base = (uint32_t)__cvta_generic_to_shared(shared);
+    block.weights = block.base + T::WEIGHTS_AT + pair * T::WEIGHTS_BYTES + lane * 16;
+
+    const bool first = warp < T::PAIRS;
+    float sum[MT][D / 8][4];
+    clear(sum);
+    if (block.steps > 0) {
+        block.load_keys();
+        block.load(0);
+        const uint32_t own =
+            block.base + (first ? 0 : T::OWN_BYTES) + pair * MT * 16 * D * 2 + left_at<D>(lane);
+        if (first)
+            block.add_values(sum, own);
+        else
+            block.add_keys(sum, own);
+    }
+    const fwd_view &to = first ? p.d_value : p.d_key;
+    if (!to.data)
+        return;
+    const int64_t at =
+        b * to.stride[0] + block.kv_head * to.stride[1] + (seq.k_start + key) * to.stride[2];
+    store_gradient<E, D, MT>(
+        sum, first ? p.keep * Shift<E>::UNDO : (float)p.f.scale, to, at, seq.k_rows - key,
+        seq.k_len - key, first ? p.f.dim_v : p.f.dim_qk,
+        p.flags & (first ? BWD_D_VALUE_F32 : BWD_D_KEY_F32),
+        p.flags & (first ? BWD_ALIGNED_D_VALUE : BWD_ALIGNED_D_KEY),
+        (float *)(shared + (first ? 0 : T::OWN_BYTES) + pair * MT * 16 * D * 2));
+    if (__any_sync(~0u, !is_finite(sum)))
+        write_keys_exactly<E, EXTRAS>(p, b, block.kv_head, key, key + MT * 16, first);
+}
+
+// ---- Gradients of logits, row by row ------------------------------------------------------------------------------------
+
+template <int MT>
+struct RowStats {
+    float top[MT][2], log[MT][2], delta[MT][2];
+
+    // Of this thread's rows, the first of which is `row`.
+    __device__ __forceinline__ void load(const bwd_params &p, const BwdSequence &seq, int h,
+                                         int row) {
+        const float *const stats = stats_of(p, seq, h);
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int i = row + mt * 16 + half * 8;
+                const bool exists = i < seq.q_len;
+                top[mt][half] = exists ? stats[i] : 0;
+                log[mt][half] = exists ? stats[stats_plane(p) + i] : POS_INF;
+                delta[mt][half] = exists ? stats[2 * stats_plane(p) + i] : 0;
+            }
+    }
+};
+
+// From products of queries and keys, and of d_output and values, the gradients of logits in `d`; with options `score` becomes the
+// derivative of the cap. `row` and `key`: this thread's first.
+template <typename E, int MT, int N, bool EXTRAS>
+__device__ __forceinline__ void
+logit_gradients(const Head<E, EXTRAS> &head, const RowStats<MT> &stats, int row, int key,
+                bool masked, float (&score)[MT][N / 8][4], float (&d)[MT][N / 8][4]) {
+    using Tile = Pairs<false, MT, N>;
+    float cap[MT][N / 8][4];
+    if (EXTRAS)
+        Tile::options(head, row, key, score, cap);
+    if (masked)
+        Tile::hide(head.p, head.seq, row, key, score);
+    if (EXTRAS && head.p.flags & BWD_DROPOUT) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int n = 0; n < N / 8; ++n) {
+                    const int j = key + n * 8;
+                    uint32_t x[4];
+                    head.random(row + mt * 16 + half * 8, j, x);
+                    float(&y)[4] = d[mt][n];
+                    y[2 * half] = (j & 2 ? x[2] : x[0]) <= head.p.dropped_upto
+                                      ? 0
+                                      : y[2 * half] * head.p.keep;
+                    y[2 * half + 1] = (j & 2 ? x[3] : x[1]) <= head.p.dropped_upto
+                                          ? 0
+                                          : y[2 * half + 1] * head.p.keep;
+                }
+    }
+    Tile::each(row, key, [&](int mt, int n, int e, int, int) {
+        const float weight =
+            head.weight(score[mt][n][e], stats.top[mt][e / 2], stats.log[mt][e / 2]);
+        float &x = d[mt][n][e];
+        x = weight * (x - stats.delta[mt][e / 2]);
+        if (EXTRAS) {
+            x = weight == 0
+                    ? 0
+                    : x; // what is hidden may be NaN, and slopes and biases have no other guard
+            score[mt][n][e] = cap[mt][n][e];
+        }
+    });
+}
+
+template <int D, int WARPS, int MT, int BN>
+struct RowsTile {
+    static constexpr int THREADS = WARPS * 32, ROWS = WARPS * MT * 16;
+    static constexpr int OWN_BYTES = ROWS * D * 2, STEP_BYTES = BN * D * 2;
+    static_assert(2 * OWN_BYTES + 4 * STEP_BYTES == ROWS_SHARED_BYTES(D, WARPS, MT, BN), "");
+};
+
+// The sum of x over a block of THREADS, in one order always; thread 0 has it. `memory` is free for that.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x, float *memory) {
+#pragma unroll
+    for (int step = 16; step; step /= 2)
+        x += __shfl_xor_sync(~0u, x, step);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0)
+        memory[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int n = 0; n < THREADS / 32 && threadIdx.x == 0; ++n)
+        x += memory[n];
+    return x;
+}
+
+template <typename E, int D, int WARPS, int MT, int BN, bool EXTRAS>
+__device__ __forceinline__ void bwd_rows(const bwd_params &p) {
+    using T = RowsTile<D, WARPS, MT, BN>;
+    using Tile = Pairs<false, MT, BN>;
+    extern __shared__ __align__(16) char shared[];
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared),
+                   ring = base + 2 * T::OWN_BYTES;
+    const int lane = threadIdx.x % 32, warp = kept_by_all(threadIdx.x / 32);
+    const Work work(p.f);
+    const BwdSequence seq(p, work.b);
+    const Head<E, EXTRAS> head{p, seq, work.b, work.h};
+    const int block_row = work.row_block * T::ROWS, row = block_row + warp * MT * 16;
+    const bool slopes = EXTRAS && p.d_alibi_slopes.data;
+    float *const slope_to =
+        p.slope_sums + ((int64_t)work.b * p.f.heads_q + work.h) * p.f.row_blocks + work.row_block;
+    if (block_row >= seq.q_rows) {
+        if (slopes && threadIdx.x == 0)
+            *slope_to = 0;
+        return;
+    }
+    const int last = min(block_row + T::ROWS, seq.q_len) - 1,
+              warp_last = min(row + MT * 16, seq.q_len) - 1;
+    const int first = seq.first_key(p.f, block_row) / BN * BN;
+    const int end = kept_by_all(last < block_row ? 0 : seq.end_key(p.f, last));
+    const int warp_first = kept_by_all(seq.first_key(p.f, row)),
+              warp_end = kept_by_all(warp_last < row ? 0 : seq.end_key(p.f, warp_last));
+    // Keys [clean_first, clean_end) are seen by all rows of the warp. With options, rows that do not exist hide them, too: their
+    // bias may be NaN.
+    const int clean_first = kept_by_all(seq.first_key(p.f, row + MT * 16 - 1)),
+              clean_end =
+                  kept_by_all(EXTRAS && row + MT * 16 > seq.q_len ? 0 : seq.end_key(p.f, row));
+
+    const auto load = [&](int key, uint32_t to) {
+        if (key >= end)
+            return;
+        load_tile<E, T::THREADS, BN, D>(to, p.f.key.data, head.key(p.f.key, key), p.f.key,
+                                        seq.k_len - key, p.f.dim_qk, p.f.flags & FWD_ALIGNED_KEY,
+                                        false);
+        load_tile<E, T::THREADS, BN, D>(to + T::STEP_BYTES, p.f.value.data,
+                                        head.key(p.f.value, key), p.f.value, seq.k_len - key,
+                                        p.f.dim_v, p.f.flags & FWD_ALIGNED_VALUE, false);
+    };
+    load_tile<E, T::THREADS, T::ROWS, D>(base, p.f.query.data, head.row(p.f.query, block_row),
+                                         p.f.query, seq.q_len - block_row, p.f.dim_qk,
+                                         p.f.flags & FWD_ALIGNED_QUERY, false);
+    load_tile<E, T::THREADS, T::ROWS, D>(
+        base + T::OWN_BYTES, p.d_output.data, head.row(p.d_output, block_row), p.d_output,
+        seq.q_len - block_row, p.f.dim_v, p.flags & BWD_ALIGNED_D_OUTPUT,
+        p.flags & BWD_D_OUTPUT_F32);
+    load(first, ring);
+    copy_commit();
+
+    RowStats<MT> stats;
+    stats.load(p, seq, work.h, row + lane / 4);
+    float sum[MT][D / 8][4], slope_sum = 0;
+    clear(sum);
+    const uint32_t query = base + warp * MT * 16 * D * 2 + left_at<D>(lane),
+                   d_output = query + T::OWN_BYTES;
+    uint32_t stage = 0;
+#pragma unroll 1
+    for (int key = first; key < end; key += BN) {
+        copy_wait<0>();
+        __syncthreads();
+        const uint32_t keys = ring + stage, values = keys + T::STEP_BYTES;
+        stage = 2 * T::STEP_BYTES - stage;
+        load(key + BN, ring + stage);
+        copy_commit();
+        if (key >= warp_end || key + BN <= warp_first)
+            continue;
+        float score[MT][BN / 8][4], d[MT][BN / 8][4];
+        const bool masked = key < clean_first || key + BN > clean_end;
+        multiply_rows<E, D, MT, BN>(score, query, keys + right_at<D>(lane), Nothing());
+        if (!EXTRAS) {
+            if (masked)
+                Tile::hide(p, seq, row + lane / 4, key + lane % 4 * 2, score);
+            // Scores become weights.
+            multiply_rows<E, D, MT, BN>(d, d_output, values + right_at<D>(lane), [&](auto item) {
+                share<MT * BN / 2, ITEMS_OF<D, BN>, decltype(item)::value>([&](auto k) {
+                    constexpr int mt = decltype(k)::value / (BN / 2),
+                                  n = decltype(k)::value / 4 % (BN / 8), e = decltype(k)::value % 4;
+                    score[mt][n][e] =
+                        head.weight(score[mt][n][e], stats.top[mt][e / 2], stats.log[mt][e / 2]);
+                });
+            });
+        } else {
+            multiply_rows<E, D, MT, BN>(d, d_output, values + right_at<D>(lane), Nothing());
+            logit_gradients<E, MT, BN, EXTRAS>(head, stats, row + lane / 4, key + lane % 4 * 2,
+                                               masked, score, d);
+        }
+        if (slopes)
+            Tile::each(row + lane / 4, key + lane % 4 * 2, [&](int mt, int n, int e, int i, int j) {
+                slope_sum = fmaf(-d[mt][n][e], head.distance(i, j), slope_sum);
+            });
+        add_products<E, D, MT, BN>(
+            sum, keys + transposed_at<D>(lane),
+            [&](int mt, int part, int word) {
+                const int n = part * 2 + word / 2, half = word % 2;
+                const float delta = EXTRAS ? 0 : stats.delta[mt][half];
+                return Element<E>::pack(score[mt][n][2 * half] * (d[mt][n][2 * half] - delta),
+                                        score[mt][n][2 * half + 1] *
+                                            (d[mt][n][2 * half + 1] - delta));
+            },
+            [](int, const uint32_t(&)[MT][4]) {});
+    }
+    copy_wait<0>();
+    if (first >= end)
+        __syncthreads(); // no step has waited for the queries; their tile is about to be reused
+    if (slopes) {
+        const float total = block_sum<T::THREADS>(slope_sum, (float *)shared);
+        if (threadIdx.x == 0)
+            *slope_to = total;
+    }
+    if (!p.d_query.data)
+        return;
+    store_gradient<E, D, MT>(sum, (float)p.f.scale, p.d_query, head.row(p.d_query, row),
+                             seq.q_rows - row, seq.q_len - row, p.f.dim_qk,
+                             p.flags & BWD_D_QUERY_F32, p.flags & BWD_ALIGNED_D_QUERY,
+                             (float *)(shared + warp * MT * 16 * D * 2));
+    if (__any_sync(~0u, !is_finite(sum)))
+        write_query_exactly<E, EXTRAS>(p, work.b, work.h, row, row + MT * 16);
+}
+
+// ---- Gradients of a bias ------------------------------------------------------------------------------------------------
+
+template <int D>
+struct BiasTile {
+    static constexpr int THREADS = BIAS_THREADS, WARPS = THREADS / 32, ROWS = BIAS_ROWS,
+                         KEYS = BIAS_KEYS;
+    static_assert(ROWS == WARPS * 16, "");
+};
+
+// A block owns rows and keys of the bias, all of either where it has but one. Element by element it adds up what the heads,
+// sequences, rows and keys that they stand for say, one after the other.
+template <typename E, int D>
+__device__ __forceinline__ void bwd_bias(const bwd_params &p) {
+    using T = BiasTile<D>;
+    using Tile = Pairs<false, 1, T::KEYS>;
+    extern __shared__ __align__(16) char shared[];
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const fwd_view &to = p.d_bias;
+    const int row_tiles = (p.f.len_q + T::ROWS - 1) / T::ROWS,
+              key_tiles = (p.f.len_k + T::KEYS - 1) / T::KEYS;
+    // This block's part of each axis, [first, end).
+    int64_t block = blockIdx.x;
+    struct Range {
+        int first, end;
+    };
+    const auto part = [&](int axis, int count) {
+        if (!to.stride[axis])
+            return Range{0, count};
+        const int at = block % count;
+        block /= count;
+        return Range{at, at + 1};
+    };
+    const Range key_part = part(3, key_tiles), row_part = part(2, row_tiles),
+                heads = part(1, p.f.heads_q), batch = part(0, p.f.batch);
+    float sum[1][T::KEYS / 8][4];
+    clear(sum);
+    for (int b = batch.first; b < batch.end; ++b) {
+        const BwdSequence seq(p, b);
+        for (int h = heads.first; h < heads.end; ++h) {
+            const Head<E, true> head{p, seq, b, h};
+            for (int tile = row_part.first; tile < row_part.end; ++tile) {
+                const int block_row = tile * T::ROWS, row = block_row + warp * 16 + lane / 4;
+                const int last = min(block_row + T::ROWS, seq.q_len) - 1;
+                const int first_key = max(key_part.first * T::KEYS,
+                                          seq.first_key(p.f, block_row) / T::KEYS * T::KEYS),
+                          end_key = last < block_row
+                                        ? 0
+                                        : min(key_part.end * T::KEYS, seq.end_key(p.f, last));
+                if (first_key >= end_key)
+                    continue;
+                RowStats<1> stats;
+                stats.load(p, seq, h, row);
+                const uint32_t d_output = base + T::ROWS * D * 2, keys = d_output + T::ROWS * D * 2,
+                               values = keys + T::KEYS * D * 2;
+                load_tile<E, T::THREADS, T::ROWS, D>(
+                    base, p.f.query.data, head.row(p.f.query, block_row), p.f.query,
+                    seq.q_len - block_row, p.f.dim_qk, p.f.flags & FWD_ALIGNED_QUERY, false);
+                load_tile<E, T::THREADS, T::ROWS, D>(
+                    d_output, p.d_output.data, head.row(p.d_output, block_row), p.d_output,
+                    seq.q_len - block_row, p.f.dim_v, p.flags & BWD_ALIGNED_D_OUTPUT,
+                    p.flags & BWD_D_OUTPUT_F32);
+                for (int key = first_key; key < end_key; key += T::KEYS) {
+                    load_tile<E, T::THREADS, T::KEYS, D>(keys, p.f.key.data, head.key(p.f.key, key),
+                                                         p.f.key, seq.k_len - key, p.f.dim_qk,
+                                                         p.f.flags & FWD_ALIGNED_KEY, false);
+                    load_tile<E, T::THREADS, T::KEYS, D>(
+                        values, p.f.value.data, head.key(p.f.value, key), p.f.value,
+                        seq.k_len - key, p.f.dim_v, p.f.flags & FWD_ALIGNED_VALUE, false);
+                    copy_commit();
+                    copy_wait<0>();
+                    __syncthreads();
+                    float score[1][T::KEYS / 8][4], d[1][T::KEYS / 8][4];
+                    const uint32_t left = warp * 16 * D * 2 + left_at<D>(lane);
+                    multiply_rows<E, D, 1, T::KEYS>(score, base + left, keys + right_at<D>(lane),
+                                                    Nothing());
+                    multiply_rows<E, D, 1, T::KEYS>(d, d_output + left, values + right_at<D>(lane),
+                                                    Nothing());
+                    logit_gradients<E, 1, T::KEYS, true>(head, stats, row, key + lane % 4 * 2, true,
+                                                         score, d);
+                    Tile::each(0, 0, [&](int mt, int n, int e, int, int) {
+                        sum[mt][n][e] += d[mt][n][e];
+                    });
+                    __syncthreads();
+                }
+            }
+        }
+    }
+    // Sums over keys stay in the first column of a row of the tile, those over rows in its first row.
+    float *const column_sums = (float *)shared; // [WARPS][KEYS]
+    if (!to.stride[3]) {
+        float by_row[2] = {0, 0};
+        Tile::each(0, 0, [&](int mt, int n, int e, int, int) { by_row[e / 2] += sum[mt][n][e]; });
+        clear(sum);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            by_row[half] += __shfl_xor_sync(~0u, by_row[half], 1);
+            by_row[half] += __shfl_xor_sync(~0u, by_row[half], 2);
+            sum[0][0][2 * half] = by_row[half];
+        }
+    }
+    if (!to.stride[2]) {
+#pragma unroll
+        for (int n = 0; n < T::KEYS / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                float x = sum[0][n][e] + sum[0][n][e + 2];
+                for (int step = 4; step < 32; step *= 2)
+                    x += __shfl_xor_sync(~0u, x, step);
+                if (lane < 4)
+                    column_sums[warp * T::KEYS + n * 8 + lane * 2 + e] = x;
+            }
+        __syncthreads();
+        Tile::each(0, lane % 4 * 2, [&](int mt, int n, int e, int, int j) {
+            float x = 0;
+            for (int w = 0; w < T::WARPS; ++w)
+                x += column_sums[w * T::KEYS + j];
+            sum[mt][n][e] = x;
+        });
+    }
+    const int rows = to.stride[2] ? p.f.len_q : 1, columns = to.stride[3] ? p.f.len_k : 1;
+    const int first_row = to.stride[2] ? row_part.first * T::ROWS : 0,
+              first_column = to.stride[3] ? key_part.first * T::KEYS : 0;
+    Tile::each(first_row + warp * 16 + lane / 4, first_column + lane % 4 * 2,
+               [&](int mt, int n, int e, int i, int j) {
+                   if (i < rows && j < columns)
+                       store_float<E>(to.data,
+                                      batch.first * to.stride[0] + heads.first * to.stride[1] +
+                                          i * to.stride[2] + j * to.stride[3],
+                                      p.flags & BWD_D_BIAS_F32, sum[mt][n][e]);
+               });
+}
+
+// ---- Sums -----------------------------------------------------------------------------------------------------------------
+
+// One slope: over the blocks of rows of its head, and over the batch where it has one for all.
+__device__ __forceinline__ void bwd_slopes(const bwd_params &p) {
+    extern __shared__ __align__(16) char shared[];
+    const fwd_view &to = p.d_alibi_slopes;
+    const int h = blockIdx.x % p.f.heads_q, b = blockIdx.x / p.f.heads_q;
+    const int64_t count = (to.stride[0] ? 1 : p.f.batch) * (int64_t)p.f.row_blocks;
+    float sum = 0;
+    for (int64_t n = threadIdx.x; n < count; n += SUM_THREADS)
+        sum += p.slope_sums[((b + n / p.f.row_blocks) * p.f.heads_q + h) * p.f.row_blocks +
+                            n % p.f.row_blocks];
+    sum = block_sum<SUM_THREADS>(sum, (float *)shared);
+    if (threadIdx.x == 0)
+        ((float *)to.data)[b * to.stride[0] + h * to.stride[1]] = sum;
+}
+
+// One sink, by the statistics of the rows of its head. Rows that do not take part see nothing but the sink.
+template <typename E>
+__device__ __forceinline__ void bwd_sinks(const bwd_params &p) {
+    extern __shared__ __align__(16) char shared[];
+    const int h = blockIdx.x;
+    const float sink = sink_of(p.f, h), slope = p.flags & BWD_LOGITS ? LOG2E : p.f.exponent_scale;
+    float sum = 0;
+    for (int b = 0; b < p.f.batch && sink > NEG_INF; ++b) {
+        const BwdSequence seq(p, b);
+        const float *const stats = stats_of(p, seq, h);
+        for (int i = threadIdx.x; i < seq.q_rows; i += SUM_THREADS) {
+            float weight = 1, delta = 0;
+            if (i < seq.q_len) {
+                weight =
+                    exp2_fast(fmaf(-stats[i], slope, sink * LOG2E) - stats[stats_plane(p) + i]);
+                delta = stats[2 * stats_plane(p) + i];
+            } else if (p.d_lse.data) {
+                delta = -load_float<E>(p.d_lse.data,
+                                       b * p.d_lse.stride[0] + h * p.d_lse.stride[1] +
+                                           (seq.q_start + i) * p.d_lse.stride[2],
+                                       p.flags & BWD_D_LSE_F32);
+            }
+            sum = fmaf(-weight, delta, sum);
+        }
+    }
+    sum = block_sum<SUM_THREADS>(sum, (float *)shared);
+    if (threadIdx.x == 0)
+        ((float *)p.d_sinks.data)[h * p.d_sinks.stride[1]] = sum;
+}

@@ -1,0 +1,25 @@
+// The instances of cuda_bwd_sm80, named after what bwd_tiles.inc says of them.
+#include "kernels/cuda/sm80/bwd.cuh"
+
+#define INSTANCE(name, threads, blocks, ...)                                                       \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                  \
+        name(const __grid_constant__ bwd_params p) {                                               \
+        __VA_ARGS__(p);                                                                            \
+    }
+#define BOTH(name, threads, blocks, function, ...)                                                 \
+    INSTANCE(cuda_bwd_sm80_f16_##name, threads, blocks, function<__half, __VA_ARGS__>)             \
+    INSTANCE(cuda_bwd_sm80_bf16_##name, threads, blocks, function<__nv_bfloat16, __VA_ARGS__>)
+
+#define KEYS(D, WARPS, MT, BM, MINB, EXTRAS)                                                       \
+    BOTH(keys_##D##_##WARPS##_##MT##_##BM##_##EXTRAS, WARPS * 32, MINB, bwd_keys, D, WARPS, MT,    \
+         BM, EXTRAS)
+#define ROWS(D, WARPS, MT, BN, MINB, EXTRAS)                                                       \
+    BOTH(rows_##D##_##WARPS##_##MT##_##BN##_##EXTRAS, WARPS * 32, MINB, bwd_rows, D, WARPS, MT,    \
+         BN, EXTRAS)
+#define STATS(D, EXTRAS) BOTH(stats_##D##_##EXTRAS, STATS_THREADS, 1, bwd_stats, D, EXTRAS)
+#define BIAS(D) BOTH(bias_##D, BIAS_THREADS, 1, bwd_bias, D)
+#include "kernels/cuda/sm80/bwd_tiles.inc"
+
+INSTANCE(cuda_bwd_sm80_f16_sinks, SUM_THREADS, 1, bwd_sinks<__half>)
+INSTANCE(cuda_bwd_sm80_bf16_sinks, SUM_THREADS, 1, bwd_sinks<__nv_bfloat16>)
+INSTANCE(cuda_bwd_sm80_slopes, SUM_THREADS, 1, bwd_slopes)
