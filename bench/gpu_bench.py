@@ -1,23 +1,25 @@
-"""Forward attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
+"""Attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
-                                                                       [--ops fwd,decode,call]
+                                                                       [--ops fwd,bwd,decode,call]
 
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
 short busy loop of the device so that the host's own time stays out. The figures are medians; the
 spread is the distance between the quartiles in percent of the median. A product of 8192 x 8192
 matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 4 B H Lq Lk D,
-halved for causal. The ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L.
-Decoding is one query row for each head, and every call of it finds L2 cold: before it 256 MiB are
-read. (Were they written, the call would pay for writing back what of them is still in L2.) Its GB/s
-are those of keys and values. Last come host times of one call on a tiny problem: a planned call,
-and a bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
+halved for causal, and 2.5 times that for bwd, whatever a row computes twice. The ops fwd+bias,
+fwd+mask and fwd+alibi are the same with that option, at one L. Decoding is one query row for each
+head, and every call of it finds L2 cold: before it 256 MiB are read. (Were they written, the call
+would pay for writing back what of them is still in L2.) Its GB/s are those of keys and values. Last
+come host times of one call on a tiny problem: a planned call, and a bare cuLaunchKernel of an empty
+kernel with as many bytes of parameters.
 """
 
 import argparse
 import csv
 import ctypes
 import datetime
+import itertools
 import os
 import statistics
 import subprocess
@@ -30,7 +32,7 @@ import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.append(str(Path(__file__).parents[1] / "abi"))
-from dlattn_ctypes import Api, Desc, DLTensor, Exec, Sku, Tensors
+from dlattn_ctypes import Api, Desc, DLTensor, Exec, Gradients, Sku, Tensors
 
 COLUMNS = [
     "date",
@@ -76,16 +78,27 @@ class Library(Api):
         """A planned call of these tensors and the name of the row that runs it."""
         return Call(self, Desc(causal=int(causal), kernel=kernel, num_threads=threads), tensors)
 
+    def gradients(self, causal, kernel, tensors, gradients):
+        """The same for gradients: d_output, and those that are wanted."""
+        return Call(self, Desc(causal=int(causal), kernel=kernel), tensors, gradients)
+
 
 class Call:
-    def __init__(self, library, desc, tensors):
-        self.library, self.held = library, [describe(t) for t in tensors.values()]
-        self.tensors = Tensors(**{n: ctypes.pointer(t) for n, t in zip(tensors, self.held)})
-        self.keep = list(tensors.values())
+    def __init__(self, library, desc, tensors, gradients=None):
+        self.library = library
+        self.keep = [*tensors.values(), *(gradients or {}).values()]
+        self.slots = [slots(Tensors, tensors)]
+        if gradients:
+            self.slots.append(slots(Gradients, gradients))
         sku, plan = Sku(), ctypes.c_void_p()
         at = ctypes.addressof
-        library.check(library.query(at(desc), at(self.tensors), at(sku)))
-        library.check(library.plan_create(at(desc), at(self.tensors), at(plan)))
+        query, create, self.run = (
+            (library.backward_query, library.backward_plan_create, library.backward_plan_run)
+            if gradients
+            else (library.query, library.plan_create, library.plan_run)
+        )
+        library.check(query(at(desc), *map(at, self.slots), at(sku)))
+        library.check(create(at(desc), *map(at, self.slots), at(plan)))
         self.kernel, self.plan = sku.kernel.decode(), plan
         self.workspace = torch.empty(
             sku.workspace_bytes + 1024, dtype=torch.uint8, device=self.keep[0].device
@@ -99,7 +112,11 @@ class Call:
         if self.workspace.is_cuda:
             self.exec.stream = torch.cuda.current_stream().cuda_stream
         at = ctypes.addressof
-        self.library.check(self.library.plan_run(self.plan, at(self.tensors), at(self.exec)))
+        self.library.check(self.run(self.plan, *map(at, self.slots), at(self.exec)))
+
+
+def slots(struct, tensors):
+    return struct(**{name: ctypes.pointer(describe(t)) for name, t in tensors.items()})
 
 
 def describe(t):
@@ -162,7 +179,7 @@ def planned_call(library, kernel):
     call = library.call(False, kernel, query=q, key=q, value=q, output=torch.empty_like(q))
     call()
     at = ctypes.addressof
-    arguments = call.plan, at(call.tensors), at(call.exec)
+    arguments = call.plan, at(call.slots[0]), at(call.exec)
     return call.kernel, lambda call=call: library.check(library.plan_run(*arguments))
 
 
@@ -322,6 +339,59 @@ def forward_rows(library, dtypes, quick, kernels, count):
         yield list(case_rows(op, dtype, q, k, causal, found, times))
 
 
+BACKWARD_PEERS = {name: PEERS[name] for name in ("fa2", "cudnn")}
+
+
+def backward_implementations(library, q, k, v, d_output, causal, kernels):
+    """All from one output and lse, PyTorch's peers from their own."""
+    output = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
+    library.call(causal, query=q, key=k, value=v, output=output, lse=lse)()
+    tensors = {"query": q, "key": k, "value": v, "output": output, "lse": lse}
+    gradients = {"d_output": d_output}
+    gradients |= {f"d_{name}": torch.empty_like(tensors[name]) for name in list(tensors)[:3]}
+    found = {}
+    for kernel in kernels:
+        try:
+            call = library.gradients(causal, kernel, tensors, gradients)
+        except RuntimeError:
+            continue
+        found.setdefault(f"dlattn {call.kernel}", ("dlattn", call))
+    for name, backend in BACKWARD_PEERS.items():
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        try:
+            with sdpa_kernel(backend):
+                result = functional.scaled_dot_product_attention(*inputs, is_causal=causal)
+        except RuntimeError:
+            continue
+
+        def peer(result=result, inputs=inputs):
+            torch.autograd.grad(result, inputs, d_output, retain_graph=True)
+
+        found[name] = (name, peer)
+    return found
+
+
+def backward_rows(library, dtypes, quick, kernels, count):
+    """The case_rows of each case of the grid without options, of 2.5 times the products."""
+    for op, dtype, dim, causal, length in grid(dtypes, quick):
+        if op != "fwd" or dtype == "f32":
+            continue
+        batch, heads = 16384 // length, 2048 // dim
+        q, k, v, d_output = (
+            torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype]).transpose(
+                1, 2
+            )
+            for _ in range(4)
+        )
+        found = backward_implementations(library, q, k, v, d_output, causal, kernels)
+        times = rounds({name: f for name, (_, f) in found.items()}, count)
+        yield [
+            dict(row, tflops=f"{2.5 * float(row['tflops']):.1f}")
+            for row in case_rows("bwd", dtype, q, k, causal, found, times)
+        ]
+
+
 def decode_rows(library, kernels, count):
     """The case_rows of each case of DECODE, with the GB/s of its keys and values."""
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
@@ -349,7 +419,7 @@ def main():
     options.add_argument("--ops", default="fwd,decode,call")
     options.add_argument(
         "--kernels",
-        default="cuda_fwd_sm80,cuda_fwd_simt",
+        default="cuda_fwd_sm80,cuda_fwd_simt,cuda_bwd_sm80",
         help="rows to time beside the first choice",
     )
     options = options.parse_args()
@@ -385,8 +455,12 @@ def main():
             out.writerow(row)
             print(op, row.get("tflops", row.get("gbs")))
 
-        dtypes = options.dtypes.split(",") if "fwd" in options.ops else []
-        for rows in forward_rows(library, dtypes, options.quick, kernels, options.rounds):
+        directions = {"fwd": forward_rows, "bwd": backward_rows}
+        for rows in itertools.chain.from_iterable(
+            rows_of(library, options.dtypes.split(","), options.quick, kernels, options.rounds)
+            for op, rows_of in directions.items()
+            if op in options.ops.split(",")
+        ):
             out.writerows(dict(common, **row) for row in rows)
             case = rows[0]
             print(

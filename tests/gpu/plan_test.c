@@ -64,6 +64,67 @@ Test(gpu_plan, every_head_dim_on_every_gpu) {
     }
 }
 
+/* Gradients: every feature but pages, in 16 bits. */
+Test(gpu_plan, backward_of_every_head_dim_on_every_gpu) {
+    static const uint64_t features[] = {
+        0, DLATTN_FEATURE_CAUSAL | DLATTN_FEATURE_LSE | DLATTN_FEATURE_VARLEN,
+        DLATTN_FEATURE_BIAS | DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SOFTCAP,
+        DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK |
+            DLATTN_FEATURE_DIAGONAL_OFFSET};
+    for (int m = 0; m < MACHINES; m++) {
+        for (int64_t dim = 1; dim <= 256; dim++) {
+            for (size_t n = 0; n < 4 * (sizeof features / sizeof features[0]); n++) {
+                struct problem p = problem_of(n % 2 ? DTYPE_F16 : DTYPE_BF16, dim,
+                                              n % 4 < 2 ? dim : 257 - dim, features[n / 4]);
+                p.operation = BACKWARD;
+                p.kernel = "cuda_bwd_sm80";
+                cr_expect(strcmp(row_of(&machines[m], &p), "cuda_bwd_sm80") == 0,
+                          "sm_%d D %d, D_v %d", machines[m].sm, (int)p.dim_qk, (int)p.dim_v);
+            }
+        }
+    }
+    struct problem paged = problem_of(DTYPE_BF16, 64, 64, DLATTN_FEATURE_PAGED);
+    paged.operation = BACKWARD;
+    cr_expect(strcmp(row_of(&machines[3], &paged), "") == 0);
+}
+
+/* A multiprocessor of an H100 holds one block of 128 keys, and of smaller GPUs one of 64; statistics take 12 bytes for a row of
+ * those that are padded to 64, and sums of slopes 4 for a block of rows. */
+Test(gpu_plan, backward_follows_shared_memory) {
+    static const int32_t keys[MACHINES] = {64, 64, 64, 128, 128, 64};
+    struct problem p = problem_of(DTYPE_BF16, 128, 128, 0);
+    p.operation = BACKWARD;
+    p.kernel = "cuda_bwd_sm80";
+    for (int m = 0; m < MACHINES; m++) {
+        const struct caps caps = caps_of(&machines[m]);
+        struct plan plan;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK));
+        cr_expect(eq(int, plan.tile_k, keys[m]), "sm_%d", machines[m].sm);
+        cr_expect(eq(int, plan.tile_q, 128), "sm_%d", machines[m].sm);
+        cr_expect(eq(sz, plan.workspace_bytes, 2 * (320 * 12 + 3 * 4)), "sm_%d", machines[m].sm);
+    }
+}
+
+/* Indices of rows, keys and an offset diagonal meet in 32 bits. */
+Test(gpu_plan, backward_refuses_what_an_index_cannot_hold) {
+    const struct caps caps = caps_of(&machines[3]);
+    struct problem p = problem_of(DTYPE_BF16, 64, 64, DLATTN_FEATURE_DIAGONAL_OFFSET);
+    struct plan plan;
+    p.operation = BACKWARD;
+    p.kernel = "cuda_bwd_sm80";
+    p.diagonal_offset = -((1 << 29) - 600);
+    cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+    p.diagonal_offset--;
+    cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "diagonal_offset") != NULL, "%s", error_last());
+    p.diagonal_offset = 0;
+    p.batch = 1 << 13;
+    p.heads_q = p.heads_kv = 64;
+    p.len_q = p.len_k = p.total_q = p.total_k = 1 << 20;
+    cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "max_seqlen_q") != NULL, "%s", error_last());
+}
+
 /* At D 128: with two stages, with one, or of eight warps, whichever fills the GPU. */
 Test(gpu_plan, tiles_follow_shared_memory) {
     const struct problem p = problem_of(DTYPE_BF16, 128, 128, 0);
