@@ -182,7 +182,7 @@ static const struct {
     {"misaligned", misaligned, "causal", "output["},
     {"unmasked", unmasked, "mask_keys", "output["},
     {"beyond_lengths", beyond_lengths, "key_lengths", "output["},
-    {"empty_is_minus", empty_is_minus, "lengths_empty_inf", "is -inf, must be inf"},
+    {"empty_is_minus", empty_is_minus, "mask_rows_inf", "is -inf, must be inf"},
     {"without_last_key", without_last_key, "plain", "output["},
     {"without_last_row", without_last_row, "plain", "output["},
     {"no_lse", no_lse, "lse", "lse["},
