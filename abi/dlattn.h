@@ -352,6 +352,13 @@ typedef struct dlattn_sku {
     const char *operation; /* 1.1: "forward", "backward", "merge", "append" */
 } dlattn_sku;
 
+/* dlattn_kernel_info.flags, since 1.1: what a row is, beside what it can do. */
+#define DLATTN_KERNEL_REFERENCE UINT64_C(1) /* plain loops in double: the truth for the others, complete and slow */
+#define DLATTN_KERNEL_ANY_ORDER UINT64_C(2) /* chosen only for calls with DLATTN_ANY_ORDER: its bits vary */
+#define DLATTN_KERNEL_DECODE UINT64_C(4)    /* for few query rows over many keys: it declines other problems */
+#define DLATTN_KERNEL_KEEPS_ZERO                                                                                       \
+    UINT64_C(8) /* gains from DLATTN_WORKSPACE_IS_ZERO; for other rows the library clears the workspace afterwards */
+
 /* One row of the kernel table. */
 typedef struct dlattn_kernel_info {
     size_t struct_size;
@@ -367,6 +374,7 @@ typedef struct dlattn_kernel_info {
     int32_t tile_k;
     int32_t available; /* 1: this machine can run it */
     int32_t reserved0;
+    uint64_t flags; /* 1.1: DLATTN_KERNEL_* */
 } dlattn_kernel_info;
 
 /* One device. The CPU is always the first. */

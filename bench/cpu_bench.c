@@ -290,7 +290,8 @@ int main(int count, char **words) {
         for (int32_t n = 0; n < api->kernel_count(); n++) {
             dlattn_kernel_info row = {.struct_size = sizeof row};
             api->kernel_info(n, &row);
-            if (row.available && strcmp(row.backend, "cpu") == 0 && !strstr(row.name, "ref"))
+            if (row.available && strcmp(row.backend, "cpu") == 0 &&
+                !(row.flags & DLATTN_KERNEL_REFERENCE))
                 bench_row(&row, threads);
         }
     }

@@ -482,6 +482,7 @@ static int32_t kernel_info(int32_t index, dlattn_kernel_info *info) {
         .tile_q = k->tile_q,
         .tile_k = k->tile_k,
         .available = available(k),
+        .flags = kernel_flags(k),
     };
     copy_out(info, &own, sizeof own);
     return DLATTN_OK;

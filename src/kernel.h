@@ -69,6 +69,7 @@ struct kernel {
     bool
         any_order; /* its sums depend on who finishes first: only for calls with DLATTN_ANY_ORDER */
     bool keeps_zero; /* knows exec.workspace_is_zero */
+    bool decode;     /* for few query rows over many keys: declines the rest */
     /* Refines a plan whose kernel, tiles and threads are set: splits, variant, workspace. False: this row does not want the
      * problem after all (too small, say), try the next. Pure. */
     bool (*plan)(struct plan *plan, const struct problem *p, const struct caps *caps);

@@ -15,6 +15,12 @@ const char *feature_names(uint64_t bits, char *text, size_t size) {
     return text;
 }
 
+uint64_t kernel_flags(const struct kernel *k) {
+    return (k->reference ? DLATTN_KERNEL_REFERENCE : 0) |
+           (k->any_order ? DLATTN_KERNEL_ANY_ORDER : 0) | (k->decode ? DLATTN_KERNEL_DECODE : 0) |
+           (k->keeps_zero ? DLATTN_KERNEL_KEEPS_ZERO : 0);
+}
+
 bool kernel_available(const struct kernel *k, const struct caps *caps) {
     if (k->backend == BACKEND_CPU)
         return (k->cpu_needs & ~caps->cpu) == 0;

@@ -15,6 +15,9 @@ int32_t plan_threads(const struct problem *p, int32_t most);
 /* What a caller is told about a choice. `sku->struct_size` is left alone. */
 void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku *sku);
 
+/* DLATTN_KERNEL_* of a row. */
+uint64_t kernel_flags(const struct kernel *k);
+
 /* True if a machine with these capabilities can run the row. */
 bool kernel_available(const struct kernel *k, const struct caps *caps);
 

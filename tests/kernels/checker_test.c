@@ -50,6 +50,13 @@ static int32_t beyond_lengths(const dlattn_forward_desc *desc, const dlattn_tens
     return api->forward(desc, &wrong, exec);
 }
 
+static int32_t empty_is_minus(const dlattn_forward_desc *desc, const dlattn_tensors *t,
+                              const dlattn_exec *exec) {
+    dlattn_forward_desc wrong = *desc;
+    wrong.flags &= ~DLATTN_EMPTY_LSE_INF;
+    return api->forward(&wrong, t, exec);
+}
+
 /* Views without the last row or key. */
 static DLTensor shortened(const DLTensor *t, int64_t shape[4]) {
     DLTensor cut = *t;
@@ -175,6 +182,7 @@ static const struct {
     {"misaligned", misaligned, "causal", "output["},
     {"unmasked", unmasked, "mask_keys", "output["},
     {"beyond_lengths", beyond_lengths, "key_lengths", "output["},
+    {"empty_is_minus", empty_is_minus, "mask_rows_inf", "is -inf, must be inf"},
     {"without_last_key", without_last_key, "plain", "output["},
     {"without_last_row", without_last_row, "plain", "output["},
     {"no_lse", no_lse, "lse", "lse["},

@@ -123,3 +123,32 @@ Test(choice, by_name) {
         strcmp(row_of(&brain, sets[AVX512BF16], "cpu_fwd_avx512bf16"), "cpu_fwd_avx512bf16") == 0);
     cr_expect(strcmp(row_of(&single, sets[AVX512], "cpu_fwd_amx"), "none") == 0);
 }
+
+/* Each operation has one reference row, behind all others of the CPU: what it says of itself is what tests and hosts go by. */
+Test(choice, references) {
+    for (enum operation operation = FORWARD; operation < OPERATION_COUNT; operation++) {
+        const struct kernel *last = NULL;
+        int references = 0;
+        for (int32_t i = 0; i < kernel_table_size; i++) {
+            const struct kernel *k = &kernel_table[i];
+            if (k->operation != operation || k->backend != BACKEND_CPU)
+                continue;
+            references += (kernel_flags(k) & DLATTN_KERNEL_REFERENCE) != 0;
+            last = k;
+        }
+        cr_expect(eq(int, references, 1), "%s", operation_name(operation));
+        cr_expect(last && last->reference && last->cpu_needs == 0, "%s", operation_name(operation));
+    }
+}
+
+/* Rows for few query rows, and they alone, say that they decline others. */
+Test(choice, decode) {
+    for (int32_t i = 0; i < kernel_table_size; i++) {
+        const struct kernel *k = &kernel_table[i];
+        const bool one_of_them =
+            strcmp(k->name, decode[AVX2]) == 0 || strcmp(k->name, decode[AVX512]) == 0;
+        if (k->backend == BACKEND_CPU)
+            cr_expect(eq(int, (kernel_flags(k) & DLATTN_KERNEL_DECODE) != 0, one_of_them), "%s",
+                      k->name);
+    }
+}
