@@ -349,7 +349,10 @@ typedef struct dlattn_sku {
     int32_t num_splits; /* parts in which the keys of one row are summed, then merged; 1 = whole */
     int32_t num_threads;
     int32_t reserved0;
-    const char *operation; /* 1.1: "forward", "backward", "merge", "append" */
+    /* ABI 1.1 */
+    const char *operation; /* "forward", "backward", "merge", "append" */
+    int32_t reference; /* 1: a reference row, right and slow: a host that has operators of its own may prefer them */
+    int32_t reserved1;
 } dlattn_sku;
 
 /* One row of the kernel table. */

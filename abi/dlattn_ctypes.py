@@ -129,6 +129,8 @@ class Sku(Sized):
         ("workspace_alignment", ctypes.c_size_t),
         ("numbers", ctypes.c_int32 * 8),
         ("operation", ctypes.c_char_p),
+        ("reference", ctypes.c_int32),
+        ("reserved1", ctypes.c_int32),
     ]
 
 

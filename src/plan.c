@@ -156,4 +156,6 @@ void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku 
     sku->num_splits = plan->splits;
     sku->num_threads = k->backend == BACKEND_CPU ? plan->threads : 0;
     sku->reserved0 = 0;
+    sku->reference = k->reference;
+    sku->reserved1 = 0;
 }
