@@ -491,6 +491,8 @@ def _native_backward(
     if upstream["d_output"].stride(-1) != 1:  # of a sum, say; fast rows do not read that
         upstream["d_output"] = upstream["d_output"].contiguous()
     gradients = _empty_gradients(wanted, t)
+    if t.query.numel() == 0:
+        return tuple(g.zero_() for g in gradients)
     arguments = _arguments(t, options, *results, stream=_stream(t.query))
     more = upstream | _dropout(options)
     for name in _names(wanted):
