@@ -116,7 +116,9 @@ def check_jax() -> None:
                 x = tensors(case, jnp.dtype(dtype))
                 step = gradient(ours, case[-1])
                 native = "dlattn_backward" in step.lower(*x).as_text()
-                for name, a, b in zip("qkv", step(*x), gradient(theirs, case[-1])(*wide(x))):
+                with jax.default_matmul_precision("highest"):
+                    expected = gradient(theirs, case[-1])(*wide(x))
+                for name, a, b in zip("qkv", step(*x), expected):
                     what = f"jax {dtype} {case} gradient {name}, native: {native}"
                     check(what, a, b, tolerance * float(jnp.abs(b).max()))
 
