@@ -319,12 +319,17 @@ def _differentiable(options: Options, tensors: Tensors) -> tuple[jax.Array, jax.
     return vmappable_call(options)(tensors)
 
 
+# JAX 0.8 traces a rule for other arguments once more, and fails if it then saves something else.
+KNOWS_WHAT_IS_WANTED = jax.__version_info__ >= (0, 10)
+
+
 def _forward(options: Options, primals: Any) -> Any:
     """Saves the results only if the plugin computes the gradients."""
     tensors = jax.tree.map(lambda x: x.value, primals)
     if tensors.block_table is not None:
         raise Unsupported("dlattn.jax: paged attention has no gradient")
-    wanted = [n for n in DIFFERENTIABLE if (x := getattr(primals, n)) is not None and x.perturbed]
+    present = [name for name in DIFFERENTIABLE if getattr(primals, name) is not None]
+    wanted = [n for n in present if getattr(primals, n).perturbed or not KNOWS_WHAT_IS_WANTED]
     results = _differentiable(options, tensors)
     saved = None
     if is_native(options, tuple(wanted), tensors, *results):
