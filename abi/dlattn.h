@@ -330,6 +330,13 @@ typedef struct dlattn_exec {
 #define DLATTN_FEATURE_MIXED_DTYPES UINT64_C(0x100000) /* query, key, value and output are not of one dtype */
 #define DLATTN_FEATURE_SCALES UINT64_C(0x200000)
 
+/* dlattn_sku.flags and dlattn_kernel_info.flags, since 1.1: what a row is, beside what it can do. */
+#define DLATTN_KERNEL_REFERENCE UINT64_C(1) /* plain loops in double: the truth for the others, complete and slow */
+#define DLATTN_KERNEL_ANY_ORDER UINT64_C(2) /* chosen only for calls with DLATTN_ANY_ORDER: its bits vary */
+#define DLATTN_KERNEL_DECODE UINT64_C(4)    /* for few query rows over many keys: it declines other problems */
+#define DLATTN_KERNEL_KEEPS_ZERO                                                                                       \
+    UINT64_C(8) /* gains from DLATTN_WORKSPACE_IS_ZERO; for other rows the library clears the workspace afterwards */
+
 /* The kernel that a call gets, and what it guarantees. Strings are static. */
 typedef struct dlattn_sku {
     size_t struct_size;
@@ -349,15 +356,10 @@ typedef struct dlattn_sku {
     int32_t num_splits; /* parts in which the keys of one row are summed, then merged; 1 = whole */
     int32_t num_threads;
     int32_t reserved0;
-    const char *operation; /* 1.1: "forward", "backward", "merge", "append" */
+    /* ABI 1.1 */
+    const char *operation; /* "forward", "backward", "merge", "append" */
+    uint64_t flags;        /* DLATTN_KERNEL_*: a host may prefer operators of its own to a reference row */
 } dlattn_sku;
-
-/* dlattn_kernel_info.flags, since 1.1: what a row is, beside what it can do. */
-#define DLATTN_KERNEL_REFERENCE UINT64_C(1) /* plain loops in double: the truth for the others, complete and slow */
-#define DLATTN_KERNEL_ANY_ORDER UINT64_C(2) /* chosen only for calls with DLATTN_ANY_ORDER: its bits vary */
-#define DLATTN_KERNEL_DECODE UINT64_C(4)    /* for few query rows over many keys: it declines other problems */
-#define DLATTN_KERNEL_KEEPS_ZERO                                                                                       \
-    UINT64_C(8) /* gains from DLATTN_WORKSPACE_IS_ZERO; for other rows the library clears the workspace afterwards */
 
 /* One row of the kernel table. */
 typedef struct dlattn_kernel_info {

@@ -129,6 +129,7 @@ class Sku(Sized):
         ("workspace_alignment", ctypes.c_size_t),
         ("numbers", ctypes.c_int32 * 8),
         ("operation", ctypes.c_char_p),
+        ("flags", ctypes.c_uint64),
     ]
 
 

@@ -59,6 +59,27 @@ def test_same_bits(client, qkv, expected):
     assert done.stdout == expected
 
 
+@pytest.mark.skipif("c" not in CLIENTS or DEVICE != "", reason="of the C program on the CPU")
+def test_gradients_in_c(qkv):
+    """Beside float64, with the output's gradient behind the value."""
+    d_output = np.random.default_rng(1).standard_normal(SHAPE, dtype=np.float32)
+    command = [*shlex.split(CLIENTS["c"]), *map(str, SHAPE), "backward"]
+    data = qkv.tobytes() + d_output.tobytes()
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    query, key, value = qkv.astype(np.float64)
+    logits = query @ key.swapaxes(2, 3) / np.sqrt(SHAPE[3])
+    logits[..., ~np.tri(SHAPE[2], dtype=bool)] = -np.inf
+    weights = np.exp(logits)
+    weights /= weights.sum(-1, keepdims=True)
+    d_weights = d_output @ value.swapaxes(2, 3)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    d_logits /= np.sqrt(SHAPE[3])
+    expected = d_logits @ key, d_logits.swapaxes(2, 3) @ query, weights.swapaxes(2, 3) @ d_output
+    found = np.frombuffer(done.stdout, np.float32)[-3 * query.size :].reshape(3, *SHAPE)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("client", CLIENTS)
 def test_missing_library(client, qkv):
     """No result without that very file, and the error names it: no client has a copy of its own."""

@@ -162,4 +162,5 @@ void plan_describe(const struct plan *plan, const struct problem *p, dlattn_sku 
     sku->num_splits = plan->splits;
     sku->num_threads = k->backend == BACKEND_CPU ? plan->threads : 0;
     sku->reserved0 = 0;
+    sku->flags = kernel_flags(k);
 }

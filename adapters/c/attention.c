@@ -6,7 +6,9 @@
  *
  * The arguments are batch, heads, length and head_dim. Standard input holds query, key and value,
  * each [batch, heads, length, head_dim] of float32; standard output gets the output in the same
- * shape, then the log-sum-exp of every row, [batch, heads, length].
+ * shape, then the log-sum-exp of every row, [batch, heads, length]. With `backward` behind the
+ * arguments, the output's gradient follows the value, and those of query, key and value the
+ * log-sum-exp.
  */
 #include "dlattn_loader.h"
 
@@ -29,17 +31,54 @@ static DLTensor tensor(float *data, int32_t ndim, int64_t *shape) {
     };
 }
 
+/* Memory of the size and alignment that a kernel asks for. */
+static void *workspace_of(const dlattn_sku *sku) {
+    const size_t alignment = sku->workspace_alignment;
+    const size_t size = (sku->workspace_bytes + alignment - 1) / alignment * alignment;
+    void *workspace = aligned_alloc(alignment, size);
+    CHECK(workspace || !size, "no memory for a workspace of %zu bytes\n", size);
+    return workspace;
+}
+
+static void forward(const dlattn_api *api, const dlattn_forward_desc *desc,
+                    const dlattn_tensors *tensors) {
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    CHECK(!api->forward_query(desc, tensors, &sku), "%s\n", api->last_error());
+    void *workspace = workspace_of(&sku);
+    const dlattn_exec exec = {sizeof exec, 0, NULL, workspace, sku.workspace_bytes, NULL, NULL};
+    CHECK(!api->forward(desc, tensors, &exec), "%s\n", api->last_error());
+    fprintf(stderr, "attention: kernel %s of dlattn %s\n", sku.kernel, api->version());
+    free(workspace);
+}
+
+/* The same options and tensors, output and lse among them, and beside them the gradients. */
+static void backward(const dlattn_api *api, const dlattn_forward_desc *desc,
+                     const dlattn_tensors *tensors, const dlattn_gradients *gradients) {
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    CHECK(api->abi_minor >= 1, "the library has no backward: its ABI is 1.0\n");
+    CHECK(!api->backward_query(desc, tensors, gradients, &sku), "%s\n", api->last_error());
+    void *workspace = workspace_of(&sku);
+    const dlattn_exec exec = {sizeof exec, 0, NULL, workspace, sku.workspace_bytes, NULL, NULL};
+    CHECK(!api->backward(desc, tensors, gradients, &exec), "%s\n", api->last_error());
+    fprintf(stderr, "attention: kernel %s\n", sku.kernel);
+    free(workspace);
+}
+
 int main(int argc, char **argv) {
     int64_t shape[4]; /* [B, H, L, D]; the lse has the first three axes */
-    CHECK(argc == 5, "usage: attention BATCH HEADS LENGTH HEAD_DIM\n");
+    const int with_gradients = argc == 6 && strcmp(argv[5], "backward") == 0;
+    CHECK(argc == 5 || with_gradients, "usage: attention BATCH HEADS LENGTH HEAD_DIM [backward]\n");
     for (int i = 0; i < 4; i++)
         CHECK((shape[i] = atoll(argv[i + 1])) > 0, "%s is not a length\n", argv[i + 1]);
     const size_t rows = (size_t)(shape[0] * shape[1] * shape[2]);
     const size_t count = rows * (size_t)shape[3];
+    const size_t given = with_gradients ? 4 : 3, written = with_gradients ? 4 : 1;
 
-    float *memory = malloc((4 * count + rows) * sizeof *memory);
+    float *memory = malloc(((given + written) * count + rows) * sizeof *memory);
     CHECK(memory, "no memory\n");
-    CHECK(fread(memory, sizeof *memory, 3 * count, stdin) == 3 * count, "the input is too short\n");
+    CHECK(fread(memory, sizeof *memory, given * count, stdin) == given * count,
+          "the input is too short\n");
+    float *results = memory + given * count;
 
     /* 1. The table of functions; once in a process. */
     char why[4096];
@@ -49,8 +88,7 @@ int main(int argc, char **argv) {
     /* 2. What to compute, on which tensors. A field left out is zero, and zero means default. */
     const DLTensor query = tensor(memory, 4, shape), key = tensor(memory + count, 4, shape);
     const DLTensor value = tensor(memory + 2 * count, 4, shape);
-    const DLTensor output = tensor(memory + 3 * count, 4, shape);
-    const DLTensor lse = tensor(memory + 4 * count, 3, shape);
+    const DLTensor output = tensor(results, 4, shape), lse = tensor(results + count, 3, shape);
     const dlattn_forward_desc desc = {.struct_size = sizeof desc, .causal = 1};
     const dlattn_tensors tensors = {
         .struct_size = sizeof tensors,
@@ -61,22 +99,27 @@ int main(int argc, char **argv) {
         .lse = &lse,
     };
 
-    /* 3. Which kernel that is, and how much workspace it wants. */
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    CHECK(!api->forward_query(&desc, &tensors, &sku), "%s\n", api->last_error());
-    const size_t alignment = sku.workspace_alignment;
-    const size_t size = (sku.workspace_bytes + alignment - 1) / alignment * alignment;
-    void *workspace = aligned_alloc(alignment, size);
-    CHECK(workspace || !size, "no memory for a workspace of %zu bytes\n", size);
+    /* 3. Ask for the kernel and its workspace, and run it. On the CPU the result is there on return. */
+    forward(api, &desc, &tensors);
 
-    /* 4. Run it. On the CPU the result is there on return. */
-    const dlattn_exec exec = {sizeof exec, 0, NULL, workspace, sku.workspace_bytes, NULL, NULL};
-    CHECK(!api->forward(&desc, &tensors, &exec), "%s\n", api->last_error());
-    fprintf(stderr, "attention: kernel %s of dlattn %s\n", sku.kernel, api->version());
-    CHECK(fwrite(memory + 3 * count, sizeof *memory, count + rows, stdout) == count + rows &&
-              fflush(stdout) == 0,
+    /* 4. Gradients, those that are wanted; d_bias, for one, is left out. */
+    if (with_gradients) {
+        float *made = results + count + rows;
+        const DLTensor d_output = tensor(memory + 3 * count, 4, shape);
+        const DLTensor d_query = tensor(made, 4, shape), d_key = tensor(made + count, 4, shape);
+        const DLTensor d_value = tensor(made + 2 * count, 4, shape);
+        const dlattn_gradients gradients = {
+            .struct_size = sizeof gradients,
+            .d_output = &d_output,
+            .d_query = &d_query,
+            .d_key = &d_key,
+            .d_value = &d_value,
+        };
+        backward(api, &desc, &tensors, &gradients);
+    }
+    const size_t all = written * count + rows;
+    CHECK(fwrite(results, sizeof *results, all, stdout) == all && fflush(stdout) == 0,
           "the output cannot be written\n");
-    free(workspace);
     free(memory);
     return 0;
 }

@@ -40,6 +40,17 @@ static int open_library(void) {
     return api ? 0 : -1;
 }
 
+/* Whether the plugin has the operation, which came with ABI 1.1; else raises Unsupported. */
+static int require_1_1(const char *operation) {
+    char message[128];
+    if (api->abi_minor >= 1)
+        return 0;
+    snprintf(message, sizeof message, "%s: needs ABI 1.1, the library has %u.%u", operation,
+             api->abi_major, api->abi_minor);
+    raise(DLATTN_UNSUPPORTED, message);
+    return -1;
+}
+
 /* What is passed: by position the tensors and options of ABI 1.0, as __init__.py has them; by name what came later. */
 enum {
     OUTPUT = 3,
@@ -591,7 +602,8 @@ static int open_call(struct call *c, PyObject *const *args) {
     c->tensors = (dlattn_tensors){.struct_size = sizeof c->tensors};
     c->gradients = (dlattn_gradients){.struct_size = sizeof c->gradients};
     c->backward = args[D_OUTPUT] != Py_None;
-    if (open_library() != 0 || read_desc(&c->desc, args, c->kernel, sizeof c->kernel) != 0)
+    if (open_library() != 0 || (c->backward && require_1_1("backward") != 0) ||
+        read_desc(&c->desc, args, c->kernel, sizeof c->kernel) != 0)
         return -1;
     for (int slot = 0; slot < SLOTS; slot++) {
         const int position = position_of(slot);
@@ -720,11 +732,12 @@ static PyObject *query(PyObject *self, PyObject *const *given, Py_ssize_t count,
     close_arguments(c.arguments, SLOTS);
     if (status != 0)
         return NULL;
-    return Py_BuildValue("sssssKnnNNNiiii", s.kernel, s.backend, s.arch, s.math, s.accumulator,
+    return Py_BuildValue("sssssKnnNNNiiiiN", s.kernel, s.backend, s.arch, s.math, s.accumulator,
                          (unsigned long long)s.features, (Py_ssize_t)s.workspace_bytes,
                          (Py_ssize_t)s.workspace_alignment, PyBool_FromLong(s.contiguous),
                          PyBool_FromLong(s.deterministic), PyBool_FromLong(s.bit_stable), s.tile_q,
-                         s.tile_k, s.num_splits, s.num_threads);
+                         s.tile_k, s.num_splits, s.num_threads,
+                         PyBool_FromLong((s.flags & DLATTN_KERNEL_REFERENCE) != 0));
 }
 
 /* ---- Merge and append ------------------------------------------------------------------------ */
@@ -818,7 +831,7 @@ static PyObject *merge(PyObject *self, PyObject *const *given, Py_ssize_t count)
     if (count != 6 || !PyTuple_Check(given[0]) || !PyTuple_Check(given[1]) ||
         PyTuple_Size(given[0]) != PyTuple_Size(given[1]))
         return PyErr_Format(PyExc_TypeError, "merge: 6 arguments, the first two tuples alike");
-    if (open_library() != 0)
+    if (open_library() != 0 || require_1_1("merge") != 0)
         return NULL;
     const size_t parts = (size_t)PyTuple_Size(given[0]);
     struct arrays held = {calloc(2 * parts + 2, sizeof *held.arguments), 0};
@@ -853,7 +866,7 @@ static PyObject *append(PyObject *self, PyObject *const *given, Py_ssize_t count
     (void)self;
     if (count != APPENDED + 2)
         return PyErr_Format(PyExc_TypeError, "append: %zd arguments", count);
-    if (open_library() != 0)
+    if (open_library() != 0 || require_1_1("append") != 0)
         return NULL;
     for (int i = 0; i < APPENDED && !PyErr_Occurred(); i++)
         slots[i] = open_named(&held, given[i], of[i], i == KEY_CACHE || i == VALUE_CACHE);

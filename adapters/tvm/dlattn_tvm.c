@@ -8,11 +8,14 @@
  *   dlattn_forward(query, key, value, [name, value]..., output[, lse]) -> None
  *                                          destination-passing: Relax's call_dps_packed appends the
  *                                          outputs to its arguments
+ *   dlattn_backward(d_output, query, key, value, output, lse, [name, value]...,
+ *                   d_query, d_key, d_value) -> None       gradients; None for one that is not wanted
  *   dlattn_kernel(the same arguments) -> str               the row that forward would run
  *   dlattn_workspace_bytes(the same arguments) -> int      what "workspace" must hold for them
+ *   dlattn_backward_kernel, dlattn_backward_workspace_bytes    the same for backward
  *   dlattn_version() -> str                                of libdlattn.so.1
  *
- * Between value and output stand pairs of an option's name and its value; None says "absent". The
+ * Before what is written stand pairs of an option's name and its value; None says "absent". The
  * options are the fields of dlattn_forward_desc and dlattn_tensors (abi/dlattn.h has their meaning
  * and shapes), and
  *   stream      int or handle; default: the one that the caller's framework has told tvm-ffi
@@ -20,6 +23,8 @@
  *   workspace   compact uint8 tensor on the same device; default: allocated for the call, on a GPU by
  *               tvm-ffi's allocator (torch's, when a torch tensor is among the arguments), which
  *               must reuse memory in the stream's order
+ *   d_lse, d_bias, d_alibi_slopes, d_sinks    tensors, of backward alone: the gradient of lse, and
+ *               where those of bias, ALiBi slopes and sinks go
  *
  * Errors are raised with the plugin's message: TypeError for an argument of the wrong kind,
  * ValueError for an invalid one, MemoryError, and RuntimeError for the rest (unsupported, device,
@@ -43,8 +48,10 @@ enum { OK = 0, RAISED = -1 };
 
 /* What the arguments of one call say. */
 struct call {
+    bool backward;
     dlattn_forward_desc desc;
     dlattn_tensors tensors;
+    dlattn_gradients gradients;
     dlattn_exec exec;
     const DLTensor *workspace;
     bool has_stream;
@@ -163,12 +170,21 @@ static const struct option {
     {"block_table", TENSOR, offsetof(struct call, tensors.block_table)},
     {"workspace", TENSOR, offsetof(struct call, workspace)},
     {"stream", STREAM, offsetof(struct call, exec.stream)},
+    /* Of backward alone. */
+    {"d_lse", TENSOR, offsetof(struct call, gradients.d_lse)},
+    {"d_bias", TENSOR, offsetof(struct call, gradients.d_bias)},
+    {"d_alibi_slopes", TENSOR, offsetof(struct call, gradients.d_alibi_slopes)},
+    {"d_sinks", TENSOR, offsetof(struct call, gradients.d_sinks)},
 };
-enum { OPTION_COUNT = sizeof options / sizeof options[0] };
+enum { OPTION_COUNT = sizeof options / sizeof options[0], FORWARD_OPTIONS = OPTION_COUNT - 4 };
 
-static int raise_unknown(const char *name) {
+static int option_count(const struct call *call) {
+    return call->backward ? OPTION_COUNT : FORWARD_OPTIONS;
+}
+
+static int raise_unknown(const struct call *call, const char *name) {
     char known[512] = "";
-    for (int i = 0; i < OPTION_COUNT; i++) {
+    for (int i = 0; i < option_count(call); i++) {
         const size_t used = strlen(known);
         snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "", options[i].name);
     }
@@ -210,48 +226,79 @@ static bool read_option(const struct option *option, const TVMFFIAny *any, struc
 static int read_pair(const TVMFFIAny *args, struct call *call) {
     const char *name = read_string(&args[0]);
     int i = 0;
-    while (i < OPTION_COUNT && strcmp(options[i].name, name) != 0)
+    while (i < option_count(call) && strcmp(options[i].name, name) != 0)
         i++;
-    if (i == OPTION_COUNT)
-        return raise_unknown(name);
+    if (i == option_count(call))
+        return raise_unknown(call, name);
     if (args[1].type_index == kTVMFFINone || read_option(&options[i], &args[1], call))
         return OK;
     return raise_error("TypeError", "%s: must be %s, is of tvm-ffi's type %s", name,
                        kind_names[options[i].kind], type_name(&args[1]));
 }
 
-static int read_call(const TVMFFIAny *args, int32_t count, struct call *call) {
+/* The arguments of an operation that have no names: `inputs` of them before the pairs, and from
+ * `needed` on they may be left out. */
+struct form {
+    int inputs, needed, count;
+    const char *usage;
+    struct {
+        const char *name;
+        size_t offset;
+        bool may_be_none;
+    } slots[9];
+};
+
+#define INPUT(name, at) {name, offsetof(struct call, at), false}
+#define OUTPUT(name, at) {name, offsetof(struct call, at), true}
+
+static const struct form forms[] = {
+    {3,
+     4,
+     5,
+     "query, key, value, [name, value]..., output[, lse]",
+     {INPUT("query", tensors.query), INPUT("key", tensors.key), INPUT("value", tensors.value),
+      INPUT("output", tensors.output), OUTPUT("lse", tensors.lse)}},
+    {6,
+     9,
+     9,
+     "d_output, query, key, value, output, lse, [name, value]..., d_query, d_key, d_value",
+     {INPUT("d_output", gradients.d_output), INPUT("query", tensors.query),
+      INPUT("key", tensors.key), INPUT("value", tensors.value), INPUT("output", tensors.output),
+      INPUT("lse", tensors.lse), OUTPUT("d_query", gradients.d_query),
+      OUTPUT("d_key", gradients.d_key), OUTPUT("d_value", gradients.d_value)}},
+};
+
+static int read_call(const TVMFFIAny *args, int32_t count, bool backward, struct call *call) {
+    const struct form *form = &forms[backward];
     *call = (struct call){
+        .backward = backward,
         .desc = {.struct_size = sizeof call->desc, .window_left = -1, .window_right = -1},
         .tensors = {.struct_size = sizeof call->tensors},
+        .gradients = {.struct_size = sizeof call->gradients},
         .exec = {.struct_size = sizeof call->exec},
     };
-    static const char *const names[] = {"query", "key", "value", "output", "lse"};
-    const DLTensor **slots[] = {&call->tensors.query, &call->tensors.key, &call->tensors.value,
-                                &call->tensors.output, &call->tensors.lse};
     int slot = 0;
     for (int32_t i = 0; i < count; i++) {
-        if (slot == 3 && read_string(&args[i])) {
+        if (slot == form->inputs && read_string(&args[i])) {
             if (i + 1 == count)
                 return raise_error("TypeError", "%s: has no value", read_string(&args[i]));
             if (read_pair(&args[i++], call) != OK)
                 return RAISED;
-        } else if (slot == 5) {
-            return raise_error("TypeError", "there is an argument after lse");
-        } else if (read_tensor(&args[i], slots[slot]) ||
-                   (slot == 4 && args[i].type_index == kTVMFFINone)) {
+        } else if (slot == form->count) {
+            return raise_error("TypeError", "there is an argument after %s",
+                               form->slots[slot - 1].name);
+        } else if (read_tensor(&args[i],
+                               (const DLTensor **)((char *)call + form->slots[slot].offset)) ||
+                   (form->slots[slot].may_be_none && args[i].type_index == kTVMFFINone)) {
             slot++;
         } else {
             return raise_error("TypeError", "%s: must be a tensor, is of tvm-ffi's type %s",
-                               names[slot], type_name(&args[i]));
+                               form->slots[slot].name, type_name(&args[i]));
         }
     }
-    return slot >= 4 ? OK
-                     : raise_error(
-                           "TypeError",
-                           "%s: is missing; the arguments are query, key, value, [name, value]..., "
-                           "output[, lse]",
-                           names[slot]);
+    return slot >= form->needed ? OK
+                                : raise_error("TypeError", "%s: is missing; the arguments are %s",
+                                              form->slots[slot].name, form->usage);
 }
 
 /* ---- Running -------------------------------------------------------------------------------- */
@@ -283,10 +330,22 @@ static int use_workspace(struct call *call) {
     return OK;
 }
 
+static int32_t compute(const dlattn_api *api, const struct call *call) {
+    return call->backward
+               ? api->backward(&call->desc, &call->tensors, &call->gradients, &call->exec)
+               : api->forward(&call->desc, &call->tensors, &call->exec);
+}
+
+static int32_t choose(const dlattn_api *api, const struct call *call, dlattn_sku *sku) {
+    *sku = (dlattn_sku){.struct_size = sizeof *sku};
+    return call->backward ? api->backward_query(&call->desc, &call->tensors, &call->gradients, sku)
+                          : api->forward_query(&call->desc, &call->tensors, sku);
+}
+
 /* Runs with a workspace of the size that the kernel asks for, from the host's heap or the caller's allocator. */
-static int forward_with_workspace(const dlattn_api *api, struct call *call) {
-    dlattn_sku sku = {.struct_size = sizeof sku};
-    int32_t status = api->forward_query(&call->desc, &call->tensors, &sku);
+static int run_with_workspace(const dlattn_api *api, struct call *call) {
+    dlattn_sku sku;
+    int32_t status = choose(api, call, &sku);
     if (status != DLATTN_OK)
         return raise_status(api, status);
     const DLDevice device = call->tensors.query->device;
@@ -310,7 +369,7 @@ static int forward_with_workspace(const dlattn_api *api, struct call *call) {
     const uintptr_t first = ((uintptr_t)memory + alignment - 1) / alignment * alignment;
     call->exec.workspace = (char *)memory + (first - (uintptr_t)memory);
     call->exec.workspace_bytes = sku.workspace_bytes;
-    status = api->forward(&call->desc, &call->tensors, &call->exec);
+    status = compute(api, call);
     if (tensor)
         TVMFFIObjectDecRef(tensor);
     else
@@ -318,30 +377,51 @@ static int forward_with_workspace(const dlattn_api *api, struct call *call) {
     return status == DLATTN_OK ? OK : raise_status(api, status);
 }
 
-FUNCTION(dlattn_forward) {
-    (void)self, (void)result;
-    struct call call;
+/* The table, if it has the operation, and the call; NULL with the error raised. */
+static const dlattn_api *open_call(const TVMFFIAny *args, int32_t count, bool backward,
+                                   struct call *call) {
     const dlattn_api *api = open_api();
-    if (!api || read_call(args, count, &call) != OK)
+    if (!api || read_call(args, count, backward, call) != OK)
+        return NULL;
+    if (!backward || api->abi_minor >= 1)
+        return api;
+    raise_error("RuntimeError", "dlattn_backward: needs ABI 1.1, the library has %u.%u",
+                api->abi_major, api->abi_minor);
+    return NULL;
+}
+
+static int run(const TVMFFIAny *args, int32_t count, bool backward) {
+    struct call call;
+    const dlattn_api *api = open_call(args, count, backward, &call);
+    if (!api)
         return RAISED;
     const DLDevice device = call.tensors.query->device;
     if (!call.has_stream && !on_host(device))
         call.exec.stream = TVMFFIEnvGetStream(device.device_type, device.device_id);
     if (call.workspace && use_workspace(&call) != OK)
         return RAISED;
-    int32_t status = api->forward(&call.desc, &call.tensors, &call.exec);
+    int32_t status = compute(api, &call);
     if (status == DLATTN_BUFFER_TOO_SMALL && !call.workspace)
-        return forward_with_workspace(api, &call);
+        return run_with_workspace(api, &call);
     return status == DLATTN_OK ? OK : raise_status(api, status);
 }
 
-static int query(const TVMFFIAny *args, int32_t count, dlattn_sku *sku) {
+FUNCTION(dlattn_forward) {
+    (void)self, (void)result;
+    return run(args, count, false);
+}
+
+FUNCTION(dlattn_backward) {
+    (void)self, (void)result;
+    return run(args, count, true);
+}
+
+static int query(const TVMFFIAny *args, int32_t count, bool backward, dlattn_sku *sku) {
     struct call call;
-    const dlattn_api *api = open_api();
-    if (!api || read_call(args, count, &call) != OK)
+    const dlattn_api *api = open_call(args, count, backward, &call);
+    if (!api)
         return RAISED;
-    *sku = (dlattn_sku){.struct_size = sizeof *sku};
-    int32_t status = api->forward_query(&call.desc, &call.tensors, sku);
+    int32_t status = choose(api, &call, sku);
     return status == DLATTN_OK ? OK : raise_status(api, status);
 }
 
@@ -350,19 +430,37 @@ static int return_string(const char *text, TVMFFIAny *result) {
     return TVMFFIStringFromByteArray(&bytes, result);
 }
 
+static int return_kernel(const TVMFFIAny *args, int32_t count, bool backward, TVMFFIAny *result) {
+    dlattn_sku sku;
+    return query(args, count, backward, &sku) == OK ? return_string(sku.kernel, result) : RAISED;
+}
+
+static int return_bytes(const TVMFFIAny *args, int32_t count, bool backward, TVMFFIAny *result) {
+    dlattn_sku sku;
+    if (query(args, count, backward, &sku) != OK)
+        return RAISED;
+    *result = (TVMFFIAny){.type_index = kTVMFFIInt, .v_int64 = (int64_t)sku.workspace_bytes};
+    return OK;
+}
+
 FUNCTION(dlattn_kernel) {
     (void)self;
-    dlattn_sku sku;
-    return query(args, count, &sku) == OK ? return_string(sku.kernel, result) : RAISED;
+    return return_kernel(args, count, false, result);
 }
 
 FUNCTION(dlattn_workspace_bytes) {
     (void)self;
-    dlattn_sku sku;
-    if (query(args, count, &sku) != OK)
-        return RAISED;
-    *result = (TVMFFIAny){.type_index = kTVMFFIInt, .v_int64 = (int64_t)sku.workspace_bytes};
-    return OK;
+    return return_bytes(args, count, false, result);
+}
+
+FUNCTION(dlattn_backward_kernel) {
+    (void)self;
+    return return_kernel(args, count, true, result);
+}
+
+FUNCTION(dlattn_backward_workspace_bytes) {
+    (void)self;
+    return return_bytes(args, count, true, result);
 }
 
 FUNCTION(dlattn_version) {

@@ -171,6 +171,66 @@ def test_arity(dlattn):
         dlattn.dlattn_forward(query, key, value, output, lse, lse)
 
 
+def derivative(f, x, direction, step=1e-6):
+    """Of the number f(x), in that direction, by central differences in float64."""
+    return (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+
+
+def gradients():
+    """Arrays for those of query, key and value."""
+    return [np.full(x.shape, np.nan, np.float32) for x in problem()]
+
+
+def test_backward(dlattn):
+    """Beside finite differences of the reference; the bias and the log-sum-exp are among it."""
+    inputs = dict(zip(("query", "key", "value"), problem(), strict=True))
+    rng = np.random.default_rng(1)
+    inputs["bias"] = rng.standard_normal((1, 4, 1, 11), dtype=np.float32)
+    output, lse = outputs()
+    options = ["causal", True, "scale", SCALE, "bias", inputs["bias"]]
+    main = [inputs[name] for name in ("query", "key", "value")]
+    dlattn.dlattn_forward(*main, *options, output, lse)
+    d_output, d_lse = (rng.standard_normal(x.shape, dtype=np.float32) for x in (output, lse))
+    found = dict(zip(inputs, [*gradients(), np.full_like(inputs["bias"], np.nan)], strict=True))
+    written = [found[name] for name in ("query", "key", "value")]
+    options += ["d_lse", d_lse, "d_bias", found["bias"]]
+    arguments = [d_output, *main, output, lse, *options, *written]
+    assert dlattn.dlattn_backward_kernel(*arguments).startswith("cpu_bwd_")
+    assert dlattn.dlattn_backward_workspace_bytes(*arguments) >= 0
+    dlattn.dlattn_backward(*arguments)
+    for name, gradient in found.items():
+        direction = rng.standard_normal(inputs[name].shape)
+
+        def loss(x, name=name):
+            output, lse = reference(**{**inputs, name: x})
+            return (output * d_output).sum() + (lse * d_lse).sum()
+
+        expected = derivative(loss, inputs[name].astype(np.float64), direction)
+        np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_backward_of_what_is_wanted(dlattn):
+    query, key, value = problem()
+    output, lse = outputs()
+    dlattn.dlattn_forward(query, key, value, output, lse)
+    main = [np.ones_like(output), query, key, value, output, lse]
+    d_query, d_key, d_value = gradients()
+    dlattn.dlattn_backward(*main, d_query, d_key, d_value)
+    alone = gradients()[1]
+    dlattn.dlattn_backward(*main, None, alone, None)
+    np.testing.assert_array_equal(alone, d_key)
+    with pytest.raises(ValueError, match="gradients: none is asked for"):
+        dlattn.dlattn_backward(*main, None, None, None)
+    with pytest.raises(TypeError, match="d_value: is missing; the arguments are d_output, query"):
+        dlattn.dlattn_backward(*main, d_query, d_key)
+    with pytest.raises(TypeError, match="lse: must be a tensor, is of tvm-ffi's type None"):
+        dlattn.dlattn_backward(*main[:-1], None, d_query, d_key, d_value)
+    with pytest.raises(ValueError, match="d_query: axis 3"):
+        dlattn.dlattn_backward(*main, d_query[..., :8], None, None)
+    with pytest.raises(ValueError, match='no option "d_bias"; it has causal'):
+        dlattn.dlattn_forward(query, key, value, "d_bias", d_key, output)
+
+
 def test_missing_library():
     """The error names the places searched."""
     program = f"import tvm_ffi; tvm_ffi.load_module({MODULE!r}).dlattn_version()"

@@ -1,12 +1,13 @@
 /*
  * XLA FFI handlers, for JAX and every other program that runs XLA: dlattn_xla_forward_cpu and
- * dlattn_xla_forward_cuda.
+ * dlattn_xla_forward_cuda, dlattn_xla_backward_cpu and dlattn_xla_backward_cuda.
  *
- * Arguments: the tensors that the attribute `slots` names, bit i being slot i of dlattn_tensors, in
- * that order; results: output, lse if its bit is set, and workspace (u8) if the plugin asked for
- * any when the program was traced. With heads_axis = 1, query, key, value, output are [B, H, L, D]
- * and lse [B, H, L]; with heads_axis = 2 they are [B, L, H, D] and [B, L, H], read and written in
- * place. Further attributes have the names of dlattn_forward_desc; an absent one is 0, an unknown one
+ * Arguments: the tensors that the attribute `slots` names, bit i being slot i of dlattn_tensors,
+ * and bits from there on the slots of dlattn_gradients, in that order. Results are those of them
+ * that the operation writes (forward: output and lse; backward: d_query and what follows it), and
+ * workspace (u8) if the plugin asked for any when the program was traced. With heads_axis = 1,
+ * query, key, value and output are [B, H, L, D] and lse [B, H, L]; with heads_axis = 2 they are
+ * [B, L, H, D] and [B, L, H], read and written in place; so are their gradients. Further attributes have the names of dlattn_forward_desc; an absent one is 0, an unknown one
  * is refused. Integers are of any integer type, reals of float64, float32 or any integer type.
  */
 #define _GNU_SOURCE
@@ -19,7 +20,15 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { OUTPUT = 3, LSE = 4, MAX_AXES = 4, SLOTS = (sizeof(dlattn_tensors) - sizeof(size_t)) / 8 };
+enum {
+    MAX_AXES = 4,
+    OUTPUT = 3,
+    LSE = 4,
+    TENSORS = (sizeof(dlattn_tensors) - sizeof(size_t)) / sizeof(void *),
+    D_QUERY = TENSORS + 2, /* behind d_output and d_lse */
+    D_VALUE = D_QUERY + 2,
+    SLOTS = TENSORS + (sizeof(dlattn_gradients) - sizeof(size_t)) / sizeof(void *)
+};
 
 static const dlattn_api *plugin;
 static char why_not[4096];
@@ -275,23 +284,43 @@ static int open_tensor(struct tensor *t, const xla_buffer *b, DLDevice device, i
     return 0;
 }
 
+/* A call of forward, or of backward. */
+struct attention {
+    int backward;
+    struct tensor opened[SLOTS];
+    dlattn_tensors tensors;
+    dlattn_gradients gradients;
+};
+
+static const DLTensor **slot_of(struct attention *c, int slot) {
+    return slot < TENSORS ? (const DLTensor **)&c->tensors.query + slot
+                          : (const DLTensor **)&c->gradients.d_output + slot - TENSORS;
+}
+
+static int is_result(const struct attention *c, int slot) {
+    return c->backward ? slot >= D_QUERY : slot == OUTPUT || slot == LSE;
+}
+
+/* Whether heads are an axis that heads_axis moves. */
+static int has_heads(int slot) { return slot <= LSE || (slot >= TENSORS && slot <= D_VALUE); }
+
 /* Tensors of a call and its workspace; NULL, or what is wrong with the buffers. */
 static const char *open_tensors(const xla_call *call, const struct attributes *a, DLDevice device,
-                                struct tensor *opened, dlattn_tensors *tensors, dlattn_exec *exec) {
-    const DLTensor **slot = (const DLTensor **)&tensors->query;
-    const int heads_last = a->heads_axis == 2;
+                                struct attention *c, dlattn_exec *exec) {
     int64_t argument = 0, result = 0;
+    if (!c->backward && a->slots >> TENSORS)
+        return "dlattn: attribute slots: names gradients, which are those of backward";
     for (int i = 0; i < SLOTS; i++) {
-        const int output = i == OUTPUT || i == LSE;
-        const xla_buffers *from = output ? &call->results : &call->arguments;
-        int64_t *next = output ? &result : &argument;
+        const xla_buffers *from = is_result(c, i) ? &call->results : &call->arguments;
+        int64_t *next = is_result(c, i) ? &result : &argument;
         if (!(a->slots >> i & 1))
             continue;
         if (*next >= from->size)
             return "dlattn: fewer buffers than the attribute slots names";
-        if (open_tensor(&opened[i], from->items[(*next)++], device, heads_last && i <= LSE) != 0)
+        if (open_tensor(&c->opened[i], from->items[(*next)++], device,
+                        a->heads_axis == 2 && has_heads(i)) != 0)
             return "dlattn: a buffer has more than 4 axes";
-        slot[i] = &opened[i].dl;
+        *slot_of(c, i) = &c->opened[i].dl;
     }
     if (argument != call->arguments.size || result + 1 < call->results.size)
         return "dlattn: more buffers than the attribute slots names";
@@ -385,36 +414,38 @@ static int32_t device_of(const void *pointer) {
 
 /* ---- The handlers ---- */
 
-static xla_error *forward(const xla_call *call, DLDevice device, dlattn_exec *exec) {
+static xla_error *attend(const xla_call *call, int backward, DLDevice device, dlattn_exec *exec) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    struct tensor opened[SLOTS];
-    dlattn_tensors tensors = {.struct_size = sizeof tensors};
+    struct attention c = {.backward = backward,
+                          .tensors = {.struct_size = sizeof c.tensors},
+                          .gradients = {.struct_size = sizeof c.gradients}};
     struct attributes attributes;
     char message[MESSAGE];
     pthread_once(&once, open_plugin);
     if (!plugin)
         return refuse(call, XLA_FAILED_PRECONDITION, why_not);
+    if (backward && plugin->abi_minor < 1)
+        return refuse(call, XLA_UNIMPLEMENTED, "dlattn: backward: needs a library of ABI 1.1");
     if (read_attributes(call, &attributes, message) != 0)
         return refuse(call, XLA_INVALID_ARGUMENT, message);
     const dlattn_forward_desc desc = desc_of(&attributes);
-    const char *wrong = open_tensors(call, &attributes, device, opened, &tensors, exec);
+    const char *wrong = open_tensors(call, &attributes, device, &c, exec);
     if (wrong)
         return refuse(call, XLA_INVALID_ARGUMENT, wrong);
-    const int32_t status = plugin->forward(&desc, &tensors, exec);
+    const int32_t status = backward ? plugin->backward(&desc, &c.tensors, &c.gradients, exec)
+                                    : plugin->forward(&desc, &c.tensors, exec);
     return status == DLATTN_OK ? NULL : refuse(call, code_of(status), plugin->last_error());
 }
 
-EXPORT xla_error *dlattn_xla_forward_cpu(const xla_call *call);
-EXPORT xla_error *dlattn_xla_forward_cpu(const xla_call *call) {
+static xla_error *attend_on_cpu(const xla_call *call, int backward) {
     dlattn_exec exec = {.struct_size = sizeof exec, .parallel_for = parallel_for};
     if (describe(call, 0))
         return NULL;
     exec.parallel_ctx = (void *)(uintptr_t)call;
-    return forward(call, (DLDevice){kDLCPU, 0}, &exec);
+    return attend(call, backward, (DLDevice){kDLCPU, 0}, &exec);
 }
 
-EXPORT xla_error *dlattn_xla_forward_cuda(const xla_call *call);
-EXPORT xla_error *dlattn_xla_forward_cuda(const xla_call *call) {
+static xla_error *attend_on_cuda(const xla_call *call, int backward) {
     dlattn_exec exec = {.struct_size = sizeof exec};
     xla_stream_get_args stream = {sizeof stream, NULL, NULL, NULL};
     if (describe(call, XLA_COMMAND_BUFFER_COMPATIBLE))
@@ -425,5 +456,14 @@ EXPORT xla_error *dlattn_xla_forward_cuda(const xla_call *call) {
         return error;
     exec.stream = stream.stream;
     const void *query = call->arguments.size > 0 ? call->arguments.items[0]->data : NULL;
-    return forward(call, (DLDevice){kDLCUDA, device_of(query)}, &exec);
+    return attend(call, backward, (DLDevice){kDLCUDA, device_of(query)}, &exec);
 }
+
+#define HANDLER(name, place, backward)                                                             \
+    EXPORT xla_error *name(const xla_call *call);                                                  \
+    EXPORT xla_error *name(const xla_call *call) { return attend_on_##place(call, backward); }
+
+HANDLER(dlattn_xla_forward_cpu, cpu, 0)
+HANDLER(dlattn_xla_forward_cuda, cuda, 0)
+HANDLER(dlattn_xla_backward_cpu, cpu, 1)
+HANDLER(dlattn_xla_backward_cuda, cuda, 1)

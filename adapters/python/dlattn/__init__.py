@@ -80,6 +80,7 @@ class Sku(NamedTuple):
     tile_k: int
     num_splits: int
     num_threads: int
+    reference: bool
 
 
 class Kernel(NamedTuple):

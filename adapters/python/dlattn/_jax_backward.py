@@ -1,4 +1,5 @@
-"""The backward pass of dlattn.jax: some query rows at a time, from the inputs alone.
+"""The backward pass of dlattn.jax in JAX's operators: some query rows at a time, from the inputs
+alone; for calls of which the plugin has no row but the reference, and for second order.
 
 The softmax of every row is computed anew from its logits, and not from the log-sum-exp of the
 forward pass, whose rounding at large logits would be a factor in every weight. What a row does not

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,10 @@ TARGET = "dlattn_forward"
 
 def _register() -> None:
     shim = ctypes.CDLL(str(Path(__file__).with_name("libdlattn_xla.so")))
-    for platform, symbol in (
-        ("cpu", "dlattn_xla_forward_cpu"),
-        ("CUDA", "dlattn_xla_forward_cuda"),
-    ):
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(shim[symbol]), platform=platform)
+    for operation in ("forward", "backward"):
+        for platform in ("cpu", "CUDA"):
+            handler = jax.ffi.pycapsule(shim[f"dlattn_xla_{operation}_{platform.lower()}"])
+            jax.ffi.register_ffi_target(f"dlattn_{operation}", handler, platform=platform)
 
 
 _register()
@@ -46,7 +46,8 @@ class Tensors(NamedTuple):
     block_table: jax.Array | None = None
 
     @property
-    def has_gradient(self) -> bool:
+    def can_fold(self) -> bool:
+        """Whether there is a batch, which can be made longer."""
         return self.cu_seqlens_q is None and self.block_table is None
 
 
@@ -64,8 +65,18 @@ class Options(NamedTuple):
     heads_axis: int = 1  # 1: [B, H, L, D], 2: [B, L, H, D]
 
 
-OUTPUT_SLOT, LSE_SLOT = 3, 4
 WINDOW_FLAG, EXACT_SCALE_FLAG = 1, 2
+# Of dlattn_tensors, as far as they are known here, and behind it of dlattn_gradients.
+SLOTS = {
+    name: slot
+    for first, names in (
+        (0, (*Tensors._fields[:3], "output", "lse", *Tensors._fields[3:])),
+        (20, ("d_output", "d_lse", *(f"d_{name}" for name in Tensors._fields[:4]))),
+        (26, ("d_alibi_slopes", "d_sinks")),
+    )
+    for slot, name in enumerate(names, first)
+}
+OF_HEADS = {"query", "key", "value", "output", "lse"}  # and their gradients: heads are an axis
 
 
 def wide_type(query: jax.Array) -> Any:
@@ -73,82 +84,111 @@ def wide_type(query: jax.Array) -> Any:
     return jnp.promote_types(query.dtype, jnp.float32)
 
 
+def in_float32(tensors: Tensors) -> Tensors:
+    """What the plugin takes in no other type."""
+    narrow = {
+        name: x.astype(jnp.float32)
+        for name in ("alibi_slopes", "sinks")
+        if (x := getattr(tensors, name)) is not None
+    }
+    return tensors._replace(**narrow)
+
+
 # ---- The call
 
 
 def call(options: Options, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
     """(output, lse), on whatever platform the program is compiled for."""
-    tensors = tensors._replace(
-        **{
-            name: x.astype(jnp.float32)
-            for name in ("alibi_slopes", "sinks")
-            if (x := getattr(tensors, name)) is not None
-        }
-    )
+    tensors = in_float32(tensors)
     present = [x for x in tensors if x is not None]
-    if jax.default_backend() != "gpu":
-        results = _platform_call(options, tensors, "cpu")(*present)
-    else:
-        branches = {name: _platform_call(options, tensors, name) for name in ("cpu", "cuda")}
-        results = lax.platform_dependent(*present, **branches)
+    results = by_platform(lambda name: _platform_call(options, tensors, name), present)
     return vary(results, varying_axes(tensors))
 
 
-class _Planned(NamedTuple):
-    slots: list[Any]
-    results: list[jax.ShapeDtypeStruct]
-    num_threads: int
+def platforms() -> tuple[str, ...]:
+    """Where a program may run."""
+    return ("cpu", "cuda") if jax.default_backend() == "gpu" else ("cpu",)
 
 
-def _plan(options: Options, tensors: Tensors, platform: str) -> _Planned:
-    """What the plugin will do with this call. The number of threads is decided here, and not where
-    the program runs, because the workspace has room for so many."""
+def by_platform(on: Callable[[str], Any], arguments: list[jax.Array]) -> Any:
+    """``on(platform)(*arguments)`` for the platform that the program is compiled for."""
+    branches = {name: on(name) for name in platforms()}
+    if len(branches) == 1:
+        return branches["cpu"](*arguments)
+    return lax.platform_dependent(*arguments, **branches)
+
+
+def plan(
+    options: Options,
+    slots: dict[str, Any],
+    platform: str,
+    is_wanted: Callable[..., bool] | None = None,
+) -> tuple[int, int] | None:
+    """(workspace in bytes, number of threads) of the call with these arrays by slot, or None if it
+    is not wanted. The number of threads is decided here, and not where the program runs, because
+    the workspace has room for so many."""
+    device = (1, 0) if platform == "cpu" else (2, 0)
+    specs = {n: None if x is None else _spec(n, x, options, device) for n, x in slots.items()}
+    gradients = {n: x for n, x in specs.items() if n.startswith("d_") and x is not None}
+    tensors = [x for n, x in specs.items() if not n.startswith("d_")]
+
+    def arguments(num_threads: int) -> tuple[Any, ...]:
+        return (*tensors, *options[:-1], None, num_threads, None, None)
+
+    if is_wanted is not None and not is_wanted(*arguments(0), **gradients):
+        return None
+    num_threads = Sku(*_core.query(*arguments(0), **gradients)).num_threads
+    sku = Sku(*_core.query(*arguments(num_threads), **gradients))
+    return sku.workspace_bytes, num_threads
+
+
+def _plan_forward(options: Options, tensors: Tensors, platform: str) -> tuple[Any, ...]:
+    """(slots, what the call gives, number of threads)."""
     packed = tensors.cu_seqlens_q is not None
     query, value = tensors.query, tensors.value
     output = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
     lse_shape = query.shape[1::-1] if packed else query.shape[:-1]
     lse = jax.ShapeDtypeStruct(lse_shape, wide_type(query))
-
-    slots: list[Any] = list(tensors)
-    slots[OUTPUT_SLOT:OUTPUT_SLOT] = (output, lse)
-    device = (1, 0) if platform == "cpu" else (2, 0)
-    specs = [None if x is None else _spec(x, options, i, device) for i, x in enumerate(slots)]
-
-    def choose(num_threads: int) -> Sku:
-        return Sku(*_core.query(*specs, *options[:-1], None, num_threads, None, None))
-
-    num_threads = choose(0).num_threads
-    sku = choose(num_threads)
+    written = {"output": output, "lse": lse}
+    inputs = tensors._asdict()
+    main = {name: inputs.pop(name) for name in Tensors._fields[:3]}
+    slots = {**main, **written, **inputs}
+    workspace_bytes, num_threads = plan(options, slots, platform)
     results = [output, lse]
-    if sku.workspace_bytes:
-        results.append(jax.ShapeDtypeStruct((sku.workspace_bytes,), jnp.uint8))
-    return _Planned(slots, results, num_threads)
+    if workspace_bytes:
+        results.append(jax.ShapeDtypeStruct((workspace_bytes,), jnp.uint8))
+    return [name for name, x in slots.items() if x is not None], results, num_threads
 
 
 def check(options: Options, tensors: Tensors) -> None:
     """Raises what tracing `call` would."""
-    _plan(options, tensors, "cuda" if jax.default_backend() == "gpu" else "cpu")
+    _plan_forward(options, tensors, platforms()[-1])
 
 
 def _platform_call(options: Options, tensors: Tensors, platform: str) -> Any:
     """The call for one platform, whose kernel says how much workspace it needs."""
-    slots, results, num_threads = _plan(options, tensors, platform)
-    attributes = {
-        "slots": sum(1 << i for i, x in enumerate(slots) if x is not None),
+    names, results, num_threads = _plan_forward(options, tensors, platform)
+    attributes = attributes_of(options, names, num_threads)
+    ffi_call = jax.ffi.ffi_call(TARGET, results)
+    return lambda *present: tuple(ffi_call(*present, **attributes)[:2])
+
+
+def attributes_of(options: Options, names: Iterable[str], num_threads: int) -> dict[str, Any]:
+    """Those of a custom call that has these slots."""
+    return {
+        "slots": sum(1 << SLOTS[name] for name in names),
         "flags": WINDOW_FLAG | (0 if options.scale is None else EXACT_SCALE_FLAG),
         "num_threads": num_threads,
         **options._asdict(),
         "scale": options.scale or 0.0,
         "causal": int(options.causal),
     }
-    ffi_call = jax.ffi.ffi_call(TARGET, results)
-    return lambda *present: tuple(ffi_call(*present, **attributes)[:2])
 
 
 CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
 
 
-def _spec(x: Any, options: Options, slot: int, device: tuple[int, int]) -> tuple[Any, ...]:
+def _spec(slot: str, x: Any, options: Options, device: tuple[int, int]) -> tuple[Any, ...]:
     """What the plugin sees of an array, heads before rows."""
     name = jnp.dtype(x.dtype).name
     kind = name.rstrip("0123456789")
@@ -156,7 +196,7 @@ def _spec(x: Any, options: Options, slot: int, device: tuple[int, int]) -> tuple
     shape, strides = list(x.shape), [1] * len(x.shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
-    if options.heads_axis == 2 and slot <= LSE_SLOT and len(shape) >= 3:
+    if options.heads_axis == 2 and slot.removeprefix("d_") in OF_HEADS and len(shape) >= 3:
         for row in (shape, strides):
             row[1], row[2] = row[2], row[1]
     return tuple(shape), tuple(strides), CODES.get(kind, 5), bits, *device
@@ -198,26 +238,31 @@ def vmappable_call(options: Options) -> Any:
     @vmappable.def_vmap
     def rule(size: int, batched: Any, tensors: Tensors) -> Any:
         (batched,) = batched
-        if not tensors.has_gradient:
+        if not tensors.can_fold:
             raise Unsupported("dlattn.jax: packed and paged attention cannot be vmapped")
         query_axis = 1 if batched.query else 0
         batch = tensors.query.shape[query_axis]
-        folded = Tensors(
-            *(
-                None if x is None else _fold(name, x, on, size, batch)
-                for name, x, on in zip(Tensors._fields, tensors, batched)
-            )
-        )
-        results = vmappable(folded)
+        results = vmappable(folded(tensors, batched, size, batch))
         return tuple(x.reshape(size, batch, *x.shape[1:]) for x in results), (True, True)
 
     return vmappable
 
 
-def _fold(name: str, x: jax.Array, batched: bool, size: int, batch: int) -> jax.Array:
-    """[size, B, ...] -> [size * B, ...]; what has no batch axis of its own gets one, if needed."""
+def folded(tensors: Any, batched: Any, size: int, batch: int, whole: bool = False) -> Any:
+    """The named tuple with [size, B, ...] as [size * B, ...]; ``whole``: none is left as it is, so
+    that a gradient of each has an entry for each of the batch."""
+    found = {
+        name: None if x is None else _fold(name, x, getattr(batched, name), size, batch, whole)
+        for name, x in tensors._asdict().items()
+    }
+    return type(tensors)(**found)
+
+
+def _fold(name: str, x: jax.Array, batched: bool, size: int, batch: int, whole: bool) -> jax.Array:
+    """What has no batch axis of its own gets one, if needed."""
     without_batch = name == "sinks" or (name == "alibi_slopes" and x.ndim - batched == 1)
-    if not batched and (without_batch or (name in ("bias", "mask") and x.shape[0] == 1)):
+    can_stay = without_batch or (name in ("bias", "mask") and x.shape[0] == 1)
+    if not batched and can_stay and not whole:
         return x
     if name == "sinks":
         raise Unsupported("dlattn.jax: sinks cannot be vmapped, as they are shared by the batch")
@@ -228,3 +273,12 @@ def _fold(name: str, x: jax.Array, batched: bool, size: int, batch: int) -> jax.
     if x.shape[1] != batch:
         x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
     return x.reshape(size * batch, *x.shape[2:])
+
+
+def unfolded(g: jax.Array, x: jax.Array, batched: bool, size: int, batch: int) -> jax.Array:
+    """The gradients [size, ...] of a tensor that was folded wholly, from that of what it became."""
+    g = g.reshape(size, batch, *g.shape[1:])
+    shape = (size, *(x.shape[1:] if batched else x.shape))
+    if g.shape == shape:
+        return g
+    return jnp.sum(g, axis=1).reshape(shape)

@@ -1,4 +1,4 @@
-"""Attention in PyTorch's own operators, for what the plugin does not compute: derivatives.
+"""Attention in PyTorch's own operators, for derivatives that the plugin does not compute.
 
 ``composite`` is differentiable in every mode and to any order, and holds all logits at once.
 """
@@ -44,6 +44,8 @@ class Options(NamedTuple):
     alignment: int
     max_seqlen_q: int
     max_seqlen_k: int
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None  # int64, of no axes, on the CPU; None without dropout
 
 
 class Logits(NamedTuple):
@@ -130,7 +132,7 @@ def composite(t: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         total = torch.where(is_empty, 1, total)
         output = (grouped(weights, heads_kv) @ value[:, :, None]).flatten(1, 2) / total
         lse = torch.where(is_empty, -torch.inf, total.log() + peak).squeeze(3)
-        return in_order_of(t.query, output.to(t.query.dtype)), lse.float()
+        return in_order_of(t.query, output.to(t.query.dtype)), lse
 
 
 def order_of(x: Tensor) -> list[int]:

@@ -7,6 +7,9 @@ window, lengths of the query and ALiBi become a mask and a bias). Where the comp
 (``AxisType.Auto``) it gathers the inputs first; shard_map over batch and heads avoids it. One shim
 serves JAX 0.8 and later.
 
+Gradients are the plugin's own where it has a row for the call beside the reference, else JAX's
+operators compute them, some query rows at a time; those of second order always.
+
 Kernel, workspace and threads are planned when a program is traced. So sizes must be known there,
 and options must be values; ``scale`` may be traced, too.
 """
@@ -21,10 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from . import Error, InvalidArgument, Unsupported
 from ._jax_backward import gradients
 from ._jax_call import Options, Tensors, vary, varying_axes, vmappable_call, wide_type
+from ._jax_native import DIFFERENTIABLE, Upstream, is_native, native_gradients, zeros
 from ._jax_sharding import attend_explicitly
 from ._options import ALIGNMENTS, UNBOUNDED, Alignment, Window, alignment_code, window_sides
 
@@ -122,8 +127,8 @@ def attention(
     """``dlattn.attention`` (see there) for JAX: query ``[B, H, Lq, D]``, or packed or paged.
 
     Returns the output; with ``return_lse`` also the log-sum-exp ``[B, H, Lq]`` (packed:
-    ``[H, total_q]``), float32, or float64 for float64. Packed and paged calls have no gradient and
-    cannot be vmapped. A traced ``scale`` multiplies the query, in the query's type.
+    ``[H, total_q]``), float32, or float64 for float64. Paged calls have no gradient, packed ones a
+    first-order one; neither can be vmapped. A traced ``scale`` multiplies the query, in its type.
     """
     query, key, value = _arrays(query=query, key=key, value=value)
     query, scale = _scaled(query, scale)
@@ -314,14 +319,37 @@ def _differentiable(options: Options, tensors: Tensors) -> tuple[jax.Array, jax.
     return vmappable_call(options)(tensors)
 
 
-def _forward(options: Options, tensors: Tensors) -> Any:
-    if not tensors.has_gradient:
-        raise Unsupported("dlattn.jax: packed and paged attention has no gradient")
-    return _differentiable(options, tensors), tensors
+# JAX 0.8 traces a rule for other arguments once more, and fails if it then saves something else.
+KNOWS_WHAT_IS_WANTED = jax.__version_info__ >= (0, 10)
 
 
-def _backward(options: Options, tensors: Tensors, cotangents: Any) -> tuple[Tensors]:
-    return (gradients(options, tensors, *cotangents),)
+def _forward(options: Options, primals: Any) -> Any:
+    """Saves the results only if the plugin computes the gradients."""
+    tensors = jax.tree.map(lambda x: x.value, primals)
+    if tensors.block_table is not None:
+        raise Unsupported("dlattn.jax: paged attention has no gradient")
+    present = [name for name in DIFFERENTIABLE if getattr(primals, name) is not None]
+    wanted = [n for n in present if getattr(primals, n).perturbed or not KNOWS_WHAT_IS_WANTED]
+    results = _differentiable(options, tensors)
+    saved = None
+    if is_native(options, tuple(wanted), tensors, *results):
+        # Gradients of gradients do not go through what is saved.
+        saved = tuple(jax.lax.stop_gradient(x) for x in results)
+    return results, (tensors, dict.fromkeys(wanted, ()), saved)  # names go as structure
 
 
-_differentiable.defvjp(_forward, _backward)
+def _backward(options: Options, residuals: Any, cotangents: Any) -> tuple[Tensors]:
+    tensors, wanted, saved = residuals
+    d_output, d_lse = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    if d_output is None:
+        d_output = zeros(cotangents[0].aval, tensors)
+    if saved is None:
+        d_lse = zeros(cotangents[1].aval, tensors) if d_lse is None else d_lse
+        return (gradients(options, tensors, d_output, d_lse),)
+    names = tuple(name for name in DIFFERENTIABLE if name in wanted)
+    found = native_gradients(options, names, tensors, Upstream(*saved, d_output, d_lse))
+    by_name = dict(zip(names, found))
+    return (Tensors(*map(by_name.get, Tensors._fields)),)
+
+
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -6,9 +6,10 @@ order and in both modes, compile without a graph break, and work under ``torch.f
 through the batch, one by one) and autocast.
 
 Where PyTorch says that nobody watches (no gradient, transform, mode, subclass or compilation) the
-plugin is called at once; else through the operator ``dlattn::forward``. Its backward pass is
-computed here, some query rows at a time; forward-mode and higher derivatives from a composite of
-PyTorch's operators, which holds all logits.
+plugin is called at once; else through the operator ``dlattn::forward``. Its backward pass,
+``dlattn::backward``, is the plugin's own where it has a row for the call beside the reference, and
+else computed here, some query rows at a time; forward-mode and higher derivatives come from a
+composite of PyTorch's operators, which holds all logits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import Error, InvalidArgument, Unsupported, _core
+from ._native import serves
 from ._options import Alignment, Window, alignment_code, window_sides
 from ._torch_backward import backward
 from ._torch_math import DIFFERENTIABLE, Options, Tensors, composite, order_of
@@ -51,16 +53,15 @@ def scaled_dot_product_attention(
     more axes each; those before the last two broadcast. attn_mask: bool (True is visible) or float
     (added to the logits), broadcast to ``[..., H, L, S]``, or a ``CausalBias``. is_causal is
     aligned top left; it may be given together with a mask. The output has the query's layout.
+    dropout_p: as in ``attention``.
 
-    Raises ``dlattn.Unsupported`` (a NotImplementedError) for dropout, ``dlattn.InvalidArgument`` (a
-    ValueError) for tensors that do not go together.
+    Raises ``dlattn.Unsupported`` (a NotImplementedError) for what no kernel of the device does,
+    ``dlattn.InvalidArgument`` (a ValueError) for tensors that do not go together.
     """
     if attn_mask is None and not dropout_p and not _is_compiling():
         output = _core.plain(query, key, value, scale, is_causal, enable_gqa)
         if output is not None:
             return output
-    if dropout_p:
-        raise Unsupported(f"dropout_p: is {dropout_p}, dlattn has no dropout")
     alignment: Alignment = "top_left"
     if _is_causal_bias(attn_mask):
         if is_causal:
@@ -69,7 +70,12 @@ def scaled_dot_product_attention(
     if _is_compiling() or not _core.is_plain(query, key, value, attn_mask):
         _check_kinds(query=query, key=key, value=value, attn_mask=attn_mask)
     leading, query, key, value = _with_four_axes(query, key, value, enable_gqa)
-    options = {"causal": is_causal, "alignment": alignment, "scale": scale}
+    options = {
+        "causal": is_causal,
+        "alignment": alignment,
+        "scale": scale,
+        "dropout_p": dropout_p,
+    }
     if attn_mask is None:
         output = attention(query, key, value, **options)
     else:
@@ -141,7 +147,7 @@ def _mask_of_four_axes(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     axes, given = len(shape), mask.shape
     fits = len(given) <= axes
     for n, full in zip(reversed(given), reversed(shape)):
-        fits = fits and n in (1, full)
+        fits = fits and (n == 1 or n == full)  # Dynamo finds no symbolic extent by `in`
     if not fits:
         raise InvalidArgument(f"attn_mask: shape is {list(given)}, must broadcast to {list(shape)}")
     if axes <= 4:
@@ -194,6 +200,7 @@ def attention(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     kernel: str | None = None,
@@ -206,9 +213,12 @@ def attention(
     bias and mask may lack leading axes; alibi_slopes and sinks of other floats become float32,
     int64 lengths and indices int32. scale may be a tensor of one number.
 
+    dropout_p: each weight becomes 0 with it and is else divided by 1 - it; which, a seed says that
+    comes from PyTorch's generator of the CPU (``torch.manual_seed``), whatever the device.
+
     Differentiable in query, key, value, bias, alibi_slopes, sinks and scale, and through the
     log-sum-exp; but not where ``out``, ``lse``, ``kernel``, ``num_threads`` or ``stream`` is given,
-    nor for packed and paged calls.
+    nor for paged calls. Packed calls and dropout have first-order gradients in reverse mode alone.
     """
     left, right = window_sides(window)
     if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
@@ -246,6 +256,8 @@ def attention(
         alignment_code(alignment),
         max_seqlen_q,
         max_seqlen_k,
+        dropout_p,
+        _dropout_seed(dropout_p),
     )
     if is_plain:
         written = [x for x in (out, lse) if x is not None]
@@ -255,8 +267,8 @@ def attention(
             lse = _lse(query, cu_seqlens_q is not None)
         if stream is None:
             stream = _stream(query)
-        how = (kernel, num_threads, stream, _workspace)
-        _core.forward(query, key, value, out, lse, *tensors, *options, *how)
+        t, o = Tensors(query, key, value, *tensors), Options(*options)
+        _core.forward(*_arguments(t, o, out, lse, kernel, num_threads, stream), **_dropout(o))
         for x in written:
             if not x.is_inference():
                 torch.autograd.graph.increment_version(x)
@@ -266,12 +278,13 @@ def attention(
             "no gradient, no mode or transform and no compilation"
         )
     elif forward_ad._current_level >= 0:  # tensors may have tangents
-        _check_differentiable(cu_seqlens_q, block_table)
-        out, lse = composite(Tensors(query, key, value, *tensors), Options(*options))
+        t, o = Tensors(query, key, value, *tensors), Options(*options)
+        _check_composite(t, o)
+        out, lse = composite(t, o)
     else:
         forward = _Forward.apply if _are_transforms_active() else torch.ops.dlattn.forward
         out, lse = forward(query, key, value, *tensors, *options)
-    return (out, lse) if return_lse else out
+    return (out, lse.float()) if return_lse else out
 
 
 def _check_kinds(**tensors: Any) -> None:
@@ -342,6 +355,15 @@ def _as_int32(name: str, x: Tensor | None) -> Tensor | None:
     return x.clamp(-(2**31), 2**31 - 1).int()
 
 
+def _dropout_seed(dropout_p: float) -> Tensor | None:
+    """A tensor, so that compiled programs draw another in each run, and checkpoints the same."""
+    if not dropout_p:
+        return None
+    if not 0 < dropout_p < 1:
+        raise InvalidArgument(f"dropout_p: is {dropout_p}, must be at least 0 and less than 1")
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
 # ---- The call itself
 
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -365,6 +387,26 @@ _core.bind_torch(
 )
 
 
+def _arguments(
+    t: Tensors,
+    options: Options,
+    output: Tensor,
+    lse: Tensor | None,
+    kernel: str | None = None,
+    num_threads: int = 0,
+    stream: int | None = None,
+) -> tuple[Any, ...]:
+    """What ``_core`` takes by position."""
+    how = (kernel, num_threads, stream, _workspace)
+    return (*t[:3], output, lse, *t[3:], *options[:-2], *how)
+
+
+def _dropout(options: Options) -> dict[str, Any]:
+    """What it takes by name."""
+    p, seed = options[-2:]
+    return {} if seed is None else {"dropout_probability": p, "dropout_seed": seed.item()}
+
+
 def _stream(query: Tensor) -> int | None:
     if _HAS_EXCHANGE or not query.is_cuda:
         return None
@@ -383,16 +425,16 @@ def _output(query: Tensor, value: Tensor) -> Tensor:
     return torch.empty_permuted(shape, order_of(query), dtype=query.dtype, device=query.device)
 
 
-def _lse(query: Tensor, packed: bool) -> Tensor:
+def _lse(query: Tensor, packed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     shape = query.shape[:2][::-1] if packed else query.shape[:-1]
-    return query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty(shape, dtype=dtype)
 
 
 # ---- The operator
 
 _OPTIONS = (
     "float? scale, float softcap, int window_left, int window_right, bool causal, int alignment, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k"
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, Tensor? dropout_seed"
 )
 _INPUTS = ", ".join(f"Tensor{'?' if i > 2 else ''} {x}" for i, x in enumerate(Tensors._fields))
 _COUNT = len(Tensors._fields)
@@ -400,83 +442,152 @@ _COUNT = len(Tensors._fields)
 _library = torch.library.Library("dlattn", "DEF")
 _library.define(f"forward({_INPUTS}, {_OPTIONS}) -> (Tensor output, Tensor lse)")
 _library.define(
-    f"backward(Tensor d_output, Tensor d_lse, {_INPUTS}, {_OPTIONS}) "
-    f"-> ({', '.join('Tensor' for _ in DIFFERENTIABLE)})"
+    "backward(Tensor d_output, Tensor d_lse, Tensor output, Tensor lse, int wanted, "
+    f"{_INPUTS}, {_OPTIONS}) -> ({', '.join('Tensor' for _ in DIFFERENTIABLE)})"
 )
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    t = Tensors(*(x if x is None else x.detach() for x in inputs[:_COUNT]))
+    t, options = _detached(inputs[:_COUNT]), Options(*inputs[_COUNT:])
     output, lse = _forward_fake(*inputs)
-    how = (None, 0, _stream(t.query), _workspace)
-    _core.forward(*t[:3], output, lse, *t[3:], *inputs[_COUNT:], *how)
+    arguments = _arguments(t, options, output, lse, stream=_stream(t.query))
+    _core.forward(*arguments, **_dropout(options))
     return output, lse
 
 
 def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp is float64 for float64, whose gradients would lose digits by float32."""
     t = Tensors(*inputs[:_COUNT])
-    return _output(t.query, t.value), _lse(t.query, t.cu_seqlens_q is not None)
+    wide = torch.promote_types(t.query.dtype, torch.float32)
+    return _output(t.query, t.value), _lse(t.query, t.cu_seqlens_q is not None, wide)
 
 
-def _backward(d_output: Tensor, d_lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """One gradient for each of DIFFERENTIABLE; that of an absent tensor is empty."""
-    t = Tensors(*inputs[:_COUNT])
-    gradients = backward(d_output, d_lse, t, Options(*inputs[_COUNT:]))
-    return tuple(t.query.new_empty(0) if g is None else g for g in gradients)
+def _detached(tensors: Sequence[Tensor | None]) -> Tensors:
+    return Tensors(*(x if x is None else x.detach() for x in tensors))
 
 
-def _backward_fake(d_output: Tensor, d_lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    t = Tensors(*inputs[:_COUNT])
-    sources = (getattr(t, name) for name in DIFFERENTIABLE)
-    return tuple(t.query.new_empty(0) if x is None else torch.empty_like(x) for x in sources)
+def _backward(
+    d_output: Tensor, d_lse: Tensor, output: Tensor, lse: Tensor, wanted: int, *inputs: Any
+) -> tuple[Tensor, ...]:
+    """One gradient for each of DIFFERENTIABLE; that of one that is not wanted is empty."""
+    t, options = _detached(inputs[:_COUNT]), Options(*inputs[_COUNT:])
+    upstream = {"d_output": d_output.detach(), "d_lse": d_lse.detach()}
+    results = output.detach(), lse.detach()
+    gradients = _native_backward(upstream, results, wanted, t, options)
+    if gradients is None:
+        found = backward(d_output, d_lse, t, options, _names(wanted))
+        gradients = tuple(t.query.new_empty(0) if g is None else g for g in found)
+    return gradients
 
 
-def _check_differentiable(cu_seqlens_q: Tensor | None, block_table: Tensor | None) -> None:
-    if cu_seqlens_q is not None or block_table is not None:
-        raise Unsupported("dlattn.torch: packed and paged attention has no gradient")
+def _native_backward(
+    upstream: dict[str, Tensor],
+    results: tuple[Tensor, Tensor],
+    wanted: int,
+    t: Tensors,
+    options: Options,
+) -> tuple[Tensor, ...] | None:
+    """By the plugin; None if PyTorch's operators had better do it."""
+    if upstream["d_output"].stride(-1) != 1:  # of a sum, say; fast rows do not read that
+        upstream["d_output"] = upstream["d_output"].contiguous()
+    gradients = _empty_gradients(wanted, t)
+    if t.query.numel() == 0:
+        return tuple(g.zero_() for g in gradients)
+    arguments = _arguments(t, options, *results, stream=_stream(t.query))
+    more = upstream | _dropout(options)
+    for name in _names(wanted):
+        more[f"d_{name}"] = gradients[DIFFERENTIABLE.index(name)]
+    if not (_is_native_alone(t, options) or serves(*arguments, **more)):
+        return None
+    if wanted:
+        _core.forward(*arguments, **more)
+    return gradients
+
+
+def _empty_gradients(wanted: int, t: Tensors) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(x) if wanted >> i & 1 else t.query.new_empty(0)
+        for i, x in enumerate(getattr(t, name) for name in DIFFERENTIABLE)
+    )
+
+
+def _names(wanted: int) -> list[str]:
+    """Of DIFFERENTIABLE, by the bits that say which are wanted."""
+    return [name for i, name in enumerate(DIFFERENTIABLE) if wanted >> i & 1]
+
+
+def _backward_fake(
+    d_output: Tensor, d_lse: Tensor, output: Tensor, lse: Tensor, wanted: int, *inputs: Any
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(wanted, Tensors(*inputs[:_COUNT]))
+
+
+def _is_native_alone(t: Tensors, options: Options) -> bool:
+    """Whether PyTorch's operators would compute something else."""
+    return t.cu_seqlens_q is not None or options.dropout_p > 0
+
+
+def _check_composite(t: Tensors, options: Options) -> None:
+    if t.block_table is not None:
+        raise Unsupported("dlattn.torch: paged attention has no gradient")
+    if _is_native_alone(t, options):
+        raise Unsupported(
+            "dlattn.torch: packed attention and dropout have first-order gradients in reverse mode "
+            "alone"
+        )
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    t = Tensors(*inputs[:_COUNT])
-    _check_differentiable(t.cu_seqlens_q, t.block_table)
-    ctx.save_for_backward(*t)
-    ctx.options = inputs[_COUNT:]
+    t, options = Tensors(*inputs[:_COUNT]), Options(*inputs[_COUNT:])
+    if t.block_table is not None:
+        raise Unsupported("dlattn.torch: paged attention has no gradient")
+    ctx.save_for_backward(*t, options.dropout_seed, *output)
+    ctx.options = options._replace(dropout_seed=None)
 
 
 def _gradient(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     apply = _Backward.apply if _are_transforms_active() else torch.ops.dlattn.backward
-    t = Tensors(*ctx.saved_tensors)
-    gradients = dict(zip(DIFFERENTIABLE, apply(d_output, d_lse, *t, *ctx.options)))
-    of_tensors = (
-        gradients[name] if name in gradients and x is not None else None
-        for name, x in t._asdict().items()
-    )
-    return *of_tensors, *(None for _ in ctx.options)
+    *tensors, seed, output, lse = ctx.saved_tensors
+    options = ctx.options._replace(dropout_seed=seed)
+    needs = dict(zip(Tensors._fields, ctx.needs_input_grad))
+    wanted = sum(1 << i for i, name in enumerate(DIFFERENTIABLE) if needs[name])
+    found = apply(d_output, d_lse, output, lse, wanted, *tensors, *options)
+    gradients = dict(zip(DIFFERENTIABLE, found))
+    of_tensors = (gradients[name] if needs[name] else None for name in Tensors._fields)
+    return *of_tensors, *(None for _ in options)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[: 2 + _COUNT])
-    ctx.options = inputs[2 + _COUNT :]
+    d_output, d_lse, _, _, wanted, *rest = inputs
+    ctx.save_for_backward(d_output, d_lse, *rest[:_COUNT])
+    ctx.wanted = wanted
+    ctx.options = Options(*rest[_COUNT:])._replace(dropout_seed=None)
 
 
 def _second_gradient(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """Through the gradients of the composite."""
+    """Through the gradients of the composite, which takes no output and no log-sum-exp."""
     d_output, d_lse, *tensors = ctx.saved_tensors
-    t, options = Tensors(*tensors), Options(*ctx.options)
+    t, options, wanted = Tensors(*tensors), ctx.options, _names(ctx.wanted)
+    _check_composite(t, options)
     names = [name for name in DIFFERENTIABLE if getattr(t, name) is not None]
 
     def gradients(d_output: Tensor, d_lse: Tensor, *present: Tensor) -> tuple[Tensor, ...]:
         def call(*present: Tensor) -> tuple[Tensor, Tensor]:
             return composite(t._replace(**dict(zip(names, present))), options)
 
-        return torch.func.vjp(call, *present)[1]((d_output, d_lse))
+        found = torch.func.vjp(call, *present)[1]((d_output, d_lse))
+        return tuple(x for name, x in zip(names, found) if name in wanted)
 
     present = (getattr(t, name) for name in names)
-    given = tuple(x for name, x in zip(DIFFERENTIABLE, cotangents) if name in names)
+    given = tuple(x for name, x in zip(DIFFERENTIABLE, cotangents) if name in wanted)
     d_d_output, d_d_lse, *found = torch.func.vjp(gradients, d_output, d_lse, *present)[1](given)
     of_tensors = dict(zip(names, found))
     of_rest = (None for _ in options)
-    return d_d_output, d_d_lse, *(of_tensors.get(name) for name in Tensors._fields), *of_rest
+    return (
+        *(d_d_output, d_d_lse, None, None, None),
+        *(of_tensors.get(name) for name in Tensors._fields),
+        *of_rest,
+    )
 
 
 class _Forward(torch.autograd.Function):
@@ -526,8 +637,9 @@ def _forward_flops(*inputs: Any, **_: Any) -> int:
 
 
 @register_flop_formula(torch.ops.dlattn.backward, get_raw=True)
-def _backward_flops(d_output: Tensor, d_lse: Tensor, *inputs: Any, **_: Any) -> int:
+def _backward_flops(*inputs: Any, **_: Any) -> int:
     """Five: logits and the gradients of query and key, D long; those of weights and of value."""
+    inputs = inputs[5:]  # behind the two gradients, the two results and what is wanted
     t = Tensors(*inputs[:_COUNT])
     depth = 3 * t.query.shape[-1] + 2 * t.value.shape[-1]
     return 2 * _pairs(t, Options(*inputs[_COUNT:])) * depth

@@ -11,7 +11,9 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,16 +103,24 @@ def check_jax() -> None:
                 check(f"jax {name} {case} lse", lse, sums, 1e-4)
 
     def gradients() -> None:
-        x = tensors(CASES[2], jnp.bfloat16)
+        """By the plugin where it has a row, which is said, else by JAX's operators."""
 
-        def gradient(f: Any, x: list[Any]) -> Any:
+        def gradient(f: Any, causal: bool) -> Any:
             def loss(*x: Any) -> Any:
-                return jnp.sum(f(*x, is_causal=True).astype(jnp.float32) ** 2)
+                return jnp.sum(f(*x, is_causal=causal).astype(jnp.float32) ** 2)
 
-            return jax.jit(jax.grad(loss, (0, 1, 2)))(*x)
+            return jax.jit(jax.grad(loss, (0, 1, 2)))
 
-        for name, a, b in zip("qkv", gradient(ours, x), gradient(theirs, wide(x))):
-            check(f"jax gradient {name}", a, b, 0.02 * float(jnp.abs(b).max()))
+        for dtype, tolerance in {"bfloat16": 0.02, "float16": 0.005, "float32": 1e-4}.items():
+            for case in CASES:
+                x = tensors(case, jnp.dtype(dtype))
+                step = gradient(ours, case[-1])
+                native = "dlattn_backward" in step.lower(*x).as_text()
+                with jax.default_matmul_precision("highest"):
+                    expected = gradient(theirs, case[-1])(*wide(x))
+                for name, a, b in zip("qkv", step(*x), expected):
+                    what = f"jax {dtype} {case} gradient {name}, native: {native}"
+                    check(what, a, b, tolerance * float(jnp.abs(b).max()))
 
     def mapped() -> None:
         """Over a new axis of queries and values, with one key for all."""
@@ -197,15 +207,103 @@ def check_torch() -> None:
             expected = theirs(*wide(x), attn_mask=wanted, enable_gqa=True)
             check(f"torch {name}", numpy(found), numpy(expected), 4e-3)
 
-    def gradients() -> None:
-        def run(f: Any, x: list[Any]) -> list[Any]:
-            x = [t.detach().clone().requires_grad_() for t in x]
-            (f(*x, is_causal=True, enable_gqa=True).float() ** 2).sum().backward()
-            return [t.grad for t in x]
+    def run(f: Any, x: list[Any]) -> list[Any]:
+        x = [t.detach().clone().requires_grad_() for t in x]
+        (f(*x, enable_gqa=True).float() ** 2).sum().backward()
+        return [t.grad for t in x]
 
-        x = tensors(CASES[2], torch.bfloat16)
-        for name, a, b in zip("qkv", run(ours, x), run(theirs, wide(x))):
-            check(f"torch gradient {name}", numpy(a), numpy(b), 0.02 * float(b.abs().max()))
+    def gradients() -> None:
+        """By the plugin where it has a row, which is said, else by PyTorch's operators."""
+        tolerances = {"bfloat16": 0.02, "float16": 0.005, "float32": 1e-4}
+        for name, tolerance in tolerances.items():
+            for case in CASES:
+                x = tensors(case, getattr(torch, name))
+                served = []
+                with watched(served):
+                    found = run(partial(ours, is_causal=case[-1]), x)
+                expected = run(partial(theirs, is_causal=case[-1]), wide(x))
+                for letter, a, b in zip("qkv", found, expected):
+                    what = f"torch {name} {case} gradient {letter}, native: {served[0]}"
+                    check(what, numpy(a), numpy(b), tolerance * float(b.abs().max()))
+
+    @contextmanager
+    def watched(served: list[bool]) -> Iterator[None]:
+        """Appends whether the plugin serves each backward call."""
+        ask = dlattn.torch.serves
+
+        def asked(*args: Any, **more: Any) -> bool:
+            served.append(ask(*args, **more))
+            return served[-1]
+
+        dlattn.torch.serves = asked
+        try:
+            yield
+        finally:
+            dlattn.torch.serves = ask
+
+    def has_backward() -> bool:
+        rows = (k for k in dlattn.kernels() if k.operation == "backward" and k.available)
+        return any(k.backend == "cuda" for k in rows)
+
+    def packed_gradients() -> None:
+        """Three sequences, one of them empty, beside the same one by one."""
+        if not has_backward():
+            print("torch packed gradients: no backward row for this GPU")
+            return
+        query, key, value = (t[0].transpose(0, 1) for t in tensors(CASES[2], torch.bfloat16))
+        ends = torch.tensor([0, 100, 100, 300], device="cuda", dtype=torch.int32)
+        options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "causal": True}
+
+        def packed(*x: Any, enable_gqa: bool) -> Any:
+            return dlattn.torch.attention(*x, **options)
+
+        def one_by_one(*x: Any, enable_gqa: bool) -> Any:
+            parts = [t.transpose(0, 1)[None].split([100, 200], 2) for t in x]
+            outputs = (theirs(*part, is_causal=True, enable_gqa=True) for part in zip(*parts))
+            return torch.cat(list(outputs), 2)[0].transpose(0, 1)
+
+        x = [query, key, value]
+        for letter, a, b in zip("qkv", run(packed, x), run(one_by_one, wide(x))):
+            bound = 0.02 * float(b.abs().max())
+            check(f"torch packed gradient {letter}", numpy(a), numpy(b), bound)
+
+    def gradients_on_a_stream() -> None:
+        """Upstream gradients that the current stream makes late."""
+        x = [t.requires_grad_() for t in tensors(CASES[5], torch.bfloat16)]
+        output = ours(*x, is_causal=True)
+        given = torch.randn_like(output)
+        expected = torch.autograd.grad(output, x, given, retain_graph=True)
+        late = torch.zeros_like(given)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            output = ours(*x, is_causal=True)
+            torch.cuda._sleep(50_000_000)
+            late.copy_(given)
+            found = torch.autograd.grad(output, x, late)
+        stream.synchronize()
+        for letter, a, b in zip("qkv", found, expected):
+            check(f"torch gradient {letter} on a stream", numpy(a), numpy(b), 0)
+
+    def gradients_in_a_graph() -> None:
+        x = [t.requires_grad_() for t in tensors(CASES[5], torch.bfloat16)]
+
+        def step() -> Any:
+            return torch.autograd.grad(ours(*x, is_causal=True).sum(), x)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # as PyTorch wants it before a capture
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            found = step()
+        with torch.no_grad():
+            x[0].mul_(2)
+        captured.replay()
+        for letter, a, b in zip("qkv", found, step()):
+            check(f"torch gradient {letter} in a CUDA graph", numpy(a), numpy(b), 0)
 
     def current_stream() -> None:
         """Inputs that the current stream makes late; a call elsewhere would read old ones."""
@@ -261,9 +359,11 @@ def check_torch() -> None:
             "torch dtype", NotImplementedError, "dtype", lambda: ours(q.int(), k.int(), v.int())
         )
 
-    for step in (forward, strided, masks, gradients, current_stream, graph, array_interface):
+    for step in (
+        *(forward, strided, masks, gradients, packed_gradients, current_stream, graph),
+        *(gradients_on_a_stream, gradients_in_a_graph, array_interface, refusals),
+    ):
         attempt(step)
-    attempt(refusals)
 
 
 def check_compile() -> None:

@@ -258,7 +258,9 @@ def test_select():
     sku = dlattn.select(query, key, value, causal=True)
     assert sku.kernel in [row.name for row in dlattn.kernels()]
     assert sku.backend == "cpu"
+    assert sku.reference == (sku.kernel == "cpu_fwd_ref")
     named = dlattn.select(query, key, value, kernel="cpu_fwd_ref")
+    assert named.reference
     assert named.kernel == "cpu_fwd_ref"
     assert named.math == "f64"
 

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 ours = dlattn.torch.scaled_dot_product_attention
@@ -48,6 +49,15 @@ def is_float(x):
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
+@pytest.fixture(params=["native", "operators"])
+def backward(request, monkeypatch):
+    """Whether the plugin's rows, the reference among them, or PyTorch's operators do it."""
+    monkeypatch.setattr(dlattn.torch, "serves", lambda *_, **__: request.param == "native")
+    return request.param
+
+
+by_both = pytest.mark.usefixtures("backward")
+
 torch.manual_seed(1)
 OPTIONS = {
     "plain": {},
@@ -61,6 +71,7 @@ OPTIONS = {
 }
 
 
+@by_both
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_option_and_gradient(options):
     tensors = make()
@@ -79,6 +90,7 @@ def test_dtype(dtype, tolerance):
     close(found, theirs(*(x.double() for x in tensors), is_causal=True), tolerance)
 
 
+@by_both
 def test_grouped_query():
     tensors = make(heads_kv=2)
     close(ours(*tensors, enable_gqa=True), theirs(*tensors, enable_gqa=True))
@@ -117,6 +129,7 @@ BROADCAST = {
 }
 
 
+@by_both
 @pytest.mark.parametrize("shapes", BROADCAST.values(), ids=BROADCAST)
 def test_leading_axes_broadcast(shapes):
     tensors = [torch.randn(shape) for shape in shapes]
@@ -154,6 +167,7 @@ def test_output_has_the_layout_of_the_query(dim_v, wants):
         assert ours(dual, key, value).transpose(1, 2).is_contiguous()
 
 
+@by_both
 def test_backward_in_chunks():
     tensors = make(batch=1, heads=2, heads_kv=2, rows=300, keys=310)
     pairs = (gradients(f, tensors, is_causal=True) for f in (ours, theirs))
@@ -175,6 +189,7 @@ EXTRA = {
 }
 
 
+@by_both
 @pytest.mark.parametrize("options", EXTRA.values(), ids=EXTRA)
 def test_gradients_of_other_features(options):
     """By finite differences, in float64; those of the float32 tensors along one direction."""
@@ -199,6 +214,7 @@ def test_gradients_of_other_features(options):
         close((leaf.grad * step).sum(), (ends[0] - ends[1]) / 2, 1e-4)
 
 
+@by_both
 def test_gradient_of_lse():
     tensors = make()
 
@@ -222,6 +238,7 @@ def naive(query, key, value, bias=0.0, sinks=None):
     return logits.softmax(-1)[..., : key.shape[2]] @ value
 
 
+@by_both
 def test_gradient_in_float64():
     """To ten digits, also under a bias that takes the digits of a log-sum-exp in float32."""
     tensors = make(dtype=torch.float64)
@@ -238,6 +255,18 @@ def test_gradient_in_float64():
         close(a, b, 1e-12)
 
 
+def test_lse_of_float64(monkeypatch):
+    """Gradients are computed from one in float64; the caller gets float32."""
+    seen = []
+    monkeypatch.setattr(dlattn.torch, "serves", lambda *args, **_: seen.append(args[4].dtype))
+    tensors = [x.requires_grad_() for x in make(dtype=torch.float64)]
+    output, lse = dlattn.torch.attention(*tensors, return_lse=True)
+    assert lse.dtype == torch.float32
+    (output.sum() + lse.sum()).backward()
+    assert seen == [torch.float64]
+
+
+@by_both
 @pytest.mark.parametrize("size", [2.0**10, 2.0**20, 2.0**52])
 def test_gradient_at_large_logits(size):
     """Integers times powers of 2: logits without rounding, up to 2^110, and ties among them."""
@@ -265,6 +294,7 @@ def spoiled(x, what):
     return x
 
 
+@by_both
 @pytest.mark.parametrize("what", [NAN, INF])
 @pytest.mark.parametrize("hiding", ["lengths", "mask", "causal", "bias"])
 def test_what_is_hidden_reaches_no_gradient(hiding, what):
@@ -285,6 +315,7 @@ def test_what_is_hidden_reaches_no_gradient(hiding, what):
         assert (b[:, :, 6:] == 0).all()
 
 
+@by_both
 def test_what_some_rows_see_reaches_no_others():
     """NaN in the last key of a causal call is seen by the last row; so is that of its query."""
     for spoil in range(3):
@@ -298,6 +329,7 @@ def test_what_some_rows_see_reaches_no_others():
         assert d_value.isnan().all() == (spoil < 2)
 
 
+@by_both
 def test_nan_of_the_output_gradient_stays_in_its_document():
     tensors = [x.requires_grad_() for x in make(rows=9)]
     document = torch.arange(9) < 4
@@ -310,6 +342,7 @@ def test_nan_of_the_output_gradient_stays_in_its_document():
     assert tensors[2].grad[:, :, :4].isnan().all()
 
 
+@by_both
 def test_rows_that_see_nothing_have_no_gradient():
     tensors = make()
     mask = torch.zeros(7, 9, dtype=torch.bool)
@@ -323,13 +356,16 @@ def test_rows_that_see_nothing_have_no_gradient():
     assert (sinks.grad == 14).all()  # each row's log-sum-exp is the sink
 
 
+@by_both
 @pytest.mark.parametrize("shape", [(0, 4, 7, 9), (2, 0, 7, 9), (2, 4, 0, 9), (2, 4, 7, 0)])
 def test_gradient_of_nothing(shape):
     batch, heads, rows, keys = shape
-    for x in gradients(ours, make(batch, heads, heads, rows, keys)):
+    bias = torch.randn(1, 1, 1, 1)
+    for x in gradients(ours, make(batch, heads, heads, rows, keys), attn_mask=bias):
         assert (x == 0).all()
 
 
+@by_both
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("options", [{}, *EXTRA.values()], ids=["plain", *EXTRA])
 def test_other_derivatives(options):
@@ -354,6 +390,7 @@ def test_other_derivatives(options):
         torch.autograd.gradgradcheck(output, tensors, fast_mode=True)
 
 
+@by_both
 @pytest.mark.filterwarnings("ignore")  # theirs go one by one, too
 def test_func_derivatives():
     """torch.func of other modes and orders, beside PyTorch's attention of plain operators."""
@@ -374,6 +411,175 @@ def test_func_derivatives():
         with sdpa_kernel(SDPBackend.MATH):
             expected = transform(theirs)
         torch.testing.assert_close(transform(ours), expected, rtol=0, atol=1e-12)
+
+
+# ---- Gradients that the plugin alone computes
+
+
+def test_serves():
+    """A row that is not the reference; what no row takes is not served either."""
+    tensors, output = make(), torch.empty(2, 4, 7, 16)
+    options = (*(None,) * 10, None, 0.0, -1, -1, False, 0, 0, 0)
+
+    def serves(kernel, *inputs):
+        return dlattn.torch.serves(*inputs, output, *options, kernel, 0, None, None)
+
+    names = {k.name for k in dlattn.kernels() if k.available}
+    assert serves(None, *tensors) == bool(names & {"cpu_fwd_avx2", "cpu_fwd_avx512"})
+    assert not serves("cpu_fwd_ref", *tensors)
+    assert not serves(None, *(x.int() for x in tensors))
+    with pytest.raises(dlattn.InvalidArgument, match="key: axis 3"):
+        serves(None, tensors[0], tensors[1][..., :8], tensors[2])
+
+
+class Calls:
+    """The names of the gradients that each call of the plugin writes."""
+
+    def __init__(self, monkeypatch):
+        self.seen, call = [], dlattn._core.forward
+
+        def forward(*args, **more):
+            written = (name.removeprefix("d_") for name in more if name.startswith("d_"))
+            self.seen.append([name for name in written if name not in ("output", "lse")])
+            return call(*args, **more)
+
+        monkeypatch.setattr(dlattn._core, "forward", forward)
+
+
+@by_both
+def test_only_what_is_wanted_is_computed(backward, monkeypatch):
+    query, key, value = make()
+    sinks = torch.zeros(4)
+    calls = Calls(monkeypatch)
+    for leaves in ((query, value), (key,), (sinks,)):
+        for x in (query, key, value, sinks):
+            x.requires_grad_(any(x is leaf for leaf in leaves)).grad = None
+        output = dlattn.torch.attention(query, key, value, sinks=sinks)
+        output.sum().backward()
+        tensors = {"query": query, "key": key, "value": value, "sinks": sinks}
+        assert [n for n, x in tensors.items() if x.grad is not None] == [
+            n for n, x in tensors.items() if x.requires_grad
+        ]
+    native = [["query", "value"], ["key"], ["sinks"]] if backward == "native" else []
+    assert [names for names in calls.seen if names] == native
+
+
+@by_both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_in_narrow_types(dtype):
+    """Within the rounding of the output and of the gradients, beside float64."""
+    tensors = make(heads_kv=2, rows=40, keys=50, dtype=dtype)
+    found = gradients(functools.partial(ours, is_causal=True, enable_gqa=True), tensors)
+    expected = gradients(
+        functools.partial(theirs, is_causal=True, enable_gqa=True), [x.double() for x in tensors]
+    )
+    for a, b in zip(found, expected):
+        assert a.dtype == dtype
+        close(a, b, 4 * torch.finfo(dtype).eps * b.abs().max().item())
+
+
+@by_both
+def test_gradient_has_the_layout_of_the_tensor():
+    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in make()]
+    for x in torch.autograd.grad(ours(*tensors).sum(), tensors):
+        assert x.transpose(1, 2).is_contiguous()
+
+
+@by_both
+def test_checkpointing():
+    tensors = make()
+
+    def again(*x):
+        return checkpoint(ours, *x, use_reentrant=False)
+
+    for a, b in zip(gradients(again, tensors), gradients(ours, tensors)):
+        close(a, b, 0)
+
+
+def test_gradient_of_packed_sequences():
+    """Beside the same sequences one by one, in float64."""
+    torch.manual_seed(0)
+    rows, keys = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 5, 7, 12])
+    tensors = [torch.randn(n, h, 16) for n, h in ((7, 4), (12, 2), (12, 2))]
+    packed = functools.partial(
+        dlattn.torch.attention, cu_seqlens_q=rows, cu_seqlens_k=keys, causal=True
+    )
+
+    def one_by_one(query, key, value):
+        outputs = []
+        for n in range(3):
+            q = query[rows[n] : rows[n + 1]]
+            k, v = (x[keys[n] : keys[n + 1]] for x in (key, value))
+            parts = (x.transpose(0, 1)[None] for x in (q, k, v))
+            outputs.append(theirs(*parts, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    expected = gradients(one_by_one, [x.double() for x in tensors])
+    for f in (packed, torch.compile(packed, backend="aot_eager", fullgraph=True)):
+        for a, b in zip(gradients(f, tensors), expected):
+            close(a, b, 2e-5)
+    leaf = tensors[0].requires_grad_()
+    (grad,) = torch.autograd.grad(packed(*tensors).sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first-order gradients in reverse mode alone"):
+        grad.sum().backward()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="first-order"):
+        packed(forward_ad.make_dual(leaf, leaf), *tensors[1:])
+
+
+def test_dropout():
+    """Seeds come from PyTorch's generator; the weights that are left are found by values that are
+    the rows of a unit matrix."""
+    query, key, _ = make(batch=2, rows=40, keys=16)
+    p, kept = 0.4, []
+    weights = (query.double() @ key.double().mT / 4).softmax(-1)
+    for _ in range(2):
+        torch.manual_seed(3)
+        kept.append(ours(query, key, torch.eye(16).expand(2, 4, 16, 16), dropout_p=p) / weights)
+    close(kept[0], kept[1], 0)
+    keep = kept[0].round(decimals=3)
+    assert set(keep.unique().tolist()) == {0, round(1 / (1 - p), 3)}
+    assert abs((keep == 0).double().mean() - p) < 0.03
+    keep = (keep != 0) / (1 - p)
+
+    def expected(query, key, value):
+        return (query @ key.mT / 4).softmax(-1).mul(keep) @ value
+
+    def found(*x):
+        torch.manual_seed(3)
+        return ours(*x, dropout_p=p)
+
+    def again(*x):
+        torch.manual_seed(3)
+        call = functools.partial(ours, dropout_p=p)
+        return checkpoint(call, *x, use_reentrant=False)
+
+    tensors = query, key, torch.randn(2, 4, 16, 16)
+    doubles = [x.double() for x in tensors]
+    close(found(*tensors), expected(*doubles))
+    for f in (found, again):
+        for a, b in zip(gradients(f, tensors), gradients(expected, doubles)):
+            close(a, b, 2e-5)
+
+
+def test_dropout_under_transforms():
+    tensors = [torch.stack([x, x]) for x in make()]
+    compiled = torch.compile(
+        functools.partial(ours, dropout_p=0.5), backend="aot_eager", fullgraph=True
+    )
+    first, second = (compiled(*(x[0] for x in tensors)) for _ in range(2))
+    assert (first != second).any()  # each run draws its own
+    dropped = functools.partial(ours, dropout_p=0.5)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(dropped)(*tensors)
+    for randomness, are_equal in (("same", True), ("different", False)):
+        one, other = torch.vmap(dropped, randomness=randomness)(*tensors)
+        assert (one == other).all() == are_equal
+    leaf = tensors[0][0].requires_grad_()
+    (grad,) = torch.autograd.grad(
+        dropped(leaf, tensors[1][0], tensors[2][0]).sum(), leaf, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="first-order gradients in reverse mode alone"):
+        grad.sum().backward()
 
 
 # ---- Who watches
@@ -423,6 +629,7 @@ def test_modes_and_subclasses():
         seen.clear()
 
 
+@by_both
 def test_flops():
     tensors = [x.requires_grad_() for x in make()]
 
@@ -475,6 +682,7 @@ def test_writing_is_noticed():
         product.sum().backward()
 
 
+@by_both
 def test_gradient_of_scale():
     tensors = make()
     a, b = (torch.tensor(0.3, requires_grad=True) for _ in range(2))
@@ -496,6 +704,7 @@ def test_causal_bias():
         dlattn.torch.attention(query, key, value, bias=causal_upper_left(7, 9))
 
 
+@by_both
 def test_compiles_without_graph_breaks():
     tensors = make()
 
@@ -535,6 +744,7 @@ def test_compiles_for_all_lengths():
         close(compiled(query, key, value, mask), theirs(query, key, value, mask))
 
 
+@by_both
 def test_autocast_of_attention():
     """All that has the element type is cast, and nothing that the plugin wants in float32."""
     query, key, value = make()
@@ -551,6 +761,7 @@ def test_autocast_of_attention():
                 assert leaf.grad.dtype == torch.float32
 
 
+@by_both
 def test_autocast_leaves_the_gradient_alone():
     tensors = [x.requires_grad_() for x in make(dtype=torch.float32)]
     output = ours(*tensors)
@@ -561,6 +772,7 @@ def test_autocast_leaves_the_gradient_alone():
         close(a, b, 0)
 
 
+@by_both
 def test_types_and_ranks_that_are_converted():
     tensors = make()
     call = functools.partial(dlattn.torch.attention, *tensors)
@@ -592,6 +804,7 @@ def test_packed_and_paged_with_int64():
     close(dlattn.torch.attention(query, *pages, **options), theirs(query, key, value))
 
 
+@by_both
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # theirs goes one by one, too
 def test_func_transforms():
     """torch.func: vmap with and without an axis of its own in each tensor, grad, and both."""
@@ -616,12 +829,20 @@ def test_meta_device():
     assert ours(*x).device.type == "meta"
 
 
+@by_both
 def test_operator():
     tensors = [x.requires_grad_() for x in make()]
-    options = (None,) * 9 + (None, 0.0, -1, -1, True, 0, 0, 0)
+    options = (None,) * 9 + (None, 0.0, -1, -1, True, 0, 0, 0, 0.0, None)
     torch.library.opcheck(torch.ops.dlattn.forward.default, (*tensors, *options))
+    output, lse = torch.ops.dlattn.forward(*tensors, *options)
+    upstream = (torch.randn_like(x).requires_grad_() for x in (output, lse))
+    for wanted in (0b000111, 0b000100):
+        inputs = (*upstream, output.detach(), lse.detach(), wanted, *tensors, *options)
+        torch.library.opcheck(torch.ops.dlattn.backward.default, inputs)
+        upstream = inputs[:2]
 
 
+@by_both
 def test_one_function_for_all():
     """dlattn.attention takes tensors, writes where it is told, and differentiates."""
     query, key, value = make()
@@ -637,8 +858,9 @@ def test_one_function_for_all():
 
 def test_refusals():
     query, key, value = make()
-    with pytest.raises(NotImplementedError, match=r"dropout_p: is 0.1"):
-        ours(query, key, value, dropout_p=0.1)
+    for p in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"dropout_p: is {p}, must be at least 0 and less"):
+            ours(query, key, value, dropout_p=p)
     with pytest.raises(ValueError, match=r"key: axis 3 \(head_dim\) is 8, query makes it 16"):
         ours(query, key[..., :8], value)
     with pytest.raises(ValueError, match="key: dtype is float64, query's is float32"):
@@ -681,10 +903,10 @@ def test_refusals_by_name():
     ):
         with pytest.raises(ValueError, match=words):
             attention(*tensors, **options)
-    packed = [x[0].transpose(0, 1).requires_grad_() for x in (query, key, value)]
-    with pytest.raises(NotImplementedError, match="packed and paged attention has no gradient"):
-        ends = torch.tensor([0, 7]), torch.tensor([0, 9])
-        dlattn.torch.attention(*packed, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+    pages = [torch.randn(2, 4, 8, 16, requires_grad=True) for _ in range(2)]
+    with pytest.raises(NotImplementedError, match="paged attention has no gradient"):
+        table = torch.zeros(2, 1).int()
+        attention(*pages, block_table=table, key_lengths=torch.tensor([8, 8]))
 
 
 def quantized(x):

@@ -1,6 +1,8 @@
-use crate::{lse_dims, no_dtype, output_dims, set_extras, Forward};
+use crate::{constant, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Error, Layout, Result, Shape, Storage, WithDType};
+use candle_core::{
+    CpuStorage, DType, Error, Layout, Result, Shape, Storage, StorageRef, WithDType,
+};
 use dlattn::{Element, Library, Tensor, TensorMut, Tensors};
 use half::{bf16, f16};
 
@@ -49,22 +51,80 @@ fn forward_as<T: Element + WithDType>(
     if op.lse.is_some() {
         tensors.lse = Some(TensorMut::new(&mut lse, &lse_dims).map_err(Error::wrap)?);
     }
-    let mut extras = [None; crate::EXTRAS];
-    for (extra, lock) in extras.iter_mut().zip(&locks) {
-        *extra = match lock {
-            None => None,
-            Some((storage, layout)) => match &**storage {
-                Storage::Cpu(storage) => Some(view((storage, layout))?),
-                _ => return Err(Error::msg("dlattn: an optional tensor is not on the CPU")),
-            },
-        };
-    }
-    set_extras(&mut tensors, extras);
+    set_extras(&mut tensors, views(&locks)?);
     Library::get()
         .and_then(|library| library.forward(&op.attention.options, &mut tensors))
         .map_err(Error::wrap)?;
     op.give_lse(Storage::Cpu(CpuStorage::F32(lse)), lse_dims.into());
     Ok((T::to_cpu_storage_owned(output), output_dims.into()))
+}
+
+pub(crate) fn backward(op: &Forward, call: &Backward<'_>) -> Result<Gradients> {
+    match call.output.dtype() {
+        DType::F32 => backward_as::<f32>(op, call),
+        DType::F16 => backward_as::<f16>(op, call),
+        DType::BF16 => backward_as::<bf16>(op, call),
+        DType::F64 => backward_as::<f64>(op, call),
+        other => no_dtype(other),
+    }
+}
+
+fn backward_as<T: Element + WithDType>(op: &Forward, call: &Backward<'_>) -> Result<Gradients> {
+    let inputs = call.all().map(|t| Some(t.storage_and_layout()));
+    let locks = op.lock_extras();
+    let mut made: [Option<Vec<T>>; 3] = [0, 1, 2].map(|i| {
+        call.is_wanted(i)
+            .then(|| vec![T::zero(); call.inputs[i].elem_count()])
+    });
+    let [Some(query), Some(key), Some(value), Some(output), Some(lse), Some(d_output)] =
+        views(&inputs)?
+    else {
+        return Err(Error::msg("dlattn: a tensor of the forward pass is gone"));
+    };
+    // SAFETY: backward writes neither of the two.
+    let (output, lse) = unsafe { (TensorMut::for_reading(output), TensorMut::for_reading(lse)) };
+    let mut tensors = Tensors::new(query, key, value, output);
+    tensors.lse = Some(lse);
+    set_extras(&mut tensors, views(&locks)?);
+    let mut gradients = dlattn::Gradients::new(d_output);
+    let slots = [
+        &mut gradients.d_query,
+        &mut gradients.d_key,
+        &mut gradients.d_value,
+    ];
+    for ((slot, data), input) in slots.into_iter().zip(&mut made).zip(call.inputs) {
+        if let Some(data) = data {
+            *slot = Some(TensorMut::new(data, input.dims()).map_err(Error::wrap)?);
+        }
+    }
+    Library::get()
+        .and_then(|library| library.backward(&op.attention.options, &tensors, &mut gradients))
+        .map_err(Error::wrap)?;
+    let mut shapes = call.inputs.iter().map(|input| input.shape().clone());
+    Ok(made.map(|data| {
+        let shape = shapes.next()?;
+        Some(constant(
+            Storage::Cpu(T::to_cpu_storage_owned(data?)),
+            shape,
+        ))
+    }))
+}
+
+/// Tensors that are locked for reading as the library sees them.
+fn views<'a, const N: usize>(
+    locks: &'a [Option<(StorageRef<'_>, &Layout)>; N],
+) -> Result<[Option<Tensor<'a>>; N]> {
+    let mut views = [None; N];
+    for (seen, lock) in views.iter_mut().zip(locks) {
+        *seen = match lock {
+            None => None,
+            Some((storage, layout)) => match &**storage {
+                Storage::Cpu(storage) => Some(view((storage, layout))?),
+                _ => return Err(Error::msg("dlattn: a tensor is not on the CPU")),
+            },
+        };
+    }
+    Ok(views)
 }
 
 /// candle's storage and layout as the library sees them.

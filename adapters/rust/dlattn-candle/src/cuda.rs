@@ -1,9 +1,11 @@
-use crate::{lse_dims, no_dtype, output_dims, set_extras, Forward};
+use crate::{constant, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
-use candle_core::{CudaStorage, DeviceLocation, Error, Layout, Result, Shape, Storage};
-use dlattn::{compact, Device, Element, Exec, Library, Status, Tensor, TensorMut, Tensors};
+use candle_core::{
+    CudaStorage, DType, DeviceLocation, Error, Layout, Result, Shape, Storage, StorageRef,
+};
+use dlattn::{compact, Device, Element, Exec, Library, Sku, Status, Tensor, TensorMut, Tensors};
 use half::{bf16, f16};
 use std::ffi::c_void;
 
@@ -63,18 +65,8 @@ fn forward_as<T: Element + CudaDType + candle_core::cuda_backend::cudarc::driver
         if op.lse.is_some() {
             tensors.lse = Some(fresh::<f32>(lse_data, &device, &lse_dims)?);
         }
-        let mut extras = [None; crate::EXTRAS];
-        for (extra, lock) in extras.iter_mut().zip(&locks) {
-            *extra = match lock {
-                None => None,
-                Some((storage, layout)) => match &**storage {
-                    Storage::Cuda(storage) => Some(view((storage, layout), &stream, &mut guards)?),
-                    _ => return Err(Error::msg("dlattn: an optional tensor is not on the GPU")),
-                },
-            };
-        }
-        set_extras(&mut tensors, extras);
-        run(op, &mut tensors, &device, &stream)?;
+        set_extras(&mut tensors, views(&locks, &stream, &mut guards)?);
+        run_forward(op, &mut tensors, &device, &stream)?;
     }
     op.give_lse(
         Storage::Cuda(CudaStorage::wrap_cuda_slice(lse, device.clone())),
@@ -86,8 +78,77 @@ fn forward_as<T: Element + CudaDType + candle_core::cuda_backend::cudarc::driver
     ))
 }
 
-/// Enqueues the call; with a workspace, which is freed in the stream's order, if the kernel asks.
-fn run(
+pub(crate) fn backward(op: &Forward, call: &Backward<'_>) -> Result<Gradients> {
+    match call.output.dtype() {
+        DType::F32 => backward_as::<f32>(op, call),
+        DType::F16 => backward_as::<f16>(op, call),
+        DType::BF16 => backward_as::<bf16>(op, call),
+        DType::F64 => backward_as::<f64>(op, call),
+        other => no_dtype(other),
+    }
+}
+
+fn backward_as<T: Element + CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
+    op: &Forward,
+    call: &Backward<'_>,
+) -> Result<Gradients> {
+    let device = call.output.device().as_cuda_device()?.clone();
+    let stream = device.cuda_stream();
+    let mut made = [None, None, None];
+    for (i, data) in made.iter_mut().enumerate() {
+        if call.is_wanted(i) {
+            let count = call.inputs[i].elem_count().max(1);
+            // SAFETY: a call that succeeds writes it whole; one that does not drops it.
+            *data = Some(unsafe { device.alloc::<T>(count)? });
+        }
+    }
+    {
+        let inputs = call.all().map(|t| Some(t.storage_and_layout()));
+        let locks = op.lock_extras();
+        let mut guards = Vec::new();
+        let [Some(query), Some(key), Some(value), Some(output), Some(lse), Some(d_output)] =
+            views(&inputs, &stream, &mut guards)?
+        else {
+            return Err(Error::msg("dlattn: a tensor of the forward pass is gone"));
+        };
+        // SAFETY: backward writes neither of the two.
+        let (output, lse) =
+            unsafe { (TensorMut::for_reading(output), TensorMut::for_reading(lse)) };
+        let mut tensors = Tensors::new(query, key, value, output);
+        tensors.lse = Some(lse);
+        set_extras(&mut tensors, views(&locks, &stream, &mut guards)?);
+        let mut gradients = dlattn::Gradients::new(d_output);
+        let slots = [
+            &mut gradients.d_query,
+            &mut gradients.d_key,
+            &mut gradients.d_value,
+        ];
+        for ((slot, data), input) in slots.into_iter().zip(&mut made).zip(call.inputs) {
+            if let Some(data) = data {
+                let (data, guard) = data.device_ptr_mut(&stream);
+                guards.push(guard);
+                *slot = Some(fresh::<T>(data, &device, input.dims())?);
+            }
+        }
+        let library = Library::get().map_err(Error::wrap)?;
+        let options = &op.attention.options;
+        let sku = library.backward_sku(options, &tensors, &gradients);
+        run(&device, &stream, sku, |exec| {
+            // SAFETY: candle's tensors live on the stream's device and are freed in the order of its
+            // stream.
+            unsafe { library.backward_on(options, &tensors, &mut gradients, exec) }
+        })?;
+    }
+    let mut shapes = call.inputs.iter().map(|input| input.shape().clone());
+    Ok(made.map(|data| {
+        let shape = shapes.next()?;
+        let storage = CudaStorage::wrap_cuda_slice(data?, device.clone());
+        Some(constant(Storage::Cuda(storage), shape))
+    }))
+}
+
+/// Enqueues the forward call; its kernel is asked for only if it needs a workspace.
+fn run_forward(
     op: &Forward,
     tensors: &mut Tensors<'_>,
     device: &CudaDevice,
@@ -95,7 +156,7 @@ fn run(
 ) -> Result<()> {
     let library = Library::get().map_err(Error::wrap)?;
     let options = &op.attention.options;
-    let mut exec = Exec {
+    let exec = Exec {
         stream: stream.cu_stream().cast(),
         ..Exec::default()
     };
@@ -108,15 +169,50 @@ fn run(
         }) => {}
         result => return result.map_err(Error::wrap),
     }
-    let sku = library.sku(options, tensors).map_err(Error::wrap)?;
+    let sku = library.sku(options, tensors);
+    run(device, stream, sku, |exec| {
+        // SAFETY: as above.
+        unsafe { library.forward_on(options, tensors, exec) }
+    })
+}
+
+/// Enqueues a call with the workspace that its kernel asks for, freed in the stream's order.
+fn run(
+    device: &CudaDevice,
+    stream: &CudaStream,
+    sku: std::result::Result<Sku, dlattn::Error>,
+    mut call: impl FnMut(&Exec) -> std::result::Result<(), dlattn::Error>,
+) -> Result<()> {
+    let sku = sku.map_err(Error::wrap)?;
     let alignment = sku.workspace_alignment;
     // SAFETY: the library takes a workspace with any contents.
     let mut memory = unsafe { device.alloc::<u8>(sku.workspace_bytes + alignment)? };
     let (data, _guard) = memory.device_ptr_mut(stream);
-    exec.workspace = (data as usize).next_multiple_of(alignment) as *mut c_void;
-    exec.workspace_bytes = sku.workspace_bytes;
-    // SAFETY: as above.
-    unsafe { library.forward_on(options, tensors, &exec) }.map_err(Error::wrap)
+    call(&Exec {
+        stream: stream.cu_stream().cast(),
+        workspace: (data as usize).next_multiple_of(alignment) as *mut c_void,
+        workspace_bytes: sku.workspace_bytes,
+    })
+    .map_err(Error::wrap)
+}
+
+/// Tensors that are locked for reading as the library sees them.
+fn views<'a, const N: usize>(
+    locks: &'a [Option<(StorageRef<'_>, &Layout)>; N],
+    stream: &'a CudaStream,
+    guards: &mut Vec<SyncOnDrop<'a>>,
+) -> Result<[Option<Tensor<'a>>; N]> {
+    let mut views = [None; N];
+    for (seen, lock) in views.iter_mut().zip(locks) {
+        *seen = match lock {
+            None => None,
+            Some((storage, layout)) => match &**storage {
+                Storage::Cuda(storage) => Some(view((storage, layout), stream, guards)?),
+                _ => return Err(Error::msg("dlattn: a tensor is not on the GPU")),
+            },
+        };
+    }
+    Ok(views)
 }
 
 fn ordinal(device: &CudaDevice) -> i32 {

@@ -14,8 +14,9 @@
 //!
 //! Tensors are f16, bf16, f32 or f64, with any strides: transposed, narrowed and broadcast views are
 //! read where they are. Errors are candle's, with the library's message. The library is found as
-//! [`dlattn::Library::get`] says. There is no backward pass yet: where a gradient would have to
-//! flow, candle's `backward` says so.
+//! [`dlattn::Library::get`] says. Gradients of query, key and value are the library's, too, those that
+//! candle tracks alone; where one would have to flow into an optional tensor, candle's `backward` says
+//! so.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -25,7 +26,7 @@ use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, StorageRef, Tensor,
 };
 pub use dlattn::{Alignment, Options};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// softmax(scale · Q Kᵀ + mask) V under `options`. See [`Attention::forward`].
 ///
@@ -83,12 +84,16 @@ impl Attention {
     /// # Errors
     /// What the library refuses, in its words; that it was not found, with the places searched.
     pub fn forward(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        if [query, key, value].iter().any(|t| t.track_op()) {
+            return Ok(self.forward_with_lse(query, key, value)?.0); // the gradients need it
+        }
         query.apply_op3(
             key,
             value,
             Forward {
                 attention: self.prepared(query, key, value)?,
                 lse: None,
+                saved: SavedLse::default(),
             },
         )
     }
@@ -104,17 +109,18 @@ impl Attention {
         key: &Tensor,
         value: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        let slot = LseSlot::default();
+        let (slot, saved) = (LseSlot::default(), SavedLse::default());
         let op = Forward {
             attention: self.prepared(query, key, value)?,
             lse: Some(slot.clone()),
+            saved: saved.clone(),
         };
         let output = query.apply_op3(key, value, op)?;
         let (storage, shape) = lock(&slot)
             .take()
             .ok_or_else(|| Error::msg("dlattn: this device gave no log-sum-exp"))?;
-        let no_op = candle_core::op::BackpropOp::none();
-        Ok((output, Tensor::from_storage(storage, shape, no_op, false)))
+        let lse = constant(storage, shape);
+        Ok((output, saved.get_or_init(|| lse).clone()))
     }
 
     /// The same with optional tensors of the types and numbers of axes that the library reads.
@@ -250,6 +256,14 @@ fn set_extras<'a>(tensors: &mut dlattn::Tensors<'a>, extras: [Option<dlattn::Ten
 
 type LseSlot = Arc<Mutex<Option<(Storage, Shape)>>>;
 
+/// The log-sum-exp that the backward pass reads.
+type SavedLse = Arc<OnceLock<Tensor>>;
+
+/// A tensor into which no gradient flows.
+fn constant(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage, shape, candle_core::op::BackpropOp::none(), false)
+}
+
 fn lock(slot: &LseSlot) -> MutexGuard<'_, Option<(Storage, Shape)>> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -259,6 +273,28 @@ fn lock(slot: &LseSlot) -> MutexGuard<'_, Option<(Storage, Shape)>> {
 struct Forward {
     attention: Attention,
     lse: Option<LseSlot>,
+    saved: SavedLse,
+}
+
+/// What the backward pass reads, and which gradients it writes: those of the tensors that candle
+/// tracks.
+struct Backward<'a> {
+    inputs: [&'a Tensor; 3],
+    output: &'a Tensor,
+    lse: &'a Tensor,
+    d_output: Tensor,
+}
+
+impl Backward<'_> {
+    /// Everything that is read, in this order.
+    fn all(&self) -> [&Tensor; 6] {
+        let [query, key, value] = self.inputs;
+        [query, key, value, self.output, self.lse, &self.d_output]
+    }
+
+    fn is_wanted(&self, input: usize) -> bool {
+        self.inputs[input].track_op()
+    }
 }
 
 impl Forward {
@@ -273,6 +309,34 @@ impl Forward {
         self.attention
             .extras()
             .map(|tensor| tensor.as_ref().map(Tensor::storage_and_layout))
+    }
+}
+
+type Gradients = [Option<Tensor>; 3];
+
+impl Forward {
+    fn backward(&self, call: &Backward<'_>) -> Result<Gradients> {
+        let attention = &self.attention;
+        for (name, tensor) in [
+            ("bias", &attention.bias),
+            ("alibi_slopes", &attention.alibi_slopes),
+            ("sinks", &attention.sinks),
+        ] {
+            if tensor.as_ref().is_some_and(Tensor::track_op) {
+                return Err(Error::msg(format!(
+                    "dlattn: {name}: has no gradient in candle; give it detached"
+                )));
+            }
+        }
+        match call.output.device() {
+            Device::Cpu => cpu::backward(self, call),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => cuda::backward(self, call),
+            other => Err(Error::msg(format!(
+                "dlattn: no gradients on {:?}",
+                other.location()
+            ))),
+        }
     }
 }
 
@@ -314,6 +378,27 @@ impl CustomOp3 for Forward {
             (key, key_layout),
             (value, value_layout),
         )
+    }
+
+    fn bwd(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        output: &Tensor,
+        d_output: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let lse = self
+            .saved
+            .get()
+            .ok_or_else(|| Error::msg("dlattn: the forward pass kept no log-sum-exp"))?;
+        let [d_query, d_key, d_value] = self.backward(&Backward {
+            inputs: [query, key, value],
+            output,
+            lse,
+            d_output: d_output.contiguous()?,
+        })?;
+        Ok((d_query, d_key, d_value))
     }
 }
 

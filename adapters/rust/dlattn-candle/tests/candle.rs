@@ -335,13 +335,94 @@ fn refusals() -> Result<()> {
     Ok(())
 }
 
+/// Gradients of sum(weights * output) by candle's own operators in f64, and by ours; those that are
+/// tracked alone.
+#[test]
+fn gradients() -> Result<()> {
+    for (device, dtype, tolerance) in devices() {
+        let (q, k, v) = inputs(&device, dtype, 16)?;
+        let weights = Tensor::randn(0f64, 1.0, (2, 4, 9, 16), &Device::Cpu)?;
+        let wide = |t: &Tensor| Var::from_tensor(&t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?);
+        let (q64, k64, v64) = (wide(&q)?, wide(&k)?, wide(&v)?);
+        let (expected, _) = reference(&q64, &k64, &v64, None)?;
+        let expected = (expected * &weights)?.sum_all()?.backward()?;
+
+        let (q, k, v) = (
+            Var::from_tensor(&q)?,
+            Var::from_tensor(&k)?,
+            Var::from_tensor(&v)?,
+        );
+        let ours = weights.to_device(&device)?.to_dtype(dtype)?;
+        let loss = |q: &Tensor| (attention(q, &k, &v, &Options::default())? * &ours)?.sum_all();
+        let found = match loss(&q)?.backward() {
+            // Not every GPU has a backward kernel for every type.
+            Err(error) if device.is_cuda() && error.to_string().contains("no kernel") => continue,
+            found => found?,
+        };
+        for (name, var, var64) in [("query", &q, &q64), ("key", &k, &k64), ("value", &v, &v64)] {
+            let (Some(found), Some(expected)) = (found.get(var), expected.get(var64)) else {
+                panic!("{name} has no gradient");
+            };
+            assert_eq!(found.dtype(), dtype);
+            assert_close(found, expected, 4.0 * tolerance)?;
+        }
+        let found_alone = loss(&q.detach())?.backward()?;
+        assert!(found_alone.get(&q).is_none());
+        let (Some(alone), Some(beside)) = (found_alone.get(&k), found.get(&k)) else {
+            panic!("key has no gradient");
+        };
+        assert_eq!(
+            alone
+                .flatten_all()?
+                .to_dtype(DType::F32)?
+                .to_vec1::<f32>()?,
+            beside
+                .flatten_all()?
+                .to_dtype(DType::F32)?
+                .to_vec1::<f32>()?
+        );
+    }
+    Ok(())
+}
+
+/// Views of a larger tensor, a causal mask and a bias, which is no variable.
+#[test]
+fn gradients_of_views() -> Result<()> {
+    let (q, k, v) = inputs(&Device::Cpu, DType::F32, 16)?;
+    let bias = Tensor::randn(0f32, 1.0, (9, 11), &Device::Cpu)?;
+    let seen = causal_bias(9, 11, 2)?.broadcast_add(&bias.to_dtype(DType::F64)?)?;
+    let wide = |t: &Tensor| Var::from_tensor(&t.to_dtype(DType::F64)?);
+    let (q64, k64, v64) = (wide(&q)?, wide(&k)?, wide(&v)?);
+    let expected = reference(&q64, &k64, &v64, Some(&seen))?
+        .0
+        .sqr()?
+        .sum_all()?
+        .backward()?;
+
+    let packed = Var::from_tensor(&q.transpose(1, 2)?.contiguous()?)?; // [B, L, H, D]
+    let mut ours = Attention::new(Options {
+        causal: true,
+        alignment: Alignment::BottomRight,
+        ..Options::default()
+    });
+    ours.bias = Some(bias);
+    let output = ours.forward(&packed.transpose(1, 2)?, &k, &v)?;
+    let found = output.sqr()?.sum_all()?.backward()?;
+    let (Some(found), Some(expected)) = (found.get(&packed), expected.get(&q64)) else {
+        panic!("query has no gradient");
+    };
+    assert_close(&found.transpose(1, 2)?, expected, 4e-5)
+}
+
 /// No gradient is silently lost.
 #[test]
-fn backward_is_refused() -> Result<()> {
+fn gradients_of_optional_tensors_are_refused() -> Result<()> {
     let (q, k, v) = inputs(&Device::Cpu, DType::F32, 16)?;
     let q = Var::from_tensor(&q)?;
-    let loss = attention(&q, &k, &v, &Options::default())?.sum_all()?;
+    let mut ours = Attention::new(Options::default());
+    ours.sinks = Some(Var::zeros(4, DType::F32, &Device::Cpu)?.as_tensor().clone());
+    let loss = ours.forward(&q, &k, &v)?.sum_all()?;
     let says = loss.backward().unwrap_err().to_string();
-    assert!(says.contains("dlattn"), "{says}");
+    assert!(says.contains("sinks: has no gradient"), "{says}");
     Ok(())
 }

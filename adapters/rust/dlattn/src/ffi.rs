@@ -18,6 +18,9 @@ pub const DL_FLOAT: u8 = 2;
 pub const DL_BFLOAT: u8 = 4;
 pub const DL_BOOL: u8 = 6;
 
+/// `dlattn_sku.flags`
+pub const KERNEL_REFERENCE: u64 = 1;
+
 pub const WINDOW: u64 = 1;
 pub const EXACT_SCALE: u64 = 2;
 pub const EMPTY_LSE_INF: u64 = 4;
@@ -84,6 +87,52 @@ pub struct Tensors {
     pub block_table: *const DLTensor,
 }
 
+/// ABI 1.1.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Gradients {
+    pub struct_size: usize,
+    pub d_output: *const DLTensor,
+    pub d_lse: *const DLTensor,
+    pub d_query: *const DLTensor,
+    pub d_key: *const DLTensor,
+    pub d_value: *const DLTensor,
+    pub d_bias: *const DLTensor,
+    pub d_alibi_slopes: *const DLTensor,
+    pub d_sinks: *const DLTensor,
+}
+
+/// ABI 1.1.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Partials {
+    pub struct_size: usize,
+    pub count: i64,
+    pub outputs: *const *const DLTensor,
+    pub lses: *const *const DLTensor,
+    pub output: *const DLTensor,
+    pub lse: *const DLTensor,
+}
+
+/// ABI 1.1.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AppendTensors {
+    pub struct_size: usize,
+    pub key: *const DLTensor,
+    pub value: *const DLTensor,
+    pub key_cache: *const DLTensor,
+    pub value_cache: *const DLTensor,
+    pub cache_lengths: *const DLTensor,
+    pub new_lengths: *const DLTensor,
+    pub cu_seqlens: *const DLTensor,
+    pub block_table: *const DLTensor,
+    pub key_scale: *const DLTensor,
+    pub value_scale: *const DLTensor,
+    pub key_cache_dtype: DLDataType,
+    pub value_cache_dtype: DLDataType,
+}
+
 pub type ParallelBody = unsafe extern "C" fn(body_ctx: *mut c_void, index: i64);
 pub type ParallelFor =
     unsafe extern "C" fn(ctx: *mut c_void, count: i64, body: ParallelBody, body_ctx: *mut c_void);
@@ -120,6 +169,8 @@ pub struct Sku {
     pub num_splits: i32,
     pub num_threads: i32,
     pub reserved0: i32,
+    pub operation: *const c_char,
+    pub flags: u64,
 }
 
 #[repr(C)]
@@ -188,6 +239,35 @@ pub struct Api {
     pub device_info: unsafe extern "C" fn(i32, *mut DeviceInfo) -> i32,
 }
 
+/// The table of ABI 1.1, which a library has if its `struct_size` covers it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Api1_1 {
+    pub api: Api,
+    pub backward_query:
+        unsafe extern "C" fn(*const ForwardDesc, *const Tensors, *const Gradients, *mut Sku) -> i32,
+    pub backward: unsafe extern "C" fn(
+        *const ForwardDesc,
+        *const Tensors,
+        *const Gradients,
+        *const Exec,
+    ) -> i32,
+    pub backward_plan_create: unsafe extern "C" fn(
+        *const ForwardDesc,
+        *const Tensors,
+        *const Gradients,
+        *mut *mut Plan,
+    ) -> i32,
+    pub backward_plan_can_run:
+        unsafe extern "C" fn(*const Plan, *const Tensors, *const Gradients) -> i32,
+    pub backward_plan_run:
+        unsafe extern "C" fn(*const Plan, *const Tensors, *const Gradients, *const Exec) -> i32,
+    pub merge_query: unsafe extern "C" fn(*const Partials, *mut Sku) -> i32,
+    pub merge: unsafe extern "C" fn(*const Partials, *const Exec) -> i32,
+    pub append_query: unsafe extern "C" fn(*const AppendTensors, *mut Sku) -> i32,
+    pub append: unsafe extern "C" fn(*const AppendTensors, *const Exec) -> i32,
+}
+
 /// `dlattn_get_api`, the one symbol that the library exports.
 pub type GetApi = unsafe extern "C" fn(major: u32) -> *const Api;
 
@@ -199,8 +279,11 @@ const _: () = {
     assert!(size_of::<ForwardDesc>() == 88 && offset_of!(ForwardDesc, kernel) == 72);
     assert!(size_of::<Tensors>() == 120 && offset_of!(Tensors, block_table) == 112);
     assert!(size_of::<Exec>() == 56 && offset_of!(Exec, parallel_ctx) == 48);
-    assert!(size_of::<Sku>() == 104 && offset_of!(Sku, contiguous) == 72);
+    assert!(size_of::<Sku>() == 120 && offset_of!(Sku, contiguous) == 72);
+    assert!(size_of::<Gradients>() == 72 && size_of::<Partials>() == 48);
+    assert!(size_of::<AppendTensors>() == 96 && offset_of!(AppendTensors, key_scale) == 72);
     assert!(size_of::<KernelInfo>() == 80 && offset_of!(KernelInfo, max_head_dim) == 56);
     assert!(size_of::<DeviceInfo>() == 288 && offset_of!(DeviceInfo, multiprocessors) == 272);
     assert!(size_of::<Api>() == 144 && offset_of!(Api, device_info) == 136);
+    assert!(size_of::<Api1_1>() == 216 && offset_of!(Api1_1, append) == 208);
 };

@@ -30,5 +30,5 @@ mod tensor;
 
 pub use error::{Error, Status};
 pub use library::{Exec, Kernel, Library, Plan, Sku};
-pub use options::{Alignment, Options, Tensors};
+pub use options::{Alignment, Append, Gradients, Options, Tensors};
 pub use tensor::{compact, Device, Element, Stride, Tensor, TensorMut, MAX_AXES};

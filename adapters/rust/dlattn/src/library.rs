@@ -1,5 +1,5 @@
-use crate::ffi::{self, Api};
-use crate::{Device, Error, Options, Status, Tensors};
+use crate::ffi::{self, Api, Api1_1, DLTensor};
+use crate::{Append, Device, Error, Gradients, Options, Status, Tensor, TensorMut, Tensors};
 use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_void, CStr, OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -42,6 +42,8 @@ pub struct Sku {
     pub num_splits: i32,
     /// CPU threads that it was planned for.
     pub num_threads: i32,
+    /// A reference row: right and slow.
+    pub reference: bool,
 }
 
 /// One row of the library's kernel table.
@@ -249,6 +251,142 @@ impl Library {
         })
     }
 
+    /// What [`backward`](Self::backward) would run. Reads no data.
+    ///
+    /// # Errors
+    /// [`Error::Call`], as backward would.
+    pub fn backward_sku(
+        &self,
+        options: &Options,
+        tensors: &Tensors<'_>,
+        gradients: &Gradients<'_>,
+    ) -> Result<Sku, Error> {
+        let query = self.api_1_1("backward")?.backward_query;
+        self.fill_sku(|sku| {
+            with_backward(options, tensors, gradients, |desc, raw, given| {
+                // SAFETY: the structs and what they point to live for the call.
+                Ok(unsafe { query(desc, raw, given, sku) })
+            })
+        })
+    }
+
+    /// Gradients on the CPU, after [`forward`](Self::forward) with the same options and tensors, an
+    /// lse among them; tensors are read alone.
+    ///
+    /// # Errors
+    /// [`Error::Call`]; the gradients are untouched unless the status is `DeviceError` or `Internal`.
+    pub fn backward(
+        &self,
+        options: &Options,
+        tensors: &Tensors<'_>,
+        gradients: &mut Gradients<'_>,
+    ) -> Result<(), Error> {
+        let api = self.api_1_1("backward")?;
+        on_host(tensors)?;
+        with_backward(options, tensors, gradients, |desc, raw, given| {
+            self.with_workspace(
+                // SAFETY: as in `forward`.
+                |exec| unsafe { (api.backward)(desc, raw, given, exec) },
+                // SAFETY: as in `forward`.
+                |sku| unsafe { (api.backward_query)(desc, raw, given, sku) },
+            )
+        })
+    }
+
+    /// Enqueues gradients on a GPU's stream, or computes them on the CPU.
+    ///
+    /// # Safety
+    /// As for [`forward_on`](Self::forward_on).
+    ///
+    /// # Errors
+    /// [`Error::Call`]; with `BufferTooSmall` if the workspace is.
+    pub unsafe fn backward_on(
+        &self,
+        options: &Options,
+        tensors: &Tensors<'_>,
+        gradients: &mut Gradients<'_>,
+        exec: &Exec,
+    ) -> Result<(), Error> {
+        let backward = self.api_1_1("backward")?.backward;
+        with_backward(options, tensors, gradients, |desc, raw, given| {
+            // SAFETY: the caller answers for the memory.
+            self.check(unsafe { backward(desc, raw, given, &raw_exec(exec)) })
+        })
+    }
+
+    /// One result from those over disjoint parts of the keys, on the CPU: outputs and their
+    /// log-sum-exps, as many, of one shape.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub fn merge(
+        &self,
+        outputs: &[Tensor<'_>],
+        lses: &[Tensor<'_>],
+        output: &mut TensorMut<'_>,
+        lse: Option<&mut TensorMut<'_>>,
+    ) -> Result<(), Error> {
+        let api = self.api_1_1("merge")?;
+        if outputs.len() != lses.len() {
+            return Err(invalid(format!(
+                "lses: are {}, outputs are {}",
+                lses.len(),
+                outputs.len()
+            )));
+        }
+        for tensor in outputs.iter().chain(lses) {
+            host(tensor.device(), "merge")?;
+        }
+        host(output.device(), "merge")?;
+        let parts: Vec<DLTensor> = outputs.iter().chain(lses).map(Tensor::dl).collect();
+        let parts: Vec<*const DLTensor> = parts.iter().map(|part| part as *const _).collect();
+        let (output, lse) = (output.dl(), lse.map(|lse| lse.dl()));
+        let partials = ffi::Partials {
+            struct_size: size_of::<ffi::Partials>(),
+            count: outputs.len() as i64,
+            outputs: parts.as_ptr(),
+            lses: parts[outputs.len()..].as_ptr(),
+            output: &output,
+            lse: lse.as_ref().map_or(null(), |lse| lse as *const _),
+        };
+        self.with_workspace(
+            // SAFETY: the structs and what they point to live for the call.
+            |exec| unsafe { (api.merge)(&partials, exec) },
+            // SAFETY: as above.
+            |sku| unsafe { (api.merge_query)(&partials, sku) },
+        )
+    }
+
+    /// Writes new keys and values into a cache on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub fn append(&self, tensors: &mut Append<'_>) -> Result<(), Error> {
+        let api = self.api_1_1("append")?;
+        host(tensors.key.device(), "append")?;
+        tensors.with_raw(|raw| {
+            self.with_workspace(
+                // SAFETY: the structs and what they point to live for the call.
+                |exec| unsafe { (api.append)(raw, exec) },
+                // SAFETY: as above.
+                |sku| unsafe { (api.append_query)(raw, sku) },
+            )
+        })
+    }
+
+    /// The table, if it has what came with ABI 1.1.
+    fn api_1_1(&self, operation: &str) -> Result<&'static Api1_1, Error> {
+        if self.api.struct_size >= size_of::<Api1_1>() {
+            // SAFETY: the table is static and at least that long.
+            return Ok(unsafe { &*(self.api as *const Api).cast::<Api1_1>() });
+        }
+        let (major, minor) = self.abi();
+        Err(Error::Call {
+            status: Status::Unsupported,
+            message: format!("{operation}: needs ABI 1.1, the library has {major}.{minor}"),
+        })
+    }
+
     /// Chooses a kernel once for many calls with these shapes, strides, types and device.
     ///
     /// # Errors
@@ -301,6 +439,7 @@ impl Library {
                 bit_stable: raw.bit_stable != 0,
                 num_splits: raw.num_splits,
                 num_threads: raw.num_threads,
+                reference: raw.flags & ffi::KERNEL_REFERENCE != 0,
             })
         }
     }
@@ -422,11 +561,38 @@ fn raw_exec(exec: &Exec) -> ffi::Exec {
 fn on_host(tensors: &Tensors<'_>) -> Result<(), Error> {
     match tensors.device() {
         Device::Cpu => Ok(()),
-        Device::Cuda(_) => Err(Error::Call {
-            status: Status::InvalidArgument,
-            message: "query: is on a GPU, where a call needs a stream: forward_on, run_on".into(),
-        }),
+        Device::Cuda(_) => Err(invalid(
+            "query: is on a GPU, where a call needs a stream: forward_on, run_on, backward_on"
+                .into(),
+        )),
     }
+}
+
+fn host(device: Device, operation: &str) -> Result<(), Error> {
+    match device {
+        Device::Cpu => Ok(()),
+        Device::Cuda(_) => Err(invalid(format!(
+            "{operation}: a tensor is on a GPU, this crate does it on the CPU"
+        ))),
+    }
+}
+
+fn invalid(message: String) -> Error {
+    Error::Call {
+        status: Status::InvalidArgument,
+        message,
+    }
+}
+
+/// Calls `body` with all of a backward call as the library reads it.
+fn with_backward<R>(
+    options: &Options,
+    tensors: &Tensors<'_>,
+    gradients: &Gradients<'_>,
+    body: impl FnOnce(&ffi::ForwardDesc, &ffi::Tensors, &ffi::Gradients) -> Result<R, Error>,
+) -> Result<R, Error> {
+    options
+        .with_raw(|desc| tensors.with_raw(|raw| gradients.with_raw(|given| body(desc, raw, given))))
 }
 
 /// # Safety

@@ -173,7 +173,6 @@ impl<'a> Tensors<'a> {
             &self.block_table,
         ]
         .map(|tensor| tensor.as_ref().map(Tensor::dl));
-        let at = |tensor: &Option<DLTensor>| tensor.as_ref().map_or(null(), |t| t as *const _);
         body(&ffi::Tensors {
             struct_size: size_of::<ffi::Tensors>(),
             query: &query,
@@ -190,6 +189,128 @@ impl<'a> Tensors<'a> {
             cu_seqlens_q: at(&inputs[6]),
             cu_seqlens_k: at(&inputs[7]),
             block_table: at(&inputs[8]),
+        })
+    }
+}
+
+fn at(tensor: &Option<DLTensor>) -> *const DLTensor {
+    tensor.as_ref().map_or(null(), |t| t as *const _)
+}
+
+/// What a backward call takes beside the tensors of its forward call. The gradients that are absent
+/// are not computed; at least one is there. Each has the shape of its tensor, the tensor's type or
+/// f32, and is written whole.
+#[derive(Debug)]
+pub struct Gradients<'a> {
+    /// As the output, of its type or f32.
+    pub d_output: Tensor<'a>,
+    /// As the log-sum-exp, of its type or f32; absent is 0.
+    pub d_lse: Option<Tensor<'a>>,
+    /// As the query.
+    pub d_query: Option<TensorMut<'a>>,
+    /// As the key.
+    pub d_key: Option<TensorMut<'a>>,
+    /// As the value.
+    pub d_value: Option<TensorMut<'a>>,
+    /// As the bias: the sum over what an axis of 1 stands for.
+    pub d_bias: Option<TensorMut<'a>>,
+    /// As `alibi_slopes`, f32.
+    pub d_alibi_slopes: Option<TensorMut<'a>>,
+    /// As `sinks`, f32.
+    pub d_sinks: Option<TensorMut<'a>>,
+}
+
+impl<'a> Gradients<'a> {
+    /// None is wanted yet.
+    pub fn new(d_output: Tensor<'a>) -> Self {
+        Self {
+            d_output,
+            d_lse: None,
+            d_query: None,
+            d_key: None,
+            d_value: None,
+            d_bias: None,
+            d_alibi_slopes: None,
+            d_sinks: None,
+        }
+    }
+
+    /// Calls `body` with the tensors as the library reads them.
+    pub(crate) fn with_raw<R>(&self, body: impl FnOnce(&ffi::Gradients) -> R) -> R {
+        let d_output = self.d_output.dl();
+        let d_lse = self.d_lse.as_ref().map(Tensor::dl);
+        let written = [
+            &self.d_query,
+            &self.d_key,
+            &self.d_value,
+            &self.d_bias,
+            &self.d_alibi_slopes,
+            &self.d_sinks,
+        ]
+        .map(|tensor| tensor.as_ref().map(TensorMut::dl));
+        body(&ffi::Gradients {
+            struct_size: size_of::<ffi::Gradients>(),
+            d_output: &d_output,
+            d_lse: at(&d_lse),
+            d_query: at(&written[0]),
+            d_key: at(&written[1]),
+            d_value: at(&written[2]),
+            d_bias: at(&written[3]),
+            d_alibi_slopes: at(&written[4]),
+            d_sinks: at(&written[5]),
+        })
+    }
+}
+
+/// New keys and values, and the cache behind whose rows they go, all in host memory. E is f16, bf16,
+/// f32 or f64; the caches may be of another of them.
+#[derive(Debug)]
+pub struct Append<'a> {
+    /// E `[B, H_kv, Ln, D]`, or packed `[total, H_kv, D]` with `cu_seqlens`.
+    pub key: Tensor<'a>,
+    /// E `[B, H_kv, Ln, D_v]`, or as `key`.
+    pub value: Tensor<'a>,
+    /// `[B, H_kv, capacity, D]`, or pages `[pages, H_kv, page_size, D]` with `block_table`.
+    pub key_cache: TensorMut<'a>,
+    /// The same with `D_v`.
+    pub value_cache: TensorMut<'a>,
+    /// i32 `[B]`: rows that are there; it stays as it is.
+    pub cache_lengths: Tensor<'a>,
+    /// i32 `[B]`: rows of key and value from there on are left out.
+    pub new_lengths: Option<Tensor<'a>>,
+    /// i32 `[B + 1]`, ascending from 0 to `total`.
+    pub cu_seqlens: Option<Tensor<'a>>,
+    /// i32 `[B, max_pages]`.
+    pub block_table: Option<Tensor<'a>>,
+}
+
+impl Append<'_> {
+    /// Calls `body` with the tensors as the library reads them.
+    pub(crate) fn with_raw<R>(&self, body: impl FnOnce(&ffi::AppendTensors) -> R) -> R {
+        let (key, value) = (self.key.dl(), self.value.dl());
+        let (key_cache, value_cache) = (self.key_cache.dl(), self.value_cache.dl());
+        let cache_lengths = self.cache_lengths.dl();
+        let optional = [&self.new_lengths, &self.cu_seqlens, &self.block_table]
+            .map(|tensor| tensor.as_ref().map(Tensor::dl));
+        let own = ffi::DLDataType {
+            code: 0,
+            bits: 0,
+            lanes: 0,
+        };
+        body(&ffi::AppendTensors {
+            struct_size: size_of::<ffi::AppendTensors>(),
+            key: &key,
+            value: &value,
+            key_cache: &key_cache,
+            value_cache: &value_cache,
+            cache_lengths: &cache_lengths,
+            new_lengths: at(&optional[0]),
+            cu_seqlens: at(&optional[1]),
+            block_table: at(&optional[2]),
+            key_scale: null(),
+            value_scale: null(),
+            key_cache_dtype: own,
+            value_cache_dtype: own,
         })
     }
 }

@@ -194,6 +194,23 @@ impl<'a> TensorMut<'a> {
         })
     }
 
+    /// Where it lives.
+    pub fn device(&self) -> Device {
+        self.raw.device
+    }
+
+    /// A tensor that has been written, where a call wants it that only reads it:
+    /// [`Library::backward`](crate::Library::backward) does so with the output.
+    ///
+    /// # Safety
+    /// No call that writes it is made with it.
+    pub unsafe fn for_reading(tensor: Tensor<'a>) -> Self {
+        Self {
+            raw: tensor.raw,
+            borrow: PhantomData,
+        }
+    }
+
     pub(crate) fn dl(&self) -> DLTensor {
         self.raw.dl()
     }

@@ -1,6 +1,9 @@
 //! The crate against plain loops in f64. `DLATTN_LIBRARY` names the library.
 
-use dlattn::{compact, Alignment, Error, Library, Options, Status, Tensor, TensorMut, Tensors};
+use dlattn::{
+    compact, Alignment, Append, Error, Gradients, Library, Options, Status, Tensor, TensorMut,
+    Tensors,
+};
 use half::{bf16, f16};
 
 /// Numbers in [-2, 2) that differ by `seed`.
@@ -319,4 +322,152 @@ fn files_that_are_not_the_library() {
         error.to_string(),
         "x.so: serves ABI 2.1, this program needs 1.0"
     );
+}
+
+/// Beside central differences of the reference, along one direction in each tensor.
+#[test]
+fn backward() {
+    let (q, k, v) = inputs();
+    let (mut o, mut lse) = (vec![0f32; 2 * 4 * 7 * 12], vec![0f32; 2 * 4 * 7]);
+    let (d_o, d_lse) = (numbers(4, o.len()), numbers(5, lse.len()));
+    let mut made = [&q, &k, &v].map(|x| vec![f32::NAN; x.len()]);
+    let mut tensors = Tensors::new(
+        Tensor::new(&q, &QUERY).unwrap(),
+        Tensor::new(&k, &KEY).unwrap(),
+        Tensor::new(&v, &VALUE).unwrap(),
+        TensorMut::new(&mut o, &OUTPUT).unwrap(),
+    );
+    tensors.lse = Some(TensorMut::new(&mut lse, &OUTPUT[..3]).unwrap());
+    library().forward(&causal(), &mut tensors).unwrap();
+    let [d_q, d_k, d_v] = &mut made;
+    let mut gradients = Gradients::new(Tensor::new(&d_o, &OUTPUT).unwrap());
+    gradients.d_lse = Some(Tensor::new(&d_lse, &OUTPUT[..3]).unwrap());
+    gradients.d_query = Some(TensorMut::new(d_q, &QUERY).unwrap());
+    gradients.d_key = Some(TensorMut::new(d_k, &KEY).unwrap());
+    gradients.d_value = Some(TensorMut::new(d_v, &VALUE).unwrap());
+    let sku = library()
+        .backward_sku(&causal(), &tensors, &gradients)
+        .unwrap();
+    assert!(sku.kernel.starts_with("cpu_bwd_"), "{}", sku.kernel);
+    assert_eq!(sku.reference, sku.kernel == "cpu_bwd_ref");
+    library()
+        .backward(&causal(), &tensors, &mut gradients)
+        .unwrap();
+
+    let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
+        let (o, lse) = reference(QUERY, [2, 9, 12], (q, k, v), true);
+        let dot =
+            |a: &[f64], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| a * f64::from(*b)).sum() };
+        dot(&o, &d_o) + dot(&lse, &d_lse)
+    };
+    for (n, gradient) in made.iter().enumerate() {
+        let step = 1.0 / 64.0; // a power of 2, as numbers() are, so that the ends are exact
+        let direction: Vec<f32> = numbers(6, gradient.len())
+            .iter()
+            .map(|x| x.signum())
+            .collect();
+        let end = |sign: f32| {
+            let mut moved = [q.clone(), k.clone(), v.clone()];
+            for (x, d) in moved[n].iter_mut().zip(&direction) {
+                *x += sign * step * d;
+            }
+            loss(&moved[0], &moved[1], &moved[2])
+        };
+        // Without the error of the second order: from two steps, as Richardson has it.
+        let slope = |h: f32| (end(h) - end(-h)) / f64::from(2.0 * h * step);
+        let expected = (4.0 * slope(0.5) - slope(1.0)) / 3.0;
+        let found: f64 = gradient
+            .iter()
+            .zip(&direction)
+            .map(|(g, d)| f64::from(g * d))
+            .sum();
+        assert!(
+            (found - expected).abs() < 1e-3 * expected.abs().max(1.0),
+            "tensor {n}: {found}, expected {expected}"
+        );
+    }
+}
+
+#[test]
+fn backward_says_what_is_wrong() {
+    let (q, k, v) = inputs();
+    let mut o = vec![0f32; 2 * 4 * 7 * 12];
+    let d_o = o.clone();
+    let tensors = Tensors::new(
+        Tensor::new(&q, &QUERY).unwrap(),
+        Tensor::new(&k, &KEY).unwrap(),
+        Tensor::new(&v, &VALUE).unwrap(),
+        TensorMut::new(&mut o, &OUTPUT).unwrap(),
+    );
+    let mut d_q = vec![f32::NAN; q.len()];
+    let mut gradients = Gradients::new(Tensor::new(&d_o, &OUTPUT).unwrap());
+    gradients.d_query = Some(TensorMut::new(&mut d_q, &QUERY).unwrap());
+    let error = library()
+        .backward(&causal(), &tensors, &mut gradients)
+        .unwrap_err();
+    assert!(error.to_string().contains("lse"), "{error}");
+    assert!(d_q.iter().all(|x| x.is_nan()));
+}
+
+/// Keys in two parts, merged, are as all keys at once.
+#[test]
+fn merge_of_two_parts() {
+    let (q, k, v) = inputs();
+    let run = |first: usize, keys: usize| {
+        let (mut o, mut lse) = (vec![0f32; 2 * 4 * 7 * 12], vec![0f32; 2 * 4 * 7]);
+        let strides = |shape: [usize; 4]| compact(&shape);
+        let mut tensors = Tensors::new(
+            Tensor::new(&q, &QUERY).unwrap(),
+            Tensor::with_strides(&k[first * 16..], &[2, 2, keys, 16], &strides(KEY)).unwrap(),
+            Tensor::with_strides(&v[first * 12..], &[2, 2, keys, 12], &strides(VALUE)).unwrap(),
+            TensorMut::new(&mut o, &OUTPUT).unwrap(),
+        );
+        tensors.lse = Some(TensorMut::new(&mut lse, &OUTPUT[..3]).unwrap());
+        library()
+            .forward(&Options::default(), &mut tensors)
+            .unwrap();
+        (o, lse)
+    };
+    let (parts, whole) = ([run(0, 4), run(4, 5)], run(0, 9));
+    let outputs = [0, 1].map(|n| Tensor::new(&parts[n].0, &OUTPUT).unwrap());
+    let lses = [0, 1].map(|n| Tensor::new(&parts[n].1, &OUTPUT[..3]).unwrap());
+    let (mut o, mut lse) = (vec![0f32; whole.0.len()], vec![0f32; whole.1.len()]);
+    let mut output = TensorMut::new(&mut o, &OUTPUT).unwrap();
+    let mut sums = TensorMut::new(&mut lse, &OUTPUT[..3]).unwrap();
+    library()
+        .merge(&outputs, &lses, &mut output, Some(&mut sums))
+        .unwrap();
+    let error = library()
+        .merge(&outputs, &lses[..1], &mut output, None)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("lses: are 1, outputs are 2"),
+        "{error}"
+    );
+    let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    assert_close(wide(&o), &wide(&whole.0), 1e-5);
+    assert_close(wide(&lse), &wide(&whole.1), 1e-5);
+}
+
+/// Two rows behind the one that is there; nothing else of the cache changes.
+#[test]
+fn append_to_a_cache() {
+    let (key, value) = (numbers(1, 2 * 4), numbers(2, 2 * 4));
+    let (mut key_cache, mut value_cache) = (vec![7f32; 5 * 4], vec![7f32; 5 * 4]);
+    let lengths = [1i32];
+    let mut tensors = Append {
+        key: Tensor::new(&key, &[1, 1, 2, 4]).unwrap(),
+        value: Tensor::new(&value, &[1, 1, 2, 4]).unwrap(),
+        key_cache: TensorMut::new(&mut key_cache, &[1, 1, 5, 4]).unwrap(),
+        value_cache: TensorMut::new(&mut value_cache, &[1, 1, 5, 4]).unwrap(),
+        cache_lengths: Tensor::new(&lengths, &[1]).unwrap(),
+        new_lengths: None,
+        cu_seqlens: None,
+        block_table: None,
+    };
+    library().append(&mut tensors).unwrap();
+    for (cache, rows) in [(&key_cache, &key), (&value_cache, &value)] {
+        assert_eq!(cache[4..12], rows[..]);
+        assert!(cache[..4].iter().chain(&cache[12..]).all(|&x| x == 7.0));
+    }
 }
