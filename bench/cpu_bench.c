@@ -36,10 +36,12 @@ struct shape {
     int causal;
 };
 static const struct shape shapes[] = {
-    {"fwd", 1, 8, 8, 2048, 2048, 64, 0},   {"fwd", 1, 8, 8, 2048, 2048, 64, 1},
-    {"fwd", 1, 8, 8, 2048, 2048, 128, 0},  {"fwd", 1, 8, 8, 2048, 2048, 128, 1},
-    {"fwd", 8, 12, 12, 128, 128, 64, 0},   {"decode", 1, 32, 8, 1, 32768, 128, 0},
-    {"decode", 1, 32, 32, 1, 8192, 128, 0}};
+    {"fwd", 1, 8, 8, 2048, 2048, 64, 0},    {"fwd", 1, 8, 8, 2048, 2048, 64, 1},
+    {"fwd", 1, 8, 8, 2048, 2048, 128, 0},   {"fwd", 1, 8, 8, 2048, 2048, 128, 1},
+    {"fwd", 8, 12, 12, 128, 128, 64, 0},    {"decode", 1, 32, 8, 1, 32768, 128, 0},
+    {"decode", 1, 32, 32, 1, 8192, 128, 0}, {"bwd", 1, 8, 8, 2048, 2048, 64, 0},
+    {"bwd", 1, 8, 8, 2048, 2048, 64, 1},    {"bwd", 1, 8, 8, 2048, 2048, 128, 0},
+    {"bwd", 1, 8, 8, 2048, 2048, 128, 1},   {"bwd", 8, 12, 12, 128, 128, 64, 0}};
 
 static int compare(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
@@ -71,31 +73,55 @@ static void fill(void *data, size_t count, const struct element *e, uint64_t sta
     }
 }
 
+enum { QUERY, KEY, VALUE, OUTPUT, D_OUTPUT, D_QUERY, D_KEY, D_VALUE, LSE, TENSORS };
+
 struct tensors {
-    int64_t axes[4][4];
-    DLTensor all[4]; /* query, key, value, output */
+    int64_t axes[TENSORS][4];
+    DLTensor all[TENSORS];
     dlattn_tensors named;
+    dlattn_gradients gradients; /* of a backward call, whose lse is named, too */
+    bool backward;
 };
 
 static void make_tensors(struct tensors *t, const struct shape *s, const struct element *e) {
-    for (int n = 0; n < 4; n++) {
-        const bool of_query = n == 0 || n == 3;
-        const int64_t axes[4] = {s->batch, of_query ? s->heads_q : s->heads_kv,
-                                 of_query ? s->len_q : s->len_k, s->dim};
+    for (int n = 0; n < TENSORS; n++) {
+        const bool of_key = n == KEY || n == VALUE || n == D_KEY || n == D_VALUE;
+        const int64_t axes[4] = {s->batch, of_key ? s->heads_kv : s->heads_q,
+                                 of_key ? s->len_k : s->len_q, s->dim};
         const size_t count = (size_t)(axes[0] * axes[1] * axes[2] * axes[3]);
         memcpy(t->axes[n], axes, sizeof axes);
         t->all[n] = (DLTensor){.data = aligned_alloc(64, (count * e->bytes + 63) / 64 * 64),
                                .device = {kDLCPU, 0},
-                               .ndim = 4,
+                               .ndim = n == LSE ? 3 : 4,
                                .dtype = e->type,
                                .shape = t->axes[n]};
         fill(t->all[n].data, count, e, 88172645463325252u + (uint64_t)n);
     }
+    t->backward = strcmp(s->op, "bwd") == 0;
     t->named = (dlattn_tensors){.struct_size = sizeof t->named,
-                                .query = &t->all[0],
-                                .key = &t->all[1],
-                                .value = &t->all[2],
-                                .output = &t->all[3]};
+                                .query = &t->all[QUERY],
+                                .key = &t->all[KEY],
+                                .value = &t->all[VALUE],
+                                .output = &t->all[OUTPUT],
+                                .lse = t->backward ? &t->all[LSE] : NULL};
+    t->gradients = (dlattn_gradients){.struct_size = sizeof t->gradients,
+                                      .d_output = &t->all[D_OUTPUT],
+                                      .d_query = &t->all[D_QUERY],
+                                      .d_key = &t->all[D_KEY],
+                                      .d_value = &t->all[D_VALUE]};
+}
+
+static int32_t create(const struct tensors *t, const dlattn_forward_desc *desc,
+                      dlattn_plan **plan) {
+    return t->backward ? api->backward_plan_create(desc, &t->named, &t->gradients, plan)
+                       : api->plan_create(desc, &t->named, plan);
+}
+
+static void run(const struct tensors *t, const dlattn_plan *plan, const dlattn_exec *exec) {
+    if (t->backward)
+        api->backward_plan_run(plan, &t->named, &t->gradients, exec);
+    else
+        api->plan_run(plan, &t->named, exec);
 }
 
 struct result {
@@ -114,7 +140,7 @@ static bool measure(struct result *r, const char *kernel, const struct shape *s,
     const dlattn_forward_desc desc = {
         .struct_size = sizeof desc, .causal = s->causal, .kernel = kernel, .num_threads = threads};
     make_tensors(&t, s, e);
-    const bool fits = api->plan_create(&desc, &t.named, &plan) == DLATTN_OK;
+    const bool fits = create(&t, &desc, &plan) == DLATTN_OK;
     if (fits) {
         r->sku = (dlattn_sku){.struct_size = sizeof r->sku};
         api->plan_sku(plan, &r->sku);
@@ -123,11 +149,11 @@ static bool measure(struct result *r, const char *kernel, const struct shape *s,
                                       aligned_alloc(64, (r->sku.workspace_bytes + 63) / 64 * 64),
                                   .workspace_bytes = r->sku.workspace_bytes};
         int n = 0;
-        api->plan_run(plan, &t.named, &exec);
+        run(&t, plan, &exec);
         for (const double start = seconds();
              n < ROUNDS_MOST && (n < ROUNDS_LEAST || seconds() - start < seconds_of_case); n++) {
             const double begin = seconds();
-            api->plan_run(plan, &t.named, &exec);
+            run(&t, plan, &exec);
             times[n] = seconds() - begin;
             limits[n] = which == LIMIT_COUNT ? 0 : limit_sample(which, threads);
         }
@@ -140,14 +166,15 @@ static bool measure(struct result *r, const char *kernel, const struct shape *s,
         free(exec.workspace);
         api->plan_destroy(plan);
     }
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < TENSORS; n++)
         free(t.all[n].data);
     return fits;
 }
 
+/* Two products forward, five backward. */
 static double gflop(const struct shape *s) {
-    return 4e-9 * (double)(s->batch * s->heads_q * s->len_q * s->len_k * s->dim) /
-           (s->causal ? 2 : 1);
+    return (strcmp(s->op, "bwd") == 0 ? 10e-9 : 4e-9) *
+           (double)(s->batch * s->heads_q * s->len_q * s->len_k * s->dim) / (s->causal ? 2 : 1);
 }
 
 static double gigabytes(const struct shape *s, const struct element *e) {
@@ -238,11 +265,12 @@ static bool lists(const char *dtypes, const char *name) {
 }
 
 static void bench_row(const dlattn_kernel_info *row, int threads) {
-    const bool decode = strstr(row->name, "decode") != NULL;
+    const char *const op = strstr(row->name, "decode")               ? "decode"
+                           : strcmp(row->operation, "backward") == 0 ? "bwd"
+                                                                     : "fwd";
     for (size_t e = 0; e < sizeof elements / sizeof elements[0]; e++)
         for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
-            if (lists(row->dtypes, elements[e].name) &&
-                decode == (strcmp(shapes[s].op, "decode") == 0))
+            if (lists(row->dtypes, elements[e].name) && strcmp(shapes[s].op, op) == 0)
                 bench_case(row->name, &shapes[s], &elements[e], threads);
 }
 

@@ -106,9 +106,13 @@ struct rows dense_rows(const struct rows *rows, int32_t n, int64_t dim, const st
     return (struct rows){.data = to, .stride = stride};
 }
 
+bool has_mask(const struct problem *p) {
+    return p->mask.data || p->query_segments.data || p->block_mask.data;
+}
+
 /* A scale of 0 or below would turn the -inf of a masked key into NaN or +inf. */
 bool needs_rule(const struct problem *p) {
-    return p->softcap > 0 || p->bias.data || p->mask.data || p->alibi_slopes.data || p->scale <= 0;
+    return p->softcap > 0 || p->bias.data || has_mask(p) || p->alibi_slopes.data || p->scale <= 0;
 }
 
 float score_scale(const struct problem *p) {
@@ -128,31 +132,36 @@ bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i
     if (sum != 0)
         return max == INFINITY;
     visible_keys(p, s, i, &lo, &hi);
-    return lo < hi && !p->bias.data && !p->mask.data;
+    return lo < hi && !p->bias.data && !has_mask(p);
+}
+
+struct row_total row_total_of(const struct problem *p, int64_t h, float max, float sum) {
+    const float scale = score_scale(p);
+    const struct origin origin = origin_of(max, scale);
+    struct row_total t = {
+        .base = (double)origin.top * scale - origin.minus, .shrink = 1, .sink = 0, .sum = sum};
+    if (p->sinks.data) {
+        const double sink = load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) * LOG2_E,
+                     before = max == -INFINITY ? -INFINITY : t.base;
+        t.base = before > sink ? before : sink;
+        t.shrink = before == -INFINITY ? 0 : (float)exp2(before - t.base);
+        t.sink = sink == -INFINITY ? 0 : (float)exp2(sink - t.base);
+        t.sum = sum * t.shrink + t.sink;
+    }
+    return t;
 }
 
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
               float max, float sum) {
     if (!p->sinks.data && !p->lse.data) /* nobody asks what they are relative to */
         return sum == 0 ? 0 : 1 / sum;
-    const float scale = score_scale(p);
-    const struct origin origin = origin_of(max, scale);
-    double base =
-        (double)origin.top * scale - origin.minus; /* log2 of what sum and output are relative to */
-    float shrink = 1;
-    if (p->sinks.data) {
-        const double sink = load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) * LOG2_E,
-                     before = max == -INFINITY ? -INFINITY : base;
-        base = before > sink ? before : sink;
-        shrink = before == -INFINITY ? 0 : (float)exp2(before - base);
-        sum = sum * shrink + (sink == -INFINITY ? 0 : (float)exp2(sink - base));
-    }
+    const struct row_total t = row_total_of(p, h, max, sum);
     if (p->lse.data) {
         const double none = p->empty_lse_inf ? INFINITY : -INFINITY;
-        const double lse = sum == 0 ? none : LN_2 * (base + (double)log2f(sum));
+        const double lse = t.sum == 0 ? none : LN_2 * (t.base + (double)log2f(t.sum));
         store_element(
             p->lse.data, p->lse.dtype,
             b * p->lse.stride[0] + h * p->lse.stride[1] + (s->q_start + i) * p->lse.stride[2], lse);
     }
-    return sum == 0 ? 0 : shrink / sum;
+    return t.sum == 0 ? 0 : t.shrink / t.sum;
 }

@@ -126,6 +126,9 @@ int64_t runs_of(const struct problem *p, int64_t tile_q);
  * work. */
 void plan_tasks(struct plan *plan, const struct problem *p, int64_t lanes);
 
+/* A mask of any kind. */
+bool has_mask(const struct problem *p);
+
 /* True if scores need more than a positive scale before softmax: then they are made logits first. */
 bool needs_rule(const struct problem *p);
 
@@ -164,6 +167,14 @@ static inline float rescaling(float before, float after, float scale) {
 /* True for a row whose scores f32 did not hold: the largest is infinity, or none is left of keys that are all in sight. */
 bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i, float max,
                     float sum);
+
+/* What the weights of a row, relative to its largest score `max` and adding up to `sum`, come to with the sink: they are to be
+ * multiplied by shrink / sum. */
+struct row_total {
+    double base; /* log2 of what `sum` is relative to */
+    float shrink, sink, sum;
+};
+struct row_total row_total_of(const struct problem *p, int64_t h, float max, float sum);
 
 /* Ends query row i of head h: its output is a sum of values whose weights, relative to `max`, add up to `sum`.
  * Counts the sink, writes lse, and returns the factor that the output still needs. */

@@ -370,7 +370,7 @@ static void finish_scores(float *s, const struct block *b, const struct key_tile
     if (t->rule) {
         struct logit_rule rule = *t->rule;
         rule.extra = rule.extra ? rule.extra + j * LANES : NULL;
-        apply_rule(s, &rule, b, t->first_key + j, n);
+        apply_rule(s, &rule, b, t->first_key + j, n, NULL);
     }
     if (bounded(b, t->first_key + j, n))
         apply_bounds(s, b, t->first_key + j, n);

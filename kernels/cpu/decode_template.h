@@ -184,9 +184,11 @@ VEC_INLINE void rule_tile(float *s, const float *extra, const struct part *part,
               slope = repeat_rows(part->slope + row, rows);
     for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
         const vec key = key_lanes((float)(tile->first_key + j), rows);
-        vec_store(s + j * rows, logit_of(vec_load(s + j * rows), tile->rule, slope,
-                                         vec_abs(vec_sub(position, key)),
-                                         extra ? vec_load(extra + j * rows) : vec_set(0)));
+        vec cap_slope;
+        vec_store(s + j * rows,
+                  logit_of(vec_load(s + j * rows), tile->rule, slope,
+                           vec_abs(vec_sub(position, key)),
+                           extra ? vec_load(extra + j * rows) : vec_set(0), &cap_slope));
     }
 }
 

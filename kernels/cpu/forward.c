@@ -74,46 +74,6 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
     return at - (uintptr_t)base;
 }
 
-struct task {
-    const struct problem *p;
-    struct sequence s;
-    int64_t b, kv_head, group;
-    int64_t first_row, rows; /* of the group's rows, i * group + g */
-};
-
-/* Query row i of head h. */
-struct query_row {
-    int64_t i, h;
-};
-
-static struct query_row query_row_at(const struct task *t, int64_t row) {
-    return (struct query_row){row / t->group, t->kv_head * t->group + row % t->group};
-}
-
-static void next_query_row(const struct task *t, struct query_row *row) {
-    if (++row->h == (t->kv_head + 1) * t->group) {
-        row->h -= t->group;
-        row->i++;
-    }
-}
-
-/* Where rows [first, first + count) of the task's group begin in the query or the output. */
-static void point_at_rows(char **rows, const struct view *v, const struct task *t, int64_t first,
-                          int32_t count) {
-    const struct query_row row = query_row_at(t, first);
-    const int64_t bytes = dtype_bytes(t->p->dtype), head = v->stride[1] * bytes,
-                  back = v->stride[2] * bytes - t->group * head;
-    char *at = element_at(v, t->p->dtype, t->b, row.h, t->s.q_start + row.i);
-    int64_t heads = (t->kv_head + 1) * t->group - row.h; /* until the next row of the query */
-    for (int32_t lane = 0; lane < count; lane++, at += head) {
-        if (heads-- == 0) {
-            heads = t->group - 1;
-            at += back;
-        }
-        rows[lane] = at;
-    }
-}
-
 /* The rows of a block's query, where their elements follow each other. */
 static void point_at_query(const char **rows, const struct task *t, int64_t first, int32_t count,
                            struct scratch *w) {
@@ -128,46 +88,12 @@ static void point_at_query(const char **rows, const struct task *t, int64_t firs
 }
 
 /* The block of rows [first, first + count) of the task's group. */
-static void start_block(const struct call *c, const struct task *t, struct block *b, int64_t first,
-                        int32_t count, struct scratch *w) {
+static void pack_block(const struct call *c, const struct task *t, struct block *b, int64_t first,
+                       int32_t count, struct scratch *w) {
     const struct problem *p = t->p;
     const struct forward_body *body = c->body;
     const char *rows[MAX_LANES];
-    b->rows = count;
-    for (b->vectors = 1; b->vectors * body->vector_lanes < count;)
-        b->vectors *= 2;
-    b->fresh = b->unseen = true;
-    b->vast = false;
-    for (int32_t lane = 0; lane < b->vectors * body->vector_lanes; lane++) {
-        b->max[lane] = -INFINITY;
-        b->top[lane] = b->minus[lane] = 0;
-        b->sum[lane] = b->slope[lane] = b->position[lane] = 0;
-        b->lo[lane] = 0; /* lanes out of use compute with a query of 0 and are never stored */
-        b->hi[lane] = INT64_MAX;
-    }
-    int64_t some_first = INT64_MAX, some_end = 0, all_first = 0, all_end = INT64_MAX;
-    struct query_row row = query_row_at(t, first);
-    for (int32_t lane = 0; lane < count; lane++, next_query_row(t, &row)) {
-        int64_t lo, hi;
-        visible_keys(p, &t->s, row.i, &lo, &hi);
-        b->lo[lane] = lo;
-        b->hi[lane] = hi;
-        b->position[lane] = (float)(row.i + t->s.diagonal);
-        if (p->alibi_slopes.data)
-            b->slope[lane] = (float)load_element(p->alibi_slopes.data, DTYPE_F32,
-                                                 t->b * p->alibi_slopes.stride[0] +
-                                                     row.h * p->alibi_slopes.stride[1]);
-        all_first = most(all_first, lo);
-        all_end = least(all_end, hi);
-        if (lo < hi) {
-            some_first = least(some_first, lo);
-            some_end = most(some_end, hi);
-        }
-    }
-    b->first = some_first;
-    b->end = some_end;
-    b->full_first = all_first;
-    b->full_end = all_end;
+    start_block(b, t, first, count, body->vector_lanes);
     if (b->first >= b->end)
         return;
     point_at_query(rows, t, first, count, w);
@@ -269,8 +195,8 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
     int64_t first = INT64_MAX, end = 0;
     for (int64_t n = 0; n < blocks; n++) {
         struct block *b = &w->blocks[n];
-        start_block(c, t, b, t->first_row + n * lanes, (int32_t)least(lanes, t->rows - n * lanes),
-                    w);
+        pack_block(c, t, b, t->first_row + n * lanes, (int32_t)least(lanes, t->rows - n * lanes),
+                   w);
         first = least(first, b->first);
         end = most(end, b->end);
     }
@@ -278,8 +204,8 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
      * block meets it, and leaves its rows to the reference, whatever other blocks are in the task. */
     end = least(round_up(end, body->step_k), t->s.k_len);
     struct kv_tile tile =
-        kv_tile_at(p, &t->s, t->b, t->kv_head, least(first, end) / tile_k * tile_k, end, tile_k,
-                   w->pointers[0]);
+        kv_tile_at(p, &t->s, t->b, t->first_head / t->heads, least(first, end) / tile_k * tile_k,
+                   end, tile_k, w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {
         const struct rows keys = dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->dtype,
                                             w->dense_key),
@@ -288,8 +214,9 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
         const struct operand key = body->load_key(w->key, &keys, tile.n, p->dim_qk, p->dtype);
         const struct operand value =
             body->load_value(w->value, &values, tile.n, p->dim_v, p->dtype);
-        const struct kv_tile next = kv_tile_at(p, &t->s, t->b, t->kv_head, tile.first + tile.n, end,
-                                               tile_k, w->pointers[parity]);
+        const struct kv_tile next =
+            kv_tile_at(p, &t->s, t->b, t->first_head / t->heads, tile.first + tile.n, end, tile_k,
+                       w->pointers[parity]);
         for (int64_t n = 0; n < blocks; n++) {
             struct block *b = &w->blocks[n];
             struct fetch share = kv_tile_share(p, &next, n, blocks);
@@ -315,11 +242,11 @@ static void worker(void *ctx, int64_t index) {
         const int64_t heads = p->batch * p->heads_kv, run = c->runs - 1 - n / heads;
         struct task t = {.p = p,
                          .b = n % heads / p->heads_kv,
-                         .kv_head = n % p->heads_kv,
-                         .group = c->group,
+                         .first_head = n % p->heads_kv * c->group,
+                         .heads = c->group,
                          .first_row = run * c->plan->tile_q};
         t.s = problem_sequence(p, t.b);
-        t.rows = least(c->plan->tile_q, t.s.q_rows * t.group - t.first_row);
+        t.rows = least(c->plan->tile_q, t.s.q_rows * t.heads - t.first_row);
         if (t.rows > 0)
             run_task(c, &t, &w);
     }

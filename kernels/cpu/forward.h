@@ -18,32 +18,12 @@
 #ifndef DLATTN_CPU_FORWARD_H_
 #define DLATTN_CPU_FORWARD_H_
 
-#include "kernels/cpu/common.h"
-
-enum { MAX_LANES = 64 };
+#include "kernels/cpu/block.h"
 
 /* One operand of a product: `words` may point into the caller's tensor and is not aligned. */
 struct operand {
     const float *words;
     int64_t stride; /* words from row to row */
-};
-
-struct block {
-    float *query;                 /* [words][lanes] */
-    float *output;                /* [d_v, padded][lanes], not yet divided by sum */
-    int32_t rows;                 /* lanes in use */
-    int32_t vectors;              /* vectors that cover them */
-    bool fresh;                   /* no output yet */
-    int64_t first, end;           /* keys that some lane sees */
-    int64_t full_first, full_end; /* keys that every lane sees */
-    int64_t lo[MAX_LANES], hi[MAX_LANES];
-    float position[MAX_LANES]; /* key on the diagonal */
-    float slope[MAX_LANES];
-    float max[MAX_LANES]; /* the score that sum and output are relative to; -inf: none yet */
-    float top[MAX_LANES], minus[MAX_LANES]; /* origin_of() it */
-    bool unseen;                            /* some lane has no maximum yet */
-    bool vast;                              /* some top is not 0 */
-    float sum[MAX_LANES];
 };
 
 /* One tile of keys. */

@@ -11,15 +11,10 @@ VEC_FN static void pack_query(const struct block *b, const char *const *rows, in
 
 static struct operand load_key(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                enum dtype dtype) {
-    if (dtype == DTYPE_F32 && !rows->rows && rows->stride % 4 == 0)
-        return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
-    const int64_t stride = padded(dim, 16);
-    for (int32_t r = 0; r < n; r++)
-        widen(to + r * stride, row_at(rows, r), dim, dtype);
-    return (struct operand){to, stride};
+    return load_floats(to, rows, n, dim, dtype);
 }
 
 static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                  enum dtype dtype) {
-    return load_key(to, rows, n, dim, dtype);
+    return load_floats(to, rows, n, dim, dtype);
 }

@@ -114,7 +114,7 @@ VEC_FN static bool softmax(float *s, struct block *b, const struct key_tile *t, 
 static void make_scores(float *s, const struct block *b, const struct key_tile *t) {
     scores(s, b, t);
     if (t->rule)
-        apply_rule(s, t->rule, b, t->first_key, t->n);
+        apply_rule(s, t->rule, b, t->first_key, t->n, NULL);
     if (bounded(b, t->first_key, t->n))
         apply_bounds(s, b, t->first_key, t->n);
 }

@@ -21,6 +21,17 @@ VEC_FN static void transpose_in(float *to, const float *from, int64_t stride, in
             vec_transpose(to + c * LANES + r, LANES, from + r * stride + c, stride);
 }
 
+/* Rows as f32: in place where they are that and lie evenly, else in `to`. */
+VEC_FN static inline struct operand load_floats(float *to, const struct rows *rows, int32_t n,
+                                                int64_t dim, enum dtype dtype) {
+    if (dtype == DTYPE_F32 && !rows->rows && rows->stride % 4 == 0)
+        return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
+    const int64_t stride = padded(dim, 16);
+    for (int32_t r = 0; r < n; r++)
+        widen(to + r * stride, row_at(rows, r), dim, dtype);
+    return (struct operand){to, stride};
+}
+
 /* ---- Logits ----------------------------------------------------------------------------------------------------- */
 
 VEC_FN static void load_extra(float *extra, const struct extra_row *rows,
@@ -42,16 +53,21 @@ VEC_FN static void load_extra(float *extra, const struct extra_row *rows,
     }
 }
 
+/* cap_slopes, as the scores lie: the derivatives of the cap, or NULL. */
 VEC_FN static void apply_rule(float *s, const struct logit_rule *rule, const struct block *b,
-                              int64_t first_key, int32_t n) {
+                              int64_t first_key, int32_t n, float *cap_slopes) {
     for (int32_t v = 0; v < b->vectors; v++) {
         const vec position = vec_load(b->position + v * VEC_LANES),
                   slope = vec_load(b->slope + v * VEC_LANES);
         for (int32_t j = 0; j < n; j++) {
             const int64_t at = j * LANES + v * VEC_LANES;
             const vec distance = vec_abs(vec_sub(position, vec_set((float)(first_key + j))));
-            vec_store(s + at, logit_of(vec_load(s + at), rule, slope, distance,
-                                       rule->extra ? vec_load(rule->extra + at) : vec_set(0)));
+            vec cap_slope;
+            vec_store(s + at,
+                      logit_of(vec_load(s + at), rule, slope, distance,
+                               rule->extra ? vec_load(rule->extra + at) : vec_set(0), &cap_slope));
+            if (cap_slopes)
+                vec_store(cap_slopes + at, cap_slope);
         }
     }
 }
@@ -125,22 +141,30 @@ VEC_INLINE void origin_of_each(vec *top, vec *minus, vec max, vec scale) {
     *minus = vec_blend(vec_sub(zero, bits), zero, vast);
 }
 
-/* Raises the maximum of a vector's lanes to that of a tile, and returns what sum and output are to be multiplied by: see
- * rescaling(). */
+/* rescaling() for the lanes of a vector, whose origins are known. */
+VEC_INLINE vec rescaling_of_each(vec before, vec top, vec minus, vec after, vec new_top,
+                                 vec new_minus, vec scale) {
+    const vec none = vec_set(-INFINITY);
+    vec drop = vec_fma(vec_sub(top, new_top), scale, vec_sub(new_minus, minus));
+    drop = vec_blend(drop, none, vec_equal(before, none));
+    return exp2_of(vec_blend(drop, vec_set(0), vec_equal(before, after)));
+}
+
+/* Raises the maximum of a vector's lanes to that of a tile, and returns what sum and output are to be multiplied by. */
 VEC_INLINE vec raise_lanes(struct block *b, int v, vec tile_max, vec scale) {
     float *max = b->max + v * VEC_LANES, *top = b->top + v * VEC_LANES,
           *minus = b->minus + v * VEC_LANES;
     const vec none = vec_set(-INFINITY), before = vec_load(max), after = vec_max(tile_max, before);
     vec new_top, new_minus;
     origin_of_each(&new_top, &new_minus, after, scale);
-    vec drop = vec_fma(vec_sub(vec_load(top), new_top), scale, vec_sub(new_minus, vec_load(minus)));
-    drop = vec_blend(drop, none, vec_equal(before, none));
+    const vec factor =
+        rescaling_of_each(before, vec_load(top), vec_load(minus), after, new_top, new_minus, scale);
     vec_store(max, after);
     vec_store(top, new_top);
     vec_store(minus, new_minus);
     b->unseen |= vec_mask_bits(vec_equal(after, none)) != 0;
     b->vast |= vec_mask_bits(vec_greater(vec_abs(new_top), vec_set(0))) != 0;
-    return exp2_of(vec_blend(drop, vec_set(0), vec_equal(before, after)));
+    return factor;
 }
 
 /* Raises the maxima to those of the tile; sum and output follow. */

@@ -116,13 +116,17 @@ VEC_INLINE vec tanh_of(vec x) {
     return vec_blend(y, vec_sign_of(big, x), vec_greater(size, vec_set(0.25f)));
 }
 
-/* The rule's logit. */
+/* The rule's logit, and in *cap_slope the derivative of its cap. */
 VEC_INLINE vec logit_of(vec score, const struct logit_rule *rule, vec slope, vec distance,
-                        vec extra) {
+                        vec extra, vec *cap_slope) {
     const vec none = vec_set(-INFINITY);
     vec x = vec_mul(score, vec_set(rule->scale));
-    if (rule->softcap > 0)
-        x = vec_mul(vec_set(rule->softcap), tanh_of(vec_mul(x, vec_set(1 / rule->softcap))));
+    *cap_slope = vec_set(1);
+    if (rule->softcap > 0) {
+        const vec t = tanh_of(vec_mul(x, vec_set(1 / rule->softcap)));
+        x = vec_mul(vec_set(rule->softcap), t);
+        *cap_slope = vec_fnma(t, t, vec_set(1));
+    }
     if (rule->alibi)
         x = vec_fnma(slope, distance, x);
     return vec_blend(vec_add(x, extra), none, vec_same_bits(extra, HIDDEN_BITS));

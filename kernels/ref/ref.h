@@ -11,4 +11,7 @@ size_t cpu_fwd_ref_row_bytes(const struct problem *p);
 void cpu_fwd_ref_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h,
                      int64_t i, double *scratch);
 
+/* The row, for kernels that meet a call they cannot do exactly. */
+ROW_FUNCTIONS(cpu_bwd_ref);
+
 #endif /* DLATTN_REF_H_ */

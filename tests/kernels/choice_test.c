@@ -43,6 +43,12 @@ static rows f16 = {
 static rows bf16 = {
     REF, "cpu_fwd_avx2", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512bf16", "cpu_fwd_amx"};
 
+#define BACKWARD_REF "cpu_bwd_ref"
+static rows backward_f64 = {BACKWARD_REF, BACKWARD_REF, BACKWARD_REF,
+                            BACKWARD_REF, BACKWARD_REF, BACKWARD_REF};
+static rows backward = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
+                        "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_avx512"};
+
 static const char *row_of(const struct test_case *from, uint32_t cpu, const char *kernel) {
     const struct caps caps = {.cpu = cpu, .threads = 2, .l2_bytes = 1 << 20};
     struct problem p;
@@ -54,7 +60,11 @@ static const char *row_of(const struct test_case *from, uint32_t cpu, const char
     c.desc.kernel = kernel;
     c.desc.num_threads = 2;
     const dlattn_tensors tensors = call_tensors(&c);
-    cr_assert(eq(int, problem_build(&p, &c.desc, &tensors, NULL, false), DLATTN_OK));
+    const dlattn_gradients gradients = call_gradients(&c);
+    cr_assert(
+        eq(int,
+           problem_build(&p, &c.desc, &tensors, from->features.backward ? &gradients : NULL, false),
+           DLATTN_OK));
     if (plan_choose(&plan, &p, &caps) == DLATTN_OK)
         row = plan.kernel->name;
     call_free(&c);
@@ -111,6 +121,16 @@ Test(choice, features) {
                 !feature_sets[n].varlen_q) /* whose rows may be as many as all sequences have */
                 expect_rows(&few, e == F64 ? f64 : decode);
         }
+    }
+}
+
+/* No option takes a problem away from a row of backward. */
+Test(choice, gradients) {
+    for (int n = 0; n < feature_set_count; n++) {
+        struct test_case c = {{2, 8, 2, 20, 50, 64, 64}, feature_sets[n], F64, 3};
+        c.features.backward = true;
+        for (; !features_are_forward_only(&feature_sets[n]) && c.element <= BF16; c.element++)
+            expect_rows(&c, c.element == F64 ? backward_f64 : backward);
     }
 }
 

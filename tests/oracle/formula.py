@@ -1,4 +1,7 @@
-"""docs/numerics.md written in NumPy, in float64. Nothing here knows how the plugin computes."""
+"""docs/numerics.md in NumPy, in the type of its inputs.
+
+Nothing here knows how the plugin computes.
+"""
 
 import numpy as np
 from plugin import EMPTY_LSE_INF, EXACT_SCALE, WINDOW
@@ -21,11 +24,12 @@ def philox(counter, key):
     return c
 
 
-def keep(b, heads, length, keys, options):
-    """What dropout makes of each weight, [H, L, K]."""
+def keep(b, weights, options):
+    """What dropout makes of each of the weights, [H, L, K]."""
     p = options.get("dropout_probability", 0)
+    heads, length, keys = weights.shape
     if p == 0:
-        return np.ones((heads, length, keys))
+        return np.ones_like(weights)
     seed, offset = options.get("dropout_seed", 0), options.get("dropout_offset", 0)
     h, i, j = np.meshgrid(np.arange(heads), np.arange(length), np.arange(keys), indexing="ij")
     words = philox(
@@ -33,7 +37,7 @@ def keep(b, heads, length, keys, options):
         (seed & 0xFFFFFFFF, (seed >> 32) ^ (offset >> 32)),
     )
     word = np.choose(j % 4, words).astype(np.float64)
-    return np.where(word < p * 2.0**32, 0, 1 / (1 - p))
+    return np.where(word < p * 2.0**32, 0, 1 / (1 - p)).astype(weights.dtype)
 
 
 class Sequence:
@@ -149,13 +153,15 @@ class Sequence:
             score, self.cap_slope = o["softcap"] * t, 1 - t**2
         if "bias" in a:
             score = score + self.extra("bias")
-        self.distance = np.abs(self.i - self.j)
+        self.distance = np.abs(self.i - self.j).astype(score.dtype)
         if "alibi_slopes" in a:
             slopes = a["alibi_slopes"]
             slopes = slopes[self.b] if slopes.ndim == 2 else slopes
             score = score - slopes[:, None, None] * self.distance
         score = np.where(self.seen(), score, -np.inf)
-        sink = a["sinks"][:, None] if "sinks" in a else np.full((self.heads, 1), -np.inf)
+        sink = (
+            a["sinks"][:, None] if "sinks" in a else np.full((self.heads, 1), -np.inf, score.dtype)
+        )
         most = np.maximum(score.max(axis=2, initial=-np.inf), sink)
         safe = np.where(np.isfinite(most), most, 0)
         weight = np.exp(score - safe[:, :, None])
@@ -170,7 +176,7 @@ class Sequence:
 
     def forward(self):
         weights, lse = self.softmax()
-        kept = weights * keep(self.b, self.heads, self.length, self.key_count, self.options)
+        kept = weights * keep(self.b, weights, self.options)
         return np.einsum("hij,hjd->hid", kept, self.value), lse
 
 
@@ -206,7 +212,7 @@ def backward(arrays, d_output, d_lse, options):
         weights, _ = s.softmax()
         o = d_output[b] if s.rows is None else d_output[s.rows].transpose(1, 0, 2)
         e = d_lse[b] if s.rows is None else d_lse[:, s.rows]
-        kept = keep(b, s.heads, s.length, s.key_count, options)
+        kept = keep(b, weights, options)
         d_weights = kept * np.einsum("hid,hjd->hij", o, s.value)
         delta = (weights * d_weights).sum(axis=2) - e
         d_score = weights * (d_weights - delta[:, :, None])

@@ -1,4 +1,4 @@
-"""The reference rows of the plugin on NumPy arrays, through the C ABI."""
+"""Rows of the plugin on NumPy arrays, through the C ABI; the reference unless another is named."""
 
 import ctypes
 import os
@@ -53,9 +53,9 @@ def forward(arrays, kernel=b"cpu_fwd_ref", **options):
     call("forward", Desc(kernel=kernel, num_threads=1, **options), Tensors(**pointers(arrays)))
 
 
-def backward(arrays, gradients, threads=1, **options):
+def backward(arrays, gradients, threads=1, kernel=b"cpu_bwd_ref", **options):
     """Gradients by slot; those that begin with d_ and belong to an input are written."""
-    desc = Desc(kernel=b"cpu_bwd_ref", num_threads=threads, **options)
+    desc = Desc(kernel=kernel, num_threads=threads, **options)
     call("backward", desc, Tensors(**pointers(arrays)), Gradients(**pointers(gradients)))
 
 

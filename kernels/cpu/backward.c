@@ -1,0 +1,786 @@
+/*
+ * The driver of every cpu_bwd row.
+ *
+ * A task is (batch, kv head, run): rows of the head's group go over the keys a few blocks at a time, and each run has every
+ * second such set of blocks, or third, so that causal runs are alike. A task owns the gradient of its rows, and sums of the
+ * gradients of all keys and values; who finishes the last run of a head adds those of its runs up, in their order. Runs, blocks
+ * and tiles depend on the shape alone, and so do the bits. Gradients of a bias, whose axes may be summed over in any way, are
+ * tasks of a second pass: each owns a part of the bias and makes the gradients of its logits again, from what the first pass
+ * has found out about each row.
+ */
+#include "kernels/cpu/backward.h"
+#include "kernels/ref/ref.h"
+#include "src/element.h"
+
+#include <math.h>
+#include <stdatomic.h>
+
+enum {
+    TASKS = 16,       /* to be shared by threads, where there are rows for so many */
+    LEAST_SETS = 2,   /* of blocks of a task */
+    KEPT_TILES = 256, /* whose weights a worker keeps; those of further ones are computed twice */
+    BIAS_TILES = 8,   /* of a task of the second pass */
+    MOST_TILE_K = 64,
+};
+#define MOST_SUM_BYTES (INT64_C(128) << 20) /* of runs beyond the first of each head */
+
+/* What a row's weights are relative to, and what its logits' gradients need besides: for the second pass. */
+struct row_stats {
+    float max, inverse, delta;
+};
+
+/* Of the rows of one task and one head. */
+struct head_sums {
+    double distances, sinks;
+};
+
+struct call {
+    const struct backward_body *body;
+    const struct problem *p;
+    char *workspace; /* of the workers */
+    size_t worker_bytes;
+    int64_t runs; /* of blocks of a kv head of one batch */
+    int64_t tasks;
+    float *sums; /* [batch][kv head][run] of run_sums, where there are several runs */
+    bool *touched;
+    struct head_sums *of_heads; /* [batch][head][run] */
+    struct row_stats *stats;    /* [batch][head][row]; NULL without a second pass */
+    _Atomic int32_t *finished;  /* [batch][kv head] runs */
+    _Atomic int64_t next_task;
+    _Atomic bool overflowed; /* some row has logits beyond f32 */
+};
+
+/* Gradients of the keys and values of a head, so far: of each tile panels of keys, then of values. A tile that was not touched
+ * holds nothing yet. */
+struct run_sums {
+    float *sums;
+    bool *touched;
+};
+
+/* One worker's share of the workspace. */
+struct scratch {
+    struct backward_block *blocks;                 /* of a set */
+    float *weights, *d_weights, *cap_slopes, *max; /* of the tiles that are kept, and of one more */
+    float *keep, *extra;
+    float *key, *value;            /* f32 copies of the keys of a head */
+    char *dense_key, *dense_value; /* copies of what has an inner stride other than 1 */
+    bool *finite;                  /* of each tile of keys */
+    float *sums;                   /* of a task, where it is the only run of its head */
+    bool *touched;
+    float *rows; /* one block, row-major: on the way in or out */
+    char *dense_rows;
+    float *bias; /* sums of a task of the second pass, [key][lane] */
+};
+
+/* ---- Layout of the workspace ------------------------------------------------------------------- */
+
+static int64_t panels(const struct backward_body *body, int64_t dim) {
+    return (dim + body->lanes - 1) / body->lanes;
+}
+
+static int64_t tiles_of(const struct backward_body *body, const struct problem *p) {
+    return (p->len_k + body->tile_k - 1) / body->tile_k;
+}
+
+/* Floats of a tile of run_sums. */
+static int64_t tile_sums(const struct backward_body *body, const struct problem *p) {
+    return (panels(body, p->dim_qk) + panels(body, p->dim_v)) * body->tile_k * body->lanes;
+}
+
+static int64_t sum_floats(const struct backward_body *body, const struct problem *p) {
+    return tiles_of(body, p) * tile_sums(body, p);
+}
+
+static int64_t kept_tiles(const struct backward_body *body, const struct problem *p) {
+    return least(KEPT_TILES, tiles_of(body, p));
+}
+
+/* More runs than one for a head cost memory and time. */
+static int64_t count_runs(const struct backward_body *body, const struct problem *p) {
+    const int64_t heads = most(1, p->batch * p->heads_kv), set = body->blocks * body->lanes,
+                  sets = (p->len_q * group_of(p) + set - 1) / set,
+                  bytes = most(1, heads * sum_floats(body, p) * 4);
+    const int64_t runs = least((TASKS + heads - 1) / heads, MOST_SUM_BYTES / bytes);
+    return most(1, least(runs, sets / LEAST_SETS));
+}
+
+/* `b` NULL: only measures. */
+static void lay_out_block(struct backward_block *b, uintptr_t *at, const struct backward_body *body,
+                          const struct problem *p) {
+    const int64_t lanes = body->lanes, row = lanes * 4;
+    float *query = carve(at, round_up(p->dim_qk, 16) * row),
+          *d_query = carve(at, round_up(p->dim_qk, 16) * row),
+          *d_output = carve(at, round_up(p->dim_v, 16) * row),
+          *query_rows = carve(at, panels(body, p->dim_qk) * lanes * row),
+          *d_output_rows = carve(at, panels(body, p->dim_v) * lanes * row);
+    if (!b)
+        return;
+    b->rows.query = query;
+    b->rows.output = d_query;
+    b->d_output = d_output;
+    b->query_rows = query_rows;
+    b->d_output_rows = d_output_rows;
+}
+
+/* Lays a worker's scratch out from `base` (NULL to measure) and returns its bytes. */
+static size_t lay_out(struct scratch *w, char *base, const struct backward_body *body,
+                      const struct problem *p, bool own_sums) {
+    const int64_t lanes = body->lanes, tile = body->tile_k * lanes * 4,
+                  tiles = (kept_tiles(body, p) + 1) * body->blocks, keys = p->len_k;
+    const int64_t dim_qk = round_up(p->dim_qk, 16), dim_v = round_up(p->dim_v, 16);
+    const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
+                                      DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK);
+    const bool widened = p->dtype != DTYPE_F32;
+    uintptr_t at = (uintptr_t)base;
+    w->blocks = carve(&at, body->blocks * (int64_t)sizeof *w->blocks);
+    w->weights = carve(&at, tiles * tile);
+    w->d_weights = carve(&at, tiles * tile);
+    w->cap_slopes = carve(&at, p->softcap > 0 ? tiles * tile : 0);
+    w->max = carve(&at, tiles * lanes * 4);
+    w->keep = carve(&at, p->dropout_probability > 0 ? tile : 0);
+    w->extra = carve(&at, extra ? tile : 0);
+    w->key = carve(&at, widened ? keys * dim_qk * 4 : 0);
+    w->value = carve(&at, widened ? keys * dim_v * 4 : 0);
+    w->dense_key = carve(&at, copy_bytes(p, &p->key, keys, p->dim_qk));
+    w->dense_value = carve(&at, copy_bytes(p, &p->value, keys, p->dim_v));
+    w->finite = carve(&at, tiles_of(body, p));
+    w->sums = carve(&at, own_sums ? sum_floats(body, p) * 4 : 0);
+    w->touched = carve(&at, own_sums ? tiles_of(body, p) : 0);
+    w->rows = carve(&at, lanes * most(most(dim_qk, dim_v), body->tile_k + 16) * 4);
+    w->dense_rows = carve(&at, lanes * most(p->dim_qk, p->dim_v) * 4);
+    w->bias = carve(&at, p->features & DLATTN_FEATURE_BIAS ? BIAS_TILES * tile : 0);
+    for (int32_t n = 0; n < body->blocks; n++)
+        lay_out_block(base ? &w->blocks[n] : NULL, &at, body, p);
+    return at - (uintptr_t)base;
+}
+
+/* Lays out what all workers share, and returns its bytes. */
+static size_t lay_out_call(struct call *c, char *base) {
+    const struct problem *p = c->p;
+    const int64_t heads = p->batch * p->heads_q, kv_heads = p->batch * p->heads_kv;
+    uintptr_t at = (uintptr_t)base;
+    c->runs = count_runs(c->body, p);
+    c->tasks = kv_heads * c->runs;
+    c->finished = carve(&at, kv_heads * (int64_t)sizeof *c->finished);
+    c->of_heads = carve(&at, heads * c->runs * (int64_t)sizeof *c->of_heads);
+    c->stats = carve(
+        &at, p->features & DLATTN_FEATURE_BIAS ? heads * p->len_q * (int64_t)sizeof *c->stats : 0);
+    c->sums = carve(&at, c->runs > 1 ? c->tasks * sum_floats(c->body, p) * 4 : 0);
+    c->touched = carve(&at, c->runs > 1 ? c->tasks * tiles_of(c->body, p) : 0);
+    return at - (uintptr_t)base;
+}
+
+/* ---- Blocks ------------------------------------------------------------------------------------ */
+
+/* Keys and values of one head as f32, from key `first` on. */
+struct keys {
+    struct operand key, value;
+    int64_t first;
+};
+
+static struct operand load_rows(const struct call *c, const struct view *v, const struct task *t,
+                                int64_t first, int32_t n, int64_t dim, float *to, char *dense) {
+    const struct problem *p = c->p;
+    const int64_t kv_head = t->first_head / group_of(p);
+    const struct rows rows = kv_rows(p, v, &t->s, t->b, kv_head, first, n, NULL),
+                      compact = dense_rows(&rows, n, dim, v, p->dtype, dense);
+    return c->body->load_rows(to, &compact, n, dim, p->dtype);
+}
+
+/* Keys [first, first + n) of the task's kv head. */
+static struct keys load_keys(const struct call *c, const struct task *t, int64_t first, int32_t n,
+                             struct scratch *w) {
+    const struct problem *p = c->p;
+    const int32_t tile_k = c->body->tile_k;
+    struct keys k = {.first = first};
+    if (n <= 0)
+        return k;
+    k.key = load_rows(c, &p->key, t, first, n, p->dim_qk, w->key, w->dense_key);
+    k.value = load_rows(c, &p->value, t, first, n, p->dim_v, w->value, w->dense_value);
+    for (int32_t at = 0; at < n; at += tile_k) {
+        const struct operand some = {k.key.words + at * k.key.stride, k.key.stride};
+        w->finite[at / tile_k] = c->body->finite(&some, (int32_t)least(tile_k, n - at), p->dim_qk);
+    }
+    return k;
+}
+
+/* Packs the rows of a tensor that is shaped as query or output, for those rows that see a key. */
+static bool pack_rows(const struct call *c, const struct task *t, const struct view *v, int64_t dim,
+                      const struct backward_block *block, float *transposed, float *in_panels,
+                      struct scratch *w) {
+    const struct block *b = &block->rows;
+    char *strided[MAX_LANES];
+    const char *rows[MAX_LANES];
+    point_at_rows(strided, v, t, block->first_row, b->rows);
+    const struct rows all = {.rows = (const char *const *)strided},
+                      dense = dense_rows(&all, b->rows, dim, v, v->dtype, w->dense_rows);
+    for (int32_t lane = 0; lane < b->rows; lane++)
+        rows[lane] = b->lo[lane] < b->hi[lane] ? row_at(&dense, lane) : NULL;
+    return c->body->pack(b, transposed, in_panels, rows, dim, v->dtype, w->rows);
+}
+
+/* The block of rows [first_row, first_row + count) of the task. */
+static void pack_block(const struct call *c, const struct task *t, struct backward_block *b,
+                       int64_t first_row, int32_t count, struct scratch *w) {
+    const struct problem *p = c->p;
+    start_block(&b->rows, t, first_row, count, c->body->vector_lanes);
+    b->first_row = first_row;
+    for (int32_t lane = 0; lane < c->body->lanes; lane++)
+        b->delta[lane] = b->inverse[lane] = b->distances[lane] = 0;
+    if (b->rows.first >= b->rows.end)
+        return;
+    b->finite = pack_rows(c, t, &p->query, p->dim_qk, b, b->rows.query, b->query_rows, w);
+    b->finite &= pack_rows(c, t, &p->d_output, p->dim_v, b, b->d_output, b->d_output_rows, w);
+}
+
+/* ---- Tiles ------------------------------------------------------------------------------------- */
+
+static void find_masks(struct lane_masks *m, const struct task *t, const struct backward_block *b) {
+    const struct problem *p = t->p;
+    const struct view *q = &p->query_segments, *k = &p->key_segments, *blocks = &p->block_mask;
+    struct query_row row = query_row_at(t, b->first_row);
+    m->segments = q->data != NULL;
+    m->blocks = blocks->data != NULL;
+    m->block_k = p->block_k;
+    m->state_stride = blocks->stride[3];
+    m->key_segment_stride = k->stride[2];
+    if (m->segments)
+        m->key_segments = element_at(k, DTYPE_F32, t->b, 0, t->s.k_start);
+    memset(m->segment, 0, sizeof m->segment);
+    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
+        if (m->segments)
+            memcpy(&m->segment[lane], element_at(q, DTYPE_F32, t->b, 0, t->s.q_start + row.i), 4);
+        if (m->blocks)
+            m->states[lane] = (const uint8_t *)blocks->data + t->b * blocks->stride[0] +
+                              row.h * blocks->stride[1] + row.i / p->block_q * blocks->stride[2];
+    }
+}
+
+static const float *load_extra(const struct call *c, const struct task *t,
+                               const struct backward_block *b, const struct backward_tile *tile,
+                               struct scratch *w) {
+    const struct problem *p = c->p;
+    struct extra_row rows[MAX_LANES];
+    struct lane_masks masks;
+    if (!tile->hides)
+        return NULL;
+    struct query_row row = query_row_at(t, b->first_row);
+    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row))
+        rows[lane] = extra_row_at(p, t->b, row.h, row.i);
+    find_masks(&masks, t, b);
+    const struct extra_layout layout = {p->bias.dtype, p->bias.stride[3], p->mask.stride[3]};
+    c->body->load_extra(w->extra, rows, &layout, &masks, &b->rows, tile->first_key, tile->n,
+                        w->rows);
+    return w->extra;
+}
+
+static const float *draw(const struct call *c, const struct task *t, const struct backward_block *b,
+                         const struct backward_tile *tile, struct scratch *w) {
+    const struct problem *p = c->p;
+    if (!tile->drops)
+        return NULL;
+    struct dropout dropout = {
+        .threshold = (uint64_t)ceil(p->dropout_probability * 0x1p32),
+        .factor = tile->factor,
+        .key = {(uint32_t)p->dropout_seed,
+                (uint32_t)(p->dropout_seed >> 32) ^ (uint32_t)(p->dropout_offset >> 32)},
+        .stream = (uint32_t)p->dropout_offset};
+    struct query_row row = query_row_at(t, b->first_row);
+    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
+        dropout.row[lane] = (uint32_t)row.i;
+        dropout.head[lane] = (uint32_t)(t->b * p->heads_q + row.h);
+    }
+    c->body->draw(w->keep, &dropout, &b->rows, tile->first_key, tile->n);
+    return w->keep;
+}
+
+/* The tile of keys from first_key on, in slot `slot` of what is kept. */
+static struct backward_tile tile_at(const struct call *c, const struct keys *k, int64_t first_key,
+                                    int64_t end, int64_t slot, struct scratch *w) {
+    const struct problem *p = c->p;
+    const int32_t lanes = c->body->lanes, tile_k = c->body->tile_k;
+    const int64_t at = first_key - k->first, words = slot * tile_k * lanes;
+    return (struct backward_tile){
+        .key = {k->key.words + at * k->key.stride, k->key.stride},
+        .value = {k->value.words + at * k->value.stride, k->value.stride},
+        .first_key = first_key,
+        .n = (int32_t)least(tile_k, end - first_key),
+        .dim_qk = p->dim_qk,
+        .dim_v = p->dim_v,
+        .scale = score_scale(p),
+        .factor = (float)(1 / (1 - p->dropout_probability)),
+        .hides = p->bias.data || has_mask(p),
+        .drops = p->dropout_probability > 0,
+        .finite = w->finite[at / tile_k],
+        .weights = w->weights + words,
+        .d_weights = w->d_weights + words,
+        .max = w->max + slot * lanes,
+        .cap_slopes = p->softcap > 0 ? w->cap_slopes + words : NULL,
+    };
+}
+
+static void weigh(const struct call *c, const struct task *t, struct backward_block *b,
+                  struct backward_tile *tile, struct scratch *w) {
+    const struct problem *p = c->p;
+    struct logit_rule rule;
+    if (needs_rule(p)) {
+        rule = (struct logit_rule){
+            .scale = (float)p->scale,
+            .softcap = (float)p->softcap,
+            .alibi = p->alibi_slopes.data != NULL,
+            .extra = load_extra(c, t, b, tile, w),
+        };
+        tile->rule = &rule;
+    }
+    tile->keep = draw(c, t, b, tile, w);
+    c->body->weigh(b, tile);
+    tile->rule = NULL;
+}
+
+/* The same once the statistics of the rows are known. */
+static void weigh_again(const struct call *c, const struct task *t, struct backward_block *b,
+                        struct backward_tile *tile, struct scratch *w) {
+    float delta[MAX_LANES];
+    memcpy(delta, b->delta, sizeof delta);
+    weigh(c, t, b, tile, w);
+    memcpy(b->delta, delta, sizeof delta);
+}
+
+/* ---- The first pass ---------------------------------------------------------------------------- */
+
+static int64_t head_index(const struct problem *p, int64_t b, int64_t h) {
+    return b * p->heads_q + h;
+}
+
+/* The weights of a block's rows have added up: their sums with the sink, and delta. */
+static void end_rows(struct call *c, const struct task *t, struct backward_block *b, int64_t run) {
+    const struct problem *p = c->p;
+    struct query_row row = query_row_at(t, b->first_row);
+    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
+        const struct row_total total = row_total_of(p, row.h, b->rows.max[lane], b->rows.sum[lane]);
+        const int64_t head = head_index(p, t->b, row.h);
+        if (row_overflowed(p, &t->s, row.i, b->rows.max[lane], b->rows.sum[lane]))
+            atomic_store_explicit(&c->overflowed, true, memory_order_relaxed);
+        b->inverse[lane] = total.sum == 0 ? 0 : total.shrink / total.sum;
+        b->delta[lane] *= b->inverse[lane];
+        if (p->d_lse.data)
+            b->delta[lane] -=
+                (float)load_element(p->d_lse.data, p->d_lse.dtype,
+                                    t->b * p->d_lse.stride[0] + row.h * p->d_lse.stride[1] +
+                                        (t->s.q_start + row.i) * p->d_lse.stride[2]);
+        if (total.sink != 0)
+            c->of_heads[head * c->runs + run].sinks -=
+                (double)total.sink / (double)total.sum * (double)b->delta[lane];
+        if (c->stats)
+            c->stats[head * p->len_q + row.i] =
+                (struct row_stats){b->rows.max[lane], b->inverse[lane], b->delta[lane]};
+    }
+}
+
+/* Rows of f32 to where they belong, rounded. */
+static void store_d_query(const struct call *c, const struct task *t,
+                          const struct backward_block *block, struct scratch *w) {
+    const struct problem *p = c->p;
+    const struct block *b = &block->rows;
+    const struct view *v = &p->d_query;
+    const bool dense = is_dense(v, p->dim_qk);
+    char *rows[MAX_LANES], *copies[MAX_LANES];
+    float factor[MAX_LANES];
+    bool not_finite[MAX_LANES];
+    point_at_rows(rows, v, t, block->first_row, b->rows);
+    for (int32_t lane = 0; lane < b->rows; lane++) {
+        copies[lane] = w->dense_rows + lane * p->dim_qk * dtype_bytes(v->dtype);
+        factor[lane] = (float)p->scale;
+    }
+    if (b->fresh)
+        memset(b->output, 0, (size_t)(round_up(p->dim_qk, 16) * c->body->lanes * 4));
+    c->body->store(b, factor, dense ? rows : copies, p->dim_qk, v->dtype, w->rows, not_finite);
+    if (!dense)
+        copy_elements(rows, v->stride[3], (const char *const *)copies, 1, b->rows, p->dim_qk,
+                      v->dtype);
+}
+
+static void add_distances(struct call *c, const struct task *t, const struct backward_block *b,
+                          int64_t run) {
+    struct query_row row = query_row_at(t, b->first_row);
+    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row))
+        c->of_heads[head_index(c->p, t->b, row.h) * c->runs + run].distances -=
+            (double)b->distances[lane];
+}
+
+/* Where the gradients of a tile are added to. */
+static struct backward_sums sums_at(const struct call *c, const struct run_sums *run,
+                                    int64_t first_key) {
+    const struct problem *p = c->p;
+    const struct backward_body *body = c->body;
+    const int64_t tile = first_key / body->tile_k, stride = body->tile_k * body->lanes;
+    float *const sums = run->sums + tile * tile_sums(body, p);
+    if (!run->touched[tile])
+        memset(sums, 0, (size_t)(tile_sums(body, p) * 4));
+    run->touched[tile] = true;
+    return (struct backward_sums){
+        .d_key = p->d_key.data ? sums : NULL,
+        .d_value = p->d_value.data ? sums + panels(body, p->dim_qk) * stride : NULL,
+        .stride = stride,
+        .tile = tile_sums(body, p),
+        .d_query = p->d_query.data != NULL,
+        .distances = p->d_alibi_slopes.data != NULL};
+}
+
+/* A set of blocks on its way over the keys. */
+struct set {
+    const struct task *t;
+    const struct keys *k;
+    const struct run_sums *sums;
+    int64_t run;
+    int32_t blocks;
+    int64_t first, tiles; /* of the keys that some row sees */
+};
+
+/* Tile i of block n; false if the block sees nothing of it. */
+static bool find_tile(struct backward_tile *tile, const struct call *c, const struct set *set,
+                      int64_t i, int32_t n, struct scratch *w) {
+    const struct block *b = &w->blocks[n].rows;
+    const int64_t first_key = set->first + i * c->body->tile_k,
+                  slot = least(i, kept_tiles(c->body, c->p)) * c->body->blocks + n;
+    if (first_key + c->body->tile_k <= b->first || first_key >= b->end)
+        return false;
+    *tile = tile_at(c, set->k, first_key, b->end, slot, w);
+    return true;
+}
+
+static void start_set(const struct call *c, struct set *set, int64_t first_row, struct scratch *w) {
+    const int64_t lanes = c->body->lanes, tile_k = c->body->tile_k, rows = set->t->rows - first_row;
+    int64_t first = INT64_MAX, end = 0;
+    set->blocks = (int32_t)least(c->body->blocks, (rows + lanes - 1) / lanes);
+    for (int32_t n = 0; n < set->blocks; n++) {
+        struct backward_block *b = &w->blocks[n];
+        pack_block(c, set->t, b, first_row + n * lanes, (int32_t)least(lanes, rows - n * lanes), w);
+        first = least(first, b->rows.first);
+        end = most(end, b->rows.end);
+    }
+    set->first = least(first, end) / tile_k * tile_k;
+    set->tiles = (end - set->first + tile_k - 1) / tile_k;
+}
+
+/* The gradients of tile i of block n. */
+static void add_tile(const struct call *c, const struct set *set, int64_t i, int32_t n,
+                     struct scratch *w) {
+    uint64_t seen[MOST_TILE_K], kept[MOST_TILE_K];
+    struct backward_block *b = &w->blocks[n];
+    struct backward_tile tile;
+    if (!find_tile(&tile, c, set, i, n, w))
+        return;
+    const struct backward_sums to = sums_at(c, set->sums, tile.first_key);
+    if (i >= kept_tiles(c->body, c->p))
+        weigh_again(c, set->t, b, &tile, w);
+    c->body->differentiate(b, &tile, seen, kept);
+    c->body->accumulate(b, &tile, &to, seen, kept);
+}
+
+/* Forth over the keys for the statistics of the rows, and back, while the latest tiles are in the caches, for the gradients. */
+static void run_set(struct call *c, struct set *set, struct scratch *w) {
+    const struct problem *p = c->p;
+    struct backward_tile tile;
+    for (int64_t i = 0; i < set->tiles; i++)
+        for (int32_t n = 0; n < set->blocks; n++)
+            if (find_tile(&tile, c, set, i, n, w))
+                weigh(c, set->t, &w->blocks[n], &tile, w);
+    for (int32_t n = 0; n < set->blocks; n++)
+        end_rows(c, set->t, &w->blocks[n], set->run);
+    for (int64_t i = set->tiles - 1; i >= 0; i--)
+        for (int32_t n = set->blocks - 1; n >= 0; n--)
+            add_tile(c, set, i, n, w);
+    for (int32_t n = 0; n < set->blocks; n++) {
+        if (p->d_query.data)
+            store_d_query(c, set->t, &w->blocks[n], w);
+        if (p->d_alibi_slopes.data)
+            add_distances(c, set->t, &w->blocks[n], set->run);
+    }
+}
+
+static struct run_sums sums_of_run(const struct call *c, int64_t b, int64_t kv_head, int64_t run,
+                                   const struct scratch *w) {
+    const int64_t task = (b * c->p->heads_kv + kv_head) * c->runs + run;
+    if (c->runs == 1)
+        return (struct run_sums){w->sums, w->touched};
+    return (struct run_sums){c->sums + task * sum_floats(c->body, c->p),
+                             c->touched + task * tiles_of(c->body, c->p)};
+}
+
+static void run_task(struct call *c, const struct task *t, int64_t run, struct scratch *w) {
+    const struct run_sums sums = sums_of_run(c, t->b, t->first_head / t->heads, run, w);
+    const struct keys k = load_keys(c, t, 0, (int32_t)t->s.k_len, w);
+    struct set set = {.t = t, .k = &k, .sums = &sums, .run = run};
+    const int64_t rows = c->body->blocks * c->body->lanes;
+    for (int64_t h = t->first_head; h < t->first_head + t->heads; h++)
+        c->of_heads[head_index(c->p, t->b, h) * c->runs + run] = (struct head_sums){0, 0};
+    memset(sums.touched, 0, (size_t)tiles_of(c->body, c->p));
+    for (int64_t row = run * rows; row < t->rows; row += c->runs * rows) {
+        start_set(c, &set, row, w);
+        run_set(c, &set, w);
+    }
+}
+
+/* Adds what the runs have of key j, in their order, into to[panels][lanes]. */
+static void add_runs(const struct call *c, const struct task *t, int64_t j, int64_t first_panel,
+                     int64_t count, const struct scratch *w, float *to) {
+    const int64_t lanes = c->body->lanes, tile_k = c->body->tile_k;
+    memset(to, 0, (size_t)(count * lanes * 4));
+    for (int64_t run = 0; run < c->runs; run++) {
+        const struct run_sums sums = sums_of_run(c, t->b, t->first_head / t->heads, run, w);
+        const float *from = sums.sums + j / tile_k * tile_sums(c->body, c->p) +
+                            (first_panel * tile_k + j % tile_k) * lanes;
+        if (!sums.touched[j / tile_k])
+            continue;
+        for (int64_t n = 0; n < count; n++)
+            for (int64_t d = 0; d < lanes; d++)
+                to[n * lanes + d] += from[n * tile_k * lanes + d];
+    }
+}
+
+/* Gradients of the keys, or the values, of a kv head. */
+static void store_keys(const struct call *c, const struct task *t, const struct view *v,
+                       int64_t first_panel, int64_t dim, double scale, const struct scratch *w) {
+    for (int64_t j = 0; j < t->s.k_rows; j++) {
+        char *to = element_at(v, v->dtype, t->b, t->first_head / t->heads, t->s.k_start + j);
+        char *const dense = is_dense(v, dim) ? to : w->dense_rows;
+        const char *const copy = dense;
+        add_runs(c, t, j, first_panel, panels(c->body, dim), w, w->rows);
+        c->body->store_row(dense, w->rows, (float)scale, dim, v->dtype);
+        if (dense != to)
+            copy_elements(&to, v->stride[3], &copy, 1, 1, dim, v->dtype);
+    }
+}
+
+/* A kv head whose runs are finished. */
+static void finish_head(const struct call *c, const struct task *t, const struct scratch *w) {
+    const struct problem *p = c->p;
+    if (p->d_key.data)
+        store_keys(c, t, &p->d_key, 0, p->dim_qk, p->scale, w);
+    if (p->d_value.data)
+        store_keys(c, t, &p->d_value, panels(c->body, p->dim_qk), p->dim_v, 1, w);
+}
+
+static void worker(void *ctx, int64_t index) {
+    struct call *c = ctx;
+    const struct problem *p = c->p;
+    const int64_t heads = p->batch * p->heads_kv, group = group_of(p);
+    struct scratch w;
+    lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, p, c->runs == 1);
+    for (int64_t n;
+         (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < c->tasks;) {
+        const int64_t head = n % heads;
+        struct task t = {.p = p,
+                         .b = head / p->heads_kv,
+                         .first_head = head % p->heads_kv * group,
+                         .heads = group};
+        t.s = problem_sequence(p, t.b);
+        t.rows = t.s.q_rows * group;
+        run_task(c, &t, n / heads, &w);
+        if (atomic_fetch_add_explicit(&c->finished[head], 1, memory_order_acq_rel) + 1 == c->runs)
+            finish_head(c, &t, &w);
+    }
+}
+
+/* ---- Slopes and sinks -------------------------------------------------------------------------- */
+
+static double sum_runs(const struct call *c, int64_t b, int64_t h, bool sinks) {
+    const struct head_sums *of = c->of_heads + head_index(c->p, b, h) * c->runs;
+    double sum = 0;
+    for (int64_t run = 0; run < c->runs; run++)
+        sum += sinks ? of[run].sinks : of[run].distances;
+    return sum;
+}
+
+/* Along the batch, too, unless its entries have gradients of their own. */
+static void store_head_sums(const struct call *c, const struct view *v, bool sinks) {
+    const struct problem *p = c->p;
+    const bool by_batch = !sinks && v->stride[0] != 0;
+    for (int64_t b = 0; b < (by_batch ? p->batch : 1); b++)
+        for (int64_t h = 0; h < p->heads_q; h++) {
+            double sum = 0;
+            for (int64_t n = 0; n < (by_batch ? 1 : p->batch); n++)
+                sum += sum_runs(c, b + n, h, sinks);
+            store_element(v->data, v->dtype, b * v->stride[0] + h * v->stride[1], sum);
+        }
+}
+
+/* ---- The second pass: the bias ----------------------------------------------------------------- */
+
+/* A range of one axis, and how many there are of it: one of all where the bias has an extent of 1. */
+struct span {
+    int64_t first, end;
+};
+
+static int64_t spans_of(const struct view *d_bias, int axis, int64_t extent, int64_t step) {
+    return d_bias->stride[axis] == 0 ? 1 : (extent + step - 1) / step;
+}
+
+static struct span span_at(const struct view *d_bias, int axis, int64_t extent, int64_t step,
+                           int64_t n) {
+    if (d_bias->stride[axis] == 0)
+        return (struct span){0, extent};
+    return (struct span){n * step, least(extent, (n + 1) * step)};
+}
+
+/* What of the bias one task owns. */
+struct bias_part {
+    struct span batch, heads, rows, keys;
+};
+
+static int64_t bias_keys(const struct call *c) { return BIAS_TILES * c->body->tile_k; }
+
+static int64_t bias_parts(const struct call *c) {
+    const struct problem *p = c->p;
+    const struct view *v = &p->d_bias;
+    return spans_of(v, 0, p->batch, 1) * spans_of(v, 1, p->heads_q, 1) *
+           spans_of(v, 2, p->len_q, c->body->lanes) * spans_of(v, 3, p->len_k, bias_keys(c));
+}
+
+static struct bias_part bias_part_at(const struct call *c, int64_t n) {
+    const struct problem *p = c->p;
+    const struct view *v = &p->d_bias;
+    const int64_t keys = spans_of(v, 3, p->len_k, bias_keys(c)),
+                  rows = spans_of(v, 2, p->len_q, c->body->lanes),
+                  heads = spans_of(v, 1, p->heads_q, 1);
+    return (struct bias_part){
+        .batch = span_at(v, 0, p->batch, 1, n / keys / rows / heads),
+        .heads = span_at(v, 1, p->heads_q, 1, n / keys / rows % heads),
+        .rows = span_at(v, 2, p->len_q, c->body->lanes, n / keys % rows),
+        .keys = span_at(v, 3, p->len_k, bias_keys(c), n % keys),
+    };
+}
+
+/* Adds the gradients of the logits of one block and the part's keys. */
+static void add_bias_block(const struct call *c, const struct task *t, const struct keys *k,
+                           const struct span *keys, int64_t first_row, int32_t count,
+                           struct scratch *w) {
+    const int32_t lanes = c->body->lanes, tile_k = c->body->tile_k;
+    struct backward_block *b = &w->blocks[0];
+    pack_block(c, t, b, first_row, count, w);
+    const int64_t end = least(b->rows.end, keys->end);
+    for (int32_t lane = 0; lane < count; lane++) {
+        const struct row_stats *stats =
+            &c->stats[head_index(c->p, t->b, t->first_head) * c->p->len_q + first_row + lane];
+        b->rows.max[lane] = stats->max;
+        b->inverse[lane] = stats->inverse;
+        b->delta[lane] = stats->delta;
+    }
+    for (int64_t first = most(b->rows.first / tile_k * tile_k, keys->first); first < end;
+         first += tile_k) {
+        uint64_t seen[MOST_TILE_K], kept[MOST_TILE_K];
+        struct backward_tile tile = tile_at(c, k, first, end, 0, w);
+        float *sums = w->bias + (first - keys->first) / tile_k % BIAS_TILES * tile_k * lanes;
+        weigh_again(c, t, b, &tile, w);
+        c->body->differentiate(b, &tile, seen, kept);
+        for (int32_t j = 0; j < tile.n; j++)
+            for (int32_t lane = 0; lane < count; lane++)
+                sums[j * lanes + lane] += tile.d_weights[j * lanes + lane];
+    }
+}
+
+static void add_bias_head(const struct call *c, const struct bias_part *part, int64_t b, int64_t h,
+                          struct scratch *w) {
+    struct task t = {
+        .p = c->p, .s = problem_sequence(c->p, b), .b = b, .first_head = h, .heads = 1};
+    const int64_t lanes = c->body->lanes, rows = least(part->rows.end, t.s.q_len);
+    const struct keys k = load_keys(
+        c, &t, part->keys.first, (int32_t)(least(part->keys.end, t.s.k_len) - part->keys.first), w);
+    for (int64_t row = part->rows.first; row < rows; row += lanes)
+        add_bias_block(c, &t, &k, &part->keys, row, (int32_t)least(lanes, rows - row), w);
+}
+
+/* The sum over lanes or keys [first, first + n), each or all of them. */
+static double bias_sum(const struct call *c, const struct bias_part *part, int64_t i, int64_t j,
+                       const float *sums) {
+    const struct view *v = &c->p->d_bias;
+    const int64_t lanes = c->body->lanes;
+    const bool each_row = v->stride[2] != 0, each_key = v->stride[3] != 0;
+    const int64_t keys = least(bias_keys(c), part->keys.end - part->keys.first);
+    double sum = 0;
+    for (int64_t key = each_key ? j : 0; key < (each_key ? j + 1 : keys); key++)
+        for (int64_t lane = each_row ? i : 0; lane < (each_row ? i + 1 : lanes); lane++)
+            sum += (double)sums[key * lanes + lane];
+    return sum;
+}
+
+static void run_bias_part(const struct call *c, const struct bias_part *part, struct scratch *w) {
+    const struct view *v = &c->p->d_bias;
+    const int64_t lanes = c->body->lanes,
+                  rows = v->stride[2] == 0 ? 1 : part->rows.end - part->rows.first,
+                  keys = v->stride[3] == 0 ? 1 : part->keys.end - part->keys.first;
+    memset(w->bias, 0, (size_t)(bias_keys(c) * lanes * 4));
+    for (int64_t b = part->batch.first; b < part->batch.end; b++)
+        for (int64_t h = part->heads.first; h < part->heads.end; h++)
+            add_bias_head(c, part, b, h, w);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < keys; j++)
+            store_element(v->data, v->dtype,
+                          part->batch.first * v->stride[0] + part->heads.first * v->stride[1] +
+                              (part->rows.first + i) * v->stride[2] +
+                              (part->keys.first + j) * v->stride[3],
+                          bias_sum(c, part, i, j, w->bias));
+}
+
+static void bias_worker(void *ctx, int64_t index) {
+    struct call *c = ctx;
+    struct scratch w;
+    const int64_t parts = bias_parts(c);
+    lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, c->p, c->runs == 1);
+    for (int64_t n;
+         (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < parts;) {
+        const struct bias_part part = bias_part_at(c, n);
+        run_bias_part(c, &part, &w);
+    }
+}
+
+/* ---- The call ---------------------------------------------------------------------------------- */
+
+/* The reference stands in for a call with logits beyond f32, in the same workspace. */
+static struct plan plan_of_reference(const struct plan *plan, const struct problem *p) {
+    struct plan reference = *plan;
+    cpu_bwd_ref_plan(&reference, p, NULL);
+    return reference;
+}
+
+bool backward_plan(struct plan *plan, const struct problem *p, const struct backward_body *body) {
+    struct call c = {.body = body, .p = p};
+    struct scratch w;
+    if (!options_fit_f32(p))
+        return false;
+    const size_t shared = lay_out_call(&c, NULL),
+                 worker_bytes = lay_out(&w, NULL, body, p, c.runs == 1);
+    plan->tile_q = body->lanes;
+    plan->tile_k = body->tile_k;
+    plan->threads = (int32_t)most(1, least(plan->threads, c.tasks));
+    plan->workspace_bytes = shared + worker_bytes * (size_t)plan->threads;
+    const size_t reference = plan_of_reference(plan, p).workspace_bytes;
+    if (plan->workspace_bytes < reference)
+        plan->workspace_bytes = reference;
+    return true;
+}
+
+int32_t backward_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                        const struct backward_body *body) {
+    struct call c = {.body = body, .p = p};
+    struct scratch w;
+    c.workspace = (char *)exec->workspace + lay_out_call(&c, exec->workspace);
+    c.worker_bytes = lay_out(&w, NULL, body, p, c.runs == 1);
+    c.stats = p->d_bias.data ? c.stats : NULL;
+    for (int64_t head = 0; head < p->batch * p->heads_kv; head++)
+        atomic_store_explicit(&c.finished[head], 0, memory_order_relaxed);
+    threads_run(exec, plan->threads, worker, &c);
+    if (atomic_load(&c.overflowed)) {
+        const struct plan reference = plan_of_reference(plan, p);
+        return cpu_bwd_ref_launch(&reference, p, exec);
+    }
+    if (p->d_alibi_slopes.data)
+        store_head_sums(&c, &p->d_alibi_slopes, false);
+    if (p->d_sinks.data)
+        store_head_sums(&c, &p->d_sinks, true);
+    atomic_store(&c.next_task, 0);
+    if (p->d_bias.data)
+        threads_run(exec, plan->threads, bias_worker, &c);
+    return DLATTN_OK;
+}

@@ -1,0 +1,116 @@
+/*
+ * Backward attention on the CPU: what the driver (backward.c) and the bodies, one for each instruction set
+ * (backward_template.h), agree on.
+ *
+ * A block is one of forward: up to `lanes` query rows, one in each vector lane. It meets its keys twice. First, tile by tile,
+ *
+ *     weights[key][lane]   = 2^(logit - the largest so far),  logit from sum over d of key[key][d] * query[d][lane]
+ *     d_weights[key][lane] = sum over d of value[key][d] * d_output[d][lane]
+ *
+ * are kept, with the maxima that the weights of a tile are relative to, while sum and delta of each row add up. Then, with both
+ * known, weights become P and d_weights become dS, and
+ *
+ *     d_value[key][d]  += sum over lanes of weights[key][lane] * d_output[lane][d]
+ *     d_key[key][d]    += sum over lanes of d_weights[key][lane] * query[lane][d]
+ *     d_query[d][lane] += sum over keys of key[key][d] * d_weights[key][lane]
+ *
+ * All five are the product of product.h. Query and d_output are packed both ways, [d][lane] and in panels of `lanes` columns,
+ * [panel][lane][column]; gradients of keys and values are panels, too, [panel][key][column].
+ */
+#ifndef DLATTN_CPU_BACKWARD_H_
+#define DLATTN_CPU_BACKWARD_H_
+
+#include "kernels/cpu/forward.h"
+
+struct backward_block {
+    int64_t first_row;                 /* of the task */
+    struct block rows;                 /* rows.output is d_query, [d][lane], before the scale */
+    float *d_output;                   /* [d_v][lane] */
+    float *query_rows, *d_output_rows; /* panels */
+    float delta
+        [MAX_LANES]; /* as weights add up: of weight * d_weight; then delta of docs/numerics.md */
+    float inverse[MAX_LANES];   /* of the sum of all weights, sink included */
+    float distances[MAX_LANES]; /* sum of dS * distance from the diagonal */
+    bool finite;                /* query and d_output */
+};
+
+/* The masks that forward's rows lack, for the lanes of a block. */
+struct lane_masks {
+    bool segments, blocks;
+    uint32_t segment[MAX_LANES];
+    const char *key_segments; /* of key 0 */
+    int64_t key_segment_stride;
+    const uint8_t *states[MAX_LANES]; /* of the block mask, of key 0 */
+    int64_t state_stride, block_k;
+};
+
+/* What dropout draws from: words of philox for (key / 4, row, sequence and head, stream). */
+struct dropout {
+    uint64_t threshold; /* words below it drop their weight */
+    float factor;       /* of a weight that is kept */
+    uint32_t key[2], stream;
+    uint32_t row[MAX_LANES], head[MAX_LANES];
+};
+
+struct backward_tile {
+    struct operand key, value;
+    int64_t first_key;
+    int32_t n;
+    int64_t dim_qk, dim_v;
+    float scale; /* of scores, or of what the rule makes of them, to units of log2(e) */
+    const struct logit_rule *rule; /* of weigh(); or NULL */
+    const float *keep; /* of weigh(), with `drops`: [key][lane], 0 or dropout's factor */
+    float factor;      /* of dropout */
+    bool hides;        /* there are extra logits */
+    bool drops;
+    bool finite;                      /* the keys */
+    float *weights, *d_weights, *max; /* [key][lane], max [lane] */
+    float *cap_slopes;                /* [key][lane]: derivatives of the cap; NULL without one */
+};
+
+/* Where the gradients of a tile go: panels, `stride` apart, and `tile` behind those of the tile before. NULL: not wanted. */
+struct backward_sums {
+    float *d_key, *d_value;
+    int64_t stride, tile;
+    bool d_query, distances;
+};
+
+struct backward_body {
+    int32_t blocks; /* that go over the keys together */
+    int32_t lanes;
+    int32_t vector_lanes;
+    int32_t tile_k;
+
+    /* rows[lane] -> [d][lane] and panels; NULL: a row of zeros. False if some of it is not finite. scratch: lanes * padded row. */
+    bool (*pack)(const struct block *b, float *transposed, float *panels, const char *const *rows,
+                 int64_t dim, enum dtype dtype, float *scratch);
+    /* n rows of keys or values as f32: in place where they can be used so, else in `to`. */
+    struct operand (*load_rows)(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                enum dtype dtype);
+    bool (*finite)(const struct operand *rows, int32_t n, int64_t dim);
+    /* Bias and masks as extra logits, [key][lane]. scratch: lanes * (n, padded, and a vector). */
+    void (*load_extra)(float *extra, const struct extra_row *rows,
+                       const struct extra_layout *layout, const struct lane_masks *masks,
+                       const struct block *b, int64_t first_key, int32_t n, float *scratch);
+    void (*draw)(float *keep, const struct dropout *dropout, const struct block *b,
+                 int64_t first_key, int32_t n);
+    /* Weights and d_weights of a tile; sum and delta of the block's rows follow. */
+    void (*weigh)(struct backward_block *b, const struct backward_tile *t);
+    /* P in place of the weights, as the values meet it, and dS in place of d_weights. seen[key], kept[key]: the lanes that see
+     * the key, and those whose weight is not dropped. */
+    void (*differentiate)(struct backward_block *b, const struct backward_tile *t, uint64_t *seen,
+                          uint64_t *kept);
+    /* Adds what a tile has to every gradient, d_query in the block. */
+    void (*accumulate)(struct backward_block *b, const struct backward_tile *t,
+                       const struct backward_sums *sums, const uint64_t *seen,
+                       const uint64_t *kept);
+    void (*store)(const struct block *b, const float *factor, char *const *rows, int64_t dim,
+                  enum dtype dtype, float *scratch, bool *not_finite);
+    void (*store_row)(char *to, const float *from, float factor, int64_t n, enum dtype dtype);
+};
+
+bool backward_plan(struct plan *plan, const struct problem *p, const struct backward_body *body);
+int32_t backward_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                        const struct backward_body *body);
+
+#endif /* DLATTN_CPU_BACKWARD_H_ */

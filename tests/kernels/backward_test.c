@@ -1,0 +1,219 @@
+/*
+ * What the one loop leaves out of the fast backward rows of the CPU: many blocks of rows and their sums, on any number of
+ * threads; more keys than a worker keeps the weights of; logits that f32 does not hold; and numbers that are not finite.
+ */
+#include "tests/support/check.h"
+
+#include <criterion/criterion.h>
+#include <criterion/new/assert.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Calls visit for each backward row but the reference, where this machine has what it needs. */
+static void each_row(void (*visit)(const char *row)) {
+    const dlattn_api *api = test_api();
+    for (int32_t n = 0; n < api->kernel_count(); n++) {
+        dlattn_kernel_info info = {.struct_size = sizeof info};
+        cr_assert(eq(int, api->kernel_info(n, &info), DLATTN_OK));
+        if (strcmp(info.operation, "backward") != 0 || strcmp(info.backend, "cpu") != 0 ||
+            strstr(info.name, "ref"))
+            continue;
+        if (info.available)
+            visit(info.name);
+        else
+            fprintf(stderr, "%s is skipped: it needs %s\n", info.name, info.arch);
+    }
+}
+
+static void expect_right(const char *row, const struct test_case *c) {
+    const struct subject subject = {.api = test_api(), .place = &place_cpu, .kernel = row};
+    struct verdict v;
+    check_case(&v, &subject, c);
+    cr_expect(v.outcome == PASSED, "%s: %s", row, v.text);
+}
+
+/* The call's gradients into its images. */
+static void run(struct call *c, const char *row, int32_t threads) {
+    const dlattn_api *api = test_api();
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    const dlattn_tensors tensors = call_tensors(c);
+    const dlattn_gradients gradients = call_gradients(c);
+    c->desc.kernel = row;
+    c->desc.num_threads = threads;
+    cr_assert(eq(int, api->backward_query(&c->desc, &tensors, &gradients, &sku), DLATTN_OK), "%s",
+              api->last_error());
+    void *workspace = aligned_alloc(64, (sku.workspace_bytes + 64) / 64 * 64);
+    const dlattn_exec exec = {
+        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
+    memset(workspace, 0xff, sku.workspace_bytes);
+    cr_assert(eq(int, api->backward(&c->desc, &tensors, &gradients, &exec), DLATTN_OK), "%s",
+              api->last_error());
+    free(workspace);
+}
+
+static void expect_same_bits(const char *row, const char *what, const struct call *a,
+                             const struct call *b) {
+    for (int slot = D_QUERY; slot < SLOTS; slot++)
+        if (a->has[slot])
+            cr_expect(memcmp(a->tensor[slot].image, b->tensor[slot].image, a->tensor[slot].bytes) ==
+                          0,
+                      "%s, %s: %s has other bits", row, what, slot_name((enum slot)slot));
+}
+
+/* ---- Many blocks ------------------------------------------------------------------------------ */
+
+/* Whose sums go over blocks, heads and batch entries. */
+static const struct features many_sums[] = {
+    {.name = "heads",
+     .alibi = 1,
+     .sinks = true,
+     .bias = AXIS_H | AXIS_Q | AXIS_K,
+     .softcap = 3,
+     .dropout = 0.3,
+     .lse = LSE_F32,
+     .backward = true},
+    {.name = "keys", .bias = AXIS_K, .causal = true, .lse = LSE_F32, .backward = true},
+    {.name = "rows",
+     .bias = AXIS_B | AXIS_Q,
+     .mask = AXIS_B | AXIS_K,
+     .lse = LSE_F32,
+     .backward = true},
+    {.name = "one",
+     .bias = AXIS_NONE,
+     .window = true,
+     .window_left = 40,
+     .alibi = 2,
+     .lse = LSE_F32,
+     .backward = true},
+};
+enum { SETS = sizeof many_sums / sizeof many_sums[0] };
+
+static struct test_case many_blocks(int set) {
+    return (struct test_case){{2, 4, 2, 290, 130, 24, 40}, many_sums[set], F32, 7};
+}
+
+static void check_many_blocks(const char *row) {
+    for (int set = 0; set < SETS; set++) {
+        const struct test_case c = many_blocks(set);
+        expect_right(row, &c);
+    }
+}
+
+Test(backward, many_blocks) { each_row(check_many_blocks); }
+
+static void check_threads(const char *row) {
+    static const int32_t threads[] = {2, 3, 16};
+    for (int set = 0; set < SETS; set++) {
+        const struct test_case from = many_blocks(set);
+        struct call one, more;
+        call_make(&one, &from);
+        call_use_images(&one);
+        run(&one, row, 1);
+        for (int n = 0; n < 3; n++) {
+            char what[64];
+            call_make(&more, &from);
+            call_use_images(&more);
+            run(&more, row, threads[n]);
+            snprintf(what, sizeof what, "%s, %d threads", from.features.name, threads[n]);
+            expect_same_bits(row, what, &more, &one);
+            call_free(&more);
+        }
+        call_free(&one);
+    }
+}
+
+Test(backward, threads) { each_row(check_threads); }
+
+/* ---- Many keys -------------------------------------------------------------------------------- */
+
+static void check_many_keys(const char *row) {
+    const struct features plain = {.name = "plain", .lse = LSE_F32, .backward = true},
+                          masked = {.name = "masked",
+                                    .mask = AXIS_B | AXIS_K,
+                                    .softcap = 2,
+                                    .dropout = 0.4,
+                                    .lse = LSE_F32,
+                                    .backward = true};
+    expect_right(row, &(struct test_case){{1, 2, 1, 3, 16384 + 130, 8, 8}, plain, F32, 1});
+    expect_right(row, &(struct test_case){{1, 1, 1, 2, 16384 + 70, 8, 8}, masked, F32, 2});
+}
+
+Test(backward, many_keys) { each_row(check_many_keys); }
+
+/* ---- Numbers at the edge, and beyond it ------------------------------------------------------- */
+
+static const struct test_case edge_case = {
+    {1, 2, 1, 70, 90, 16, 16},
+    {.name = "edge", .causal = true, .lse = LSE_F32, .backward = true},
+    F32,
+    3};
+
+/* The row and the reference on a call with one number replaced, and all queries multiplied. */
+static void run_edge(struct call *c, const char *row, enum slot slot, const int64_t index[4],
+                     double number, double logits) {
+    struct test_case from = edge_case;
+    from.features.logits = logits;
+    call_make(c, &from);
+    if (number != 0)
+        tensor_set(&c->tensor[slot], index, number);
+    call_use_images(c);
+    run(c, row, 1);
+}
+
+/* A row with a logit beyond f32 leaves the call to the reference. */
+static void check_overflow(const char *row) {
+    const int64_t first[4] = {0};
+    struct call got, wanted;
+    run_edge(&got, row, QUERY, first, 0, 1e38);
+    run_edge(&wanted, "cpu_bwd_ref", QUERY, first, 0, 1e38);
+    expect_same_bits(row, "logits beyond f32", &got, &wanted);
+    call_free(&got);
+    call_free(&wanted);
+}
+
+Test(backward, overflow) { each_row(check_overflow); }
+
+static bool alike(double x, double y) {
+    return isnan(x) ? isnan(y) : x == y || fabs(x - y) <= 1e-4 * (1 + fabs(y));
+}
+
+/* NaN and infinity reach what they reach by the formula, and nothing else. */
+static void check_not_finite(const char *row) {
+    static const struct {
+        enum slot slot;
+        int64_t index[4];
+        double number;
+    } edges[] = {
+        {D_OUTPUT, {0, 1, 3, 2}, NAN},
+        {D_OUTPUT, {0, 0, 40, 5}, INFINITY},
+        {D_OUTPUT, {0, 1, 69, 15}, -INFINITY},
+        {QUERY, {0, 1, 20, 4}, NAN},
+        {KEY, {0, 0, 50, 1}, NAN},
+        {KEY, {0, 0, 80, 1}, NAN},
+        {VALUE, {0, 0, 33, 7}, NAN},
+        {VALUE, {0, 0, 75, 7}, INFINITY},
+        {VALUE, {0, 0, 10, 0}, INFINITY},
+        {D_LSE, {0, 1, 12, 0}, NAN},
+    };
+    for (size_t n = 0; n < sizeof edges / sizeof edges[0]; n++) {
+        struct call got, wanted;
+        run_edge(&got, row, edges[n].slot, edges[n].index, edges[n].number, 0);
+        run_edge(&wanted, "cpu_bwd_ref", edges[n].slot, edges[n].index, edges[n].number, 0);
+        for (int slot = D_QUERY; slot < SLOTS; slot++) {
+            const struct tensor *t = &got.tensor[slot];
+            int64_t index[4] = {0}, wrong = 0;
+            for (int64_t left = got.has[slot] ? tensor_count(t) : 0; left > 0;
+                 left--, tensor_next(t, index))
+                wrong += !alike(tensor_get(t, index), tensor_get(&wanted.tensor[slot], index));
+            cr_expect(eq(long, wrong, 0), "%s: %s, with %g in %s", row, slot_name((enum slot)slot),
+                      edges[n].number, slot_name(edges[n].slot));
+        }
+        call_free(&got);
+        call_free(&wanted);
+    }
+}
+
+Test(backward, not_finite) { each_row(check_not_finite); }
