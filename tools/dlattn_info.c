@@ -88,10 +88,11 @@ static void json_kernel(const dlattn_kernel_info *k, bool first) {
     printf("%s\n  {\"name\": \"%s\", \"operation\": \"%s\", \"backend\": \"%s\", \"arch\": \"%s\", "
            "\"dtypes\": \"%s\", "
            "\"max_head_dim\": %d, \"max_head_dim_v\": %d, \"tile_q\": %d, \"tile_k\": %d, "
-           "\"available\": %s, "
+           "\"available\": %s, \"reference\": %s, "
            "\"features\": [",
            first ? "" : ",", k->name, k->operation, k->backend, k->arch, k->dtypes, k->max_head_dim,
-           k->max_head_dim_v, k->tile_q, k->tile_k, k->available ? "true" : "false");
+           k->max_head_dim_v, k->tile_q, k->tile_k, k->available ? "true" : "false",
+           k->flags & DLATTN_KERNEL_REFERENCE ? "true" : "false");
     const char *comma = "";
     for (int i = 0; i < DLATTN_FEATURE_COUNT; i++) {
         if (k->features & dlattn_features[i].bit) {

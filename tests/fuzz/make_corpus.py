@@ -27,7 +27,7 @@ def seed(
     tensors=0,
     changes=(),
 ):
-    """What call_fuzz.c reads in start(): the call, changes of three bytes, integer tensors in slot order."""
+    """What call_fuzz.c reads: the call, changes of three bytes, integer tensors in slot order."""
     head = [operation, lengths, dims, forms, options, later, gradients]
     return [*head, *tensors.to_bytes(4, "little"), len(changes) // 3, *changes, *integers]
 
