@@ -198,16 +198,16 @@ static void write_line(const char *op, const char *dtype, const struct shape *s,
 }
 
 /* One case on one row; decode is held against reading, the others against the row's own kind of product. */
-static void bench_case(const char *kernel, const struct shape *s, const struct element *e,
-                       int threads) {
+static void bench_case(const dlattn_kernel_info *row, const struct shape *s,
+                       const struct element *e, int threads) {
     char line[160];
     struct result r;
-    const bool decode = strcmp(s->op, "decode") == 0, dot = strstr(kernel, "avx512bf16") != NULL;
+    const bool decode = strcmp(s->op, "decode") == 0, dot = strcmp(row->arch, "avx512bf16") == 0;
     snprintf(line, sizeof line, "%-18s %-4s %-6s B%lld H%lld/%lld Lq%lld Lk%lld D%lld %-6s t%d",
-             kernel, e->name, s->op, (long long)s->batch, (long long)s->heads_q,
+             row->name, e->name, s->op, (long long)s->batch, (long long)s->heads_q,
              (long long)s->heads_kv, (long long)s->len_q, (long long)s->len_k, (long long)s->dim,
              s->causal ? "causal" : "", threads);
-    if (!strstr(line, filter) || !measure(&r, kernel, s, e, threads,
+    if (!strstr(line, filter) || !measure(&r, row->name, s, e, threads,
                                           decode ? LIMIT_READ
                                           : dot  ? LIMIT_BF16_DOT
                                                  : LIMIT_FMA))
@@ -264,14 +264,21 @@ static bool lists(const char *dtypes, const char *name) {
     return at && (at == dtypes || at[-1] == ' ');
 }
 
+/* What the column `op` says of the row's cases; merge and append say it themselves. */
+static const char *op_of(const dlattn_kernel_info *row) {
+    if (row->flags & DLATTN_KERNEL_DECODE)
+        return "decode";
+    if (strcmp(row->operation, "forward") == 0)
+        return "fwd";
+    return strcmp(row->operation, "backward") == 0 ? "bwd" : row->operation;
+}
+
 static void bench_row(const dlattn_kernel_info *row, int threads) {
-    const char *const op = strstr(row->name, "decode")               ? "decode"
-                           : strcmp(row->operation, "backward") == 0 ? "bwd"
-                                                                     : "fwd";
+    const char *const op = op_of(row);
     for (size_t e = 0; e < sizeof elements / sizeof elements[0]; e++)
         for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
             if (lists(row->dtypes, elements[e].name) && strcmp(shapes[s].op, op) == 0)
-                bench_case(row->name, &shapes[s], &elements[e], threads);
+                bench_case(row, &shapes[s], &elements[e], threads);
 }
 
 /* "Intel(R) Xeon(R) Processor" -> "intel-xeon-processor". */
