@@ -9,7 +9,7 @@
 
 namespace sm90 {
 
-constexpr int kFinishThreads = 256, kFinishWarps = kFinishThreads / 32;
+constexpr int kFinishThreads = SM90_BWD_SMALL_THREADS, kFinishWarps = kFinishThreads / 32;
 
 template <typename E>
 __device__ __forceinline__ void store_gradient(const sm90_gradient &gradient, int b, int head,
@@ -224,7 +224,7 @@ __device__ __forceinline__ void finish_rows(const sm90_bwd_params &p) {
     }
     if (!p.d_query.data)
         return;
-    __shared__ float columns[D]; /* what takes fixed point and scale out */
+    float *const columns = shared_numbers<float>(); /* what takes fixed point and scale out */
     for (int c = threadIdx.x; c < D; c += kFinishThreads)
         columns[c] = inverse(column_factor(p, facts, c)) * p.scale;
     __syncthreads();
@@ -255,7 +255,7 @@ __device__ __forceinline__ void finish_rows(const sm90_bwd_params &p) {
 /* d_sink = - sum of exp(sink - lse) delta over the rows of a head, in an order that depends on nothing but their number. */
 template <int D>
 __device__ __forceinline__ void finish_sink(const sm90_bwd_params &p, int head) {
-    __shared__ float parts[kFinishThreads];
+    float *const parts = shared_numbers<float>();
     const float sink = p.sinks[head * p.sinks_stride];
     float sum = 0;
     for (int b = 0; b < p.batch; b++) {

@@ -10,6 +10,9 @@
 /* Rows of one step, and keys that one block owns. */
 enum { SM90_BWD_TILE_Q = 64, SM90_BWD_TILE_K = 128 };
 
+/* Threads of a block that prepares or finishes, and its shared memory: a number for each of them. */
+enum { SM90_BWD_SMALL_THREADS = 256, SM90_BWD_SMALL_BYTES = 4 * SM90_BWD_SMALL_THREADS };
+
 /* Tiles in shared memory of Q, one of which waits for dK while the next two are on their way, and of dO. */
 enum { SM90_BWD_QUERY_STAGES = 3, SM90_BWD_STAGES = 2 };
 
@@ -72,7 +75,7 @@ struct sm90_bwd_params {
     int32_t batch, heads_q, heads_kv, group;
     int32_t len_q, len_k, dim_qk, dim_v;
     int32_t window_left, window_right; /* SM90_UNBOUNDED, or >= 0 */
-    int32_t bottom_right, diagonal_offset;
+    int32_t bottom_right;
     int32_t key_tiles, row_tiles; /* of the longest sequence */
     float scale, scale_log2;      /* scale * log2(e) */
     float softcap;                /* 0 = none */

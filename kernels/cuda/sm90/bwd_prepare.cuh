@@ -11,7 +11,8 @@ namespace sm90 {
 /* Blocks of kThreads. A row lies in the registers of kLanes neighbouring threads, eight elements in each. */
 template <int D>
 struct Lanes {
-    static constexpr int kThreads = 256, kLanes = D / 8, kRows = kThreads / kLanes;
+    static constexpr int kThreads = SM90_BWD_SMALL_THREADS, kLanes = D / 8,
+                         kRows = kThreads / kLanes;
     int row, column;
     __device__ __forceinline__ Lanes()
         : row(threadIdx.x / kLanes), column(threadIdx.x % kLanes * 8) {}
@@ -53,7 +54,7 @@ __device__ __forceinline__ bool beyond(float x) { return !(fabsf(x) < kLargest);
 template <typename E, int D>
 __device__ __forceinline__ void scan_keys(const sm90_bwd_params &p, int block) {
     using L = Lanes<D>;
-    __shared__ uint32_t most[SM90_BWD_KEYS + D];
+    uint32_t *const most = shared_numbers<uint32_t>();
     const int head = block / p.key_tiles, b = head / p.heads_kv, kv_head = head % p.heads_kv;
     const Sequence s(p, b);
     const int first = block % p.key_tiles * kTileK, end = min(first + kTileK, s.k_len);

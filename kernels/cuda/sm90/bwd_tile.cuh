@@ -38,7 +38,7 @@ struct Sequence {
             k_len = max(__ldg(p.key_lengths + b * p.key_lengths_stride), 0);
         q_len = min(q_len, q_rows);
         k_len = min(k_len, k_rows);
-        diagonal = p.diagonal_offset + (p.bottom_right ? k_len - q_len : 0);
+        diagonal = p.bottom_right ? k_len - q_len : 0;
     }
 
     /* Keys [low, high) that row i sees. */
@@ -118,6 +118,13 @@ __device__ __forceinline__ int fragment_column(int thread, int i) {
 /* Waits for the kernel before this one in the stream, which this one may have overtaken. */
 __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/* A block's shared memory, SM90_BWD_SMALL_BYTES of it. */
+template <typename T>
+__device__ __forceinline__ T *shared_numbers() {
+    extern __shared__ char raw[];
+    return reinterpret_cast<T *>(raw);
 }
 
 /* ---- Tasks: tiles of keys ------------------------------------------------------------------------------------------ */

@@ -10,7 +10,7 @@
 MODULE(64)
 MODULE(128)
 
-enum { SMALL_THREADS = 256, MAIN_THREADS = 384 };
+enum { MAIN_THREADS = 384 };
 
 /* The kernels of one head dim and element type, in the order in which they run. */
 struct kernels {
@@ -28,10 +28,13 @@ struct tile {
     {KERNEL(D, NAME, THREADS, BYTES), KERNEL(D, NAME "_softcap", THREADS, BYTES)}
 #define KERNELS(D, TYPE, BYTES)                                                                    \
     {                                                                                              \
-        .prepare = KERNEL(D, "cuda_bwd_sm90_prepare_" #D TYPE, SMALL_THREADS, 0),                  \
+        .prepare = KERNEL(D, "cuda_bwd_sm90_prepare_" #D TYPE, SM90_BWD_SMALL_THREADS,             \
+                          SM90_BWD_SMALL_BYTES),                                                   \
         .main = TWO(D, "cuda_bwd_sm90_" #D TYPE, MAIN_THREADS, BYTES),                             \
-        .rows = TWO(D, "cuda_bwd_sm90_rows_" #D TYPE, SMALL_THREADS, 0),                           \
-        .keys = TWO(D, "cuda_bwd_sm90_keys_" #D TYPE, SMALL_THREADS, 0),                           \
+        .rows =                                                                                    \
+            TWO(D, "cuda_bwd_sm90_rows_" #D TYPE, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES),   \
+        .keys =                                                                                    \
+            TWO(D, "cuda_bwd_sm90_keys_" #D TYPE, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES),   \
     }
 #define TILE(D)                                                                                    \
     {D, KERNELS(D, "_f16", SM90_BWD_SHARED_BYTES(D)),                                              \
@@ -82,10 +85,9 @@ static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t
 }
 
 static bool takes(const struct problem *p) {
-    const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k,
-                  offset = p->diagonal_offset < 0 ? -p->diagonal_offset : p->diagonal_offset;
-    return p->scale > 0 && p->dim_qk % 8 == 0 && p->dim_v % 8 == 0 && p->len_k > 0 &&
-           longest <= SM90_MAX_LENGTH && offset <= SM90_MAX_LENGTH && p->lse.dtype == DTYPE_F32 &&
+    const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k;
+    return p->scale > 0 && p->dim_qk % 8 == 0 && p->dim_v % 8 == 0 && p->len_q > 0 &&
+           p->len_k > 0 && longest <= SM90_MAX_LENGTH && p->lse.dtype == DTYPE_F32 &&
            (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
            ceil_divide(p->len_k, SM90_BWD_TILE_K) * p->heads_kv * p->batch + p->heads_q <=
                INT32_MAX &&
@@ -214,7 +216,6 @@ static void fill_problem(struct sm90_bwd_params *params, const struct problem *p
     params->window_left = window(p->window_left);
     params->window_right = window(p->window_right);
     params->bottom_right = p->bottom_right;
-    params->diagonal_offset = (int32_t)p->diagonal_offset;
     params->key_tiles = (int32_t)ceil_divide(p->len_k, SM90_BWD_TILE_K);
     params->row_tiles = (int32_t)ceil_divide(p->len_q, SM90_BWD_TILE_Q);
     params->scale = (float)p->scale;

@@ -12,13 +12,17 @@
         sm90::backward<sm90::BwdConfig<E, D, SOFTCAP>>(p);                                         \
     }
 #define INSTANCES(E, type, D)                                                                      \
-    KERNEL(cuda_bwd_sm90_prepare_##D##_##type, 256, sm90::prepare<E, D>)                           \
+    KERNEL(cuda_bwd_sm90_prepare_##D##_##type, SM90_BWD_SMALL_THREADS, sm90::prepare<E, D>)        \
     MAIN(cuda_bwd_sm90_##D##_##type, E, D, false)                                                  \
     MAIN(cuda_bwd_sm90_##D##_##type##_softcap, E, D, true)                                         \
-    KERNEL(cuda_bwd_sm90_rows_##D##_##type, 256, sm90::finish_rows<E, D, false>)                   \
-    KERNEL(cuda_bwd_sm90_rows_##D##_##type##_softcap, 256, sm90::finish_rows<E, D, true>)          \
-    KERNEL(cuda_bwd_sm90_keys_##D##_##type, 256, sm90::finish_keys<E, D, false>)                   \
-    KERNEL(cuda_bwd_sm90_keys_##D##_##type##_softcap, 256, sm90::finish_keys<E, D, true>)
+    KERNEL(cuda_bwd_sm90_rows_##D##_##type, SM90_BWD_SMALL_THREADS,                                \
+           sm90::finish_rows<E, D, false>)                                                         \
+    KERNEL(cuda_bwd_sm90_rows_##D##_##type##_softcap, SM90_BWD_SMALL_THREADS,                      \
+           sm90::finish_rows<E, D, true>)                                                          \
+    KERNEL(cuda_bwd_sm90_keys_##D##_##type, SM90_BWD_SMALL_THREADS,                                \
+           sm90::finish_keys<E, D, false>)                                                         \
+    KERNEL(cuda_bwd_sm90_keys_##D##_##type##_softcap, SM90_BWD_SMALL_THREADS,                      \
+           sm90::finish_keys<E, D, true>)
 #define TILE(D)                                                                                    \
     INSTANCES(__half, f16, D)                                                                      \
     INSTANCES(__nv_bfloat16, bf16, D)
