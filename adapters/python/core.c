@@ -15,6 +15,7 @@
 
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdbool.h>
 
 static const dlattn_api *api;
 static PyObject *errors; /* dlattn._errors.BY_STATUS: exception classes, indexed by status */
@@ -442,6 +443,58 @@ static int read_desc(dlattn_forward_desc *d, PyObject *const *args, char *kernel
                : -1;
 }
 
+/* ---- Threads --------------------------------------------------------------------------------- */
+
+/* The process's OpenMP team, PyTorch's for one. Its threads spin for a while after each parallel region, and threads of the plugin's own
+ * would fight them. GOMP_parallel is libgomp's entry for compiled code; LLVM's runtime has it, too. */
+static struct {
+    void (*parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+    int (*thread)(void);
+    int (*threads)(void);
+    int (*most_threads)(void);
+    bool counts; /* its size is that of a call which names none */
+    bool runs;   /* calls, too */
+} openmp;
+
+struct team_job {
+    dlattn_parallel_body body;
+    void *ctx;
+    int64_t count;
+};
+
+/* In a region within another the team is one thread, which then has every index. */
+static void on_team(void *data) {
+    const struct team_job *job = data;
+    for (int64_t i = openmp.thread(); i < job->count; i += openmp.threads())
+        job->body(job->ctx, i);
+}
+
+static void openmp_for(void *ctx, int64_t count, dlattn_parallel_body body, void *body_ctx) {
+    struct team_job job = {body, body_ctx, count};
+    (void)ctx;
+    openmp.parallel(on_team, &job, (unsigned)count, 0);
+}
+
+/* The child of a fork has none of the team's threads, and libgomp does not notice. */
+static void leave_openmp(void) { openmp.runs = false; }
+
+static bool find_openmp(void) {
+    *(void **)&openmp.parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    *(void **)&openmp.thread = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    *(void **)&openmp.threads = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+    *(void **)&openmp.most_threads = dlsym(RTLD_DEFAULT, "omp_get_max_threads");
+    return openmp.parallel && openmp.thread && openmp.threads && openmp.most_threads;
+}
+
+/* use_openmp() -> whether calls on the CPU run on the process's OpenMP team from now on. With DLATTN_NUM_THREADS they never do. */
+static PyObject *use_openmp(PyObject *self, PyObject *unused) {
+    (void)self;
+    (void)unused;
+    if (!openmp.counts && !getenv("DLATTN_NUM_THREADS") && find_openmp())
+        openmp.counts = openmp.runs = pthread_atfork(NULL, NULL, leave_openmp) == 0;
+    return PyBool_FromLong(openmp.runs);
+}
+
 /* ---- Plans ----------------------------------------------------------------------------------- */
 
 enum { CACHE = 256, KEY_WORDS = 320, KERNEL_NAME = 128 };
@@ -605,6 +658,8 @@ static int open_call(struct call *c, PyObject *const *args) {
     if (open_library() != 0 || (c->backward && require_1_1("backward") != 0) ||
         read_desc(&c->desc, args, c->kernel, sizeof c->kernel) != 0)
         return -1;
+    if (openmp.counts && c->desc.num_threads == 0)
+        c->desc.num_threads = openmp.most_threads();
     for (int slot = 0; slot < SLOTS; slot++) {
         const int position = position_of(slot);
         if (args[position] == Py_None)
@@ -647,6 +702,8 @@ static int run(struct call *c, PyObject *const *args, struct planned *p, PyObjec
         if (!exec.workspace)
             return -1;
     }
+    if (openmp.runs)
+        exec.parallel_for = openmp_for;
     int32_t status;
     Py_BEGIN_ALLOW_THREADS;
     status = c->backward ? api->backward_plan_run(p->plan, &c->tensors, &c->gradients, &exec)
@@ -772,7 +829,9 @@ static int open_exec(dlattn_exec *exec, const dlattn_sku *sku, const DLTensor *f
     args[0] = array;
     args[STREAM] = stream;
     args[ALLOCATE] = allocate;
-    *exec = (dlattn_exec){.struct_size = sizeof *exec, .workspace_bytes = sku->workspace_bytes};
+    *exec = (dlattn_exec){.struct_size = sizeof *exec,
+                          .workspace_bytes = sku->workspace_bytes,
+                          .parallel_for = openmp.runs ? openmp_for : NULL};
     if (on_gpu && find_stream(&exec->stream, first, args) != 0)
         return -1;
     if (sku->workspace_bytes == 0)
@@ -1069,6 +1128,7 @@ static PyMethodDef methods[] = {
     {"bind_torch", (PyCFunction)(void (*)(void))bind_torch, METH_FASTCALL, NULL},
     {"is_plain", (PyCFunction)(void (*)(void))is_plain, METH_FASTCALL, NULL},
     {"plain", (PyCFunction)(void (*)(void))plain, METH_FASTCALL, NULL},
+    {"use_openmp", use_openmp, METH_NOARGS, NULL},
     {"library", library, METH_NOARGS, NULL},
     {"kernels", kernels, METH_NOARGS, NULL},
     {0},

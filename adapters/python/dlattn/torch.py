@@ -385,6 +385,7 @@ _core.bind_torch(
     Tensor.is_neg,
     torch.empty_like,
 )
+_core.use_openmp()  # PyTorch's own threads, which spin between its operators
 
 
 def _arguments(

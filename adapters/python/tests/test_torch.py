@@ -6,6 +6,10 @@ What needs a GPU is in gpu_check.py.
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import dlattn
@@ -916,3 +920,70 @@ def quantized(x):
 def key3(key):
     """With a batch of 3."""
     return torch.cat([key, key[:1]])
+
+
+def run_alone(code, **environment):
+    """What a Python of its own prints, with torch and dlattn.torch imported."""
+    code = "import os\nimport torch\nimport dlattn.torch as dt\n" + textwrap.dedent(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "3", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+COUNT_THREADS = """
+    count = lambda: len(os.listdir("/proc/self/task"))
+    x = torch.randn(1, 8, 512, 64)
+    torch.randn(512, 512) @ torch.randn(512, 512), (x + x).sum()
+    before = count()
+    dt.attention(x, x, x)
+    print(before, count())
+"""
+
+
+def test_runs_on_the_team_of_pytorch():
+    before, after = run_alone(COUNT_THREADS)
+    assert after == before
+
+
+def test_own_threads_where_their_number_is_set():
+    before, after = run_alone(COUNT_THREADS, DLATTN_NUM_THREADS="3")
+    assert int(after) == int(before) + 2
+
+
+def test_set_num_threads_counts():
+    one, three = run_alone("""
+        import dlattn
+        x = torch.randn(1, 8, 512, 64)
+        torch.set_num_threads(1)
+        print(dlattn.select(x, x, x).num_threads)
+        torch.set_num_threads(3)
+        print(dlattn.select(x, x, x).num_threads)
+    """)
+    assert (one, three) == ("1", "3")
+
+
+def test_child_of_a_fork_has_threads_of_its_own():
+    (status,) = run_alone("""
+        x = torch.randn(1, 8, 512, 64)
+        expected = bytes(dt.attention(x, x, x).untyped_storage())
+        child = os.fork()
+        if child == 0:  # PyTorch's own operators would wait for a team that is not there
+            os._exit(0 if bytes(dt.attention(x, x, x).untyped_storage()) == expected else 1)
+        print(os.waitpid(child, 0)[1])
+    """)
+    assert status == "0"
+
+
+def test_threads_of_a_team_change_no_bit():
+    x = torch.randn(2, 4, 300, 64, requires_grad=True)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        output = dlattn.torch.attention(x, x, x)
+        results.append((output, *torch.autograd.grad(output.sum(), x)))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
