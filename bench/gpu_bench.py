@@ -342,6 +342,17 @@ def forward_rows(library, dtypes, quick, kernels, count):
 BACKWARD_PEERS = {name: PEERS[name] for name in ("fa2", "cudnn")}
 
 
+def flash_attention_4(q, k, v, d_output, causal):
+    """Its backward in its default mode, where its package is installed; else None."""
+    try:
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+    except ImportError:
+        return None
+    q, k, v, d_output = (t.transpose(1, 2) for t in (q, k, v, d_output))
+    output, lse = _flash_attn_fwd(q, k, v, causal=causal, return_lse=True)[:2]
+    return lambda: _flash_attn_bwd(q, k, v, output, d_output, lse, causal=causal)
+
+
 def backward_implementations(library, q, k, v, d_output, causal, kernels):
     """All from one output and lse, PyTorch's peers from their own."""
     output = torch.empty_like(q)
@@ -369,6 +380,9 @@ def backward_implementations(library, q, k, v, d_output, causal, kernels):
             torch.autograd.grad(result, inputs, d_output, retain_graph=True)
 
         found[name] = (name, peer)
+    fa4 = flash_attention_4(q, k, v, d_output, causal)
+    if fa4:
+        found["fa4"] = ("fa4", fa4)
     return found
 
 
