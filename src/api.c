@@ -3,6 +3,7 @@
 #include "src/caps.h"
 #include "src/cuda_driver.h"
 #include "src/dlpack.h"
+#include "src/empty.h"
 #include "src/error.h"
 #include "src/plan.h"
 #include "src/version.h"
@@ -126,12 +127,12 @@ static int32_t launch(const struct plan *plan, const struct problem *p, const dl
         status = check_workspace(plan, &e);
     if (status == DLATTN_OK)
         status = problem_check_values(p);
-    if (status != DLATTN_OK || problem_is_empty(p))
-        return status;
-    if (p->backend == BACKEND_CUDA)
+    if (status == DLATTN_OK && p->backend == BACKEND_CUDA && !problem_is_empty(p))
         status = cuda_check_pointers(p, e.workspace);
     if (status != DLATTN_OK)
         return status;
+    if (problem_is_empty(p))
+        return empty_write(p, e.stream);
     const bool zero = e.flags & DLATTN_WORKSPACE_IS_ZERO;
     const struct exec run = {
         .stream = e.stream,

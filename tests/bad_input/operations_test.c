@@ -500,3 +500,45 @@ Test(operations, workspace_is_given_back_zero) {
         cr_assert(eq(int, a->workspace[i], 0), "byte %d", i);
     discard(a);
 }
+
+/* Without a batch, what sums over it is 0. */
+Test(operations, sums_over_nothing_are_zero) {
+    const dlattn_api *api = test_api();
+    struct made *t = calloc(14, sizeof *t);
+    cr_assert(t != NULL);
+    struct made *d_bias = &t[11], *d_slopes = &t[12], *d_sinks = &t[13];
+    const dlattn_tensors tensors = {.struct_size = sizeof tensors,
+                                    .query = make(&t[0], f32, SHAPE(0, H, LQ, D)),
+                                    .key = make(&t[1], f32, SHAPE(0, H, LK, D)),
+                                    .value = make(&t[2], f32, SHAPE(0, H, LK, D)),
+                                    .output = make(&t[3], f32, SHAPE(0, H, LQ, D)),
+                                    .lse = make(&t[4], f32, SHAPE(0, H, LQ)),
+                                    .bias = make(&t[5], f32, SHAPE(1, H, LQ, LK)),
+                                    .alibi_slopes = make(&t[6], f32, SHAPE(H)),
+                                    .sinks = make(&t[7], f32, SHAPE(H))};
+    const dlattn_gradients gradients = {.struct_size = sizeof gradients,
+                                        .d_output = make(&t[8], f32, SHAPE(0, H, LQ, D)),
+                                        .d_query = make(&t[9], f32, SHAPE(0, H, LQ, D)),
+                                        .d_key = make(&t[10], f32, SHAPE(0, H, LK, D)),
+                                        .d_bias = make(d_bias, f32, SHAPE(1, H, LQ, LK)),
+                                        .d_alibi_slopes = make(d_slopes, f32, SHAPE(H)),
+                                        .d_sinks = make(d_sinks, f32, SHAPE(H))};
+    const struct {
+        struct made *made;
+        int elements;
+    } written[] = {{d_bias, H * LQ * LK}, {d_slopes, H}, {d_sinks, H}};
+    const dlattn_forward_desc desc = {.struct_size = sizeof desc};
+    const dlattn_exec exec = {.struct_size = sizeof exec};
+    for (size_t n = 0; n < COUNT(written); n++)
+        fill(written[n].made, 1);
+    cr_assert(eq(int, api->backward(&desc, &tensors, &gradients, &exec), DLATTN_OK), "%s",
+              api->last_error());
+    for (size_t n = 0; n < COUNT(written); n++)
+        for (int i = 0; i < BYTES / 4; i++) {
+            float x;
+            memcpy(&x, written[n].made->bytes + 4 * i, sizeof x);
+            cr_expect(eq(flt, x, i < written[n].elements ? 0 : 1), "gradient %zu, element %d", n,
+                      i);
+        }
+    free(t);
+}
