@@ -115,9 +115,11 @@ bool needs_rule(const struct problem *p) {
     return p->softcap > 0 || p->bias.data || has_mask(p) || p->alibi_slopes.data || p->scale <= 0;
 }
 
-float score_scale(const struct problem *p) {
-    return (float)(needs_rule(p) ? LOG2_E : p->scale * LOG2_E);
+static double exact_scale(const struct problem *p) {
+    return needs_rule(p) ? LOG2_E : p->scale * LOG2_E;
 }
+
+float score_scale(const struct problem *p) { return (float)exact_scale(p); }
 
 static bool fits_f32(double x) { return fabs(x) >= 0x1p-126 && fabs(x) <= 0x1p126; }
 
@@ -138,8 +140,12 @@ bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i
 struct row_total row_total_of(const struct problem *p, int64_t h, float max, float sum) {
     const float scale = score_scale(p);
     const struct origin origin = origin_of(max, scale);
-    struct row_total t = {
-        .base = (double)origin.top * scale - origin.minus, .shrink = 1, .sink = 0, .sum = sum};
+    /* What f32 lost of the scale, the weights next to the maximum have in common; a sink has not. */
+    const double lost = isfinite(max) ? (double)max * (exact_scale(p) - (double)scale) : 0;
+    struct row_total t = {.base = (double)origin.top * scale - origin.minus + lost,
+                          .shrink = 1,
+                          .sink = 0,
+                          .sum = sum};
     if (p->sinks.data) {
         const double sink = load_element(p->sinks.data, DTYPE_F32, h * p->sinks.stride[1]) * LOG2_E,
                      before = max == -INFINITY ? -INFINITY : t.base;
