@@ -1,7 +1,7 @@
 /* The gradients of attention for f16 and bf16 on Hopper: TMA, wgmma, sums in fixed point. See docs/cuda-backward.md. */
 #include "kernels/cuda/sm90/bwd_params.h"
+#include "kernels/cuda/sm90/host.h"
 #include "src/cuda_driver.h"
-#include "src/kernel.h"
 
 /* One image for each head dim. */
 #define MODULE(D)                                                                                  \
@@ -45,8 +45,6 @@ static struct tile tiles[] = {
 };
 enum { TILES = sizeof tiles / sizeof tiles[0] };
 
-static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* ---- The workspace ------------------------------------------------------------------------------------------------ */
 
 /* Tiles of rows of one head: packed sequences share none. */
@@ -74,16 +72,6 @@ static struct parts parts_of(const struct problem *p, int64_t dim) {
 
 /* ---- The plan --------------------------------------------------------------------------------------------------------- */
 
-/* What a tensor map can say: strides above 0 and below 2^40 bytes. */
-static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length) {
-    const int64_t extent[3] = {batch, heads, length}, most = INT64_C(1) << 39;
-    for (int i = 0; i < 3; i++) {
-        if (extent[i] > 1 && (v->stride[i] <= 0 || v->stride[i] >= most))
-            return false;
-    }
-    return true;
-}
-
 static bool takes(const struct problem *p) {
     const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k;
     return p->scale > 0 && p->dim_qk % 8 == 0 && p->dim_v % 8 == 0 && p->len_q > 0 &&
@@ -92,10 +80,10 @@ static bool takes(const struct problem *p) {
            ceil_divide(p->len_k, SM90_BWD_TILE_K) * p->heads_kv * p->batch + p->heads_q <=
                INT32_MAX &&
            ceil_divide(p->len_q, SM90_BWD_TILE_Q) * p->heads_q * p->batch <= INT32_MAX &&
-           row_tiles(p) <= INT32_MAX && mappable(&p->query, p->batch, p->heads_q, p->len_q) &&
-           mappable(&p->d_output, p->batch, p->heads_q, p->len_q) &&
-           mappable(&p->key, p->batch, p->heads_kv, p->len_k) &&
-           mappable(&p->value, p->batch, p->heads_kv, p->len_k);
+           row_tiles(p) <= INT32_MAX && mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
+           mappable(&p->d_output, p->batch, p->heads_q, p->len_q, 1) &&
+           mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) &&
+           mappable(&p->value, p->batch, p->heads_kv, p->len_k, 1);
 }
 
 ROW_FUNCTIONS(cuda_bwd_sm90);
@@ -119,13 +107,6 @@ bool cuda_bwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
 }
 
 /* ---- The tensors ------------------------------------------------------------------------------------------------------ */
-
-static struct sm90_strides strides(const struct view *v) {
-    return (struct sm90_strides){v->stride[0], v->stride[1], v->stride[2]};
-}
-
-/* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
-static uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
 
 /* Rows of sequences that may end anywhere, in boxes of 64 columns and `box` rows. Row i of a sequence that takes part with n rows from
  * row s on is (length - n + i, s + n): both axes have the stride of a row, the origin lies `length` rows before the tensor's, and behind
@@ -161,10 +142,6 @@ static int32_t fill_maps(struct sm90_bwd_params *params, const struct problem *p
 
 static struct sm90_gradient gradient(const struct view *v) {
     return (struct sm90_gradient){v->data, strides(v), v->dtype == DTYPE_F32};
-}
-
-static int32_t window(int64_t keys) {
-    return keys < SM90_UNBOUNDED ? (int32_t)keys : SM90_UNBOUNDED;
 }
 
 static void fill_tensors(struct sm90_bwd_params *params, const struct problem *p) {

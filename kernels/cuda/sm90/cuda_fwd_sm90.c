@@ -1,7 +1,6 @@
 /* Forward attention for f16 and bf16 on Hopper: TMA, wgmma, warp specialisation. See docs/cuda-sm90.md. */
-#include "kernels/cuda/sm90/params.h"
+#include "kernels/cuda/sm90/host.h"
 #include "src/cuda_driver.h"
-#include "src/kernel.h"
 
 #include <math.h>
 
@@ -49,8 +48,6 @@ static struct tile tiles[] = {
 };
 enum { TILES = sizeof tiles / sizeof tiles[0] };
 
-static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 static bool bounded(const struct problem *p) {
     return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
 }
@@ -88,17 +85,6 @@ static bool has_many_rows(const struct problem *p, const struct caps *caps) {
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
     return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v &&
            (t->use == ANY || has_many_rows(p, caps));
-}
-
-/* What a tensor map can say: [B, H, L, D] with strides above 0 and, also that of `pack` heads, below 2^40 bytes. */
-static bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length,
-                     int64_t pack) {
-    const int64_t extent[3] = {batch, heads, length}, most = INT64_C(1) << 39;
-    for (int i = 0; i < 3; i++) {
-        if (extent[i] > 1 && (v->stride[i] <= 0 || v->stride[i] >= (i == 1 ? most / pack : most)))
-            return false;
-    }
-    return true;
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
@@ -168,13 +154,6 @@ static void fill_tiles(struct sm90_params *params, const struct problem *p, int3
 
 /* ---- The tensors ---------------------------------------------------------------------------------------------- */
 
-static struct sm90_strides strides(const struct view *v) {
-    return (struct sm90_strides){v->stride[0], v->stride[1], v->stride[2]};
-}
-
-/* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
-static uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
-
 /* Q or O as [D, pack, Lq, H / pack, B], the query heads of one tile being neighbours, in boxes of `rows` rows. */
 static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p,
                         const struct sm90_params *params, const struct view *v, int64_t dim,
@@ -198,10 +177,6 @@ static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, co
     const uint32_t box[] = {64, (uint32_t)tile_k, 1, 1};
     return cuda_tensor_map((struct cuda_tensor_map *)map, p->device_id, p->dtype, v->data, 4,
                            extent, stride, box, 128);
-}
-
-static int32_t window(int64_t keys) {
-    return keys < SM90_UNBOUNDED ? (int32_t)keys : SM90_UNBOUNDED;
 }
 
 static void fill_problem(struct sm90_params *params, const struct problem *p) {

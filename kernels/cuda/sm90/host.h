@@ -1,0 +1,34 @@
+/*
+ * What the C files of Hopper's rows share: from a problem's numbers to those of params.h and of tensor maps.
+ */
+#ifndef DLATTN_SM90_HOST_H_
+#define DLATTN_SM90_HOST_H_
+
+#include "kernels/cuda/sm90/params.h"
+#include "src/kernel.h"
+
+static inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* What a tensor map can say: [B, H, L, D] with strides above 0 and, also that of `pack` heads, below 2^40 bytes. */
+static inline bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length,
+                            int64_t pack) {
+    const int64_t extent[3] = {batch, heads, length}, most = INT64_C(1) << 39;
+    for (int i = 0; i < 3; i++) {
+        if (extent[i] > 1 && (v->stride[i] <= 0 || v->stride[i] >= (i == 1 ? most / pack : most)))
+            return false;
+    }
+    return true;
+}
+
+static inline struct sm90_strides strides(const struct view *v) {
+    return (struct sm90_strides){v->stride[0], v->stride[1], v->stride[2]};
+}
+
+/* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
+static inline uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
+
+static inline int32_t window(int64_t keys) {
+    return keys < SM90_UNBOUNDED ? (int32_t)keys : SM90_UNBOUNDED;
+}
+
+#endif /* DLATTN_SM90_HOST_H_ */
