@@ -213,6 +213,24 @@ static struct view compact(int64_t heads, int64_t length, int64_t dim) {
     return (struct view){.stride = {heads * length * dim, length * dim, dim, 1}};
 }
 
+/* Rows of the query have their part of the workspace whether keys are packed or not. */
+Test(gpu_plan, packed_keys_leave_the_query_its_workspace) {
+    const struct caps caps = {.sm = 90, .shared_memory_bytes = 232448, .multiprocessors = 132};
+    struct problem p = problem_of(DTYPE_BF16, 128, 128, 0);
+    struct plan dense, packed;
+    p.operation = BACKWARD;
+    p.kernel = "cuda_bwd_sm90";
+    p.batch = 3;
+    p.query = p.key = p.value = p.d_output = compact(2, 300, 128);
+    p.d_output.dtype = DTYPE_BF16;
+    p.lse.dtype = DTYPE_F32;
+    cr_assert(eq(int, plan_choose(&dense, &p, &caps), DLATTN_OK));
+    p.features = DLATTN_FEATURE_VARLEN;
+    p.total_k = 900;
+    cr_assert(eq(int, plan_choose(&packed, &p, &caps), DLATTN_OK));
+    cr_expect(eq(sz, packed.workspace_bytes, dense.workspace_bytes));
+}
+
 /* An H100's choices for the calls that shapes_test runs. */
 Test(gpu_plan, long_and_half_empty) {
     static const struct {

@@ -49,9 +49,8 @@ enum { TILES = sizeof tiles / sizeof tiles[0] };
 
 /* Tiles of rows of one head: packed sequences share none. */
 static int64_t row_tiles(const struct problem *p) {
-    return p->cu_seqlens_q.data || p->features & DLATTN_FEATURE_VARLEN
-               ? p->total_q / SM90_BWD_TILE_Q + p->batch
-               : p->batch * ceil_divide(p->len_q, SM90_BWD_TILE_Q);
+    return p->total_q > 0 ? p->total_q / SM90_BWD_TILE_Q + p->batch
+                          : p->batch * ceil_divide(p->len_q, SM90_BWD_TILE_Q);
 }
 
 /* Bytes of each part, in this order; all but the last are multiples of 256. */
