@@ -11,7 +11,6 @@ _PTX = ["80"]
 _FLAGS = [
     "-std=c++17",
     "-O3",
-    "-lineinfo",
     "-ccbin=clang-19",
     "--Werror=all-warnings",
 ]
@@ -23,7 +22,11 @@ def _compile(ctx, kind, arch):
     arguments = ctx.actions.args()
     arguments.add("-" + kind)
     arguments.add("-arch=" + target)
-    arguments.add_all([flag for flag in _FLAGS if ctx.attr.lineinfo or flag != "-lineinfo"])
+    arguments.add_all(_FLAGS)
+
+    # Which line code comes from is for profilers alone, and more than half of an image: `--define=lineinfo=on`.
+    if ctx.var.get("lineinfo") == "on":
+        arguments.add("-lineinfo")
     arguments.add_all(ctx.attr.copts)
     arguments.add_all(ctx.attr.defines, format_each = "-D%s")
     arguments.add("-I.")
@@ -65,7 +68,6 @@ _fatbin = rule(
         "copts": attr.string_list(),
         "defines": attr.string_list(),
         "hdrs": attr.label_list(allow_files = True),
-        "lineinfo": attr.bool(default = True),
         "ptx": attr.string_list(),
         "src": attr.label(allow_single_file = [".cu"], mandatory = True),
         "_compiler": attr.label(default = "@cuda//:compiler"),
@@ -108,7 +110,7 @@ _embed = rule(
     },
 )
 
-def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], copts = [], lineinfo = True, **kwargs):
+def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], copts = [], **kwargs):
     """A cc_library with the symbol `const unsigned char NAME[]`: what cuModuleLoadData and cuLibraryLoadData take.
 
     A fatbin holds one source, because the driver loads one image of it: the best for its GPU. Sources that are variants
@@ -122,7 +124,6 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], 
       ptx: the architectures to add PTX for. Give [] where the source works on its own archs alone.
       defines: macros, without -D.
       copts: more flags for nvcc.
-      lineinfo: whether the code says which line it comes from, for profilers; it is more than half of an image.
       **kwargs: visibility, tags and the like for the cc_library.
     """
     _fatbin(
@@ -132,7 +133,6 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], 
         archs = archs,
         copts = copts,
         defines = defines,
-        lineinfo = lineinfo,
         ptx = ptx,
         tags = ["manual"],  # built through _embed alone
         visibility = kwargs.get("visibility"),
