@@ -518,83 +518,100 @@ __device__ __forceinline__ void store_rows(const fwd_params &p, const char *tile
     }
 }
 
+// What one thread knows of its block, and the three parts of the kernel: load, step and finish.
 template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
-__device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
+struct Forward {
     using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
     using W = Warp<E, D, DV, MT, BN, SPLIT>;
     using LoadQ = Loader<E, T::THREADS, T::ROWS, D>;
     using LoadK = Loader<E, T::THREADS, BN, D>;
     using LoadV = Loader<E, T::THREADS, BN, DV>;
-    extern __shared__ __align__(16) char shared[];
-    const uint32_t q_tile = (uint32_t)__cvta_generic_to_shared(shared), ring = q_tile + T::Q_BYTES;
-    const int lane = threadIdx.x % 32, warps = kept_by_all(threadIdx.x / 32), warp = warps / SPLIT,
-              part = warps % SPLIT;
+    static constexpr uint32_t RING_BYTES = STAGES * T::STAGE_BYTES;
 
-    const Work work(p);
-    const Sequence seq(p, work.b);
-    const int block_row = work.row_block * T::ROWS, rows = min(T::ROWS, seq.q_rows - block_row);
-    if (rows <= 0)
-        return;
-    const int kv_head = work.h / p.group, first_row = block_row + warp * MT * 16;
-    const bool pages = EXTRAS && p.page_size;
-    const E *const q = (const E *)p.query.data + work.b * p.query.stride[0] +
-                       work.h * p.query.stride[1] + (seq.q_start + block_row) * p.query.stride[2];
-    const E *const k = (const E *)p.key.data + (pages ? 0 : work.b * p.key.stride[0]) +
-                       kv_head * p.key.stride[1] + seq.k_start * p.key.stride[2];
-    const E *const v = (const E *)p.value.data + (pages ? 0 : work.b * p.value.stride[0]) +
-                       kv_head * p.value.stride[1] + seq.k_start * p.value.stride[2];
+    const fwd_params &p;
+    char *const shared;
+    const uint32_t q_tile, ring;
+    const int lane, warps, warp, part; // `part`: of the warps that share rows
+    const Work work;
+    const Sequence seq;
+    const int block_row, rows, first_row; // `rows` of the block's exist; `first_row` is the warp's
+    const bool pages;
 
-    // Tiles [first, end) of the block and of this warp; [clean_first, clean_end) are seen whole by all rows of the warp.
-    const auto tiles = [&](int from, int count, int &first, int &end) {
+    // Tiles [first, end) of the block and of this warp; [clean_first, clean_end) are seen whole by all rows of the warp; those
+    // before `whole` are simply aligned rows.
+    int first, end, warp_first, warp_end, clean_first, clean_end, whole;
+    const E *k, *v;
+    const char *next_key, *next_value; // of this thread, in the tile that is loaded next
+    uint32_t key_to, value_to;         // where that goes in the first stage
+    int key_columns, value_columns;
+
+    W w;
+    uint32_t q_at, k_at, v_at, p_at, p_to; // of this thread, for ldmatrix and for its part of P
+
+    __device__ __forceinline__ Forward(const fwd_params &params, char *memory)
+        : p(params), shared(memory), q_tile((uint32_t)__cvta_generic_to_shared(memory)),
+          ring(q_tile + T::Q_BYTES), lane(threadIdx.x % 32), warps(kept_by_all(threadIdx.x / 32)),
+          warp(warps / SPLIT), part(warps % SPLIT), work(params), seq(params, work.b),
+          block_row(work.row_block * T::ROWS), rows(min(T::ROWS, seq.q_rows - block_row)),
+          first_row(block_row + warp * MT * 16), pages(EXTRAS && params.page_size) {}
+
+    // ---- Load
+
+    // The tiles that `count` rows from `from` on see any key of.
+    __device__ __forceinline__ void tiles_of(int from, int count, int &first, int &end) const {
         const int most = min(from + count, seq.q_len) - 1;
         first = seq.first_key(p, from) / BN;
         end = most < from ? 0 : (seq.end_key(p, most) + BN - 1) / BN;
-    };
-    int first, end;
-    tiles(block_row, T::ROWS, first, end);
-    end = kept_by_all(end);
-    int warp_first = first,
-        warp_end = end; // pairs of warps all take the same steps, with the same barriers
-    if (SPLIT == 1)
-        tiles(first_row, MT * 16, warp_first, warp_end);
-    warp_first = kept_by_all(warp_first);
-    warp_end = kept_by_all(warp_end);
-    const int clean_first = kept_by_all((seq.first_key(p, first_row + MT * 16 - 1) + BN - 1) / BN);
-    const int clean_end = kept_by_all(seq.end_key(p, first_row) / BN);
+    }
 
-    // One row of a page.
-    const auto page_row = [&](const E *base, const fwd_view &view, int j) {
-        return base + paged_row(p, view, work.b, j);
-    };
-    // `rows` rows from `row` on of a tile that is not simply aligned rows.
-    const auto load_slowly = [&](auto loader, uint32_t to, const E *base, const fwd_view &view,
-                                 int row, int rows, int dim, bool aligned) {
-        using Load = decltype(loader);
+    __device__ __forceinline__ void find_tiles() {
+        tiles_of(block_row, T::ROWS, first, end);
+        end = kept_by_all(end);
+        warp_first = first;
+        warp_end = end; // pairs of warps all take the same steps, with the same barriers
+        if (SPLIT == 1)
+            tiles_of(first_row, MT * 16, warp_first, warp_end);
+        warp_first = kept_by_all(warp_first);
+        warp_end = kept_by_all(warp_end);
+        clean_first = kept_by_all((seq.first_key(p, first_row + MT * 16 - 1) + BN - 1) / BN);
+        clean_end = kept_by_all(seq.end_key(p, first_row) / BN);
+    }
+
+    // Row 0 of this sequence.
+    __device__ __forceinline__ const E *keys_of(const fwd_view &view) const {
+        return (const E *)view.data + (pages ? 0 : work.b * view.stride[0]) +
+               work.h / p.group * view.stride[1] + seq.k_start * view.stride[2];
+    }
+
+    __device__ __forceinline__ void find_keys() {
+        const int aligned = FWD_ALIGNED_KEY | FWD_ALIGNED_VALUE;
+        k = keys_of(p.key);
+        v = keys_of(p.value);
+        whole = kept_by_all(pages || (p.flags & aligned) != aligned ? 0 : min(end, seq.k_len / BN));
+        next_key = LoadK::start(k + (int64_t)first * BN * p.key.stride[2], p.key.stride[2]);
+        next_value = LoadV::start(v + (int64_t)first * BN * p.value.stride[2], p.value.stride[2]);
+        key_to = kept(ring + LoadK::place());
+        value_to = D == DV ? key_to + T::K_BYTES : kept(ring + T::K_BYTES + LoadV::place());
+        key_columns = kept(LoadK::columns(p.dim_qk));
+        value_columns = kept(LoadV::columns(p.dim_v));
+    }
+
+    // `count` rows from `row` on of a tile that is not simply aligned rows.
+    template <typename Load>
+    __device__ __forceinline__ void load_slowly(uint32_t to, const E *base, const fwd_view &view,
+                                                int row, int count, int dim, bool aligned) const {
+        const auto in_rows = [&](int r) { return base + (row + r) * view.stride[2]; };
+        const auto in_pages = [&](int r) { return base + paged_row(p, view, work.b, row + r); };
         if (!pages)
-            Load::any(
-                to, [&](int r) { return base + (row + r) * view.stride[2]; }, view.stride[3], rows,
-                dim);
+            Load::any(to, in_rows, view.stride[3], count, dim);
         else if (aligned)
-            Load::paged(to, [&](int r) { return page_row(base, view, row + r); }, rows, dim);
+            Load::paged(to, in_pages, count, dim);
         else
-            Load::any(
-                to, [&](int r) { return page_row(base, view, row + r); }, view.stride[3], rows,
-                dim);
-    };
-    // Tiles [first, whole) are simply aligned rows.
-    const int aligned = FWD_ALIGNED_KEY | FWD_ALIGNED_VALUE;
-    const int whole =
-        kept_by_all(pages || (p.flags & aligned) != aligned ? 0 : min(end, seq.k_len / BN));
-    const char *next_key = LoadK::start(k + (int64_t)first * BN * p.key.stride[2], p.key.stride[2]);
-    const char *next_value =
-        LoadV::start(v + (int64_t)first * BN * p.value.stride[2], p.value.stride[2]);
-    const uint32_t key_to = kept(ring + LoadK::place()),
-                   value_to =
-                       D == DV ? key_to + T::K_BYTES : kept(ring + T::K_BYTES + LoadV::place());
-    const int key_columns = kept(LoadK::columns(p.dim_qk)),
-              value_columns = kept(LoadV::columns(p.dim_v));
+            Load::any(to, in_pages, view.stride[3], count, dim);
+    }
+
     // Tiles one after the other from `first` on, into the stage at `offset`.
-    const auto load_key = [&](int tile, uint32_t offset) {
+    __device__ __forceinline__ void load_key(int tile, uint32_t offset) {
         const int left = seq.k_len - tile * BN;
         if (tile < whole)
             LoadK::template aligned<true>(key_to + offset, next_key, p.key.stride[2], left,
@@ -603,10 +620,10 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
             LoadK::template aligned<false>(key_to + offset, next_key, p.key.stride[2], left,
                                            key_columns);
         else if (tile < end)
-            load_slowly(LoadK(), ring + offset, k, p.key, tile * BN, left, p.dim_qk,
-                        p.flags & FWD_ALIGNED_KEY);
-    };
-    const auto load_value = [&](int tile, uint32_t offset) {
+            load_slowly<LoadK>(ring + offset, k, p.key, tile * BN, left, p.dim_qk,
+                               p.flags & FWD_ALIGNED_KEY);
+    }
+    __device__ __forceinline__ void load_value(int tile, uint32_t offset) {
         const int left = seq.k_len - tile * BN;
         if (tile < whole)
             LoadV::template aligned<true>(value_to + offset, next_value, p.value.stride[2], left,
@@ -615,19 +632,32 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
             LoadV::template aligned<false>(value_to + offset, next_value, p.value.stride[2], left,
                                            value_columns);
         else if (tile < end)
-            load_slowly(LoadV(), ring + T::K_BYTES + offset, v, p.value, tile * BN, left, p.dim_v,
-                        p.flags & FWD_ALIGNED_VALUE);
-    };
-    if (p.flags & FWD_ALIGNED_QUERY) {
-        const char *from = LoadQ::start(q, p.query.stride[2]);
-        LoadQ::template aligned<false>(q_tile + LoadQ::place(), from, p.query.stride[2], rows,
-                                       LoadQ::columns(p.dim_qk));
-    } else {
-        LoadQ::any(
-            q_tile, [&](int r) { return q + r * p.query.stride[2]; }, p.query.stride[3], rows,
-            p.dim_qk);
+            load_slowly<LoadV>(ring + T::K_BYTES + offset, v, p.value, tile * BN, left, p.dim_v,
+                               p.flags & FWD_ALIGNED_VALUE);
     }
-    if (STAGES > 1) {
+
+    __device__ __forceinline__ void load_queries() {
+        const fwd_view &view = p.query;
+        const E *const q = (const E *)view.data + work.b * view.stride[0] +
+                           work.h * view.stride[1] + (seq.q_start + block_row) * view.stride[2];
+        if (p.flags & FWD_ALIGNED_QUERY) {
+            const char *from = LoadQ::start(q, view.stride[2]);
+            LoadQ::template aligned<false>(q_tile + LoadQ::place(), from, view.stride[2], rows,
+                                           LoadQ::columns(p.dim_qk));
+        } else {
+            LoadQ::any(
+                q_tile, [&](int r) { return q + r * view.stride[2]; }, view.stride[3], rows,
+                p.dim_qk);
+        }
+    }
+
+    // Queries, and the pairs of the ring but the last.
+    __device__ __forceinline__ void load() {
+        find_tiles();
+        find_keys();
+        load_queries();
+        if (STAGES == 1)
+            return;
         load_key(first, 0);
         copy_commit();
 #pragma unroll
@@ -637,125 +667,183 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
             copy_commit();
         }
     }
-    W w;
-    w.init(EXTRAS ? 1.0f : p.exponent_scale);
 
-    const uint32_t q_at =
-        kept(q_tile + warp * MT * 16 * D * 2 + Chunks<D>::at(lane % 16, lane / 16));
-    const uint32_t k_at =
-        kept(ring + part * W::KEYS * D * 2 + Chunks<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
-    const uint32_t v_at = kept(
-        ring + T::K_BYTES +
-        Chunks<DV>::at(lane % 8 + lane / 8 % 2 * (SPLIT > 1 ? W::KEYS : 8), part * 2 + lane / 16));
-    const uint32_t p_tile = T::Q_BYTES + STAGES * T::STAGE_BYTES + warp * MT * 16 * BN * 2;
-    const auto p_chunk = [&](int row, int half) {
-        return SPLIT > 1 ? kept(q_tile + p_tile + Chunks<BN>::at(row, half * (W::KEYS / 8))) : 0;
-    };
-    const uint32_t p_at = p_chunk(lane % 16, lane / 16),
-                   p_to = p_chunk(lane / 4, part) + lane % 4 * 4;
-    uint32_t offset = 0;
-#pragma unroll 1
-    for (int g = first - 1; g < end; ++g) {
-        const bool current = g >= warp_first && g < warp_end,
-                   next = g + 1 >= warp_first && g + 1 < warp_end;
-        if (STAGES == 1) {
-            // K of the next tile is on its way while V of this one is used, and the other way round.
-            if (g >= first) {
-                copy_wait<0>();
-                __syncthreads();
-            }
-            load_key(g + 1, 0);
-            copy_commit();
-        } else {
-            if (g < first)
-                copy_wait<STAGES - 1>();
-            else
-                copy_wait<STAGES - 2>();
-            __syncthreads(); // the pair of this step is there, and all warps are done with the step before
-            if (g >= first) {
-                const uint32_t free =
-                    offset == 0 ? (STAGES - 1) * T::STAGE_BYTES : offset - T::STAGE_BYTES;
-                load_key(g + STAGES, free);
-                load_value(g + STAGES - 1, free);
-                copy_commit();
-            }
-        }
-        if (current)
-            w.add_values(v_at + offset, p_at, p_to);
-        if (STAGES == 1) {
+    // ---- Step
+
+    // Where the P of this warp's rows lies in shared memory.
+    __device__ __forceinline__ uint32_t p_tile() const {
+        return T::Q_BYTES + RING_BYTES + warp * MT * 16 * BN * 2;
+    }
+
+    __device__ __forceinline__ uint32_t p_chunk(int row, int half) const {
+        return SPLIT > 1 ? kept(q_tile + p_tile() + Chunks<BN>::at(row, half * (W::KEYS / 8))) : 0;
+    }
+
+    __device__ __forceinline__ void find_operands() {
+        q_at = kept(q_tile + warp * MT * 16 * D * 2 + Chunks<D>::at(lane % 16, lane / 16));
+        k_at = kept(ring + part * W::KEYS * D * 2 +
+                    Chunks<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+        v_at = kept(ring + T::K_BYTES +
+                    Chunks<DV>::at(lane % 8 + lane / 8 % 2 * (SPLIT > 1 ? W::KEYS : 8),
+                                   part * 2 + lane / 16));
+        p_at = p_chunk(lane % 16, lane / 16);
+        p_to = p_chunk(lane / 4, part) + lane % 4 * 4;
+    }
+
+    // Waits for the pair of step g, at `offset`, and has that which comes STAGES later take the place of the one before.
+    __device__ __forceinline__ void turn_ring(int g, uint32_t offset) {
+        if (g < first)
+            copy_wait<STAGES - 1>();
+        else
+            copy_wait<STAGES - 2>();
+        __syncthreads(); // all have what they copied, and are done with the step before
+        if (g < first)
+            return;
+        const uint32_t free = (offset == 0 ? RING_BYTES : offset) - T::STAGE_BYTES;
+        load_key(g + STAGES, free);
+        load_value(g + STAGES - 1, free);
+        copy_commit();
+    }
+
+    // With one stage K of the next tile is on its way while V of this one is used, and the other way round.
+    __device__ __forceinline__ void turn_to_value(int g) {
+        if (g >= first) {
             copy_wait<0>();
             __syncthreads();
-            load_value(g + 1, 0);
-            copy_commit();
         }
-        if (next) {
-            const int key = (g + 1) * BN + part * W::KEYS;
-            w.multiply_keys(q_at, k_at + offset);
-            if (EXTRAS)
-                w.extras(p, seq, work.b, work.h, first_row + lane / 4, key);
-            if (g + 1 < clean_first)
-                w.template mask<false>(p, seq, first_row + lane / 4, key);
-            if (g + 1 >= clean_end)
-                w.template mask<true>(p, seq, first_row + lane / 4, key);
-            w.find_maxima();
-            w.follow_maxima(shared + p_tile);
-            w.template exponentials<0, W::PART * W::AHEAD>(p_to);
-        }
-        offset = offset + T::STAGE_BYTES == STAGES * T::STAGE_BYTES ? 0 : offset + T::STAGE_BYTES;
+        load_key(g + 1, 0);
+        copy_commit();
     }
-    copy_wait<0>();
-    if (first >= end)
-        __syncthreads(); // no step has waited for the queries; their tile is about to be reused
+    __device__ __forceinline__ void turn_to_key(int g) {
+        copy_wait<0>();
+        __syncthreads();
+        load_value(g + 1, 0);
+        copy_commit();
+    }
+
+    // The scores of a tile and what follows from them before its values are needed.
+    __device__ __forceinline__ void score(int tile, uint32_t offset) {
+        const int row = first_row + lane / 4, key = tile * BN + part * W::KEYS;
+        w.multiply_keys(q_at, k_at + offset);
+        if (EXTRAS)
+            w.extras(p, seq, work.b, work.h, row, key);
+        if (tile < clean_first)
+            w.template mask<false>(p, seq, row, key);
+        if (tile >= clean_end)
+            w.template mask<true>(p, seq, row, key);
+        w.find_maxima();
+        w.follow_maxima(shared + p_tile());
+        w.template exponentials<0, W::PART * W::AHEAD>(p_to);
+    }
+
+    __device__ __forceinline__ void step(int g, uint32_t offset) {
+        if (STAGES == 1)
+            turn_to_value(g);
+        else
+            turn_ring(g, offset);
+        if (g >= warp_first && g < warp_end)
+            w.add_values(v_at + offset, p_at, p_to);
+        if (STAGES == 1)
+            turn_to_key(g);
+        if (g + 1 >= warp_first && g + 1 < warp_end)
+            score(g + 1, offset);
+    }
+
+    __device__ __forceinline__ void steps() {
+        uint32_t offset = 0;
+        w.init(EXTRAS ? 1.0f : p.exponent_scale);
+        find_operands();
+#pragma unroll 1
+        for (int g = first - 1; g < end; ++g) {
+            step(g, offset);
+            offset = offset + T::STAGE_BYTES == RING_BYTES ? 0 : offset + T::STAGE_BYTES;
+        }
+        copy_wait<0>();
+        if (first >= end)
+            __syncthreads(); // no step has waited for the queries; their tile is about to be reused
+    }
+
+    // ---- Finish
+
+    // Whether exponents relative to a row's maximum are of no use, it is so large. Those of extras() lose nothing. Where a bias
+    // hides all keys of a row by the least number that there is, they count alike: only lse asks for more.
+    __device__ __forceinline__ bool is_far(float top) const {
+        const bool hidden_alike = EXTRAS && p.bias.data && !p.lse.data;
+        return fabsf(top) >= (EXTRAS ? FLT_MAX : EXACT_FROM) && !(hidden_alike && top < 0);
+    }
+
+    // One row of this thread, row `local` of the block, times `factor` to where the warp's queries were. `odd` stays 0 as long
+    // as nothing in it is NaN or Inf.
+    __device__ __forceinline__ void stage_row(int mt, int half, int local, float factor, bool empty,
+                                              uint32_t &odd) {
+#pragma unroll
+        for (int n = 0; n < W::COLUMNS / 8; ++n) {
+            const float a = empty ? 0 : w.out[mt][n][2 * half] * factor;
+            const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * factor;
+            const uint32_t pair = Element<E>::pack(a, b);
+            odd = Element<E>::zero_times(pair, odd);
+            const int chunk = (n / 2 * SPLIT + part) * 2 + n % 2;
+            *(uint32_t *)(shared + Chunks<D>::at(local, chunk) + lane % 4 * 4) = pair;
+        }
+    }
+
+    // Outputs to where the queries were, and lse. True if one of the rows is to be computed exactly.
+    __device__ __forceinline__ bool end_rows() {
+        const float sink = sink_of(p, work.h);
+        uint32_t odd = 0;
+        bool far = false;
+        float lse_total = 0,
+              lse_top = 0; // of row lane % 4 of those of this thread, with lane / 4 in common
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4;
+                float total = w.sum[mt][half], top = w.bias[mt][half];
+                const bool beyond = block_row + local >= seq.q_len, empty = beyond || total == 0;
+                far |= !beyond && is_far(top);
+                if (empty) {
+                    total = 0;
+                    top = NEG_INF;
+                }
+                const float factor = end_row(sink, top, total);
+                if (lane % 4 == mt * 2 + half) {
+                    lse_total = total;
+                    lse_top = top;
+                }
+                stage_row(mt, half, local, factor, empty, odd);
+            }
+        const int row = warp * MT * 16 + lane % 4 * 8 + lane / 4;
+        if (p.lse.data && part == 0 && lane % 4 < MT * 2 && row < rows)
+            store_lse<E>(p, work.b, work.h, seq.q_start + block_row + row, sink, lse_top,
+                         lse_total);
+        return W::any(odd != 0 || far);
+    }
 
     // The output of a warp takes the place of its own queries on its way to whole 16-byte writes.
-    const float sink = sink_of(p, work.h);
-    w.add_up_sums((float *)(shared + p_tile));
-    uint32_t odd = 0; // not 0: the output has a NaN or Inf
-    bool far = false; // a row's maximum is so large that its exponents are of no use
-    constexpr float far_from = EXTRAS ? FLT_MAX : EXACT_FROM; // exponents of extras() lose nothing
-    // Where a bias hides all keys of a row by the least number that there is, they count alike: only lse asks for more.
-    const bool hidden_alike = EXTRAS && p.bias.data && !p.lse.data;
-    float lse_total = 0,
-          lse_top = 0; // of row lane % 4 of those of this thread, with lane / 4 in common
-#pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4;
-            float total = w.sum[mt][half], top = w.bias[mt][half];
-            const bool beyond = block_row + local >= seq.q_len, empty = beyond || total == 0;
-            far |= !beyond && fabsf(top) >= far_from && !(hidden_alike && top < 0);
-            if (empty) {
-                total = 0;
-                top = NEG_INF;
-            }
-            const float factor = end_row(sink, top, total);
-            if (lane % 4 == mt * 2 + half) {
-                lse_total = total;
-                lse_top = top;
-            }
-#pragma unroll
-            for (int n = 0; n < W::COLUMNS / 8; ++n) {
-                const float a = empty ? 0 : w.out[mt][n][2 * half] * factor;
-                const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * factor;
-                const uint32_t pair = Element<E>::pack(a, b);
-                odd = Element<E>::zero_times(pair, odd);
-                const int chunk = (n / 2 * SPLIT + part) * 2 + n % 2;
-                *(uint32_t *)(shared + Chunks<D>::at(local, chunk) + lane % 4 * 4) = pair;
-            }
-        }
-    const int lse_row = warp * MT * 16 + lane % 4 * 8 + lane / 4;
-    if (p.lse.data && part == 0 && lane % 4 < MT * 2 && lse_row < rows)
-        store_lse<E>(p, work.b, work.h, seq.q_start + block_row + lse_row, sink, lse_top,
-                     lse_total);
-    const bool exactly = W::any(odd != 0 || far);
-    constexpr int ROWS = MT * 16 / SPLIT; // of those that warps share, each writes some
-    const int mine = warp * MT * 16 + part * ROWS;
-    __syncwarp();
-    store_rows<E, D, DV, ROWS>(p, shared, mine, rows,
-                               (E *)p.output.data + work.b * p.output.stride[0] +
-                                   work.h * p.output.stride[1] +
-                                   (seq.q_start + block_row) * p.output.stride[2]);
-    if (exactly)
-        write_rows_exactly<E, float>(p, work.b, work.h, block_row + mine, block_row + mine + ROWS);
+    __device__ __forceinline__ void finish() {
+        w.add_up_sums((float *)(shared + p_tile()));
+        const bool exactly = end_rows();
+        constexpr int ROWS = MT * 16 / SPLIT; // of those that warps share, each writes some
+        const int mine = warp * MT * 16 + part * ROWS;
+        __syncwarp();
+        store_rows<E, D, DV, ROWS>(p, shared, mine, rows,
+                                   (E *)p.output.data + work.b * p.output.stride[0] +
+                                       work.h * p.output.stride[1] +
+                                       (seq.q_start + block_row) * p.output.stride[2]);
+        if (exactly)
+            write_rows_exactly<E, float>(p, work.b, work.h, block_row + mine,
+                                         block_row + mine + ROWS);
+    }
+};
+
+template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
+__device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
+    extern __shared__ __align__(16) char shared[];
+    Forward<E, D, DV, WARPS, MT, BN, STAGES, SPLIT, EXTRAS> forward(p, shared);
+    if (forward.rows <= 0)
+        return;
+    forward.load();
+    forward.steps();
+    forward.finish();
 }
