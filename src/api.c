@@ -115,35 +115,50 @@ static int32_t clear_workspace(const struct plan *plan, const struct problem *p,
     if (plan->workspace_bytes == 0)
         return DLATTN_OK;
     if (p->backend == BACKEND_CUDA)
-        return cuda_clear(p->device_id, e->workspace, plan->workspace_bytes, e->stream);
+        return cuda_clear(e->workspace, plan->workspace_bytes, e->stream);
     memset(e->workspace, 0, plan->workspace_bytes);
     return DLATTN_OK;
 }
 
-static int32_t launch(const struct plan *plan, const struct problem *p, const dlattn_exec *exec) {
-    dlattn_exec e;
-    int32_t status = read_exec(&e, exec);
-    if (status == DLATTN_OK)
-        status = check_workspace(plan, &e);
+static int32_t check_exec(const struct plan *plan, const struct problem *p, const dlattn_exec *e) {
+    int32_t status = check_workspace(plan, e);
     if (status == DLATTN_OK)
         status = problem_check_values(p);
     if (status == DLATTN_OK && p->backend == BACKEND_CUDA && !problem_is_empty(p))
-        status = cuda_check_pointers(p, e.workspace);
+        status = cuda_check_pointers(p, e->workspace);
+    return status;
+}
+
+/* On a GPU the problem's device is entered. */
+static int32_t start(const struct plan *plan, const struct problem *p, const dlattn_exec *e) {
+    if (problem_is_empty(p))
+        return empty_write(p, e->stream);
+    const bool zero = e->flags & DLATTN_WORKSPACE_IS_ZERO;
+    const struct exec run = {
+        .stream = e->stream,
+        .workspace = e->workspace,
+        .workspace_is_zero = zero && plan->kernel->keeps_zero,
+        .parallel_for = e->parallel_for,
+        .parallel_ctx = e->parallel_ctx,
+    };
+    const int32_t status = plan->kernel->launch(plan, p, &run);
+    return status == DLATTN_OK && zero && !plan->kernel->keeps_zero ? clear_workspace(plan, p, e)
+                                                                    : status;
+}
+
+static int32_t launch(const struct plan *plan, const struct problem *p, const dlattn_exec *exec) {
+    dlattn_exec e;
+    bool entered = false;
+    int32_t status = read_exec(&e, exec);
+    if (status == DLATTN_OK)
+        status = check_exec(plan, p, &e);
+    if (status == DLATTN_OK && p->backend == BACKEND_CUDA)
+        status = cuda_enter(p->device_id, &entered);
     if (status != DLATTN_OK)
         return status;
-    if (problem_is_empty(p))
-        return empty_write(p, e.stream);
-    const bool zero = e.flags & DLATTN_WORKSPACE_IS_ZERO;
-    const struct exec run = {
-        .stream = e.stream,
-        .workspace = e.workspace,
-        .workspace_is_zero = zero && plan->kernel->keeps_zero,
-        .parallel_for = e.parallel_for,
-        .parallel_ctx = e.parallel_ctx,
-    };
-    status = plan->kernel->launch(plan, p, &run);
-    return status == DLATTN_OK && zero && !plan->kernel->keeps_zero ? clear_workspace(plan, p, &e)
-                                                                    : status;
+    status = start(plan, p, &e);
+    cuda_leave(entered);
+    return status;
 }
 
 /* Chooses and runs a problem that has been built. */

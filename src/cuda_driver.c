@@ -268,11 +268,14 @@ int32_t cuda_check_pointers(const struct problem *p, const void *workspace) {
 
 /* ---- Launching ------------------------------------------------------------------------------------------------ */
 
-/* Makes the device's primary context current if the caller's context is none or another device's. */
-static int32_t enter(struct device *d, bool *entered) {
+int32_t cuda_enter(int32_t device, bool *entered) {
     CUcontext context = NULL;
     CUdevice current;
+    struct device *d;
     *entered = false;
+    const int32_t status = open_device(&d, device);
+    if (status != DLATTN_OK)
+        return status;
     TRY(cuCtxGetCurrent, &context);
     if (context) {
         TRY(cuCtxGetDevice, &current, context);
@@ -289,7 +292,7 @@ static int32_t enter(struct device *d, bool *entered) {
     return DLATTN_OK;
 }
 
-static void leave(bool entered) {
+void cuda_leave(bool entered) {
     CUcontext context;
     if (entered)
         cu.cuCtxPopCurrent(&context);
@@ -326,77 +329,57 @@ static int32_t load(struct cuda_kernel *k, struct device *d) {
     return status;
 }
 
-static int32_t launch(struct cuda_kernel *k, int32_t device, int64_t blocks, bool early,
+static int32_t launch(struct cuda_kernel *k, int32_t device, int32_t blocks, bool early,
                       void *stream, void *params) {
+    struct device *const d = &devices[device];
     struct launch_attribute at_once = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                                        .value = {1}};
-    struct launch_config config = {.grid = {(unsigned)blocks, 1, 1},
-                                   .block = {(unsigned)k->threads, 1, 1},
-                                   .shared_bytes = (unsigned)k->shared_memory_bytes,
-                                   .stream = stream,
-                                   .attributes = &at_once};
-    struct device *d;
-    bool entered = false;
-    int32_t status = open_device(&d, device);
-    if (status == DLATTN_OK && blocks > INT32_MAX)
-        status = fail(DLATTN_UNSUPPORTED, "kernel %s: %lld blocks, a grid has at most %d", k->name,
-                      (long long)blocks, INT32_MAX);
-    if (status == DLATTN_OK)
-        status = enter(d, &entered);
-    if (status != DLATTN_OK)
-        return status;
-    config.attribute_count = early && d->caps.sm >= 90;
-    if (!(atomic_load_explicit(&k->ready, memory_order_acquire) >> (d - devices) & 1))
-        status = load(k, d);
-    if (status == DLATTN_OK && blocks > 0) {
-        const CUresult error = cu.cuLaunchKernelEx(
-            &config, atomic_load_explicit(&k->function, memory_order_relaxed), &params, NULL);
-        if (error != CUDA_SUCCESS)
-            status = driver_failed(error, k->name);
+    const struct launch_config config = {.grid = {(unsigned)blocks, 1, 1},
+                                         .block = {(unsigned)k->threads, 1, 1},
+                                         .shared_bytes = (unsigned)k->shared_memory_bytes,
+                                         .stream = stream,
+                                         .attributes = &at_once,
+                                         .attribute_count = early && d->caps.sm >= 90};
+    if (!(atomic_load_explicit(&k->ready, memory_order_acquire) >> device & 1)) {
+        const int32_t status = load(k, d);
+        if (status != DLATTN_OK)
+            return status;
     }
-    leave(entered);
-    return status;
+    if (blocks == 0)
+        return DLATTN_OK;
+    const CUresult error = cu.cuLaunchKernelEx(
+        &config, atomic_load_explicit(&k->function, memory_order_relaxed), &params, NULL);
+    return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, k->name);
 }
 
-int32_t cuda_launch(struct cuda_kernel *k, int32_t device, int64_t blocks, void *stream,
+int32_t cuda_launch(struct cuda_kernel *k, int32_t device, int32_t blocks, void *stream,
                     void *params) {
     return launch(k, device, blocks, false, stream, params);
 }
 
-int32_t cuda_launch_early(struct cuda_kernel *k, int32_t device, int64_t blocks, void *stream,
+int32_t cuda_launch_early(struct cuda_kernel *k, int32_t device, int32_t blocks, void *stream,
                           void *params) {
     return launch(k, device, blocks, true, stream, params);
 }
 
-static int32_t enter_device(int32_t device, bool *entered) {
-    struct device *d;
-    const int32_t status = open_device(&d, device);
-    return status == DLATTN_OK ? enter(d, entered) : status;
-}
-
 int32_t cuda_synchronize(int32_t device, void *stream) {
     bool entered;
-    const int32_t status = enter_device(device, &entered);
+    const int32_t status = cuda_enter(device, &entered);
     if (status != DLATTN_OK)
         return status;
     const CUresult error = cu.cuStreamSynchronize(stream);
-    leave(entered);
+    cuda_leave(entered);
     return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuStreamSynchronize");
 }
 
-int32_t cuda_clear(int32_t device, void *data, size_t bytes, void *stream) {
-    bool entered;
-    const int32_t status = enter_device(device, &entered);
-    if (status != DLATTN_OK)
-        return status;
-    const CUresult error = cu.cuMemsetD8Async((uint64_t)(uintptr_t)data, 0, bytes, stream);
-    leave(entered);
-    return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuMemsetD8Async");
+int32_t cuda_clear(void *data, size_t bytes, void *stream) {
+    TRY(cuMemsetD8Async, (uint64_t)(uintptr_t)data, 0, bytes, stream);
+    return DLATTN_OK;
 }
 
-int32_t cuda_tensor_map(struct cuda_tensor_map *map, int32_t device, enum dtype dtype,
-                        const void *data, uint32_t rank, const uint64_t *extent,
-                        const uint64_t *stride, const uint32_t *box, int32_t swizzle) {
+int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,
+                        uint32_t rank, const uint64_t *extent, const uint64_t *stride,
+                        const uint32_t *box, int32_t swizzle) {
     static const uint32_t every[5] = {1, 1, 1, 1, 1};
     const int type =
         dtype == DTYPE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -407,17 +390,7 @@ int32_t cuda_tensor_map(struct cuda_tensor_map *map, int32_t device, enum dtype 
         const void *in;
         void *out; /* the driver's signature lacks a const */
     } address = {data};
-    /* The driver wants a context here, though the map belongs to none. */
-    struct device *d;
-    bool entered = false;
-    int32_t status = open_device(&d, device);
-    if (status == DLATTN_OK)
-        status = enter(d, &entered);
-    if (status != DLATTN_OK)
-        return status;
-    const CUresult error =
-        cu.cuTensorMapEncodeTiled(map, type, rank, address.out, extent, stride, box, every, 0, code,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
-    leave(entered);
-    return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuTensorMapEncodeTiled");
+    TRY(cuTensorMapEncodeTiled, map, type, rank, address.out, extent, stride, box, every, 0, code,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
+    return DLATTN_OK;
 }

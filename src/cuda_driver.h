@@ -42,21 +42,25 @@ int32_t cuda_describe(int32_t device, dlattn_device_info *info);
  * Asks the driver, reads no data: about 0.1 microseconds for each tensor. */
 int32_t cuda_check_pointers(const struct problem *p, const void *workspace);
 
-/* Enqueues `kernel` with one by-value struct as its only parameter, in the caller's context if that is on `device`,
- * else in the device's primary context. `stream` keeps CUDA's special values 0, 1 and 2. */
-int32_t cuda_launch(struct cuda_kernel *kernel, int32_t device, int64_t blocks, void *stream,
+/* Before the calls below, of this thread for `device`: in the caller's context if that is on the device, else in the device's
+ * primary context, which cuda_leave() takes off again. A kernel's launch() finds that done. */
+int32_t cuda_enter(int32_t device, bool *entered);
+void cuda_leave(bool entered);
+
+/* Enqueues `kernel` with one by-value struct as its only parameter. `stream` keeps CUDA's special values 0, 1 and 2. */
+int32_t cuda_launch(struct cuda_kernel *kernel, int32_t device, int32_t blocks, void *stream,
                     void *params);
 
 /* The same for a kernel that, compiled for sm_90 or later, waits by griddepcontrol for the kernel before it in the stream:
  * there it may start before that has ended. */
-int32_t cuda_launch_early(struct cuda_kernel *kernel, int32_t device, int64_t blocks, void *stream,
+int32_t cuda_launch_early(struct cuda_kernel *kernel, int32_t device, int32_t blocks, void *stream,
                           void *params);
 
 /* Waits for a stream: only where the ABI says that a call does. */
 int32_t cuda_synchronize(int32_t device, void *stream);
 
 /* Enqueues zeros. */
-int32_t cuda_clear(int32_t device, void *data, size_t bytes, void *stream);
+int32_t cuda_clear(void *data, size_t bytes, void *stream);
 
 /* A tensor map for the copy engine of sm_90 (CUtensorMap, 128 bytes, 64-byte aligned): a tile of a 16-bit tensor of
  * `rank` axes, innermost first. `stride` has rank - 1 entries in bytes. Swizzle: bytes, 0, 32, 64 or 128. Pure.
@@ -64,8 +68,8 @@ int32_t cuda_clear(int32_t device, void *data, size_t bytes, void *stream);
 struct cuda_tensor_map {
     _Alignas(64) uint64_t opaque[16];
 };
-int32_t cuda_tensor_map(struct cuda_tensor_map *map, int32_t device, enum dtype dtype,
-                        const void *data, uint32_t rank, const uint64_t *extent,
-                        const uint64_t *stride, const uint32_t *box, int32_t swizzle);
+int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,
+                        uint32_t rank, const uint64_t *extent, const uint64_t *stride,
+                        const uint32_t *box, int32_t swizzle);
 
 #endif /* DLATTN_CUDA_DRIVER_H_ */

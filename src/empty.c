@@ -5,7 +5,7 @@
 
 static int32_t clear(const struct problem *p, char *data, int64_t bytes, void *stream) {
     if (p->backend == BACKEND_CUDA)
-        return cuda_clear(p->device_id, data, (size_t)bytes, stream);
+        return cuda_clear(data, (size_t)bytes, stream);
     memset(data, 0, (size_t)bytes);
     return DLATTN_OK;
 }

@@ -37,6 +37,7 @@ struct plan {
     int32_t splits;  /* parts of the key axis; 1 = whole */
     int32_t threads; /* CPU: workers that the workspace has room for */
     int32_t variant; /* the kernel's own choice among its compiled tiles */
+    int32_t blocks;  /* CUDA: of the grid; launch asks the driver for nothing */
     size_t workspace_bytes;
     size_t workspace_alignment;
     const char *why; /* a row that declines may say what stands against it, for a message */

@@ -2,19 +2,36 @@
 
 #include <math.h>
 
-static int64_t row_blocks(const struct problem *p, int32_t tile_q) {
-    return (p->len_q + tile_q - 1) / tile_q;
-}
-
 bool fwd_fits(struct plan *plan, const struct problem *p) {
+    const int64_t heads = p->batch * p->heads_q, row_blocks = ceil_divide(p->len_q, plan->tile_q);
     if (p->len_q > FWD_MAX_LENGTH || p->len_k > FWD_MAX_LENGTH || p->page_size > FWD_MAX_LENGTH)
         plan->why = "a sequence may have at most 2^28 rows or keys";
-    else if (p->batch * p->heads_q > INT32_MAX)
+    else if (heads > INT32_MAX)
         plan->why = "there may be at most 2^31 - 1 heads in all sequences together";
-    else if (row_blocks(p, plan->tile_q) * p->batch * p->heads_q > INT32_MAX)
+    else if (row_blocks * heads > INT32_MAX)
         plan->why = "it takes more blocks than a grid has; max_seqlen_q, the rows of the longest "
                     "sequence, makes them fewer";
+    else
+        plan->blocks = (int32_t)(row_blocks * heads);
     return !plan->why;
+}
+
+bool fwd_plan(struct plan *plan, const struct problem *p, const struct tile *tiles,
+              int32_t chosen) {
+    if (chosen < 0)
+        return false;
+    plan->variant = chosen;
+    plan->tile_q = tiles[chosen].rows;
+    plan->tile_k = tiles[chosen].keys;
+    return fwd_fits(plan, p);
+}
+
+int32_t fwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                   const struct tile *tiles) {
+    struct fwd_params params;
+    fwd_fill(&params, p, plan->tile_q);
+    return cuda_launch(kernel_for(&tiles[plan->variant], p->dtype), p->device_id, plan->blocks,
+                       exec->stream, &params);
 }
 
 static struct fwd_view view(const struct view *v) {
@@ -37,7 +54,7 @@ static int32_t window(int64_t keys) {
     return keys < FWD_MAX_LENGTH ? (int32_t)keys : FWD_UNBOUNDED;
 }
 
-void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks) {
+void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q) {
     const int64_t bytes = dtype_bytes(p->dtype);
     const bool causal = p->window_right != UNBOUNDED;
     *params = (struct fwd_params){
@@ -79,17 +96,11 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
             (p->bias.dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0) |
             (paired(&p->bias, dtype_bytes(p->bias.dtype)) ? FWD_PAIRED_BIAS : 0) |
             (paired(&p->mask, 1) ? FWD_PAIRED_MASK : 0),
-        .row_blocks = (int32_t)row_blocks(p, tile_q),
+        .row_blocks = (int32_t)ceil_divide(p->len_q, tile_q),
         .scale = p->scale,
         .softcap = p->softcap,
         .exponent_scale = (float)(p->scale * 1.4426950408889634),
     };
-    *blocks = params->row_blocks * p->batch * p->heads_q;
-}
-
-int64_t fwd_blocks(const struct caps *caps, int32_t shared_memory_bytes) {
-    /* A multiprocessor has 1 KiB more than one block may use, and the driver takes 1 KiB of each block. */
-    return (caps->shared_memory_bytes + 1024) / (shared_memory_bytes + 1024);
 }
 
 bool bwd_fits(struct plan *plan, const struct problem *p) {
@@ -127,7 +138,7 @@ static int32_t gradient_flags(const struct problem *p) {
     return flags | (p->dropout_probability > 0 ? BWD_DROPOUT : 0);
 }
 
-void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q, int64_t *blocks) {
+void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q) {
     *params = (struct bwd_params){
         .d_output = view(&p->d_output),
         .d_lse = view(&p->d_lse),
@@ -152,5 +163,5 @@ void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q
                  (uint32_t)(p->dropout_seed >> 32) ^ (uint32_t)(p->dropout_offset >> 32)},
         .offset = (uint32_t)p->dropout_offset,
     };
-    fwd_fill(&params->f, p, tile_q, blocks);
+    fwd_fill(&params->f, p, tile_q);
 }

@@ -1,35 +1,25 @@
 /* Forward attention for few query rows, f16 and bf16, any GPU since Ampere. See docs/cuda-decode.md. */
 #include "kernels/cuda/common/fill.h"
 #include "kernels/cuda/decode/params.h"
-#include "src/cuda_driver.h"
 
 extern const unsigned char cuda_decode_sm80_image[];
 
 static struct cuda_module module = {.image = cuda_decode_sm80_image};
 
-#define INSTANCE(tile, warps, bytes)                                                               \
-    {.module = &module,                                                                            \
-     .name = "cuda_decode_sm80_" tile,                                                             \
-     .threads = (warps) * 32,                                                                      \
-     .shared_memory_bytes = (bytes)}
-
 #define TILE(D, NT, MT, WARPS, STAGES)                                                             \
-    {D,                                                                                            \
-     (NT) * 8,                                                                                     \
-     (MT) * 16 * (WARPS),                                                                          \
-     {INSTANCE("f16_" #D "_" #NT "_" #WARPS, WARPS, TILE_SHARED_BYTES(D, NT, MT, WARPS, STAGES)),  \
-      INSTANCE("bf16_" #D "_" #NT "_" #WARPS, WARPS,                                               \
-               TILE_SHARED_BYTES(D, NT, MT, WARPS, STAGES))}},
-static struct tile {
-    int32_t dim, rows, keys;       /* keys: of one step of all warps */
-    struct cuda_kernel kernels[2]; /* f16, bf16 */
-} tiles[] = {
+    {.dim_qk = D,                                                                                  \
+     .dim_v = D,                                                                                   \
+     .rows = (NT) * 8,                                                                             \
+     .keys = (MT) * 16 * (WARPS),                                                                  \
+     .kernels = F16_AND_BF16(module, "cuda_decode_sm80", #D "_" #NT "_" #WARPS, (WARPS) * 32,      \
+                             TILE_SHARED_BYTES(D, NT, MT, WARPS, STAGES))},
+static const struct tile tiles[] = {
 #include "kernels/cuda/decode/tiles.inc"
 };
-enum { TILES = sizeof tiles / sizeof tiles[0] };
 
-static struct cuda_kernel merge[] = {INSTANCE("merge_f16", MERGE_WARPS, MERGE_SHARED_BYTES),
-                                     INSTANCE("merge_bf16", MERGE_WARPS, MERGE_SHARED_BYTES)};
+static struct cuda_kernel merge[] = {
+    CUDA_KERNEL(module, "cuda_decode_sm80_merge_f16", MERGE_WARPS * 32, MERGE_SHARED_BYTES),
+    CUDA_KERNEL(module, "cuda_decode_sm80_merge_bf16", MERGE_WARPS * 32, MERGE_SHARED_BYTES)};
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -40,20 +30,12 @@ static int64_t packed_rows(const struct problem *p) {
 }
 
 static int64_t tiles_of(const struct problem *p, int64_t rows) {
-    return p->batch * p->heads_kv * ((packed_rows(p) + rows - 1) / rows);
+    return p->batch * p->heads_kv * ceil_divide(packed_rows(p), rows);
 }
 
-static const struct tile *choose(const struct problem *p, const struct caps *caps) {
-    const struct tile *best = NULL;
-    for (const struct tile *t = tiles; t < tiles + TILES; t++) {
-        if (t->dim < p->dim_qk || t->dim < p->dim_v ||
-            t->kernels[0].shared_memory_bytes > caps->shared_memory_bytes)
-            continue;
-        if (best && (t->dim != best->dim || best->rows >= packed_rows(p)))
-            break;
-        best = t;
-    }
-    return best;
+static bool has_room(const struct tile *t, const struct problem *p, const struct caps *caps) {
+    (void)caps;
+    return t->rows >= packed_rows(p);
 }
 
 /* The forward rows have tiles of 128 rows, each on one multiprocessor for all of its keys. That is slower where they are so
@@ -75,18 +57,16 @@ static int64_t splits_of(const struct problem *p, const struct tile *t, const st
 ROW_FUNCTIONS(cuda_decode_sm80);
 
 bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    const struct tile *t = choose(p, caps);
-    if (!t || (p->dim_qk | p->dim_v) % 8 != 0 || !suits(p, caps))
+    const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, has_room);
+    if ((p->dim_qk | p->dim_v) % 8 != 0 || !suits(p, caps) || !fwd_plan(plan, p, tiles, chosen) ||
+        packed_rows(p) > FWD_MAX_LENGTH || p->batch * p->heads_kv * packed_rows(p) > INT32_MAX)
         return false;
-    plan->variant = (int32_t)(t - tiles);
-    plan->tile_q = t->rows;
-    plan->tile_k = t->keys;
-    if (!fwd_fits(plan, p) || packed_rows(p) > FWD_MAX_LENGTH)
-        return false;
+    const struct tile *const t = &tiles[chosen];
     const int64_t count = tiles_of(p, t->rows), splits = splits_of(p, t, caps);
-    if (count * splits > INT32_MAX || p->batch * p->heads_kv * packed_rows(p) > INT32_MAX)
+    if (count * splits > INT32_MAX)
         return false;
     plan->splits = (int32_t)splits;
+    plan->blocks = (int32_t)(count * splits);
     if (splits > 1)
         plan->workspace_bytes = (size_t)(count * splits * t->rows * (p->dim_v + 2) * 4);
     return true;
@@ -102,26 +82,24 @@ static struct divisor divisor(int64_t d) {
 
 int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p,
                                 const struct exec *exec) {
-    struct tile *t = &tiles[plan->variant];
+    const struct tile *const t = &tiles[plan->variant];
     struct decode_params params = {.heads_kv = (int32_t)p->heads_kv,
                                    .tile_rows = t->rows,
                                    .splits = plan->splits,
                                    .outputs = exec->workspace};
-    const int64_t blocks = tiles_of(p, t->rows) * plan->splits;
-    const int bf16 = p->dtype == DTYPE_BF16;
-    int64_t unused;
-    fwd_fill(&params.fwd, p, t->rows, &unused);
-    params.fwd.row_blocks = (int32_t)(tiles_of(p, t->rows) / (p->batch * p->heads_kv));
+    fwd_fill(&params.fwd, p, t->rows);
+    params.fwd.row_blocks = (int32_t)ceil_divide(packed_rows(p), t->rows);
     params.by_splits = divisor(params.splits);
     params.by_row_blocks = divisor(params.fwd.row_blocks);
     params.by_heads_kv = divisor(params.heads_kv);
     params.by_group = divisor(params.fwd.group);
     if (plan->splits > 1)
-        params.sums = params.outputs + blocks * t->rows * p->dim_v;
+        params.sums = params.outputs + (int64_t)plan->blocks * t->rows * p->dim_v;
     const int32_t status =
-        cuda_launch(&t->kernels[bf16], p->device_id, blocks, exec->stream, &params);
+        cuda_launch(kernel_for(t, p->dtype), p->device_id, plan->blocks, exec->stream, &params);
     if (status != DLATTN_OK || plan->splits == 1)
         return status;
-    return cuda_launch_early(&merge[bf16], p->device_id, p->batch * p->heads_kv * packed_rows(p),
-                             exec->stream, &params);
+    return cuda_launch_early(&merge[p->dtype == DTYPE_BF16], p->device_id,
+                             (int32_t)(p->batch * p->heads_kv * packed_rows(p)), exec->stream,
+                             &params);
 }

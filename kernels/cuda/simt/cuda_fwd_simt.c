@@ -1,51 +1,41 @@
 /* Forward attention for f32 and f64 on the CUDA cores of any GPU since Ampere. */
 #include "kernels/cuda/common/fill.h"
-#include "src/cuda_driver.h"
 
 extern const unsigned char cuda_fwd_simt_image[];
 
 static struct cuda_module module = {.image = cuda_fwd_simt_image};
 
-enum tile_type { f32 = DTYPE_F32, f64 = DTYPE_F64 };
-
 #define TILE(TYPE, CTYPE, D, R, C)                                                                 \
-    {TYPE,                                                                                         \
-     D,                                                                                            \
-     8 * (R),                                                                                      \
-     16 * (C),                                                                                     \
-     {.module = &module,                                                                           \
-      .name = "cuda_fwd_simt_" #TYPE "_" #D,                                                       \
-      .threads = 128,                                                                              \
-      .shared_memory_bytes = TILE_SHARED_BYTES(CTYPE, D, R, C)}},
-static struct tile {
-    enum tile_type type;
-    int32_t dim, rows, keys;
-    struct cuda_kernel kernel;
-} tiles[] = {
+    {.dim_qk = D,                                                                                  \
+     .dim_v = D,                                                                                   \
+     .rows = 8 * (R),                                                                              \
+     .keys = 16 * (C),                                                                             \
+     .kernels = (struct cuda_kernel[]){CUDA_KERNEL(module, "cuda_fwd_simt_" #TYPE "_" #D, 128,     \
+                                                   TILE_SHARED_BYTES(CTYPE, D, R, C))}},
+#define F32(D, R, C) TILE(f32, float, D, R, C)
+static const struct tile f32_tiles[] = {
 #include "kernels/cuda/simt/tiles.inc"
 };
-enum { TILES = sizeof tiles / sizeof tiles[0] };
+#undef F32
+#define F64(D, R, C) TILE(f64, double, D, R, C)
+static const struct tile f64_tiles[] = {
+#include "kernels/cuda/simt/tiles.inc"
+};
+#undef F64
+
+static const struct tile *tiles_of(enum dtype dtype) {
+    return dtype == DTYPE_F32 ? f32_tiles : f64_tiles;
+}
 
 ROW_FUNCTIONS(cuda_fwd_simt);
 
 bool cuda_fwd_simt_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    for (int32_t i = 0; i < TILES; i++) {
-        const struct tile *t = &tiles[i];
-        if ((int)t->type != (int)p->dtype || t->dim < p->dim_qk || t->dim < p->dim_v ||
-            t->kernel.shared_memory_bytes > caps->shared_memory_bytes)
-            continue;
-        plan->variant = i;
-        plan->tile_q = t->rows;
-        plan->tile_k = t->keys;
-        return fwd_fits(plan, p);
-    }
-    return false;
+    const struct tile *const tiles = tiles_of(p->dtype);
+    const int32_t count = p->dtype == DTYPE_F32 ? COUNT(f32_tiles) : COUNT(f64_tiles);
+    return fwd_plan(plan, p, tiles, choose_tile(tiles, count, false, p, caps, NULL));
 }
 
 int32_t cuda_fwd_simt_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
-    struct fwd_params params;
-    int64_t blocks;
-    fwd_fill(&params, p, plan->tile_q, &blocks);
-    return cuda_launch(&tiles[plan->variant].kernel, p->device_id, blocks, exec->stream, &params);
+    return fwd_launch(plan, p, exec, tiles_of(p->dtype));
 }

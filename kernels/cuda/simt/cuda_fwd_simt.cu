@@ -7,4 +7,6 @@
         cuda_fwd_simt_##TYPE##_##D(const __grid_constant__ fwd_params p) {                         \
         cuda_fwd_simt<CTYPE, D, R, C>(p);                                                          \
     }
+#define F32(D, R, C) TILE(f32, float, D, R, C)
+#define F64(D, R, C) TILE(f64, double, D, R, C)
 #include "kernels/cuda/simt/tiles.inc"

@@ -1,7 +1,6 @@
 /* The gradients of attention for f16 and bf16 on Hopper: TMA, wgmma, sums in fixed point. See docs/cuda-backward.md. */
 #include "kernels/cuda/sm90/bwd_params.h"
 #include "kernels/cuda/sm90/host.h"
-#include "src/cuda_driver.h"
 
 /* One image for each head dim. */
 #define MODULE(D)                                                                                  \
@@ -12,38 +11,30 @@ MODULE(128)
 
 enum { MAIN_THREADS = 384 };
 
-/* The kernels of one head dim and element type, in the order in which they run. */
-struct kernels {
-    struct cuda_kernel prepare, main[2], rows[2], keys[2]; /* [1]: with softcap */
-};
+/* The kernels of a tile, each for f16 and for bf16. Those with softcap follow those without. */
+enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2, PREPARE = KEYS + 2 };
 
-struct tile {
-    int32_t dim;
-    struct kernels f16, bf16;
-};
-
-#define KERNEL(D, NAME, THREADS, BYTES)                                                            \
-    {.module = &module_##D, .name = NAME, .threads = (THREADS), .shared_memory_bytes = (BYTES)}
-#define TWO(D, NAME, THREADS, BYTES)                                                               \
-    {KERNEL(D, NAME, THREADS, BYTES), KERNEL(D, NAME "_softcap", THREADS, BYTES)}
-#define KERNELS(D, TYPE, BYTES)                                                                    \
-    {                                                                                              \
-        .prepare = KERNEL(D, "cuda_bwd_sm90_prepare_" #D TYPE, SM90_BWD_SMALL_THREADS,             \
-                          SM90_BWD_SMALL_BYTES),                                                   \
-        .main = TWO(D, "cuda_bwd_sm90_" #D TYPE, MAIN_THREADS, BYTES),                             \
-        .rows =                                                                                    \
-            TWO(D, "cuda_bwd_sm90_rows_" #D TYPE, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES),   \
-        .keys =                                                                                    \
-            TWO(D, "cuda_bwd_sm90_keys_" #D TYPE, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES),   \
+#define BOTH(D, NAME, SUFFIX, THREADS, BYTES)                                                      \
+    CUDA_KERNEL(module_##D, "cuda_bwd_sm90_" NAME #D "_f16" SUFFIX, THREADS, BYTES),               \
+        CUDA_KERNEL(module_##D, "cuda_bwd_sm90_" NAME #D "_bf16" SUFFIX, THREADS, BYTES)
+#define SMALL(D, NAME, SUFFIX) BOTH(D, NAME, SUFFIX, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES)
+#define KERNELS(D)                                                                                 \
+    (struct cuda_kernel[]) {                                                                       \
+        BOTH(D, "", "", MAIN_THREADS, SM90_BWD_SHARED_BYTES(D)),                                   \
+            BOTH(D, "", "_softcap", MAIN_THREADS, SM90_BWD_SHARED_BYTES(D)),                       \
+            SMALL(D, "rows_", ""), SMALL(D, "rows_", "_softcap"), SMALL(D, "keys_", ""),           \
+            SMALL(D, "keys_", "_softcap"), SMALL(D, "prepare_", "")                                \
     }
 #define TILE(D)                                                                                    \
-    {D, KERNELS(D, "_f16", SM90_BWD_SHARED_BYTES(D)),                                              \
-     KERNELS(D, "_bf16", SM90_BWD_SHARED_BYTES(D))},
+    {.dim_qk = D,                                                                                  \
+     .dim_v = D,                                                                                   \
+     .rows = SM90_BWD_TILE_Q,                                                                      \
+     .keys = SM90_BWD_TILE_K,                                                                      \
+     .kernels = KERNELS(D)},
 #define SM90_D 0
-static struct tile tiles[] = {
+static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/bwd_tiles.inc"
 };
-enum { TILES = sizeof tiles / sizeof tiles[0] };
 
 /* ---- The workspace ------------------------------------------------------------------------------------------------ */
 
@@ -71,14 +62,20 @@ static struct parts parts_of(const struct problem *p, int64_t dim) {
 
 /* ---- The plan --------------------------------------------------------------------------------------------------------- */
 
+/* Blocks of the kernels that take keys, and rows, one tile each. */
+static int64_t key_blocks(const struct problem *p) {
+    return p->batch * p->heads_kv * ceil_divide(p->len_k, SM90_BWD_TILE_K);
+}
+static int64_t row_blocks(const struct problem *p) {
+    return p->batch * p->heads_q * ceil_divide(p->len_q, SM90_BWD_TILE_Q);
+}
+
 static bool takes(const struct problem *p) {
     const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k;
     return p->scale > 0 && p->dim_qk % 8 == 0 && p->dim_v % 8 == 0 && p->len_q > 0 &&
            p->len_k > 0 && longest <= SM90_MAX_LENGTH && p->lse.dtype == DTYPE_F32 &&
            (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
-           ceil_divide(p->len_k, SM90_BWD_TILE_K) * p->heads_kv * p->batch + p->heads_q <=
-               INT32_MAX &&
-           ceil_divide(p->len_q, SM90_BWD_TILE_Q) * p->heads_q * p->batch <= INT32_MAX &&
+           key_blocks(p) + row_blocks(p) <= INT32_MAX && key_blocks(p) + p->heads_q <= INT32_MAX &&
            row_tiles(p) <= INT32_MAX && mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->d_output, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) &&
@@ -88,21 +85,18 @@ static bool takes(const struct problem *p) {
 ROW_FUNCTIONS(cuda_bwd_sm90);
 
 bool cuda_bwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    (void)caps;
-    if (!takes(p))
+    const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, NULL);
+    if (chosen < 0 || !takes(p))
         return false;
-    for (int32_t i = 0; i < TILES; i++) {
-        if (tiles[i].dim < p->dim_qk || tiles[i].dim < p->dim_v)
-            continue;
-        const struct parts parts = parts_of(p, tiles[i].dim);
-        plan->variant = i;
-        plan->tile_q = SM90_BWD_TILE_Q;
-        plan->tile_k = SM90_BWD_TILE_K;
-        plan->workspace_bytes = parts.facts + parts.rows + parts.sums;
-        plan->workspace_alignment = 256;
-        return true;
-    }
-    return false;
+    const struct parts parts = parts_of(p, tiles[chosen].dim_qk);
+    const int64_t blocks = key_blocks(p);
+    plan->variant = chosen;
+    plan->tile_q = tiles[chosen].rows;
+    plan->tile_k = tiles[chosen].keys;
+    plan->blocks = blocks < caps->multiprocessors ? (int32_t)blocks : caps->multiprocessors;
+    plan->workspace_bytes = parts.facts + parts.rows + parts.sums;
+    plan->workspace_alignment = 256;
+    return true;
 }
 
 /* ---- The tensors ------------------------------------------------------------------------------------------------------ */
@@ -119,8 +113,8 @@ static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p, co
     const uint64_t stride[] = {row, row, step(v->stride[1]), step(v->stride[0])};
     const uint32_t box[] = {64, box_rows, 1, 1, 1};
     const char *const origin = (const char *)v->data - (uint64_t)length * row;
-    return cuda_tensor_map((struct cuda_tensor_map *)map, p->device_id, p->dtype, origin, 5, extent,
-                           stride, box, 128);
+    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, origin, 5, extent, stride, box,
+                           128);
 }
 
 static int32_t fill_maps(struct sm90_bwd_params *params, const struct problem *p) {
@@ -210,34 +204,27 @@ static void fill_workspace(struct sm90_bwd_params *params, const struct problem 
 
 int32_t cuda_bwd_sm90_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
-    struct tile *t = &tiles[plan->variant];
-    struct kernels *k = p->dtype == DTYPE_F16 ? &t->f16 : &t->bf16;
-    const struct parts parts = parts_of(p, t->dim);
-    const bool capped = p->softcap > 0;
+    const struct tile *const t = &tiles[plan->variant];
+    const struct parts parts = parts_of(p, t->dim_qk);
+    const int64_t sinks = p->d_sinks.data ? p->heads_q : 0;
     struct sm90_bwd_params params;
-    struct caps caps;
-    int32_t status = cuda_caps(&caps, p->device_id);
-    if (status != DLATTN_OK)
-        return status;
     fill_tensors(&params, p);
     fill_problem(&params, p);
-    fill_workspace(&params, p, &parts, t->dim, exec->workspace);
-    status = fill_maps(&params, p);
-    const int64_t key_blocks = p->batch * p->heads_kv * params.key_tiles,
-                  row_blocks = p->batch * p->heads_q * params.row_tiles;
+    fill_workspace(&params, p, &parts, t->dim_qk, exec->workspace);
+    int32_t status = fill_maps(&params, p);
     const struct {
-        struct cuda_kernel *kernel;
+        int32_t kind;
         int64_t blocks;
     } launches[] = {
-        {&k->prepare, key_blocks + row_blocks},
-        {&k->main[capped], key_blocks < caps.multiprocessors ? key_blocks : caps.multiprocessors},
-        {&k->rows[capped], row_blocks},
-        {&k->keys[capped], key_blocks + (p->d_sinks.data ? p->heads_q : 0)},
+        {PREPARE, key_blocks(p) + row_blocks(p)},
+        {MAIN + (p->softcap > 0), plan->blocks},
+        {ROWS + (p->softcap > 0), row_blocks(p)},
+        {KEYS + (p->softcap > 0), key_blocks(p) + sinks},
     };
     if (status == DLATTN_OK)
-        status = cuda_clear(p->device_id, params.facts, parts.facts, exec->stream);
-    for (size_t i = 0; i < sizeof launches / sizeof launches[0] && status == DLATTN_OK; i++)
-        status = cuda_launch_early(launches[i].kernel, p->device_id, launches[i].blocks,
-                                   exec->stream, &params);
+        status = cuda_clear(params.facts, parts.facts, exec->stream);
+    for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
+        status = cuda_launch_early(kernel_for(t, p->dtype) + 2 * launches[i].kind, p->device_id,
+                                   (int32_t)launches[i].blocks, exec->stream, &params);
     return status;
 }

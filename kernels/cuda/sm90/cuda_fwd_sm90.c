@@ -1,6 +1,5 @@
 /* Forward attention for f16 and bf16 on Hopper: TMA, wgmma, warp specialisation. See docs/cuda-sm90.md. */
 #include "kernels/cuda/sm90/host.h"
-#include "src/cuda_driver.h"
 
 #include <math.h>
 
@@ -14,39 +13,26 @@ MODULE(128)
 MODULE(192)
 MODULE(256)
 
-/* What a tile is for, see tiles.inc. */
-enum use { ANY, MANY_ROWS };
-
-/* One compiled tile: for each element type without and with softcap. */
-struct tile {
-    int32_t dim_qk, dim_v, keys, warpgroups;
-    enum use use;
-    struct cuda_kernel f16[2], bf16[2];
-};
-
-#define INSTANCE(D, NAME, WARPGROUPS, BYTES)                                                       \
-    {.module = &module_##D,                                                                        \
-     .name = NAME,                                                                                 \
-     .threads = 128 * ((WARPGROUPS) + 1),                                                          \
-     .shared_memory_bytes = (BYTES)}
-#define INSTANCES(D, NAME, WARPGROUPS, BYTES)                                                      \
-    {INSTANCE(D, "cuda_fwd_sm90_" NAME, WARPGROUPS, BYTES),                                        \
-     INSTANCE(D, "cuda_fwd_sm90_" NAME "_softcap", WARPGROUPS, BYTES)}
-#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
-    {D,                                                                                            \
-     DV,                                                                                           \
-     KEYS,                                                                                         \
-     WARPGROUPS,                                                                                   \
-     USE,                                                                                          \
-     INSTANCES(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS "_f16", WARPGROUPS,                         \
-               SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)),                  \
-     INSTANCES(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS "_bf16", WARPGROUPS,                        \
-               SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES))},
+/* A kernel for each element type without softcap, then the same with it. */
+#define KERNELS(D, NAME, WARPGROUPS, BYTES)                                                        \
+    (struct cuda_kernel[]) {                                                                       \
+        KERNEL(D, NAME "_f16", WARPGROUPS, BYTES), KERNEL(D, NAME "_bf16", WARPGROUPS, BYTES),     \
+            KERNEL(D, NAME "_f16_softcap", WARPGROUPS, BYTES),                                     \
+            KERNEL(D, NAME "_bf16_softcap", WARPGROUPS, BYTES)                                     \
+    }
+#define KERNEL(D, NAME, WARPGROUPS, BYTES)                                                         \
+    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME, 128 * ((WARPGROUPS) + 1), BYTES)
+#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, ...)                                   \
+    {.dim_qk = D,                                                                                  \
+     .dim_v = DV,                                                                                  \
+     .rows = 64 * (WARPGROUPS),                                                                    \
+     .keys = KEYS,                                                                                 \
+     .kernels = KERNELS(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS, WARPGROUPS,                       \
+                        SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES))},
 #define SM90_D 0
-static struct tile tiles[] = {
+static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/tiles.inc"
 };
-enum { TILES = sizeof tiles / sizeof tiles[0] };
 
 static bool bounded(const struct problem *p) {
     return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
@@ -83,8 +69,13 @@ static bool has_many_rows(const struct problem *p, const struct caps *caps) {
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
-    return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v &&
-           (t->use == ANY || has_many_rows(p, caps));
+    return t->rows <= 128 || has_many_rows(p, caps);
+}
+
+/* The rows of all tiles, as the blocks take them. */
+static int64_t tiles_of(const struct problem *p, int32_t tile_q) {
+    const int32_t log2 = pack_log2(p, tile_q);
+    return ceil_divide(p->len_q << log2, tile_q) * p->batch * (p->heads_q >> log2);
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
@@ -98,15 +89,15 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
         !mappable(&p->value, p->batch, p->heads_kv, p->len_k, 1) ||
         !mappable(&p->output, p->batch, p->heads_q, p->len_q, MOST_PACK))
         return false;
-    for (int32_t i = 0; i < TILES; i++) {
-        if (!suits(&tiles[i], p, caps))
-            continue;
-        plan->variant = i;
-        plan->tile_q = 64 * tiles[i].warpgroups;
-        plan->tile_k = tiles[i].keys;
-        return true;
-    }
-    return false;
+    const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, suits);
+    if (chosen < 0)
+        return false;
+    const int64_t all = tiles_of(p, tiles[chosen].rows);
+    plan->variant = chosen;
+    plan->tile_q = tiles[chosen].rows;
+    plan->tile_k = tiles[chosen].keys;
+    plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
+    return true;
 }
 
 /* ---- The tiles ------------------------------------------------------------------------------------------------ */
@@ -125,23 +116,23 @@ static struct sm90_divisor divisor(int64_t d) {
  * blocks work on at one time then spans few heads, whose keys and values stay in L2; and whole batches where it can, whose
  * heads lie side by side in device memory. Other masks take head by head. */
 static int64_t heads_per_group(const struct problem *p, const struct sm90_params *params,
-                               int32_t multiprocessors) {
-    int64_t heads = bounded(p) ? multiprocessors / params->tiles_per_head : 1;
+                               int32_t blocks) {
+    int64_t heads = bounded(p) ? blocks / params->tiles_per_head : 1;
     if (heads > params->heads)
         heads -= heads % params->heads;
     return heads < 1 ? 1 : heads < params->heads_total ? heads : params->heads_total;
 }
 
-static void fill_tiles(struct sm90_params *params, const struct problem *p, int32_t tile_q,
-                       int32_t multiprocessors) {
-    const int32_t log2 = pack_log2(p, tile_q), pack = 1 << log2;
+static void fill_tiles(struct sm90_params *params, const struct problem *p,
+                       const struct plan *plan) {
+    const int32_t log2 = pack_log2(p, plan->tile_q), pack = 1 << log2;
     params->pack_log2 = log2;
     params->heads = (int32_t)(p->heads_q / pack);
     params->heads_per_kv = (int32_t)(p->heads_q / p->heads_kv / pack);
-    params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, tile_q);
+    params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, plan->tile_q);
     params->heads_total = (int32_t)(p->batch * params->heads);
     params->tiles = params->tiles_per_head * params->heads_total;
-    params->heads_per_group = (int32_t)heads_per_group(p, params, multiprocessors);
+    params->heads_per_group = (int32_t)heads_per_group(p, params, plan->blocks);
     params->groups = (int32_t)ceil_divide(params->heads_total, params->heads_per_group);
     params->by_tiles_per_head = divisor(params->tiles_per_head);
     params->by_group_tiles = divisor((int64_t)params->heads_per_group * params->tiles_per_head);
@@ -165,8 +156,8 @@ static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p,
                                (uint64_t)params->heads, (uint64_t)p->batch};
     const uint64_t stride[] = {step(s[1]), step(s[2]), step(s[1] * pack), step(s[0])};
     const uint32_t box[] = {64, (uint32_t)heads, (uint32_t)(rows / heads), 1, 1};
-    return cuda_tensor_map((struct cuda_tensor_map *)map, p->device_id, p->dtype, v->data, 5,
-                           extent, stride, box, 128);
+    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, v->data, 5, extent, stride, box,
+                           128);
 }
 
 static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, const struct view *v,
@@ -175,8 +166,8 @@ static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, co
                                (uint64_t)p->batch};
     const uint64_t stride[] = {step(v->stride[2]), step(v->stride[1]), step(v->stride[0])};
     const uint32_t box[] = {64, (uint32_t)tile_k, 1, 1};
-    return cuda_tensor_map((struct cuda_tensor_map *)map, p->device_id, p->dtype, v->data, 4,
-                           extent, stride, box, 128);
+    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, v->data, 4, extent, stride, box,
+                           128);
 }
 
 static void fill_problem(struct sm90_params *params, const struct problem *p) {
@@ -211,29 +202,26 @@ static void fill_problem(struct sm90_params *params, const struct problem *p) {
     };
 }
 
+static int32_t fill_maps(struct sm90_params *params, const struct problem *p, int32_t tile_k) {
+    int32_t status = map_rows(&params->query_map, p, params, &p->query, p->dim_qk, 64);
+    if (status == DLATTN_OK)
+        status = map_rows(&params->output_map, p, params, &p->output, p->dim_v, 16);
+    if (status == DLATTN_OK)
+        status = map_keys(&params->key_map, p, &p->key, p->dim_qk, tile_k);
+    if (status == DLATTN_OK)
+        status = map_keys(&params->value_map, p, &p->value, p->dim_v, tile_k);
+    return status;
+}
+
 int32_t cuda_fwd_sm90_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
-    struct tile *t = &tiles[plan->variant];
     struct sm90_params params;
-    struct caps caps;
-    if (p->batch * p->heads_q * p->len_q == 0)
-        return DLATTN_OK;
-    int32_t status = cuda_caps(&caps, p->device_id);
-    if (status != DLATTN_OK)
-        return status;
     fill_problem(&params, p);
-    fill_tiles(&params, p, plan->tile_q, caps.multiprocessors);
-    status = map_rows(&params.query_map, p, &params, &p->query, p->dim_qk, 64);
-    if (status == DLATTN_OK)
-        status = map_rows(&params.output_map, p, &params, &p->output, p->dim_v, 16);
-    if (status == DLATTN_OK)
-        status = map_keys(&params.key_map, p, &p->key, p->dim_qk, plan->tile_k);
-    if (status == DLATTN_OK)
-        status = map_keys(&params.value_map, p, &p->value, p->dim_v, plan->tile_k);
+    fill_tiles(&params, p, plan);
+    const int32_t status = fill_maps(&params, p, plan->tile_k);
     if (status != DLATTN_OK)
         return status;
-    const int64_t blocks =
-        params.tiles < caps.multiprocessors ? params.tiles : caps.multiprocessors;
-    struct cuda_kernel *kernels = p->dtype == DTYPE_F16 ? t->f16 : t->bf16;
-    return cuda_launch(&kernels[p->softcap > 0], p->device_id, blocks, exec->stream, &params);
+    struct cuda_kernel *const kernel = kernel_for(&tiles[plan->variant], p->dtype);
+    return cuda_launch(kernel + 2 * (p->softcap > 0), p->device_id, plan->blocks, exec->stream,
+                       &params);
 }

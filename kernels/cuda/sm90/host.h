@@ -4,10 +4,8 @@
 #ifndef DLATTN_SM90_HOST_H_
 #define DLATTN_SM90_HOST_H_
 
+#include "kernels/cuda/common/tile.h"
 #include "kernels/cuda/sm90/params.h"
-#include "src/kernel.h"
-
-static inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* What a tensor map can say: [B, H, L, D] with strides above 0 and, also that of `pack` heads, below 2^40 bytes. */
 static inline bool mappable(const struct view *v, int64_t batch, int64_t heads, int64_t length,
