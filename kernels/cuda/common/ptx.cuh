@@ -5,6 +5,10 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
 // 16 bytes from global to shared memory; zeros, and nothing is read, unless `exists`.
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool exists) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
@@ -34,23 +38,23 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrix(uint32_t (&r)[4], uint32_t from) {
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(from));
 }
 
-__device__ __forceinline__ void load_matrix_transposed(uint32_t (&r)[4], uint32_t from) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(from));
 }
 
 // Barrier `id` of `threads` threads of the block; barrier_any also says whether x holds for any of them.
-__device__ __forceinline__ void barrier(int id, int threads) {
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ __forceinline__ bool barrier_any(int id, int threads, bool x) {
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool x) {
     int any;
     asm volatile("{\n"
                  ".reg .pred p;\n"
@@ -67,16 +71,52 @@ __device__ __forceinline__ bool barrier_any(int id, int threads, bool x) {
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // 2^x; -inf gives 0, NaN stays NaN.
-__device__ __forceinline__ float exp2_fast(float x) {
+__device__ __forceinline__ float exp2_approx(float x) {
     float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-__device__ __forceinline__ float reciprocal(float x) {
+__device__ __forceinline__ float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// Two floats as one register of two E, `low` in the lower half.
+template <typename E>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// 0 * a + b for two E: keeps every NaN, and makes one of every infinity.
+template <typename E>
+__device__ __forceinline__ uint32_t multiply_add_zero(uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ uint32_t multiply_add_zero<__half>(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0), "r"(b));
+    return r;
+}
+
+template <>
+__device__ __forceinline__ uint32_t multiply_add_zero<__nv_bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0), "r"(b));
+    return r;
 }
 
 template <typename E>
@@ -84,16 +124,6 @@ struct Element; // the two 16-bit types
 
 template <>
 struct Element<__half> {
-    __device__ __forceinline__ static uint32_t pack(float low, float high) {
-        uint32_t r;
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-        return r;
-    }
-    // sum + 0 * pair: stays 0 as long as all pairs are finite.
-    __device__ __forceinline__ static uint32_t zero_times(uint32_t pair, uint32_t sum) {
-        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
-        return sum;
-    }
     __device__ __forceinline__ static float widen(uint16_t bits) {
         return __half2float(__ushort_as_half(bits));
     }
@@ -110,16 +140,6 @@ struct Element<__half> {
 
 template <>
 struct Element<__nv_bfloat16> {
-    __device__ __forceinline__ static uint32_t pack(float low, float high) {
-        uint32_t r;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-        return r;
-    }
-    // sum + 0 * pair: stays 0 as long as all pairs are finite.
-    __device__ __forceinline__ static uint32_t zero_times(uint32_t pair, uint32_t sum) {
-        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
-        return sum;
-    }
     __device__ __forceinline__ static float widen(uint16_t bits) {
         return __uint_as_float((uint32_t)bits << 16);
     }

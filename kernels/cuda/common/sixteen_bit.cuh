@@ -42,12 +42,12 @@ __device__ __forceinline__ float sink_of(const fwd_params &p, int h) {
 // A row of which `total` is the sum of the weights relative to 2^top: both with the sink, and what the output is multiplied
 // by.
 __device__ __forceinline__ float end_row(float sink, float &top, float &total) {
-    float factor = reciprocal(total);
+    float factor = reciprocal_approx(total);
     if (sink > NEG_INF) {
         const float exponent = to_exponent(sink, LOG2E), higher = fmaxf(top, exponent),
-                    shrink = exp2_fast(top - higher);
-        total = total * shrink + exp2_fast(exponent - higher);
-        factor = shrink * reciprocal(total);
+                    shrink = exp2_approx(top - higher);
+        total = total * shrink + exp2_approx(exponent - higher);
+        factor = shrink * reciprocal_approx(total);
         top = higher;
     }
     return factor;
@@ -63,5 +63,5 @@ __device__ __forceinline__ void store_lse(const fwd_params &p, int b, int h, int
     if (p.flags & FWD_LSE_F32)
         ((float *)p.lse.data)[at] = lse;
     else
-        ((uint16_t *)p.lse.data)[at] = (uint16_t)Element<E>::pack(lse, 0);
+        ((uint16_t *)p.lse.data)[at] = (uint16_t)pack<E>(lse, 0);
 }

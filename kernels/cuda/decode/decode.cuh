@@ -65,7 +65,7 @@ struct Merged {
 
 // The weight of a part whose scale is 2^top in a sum whose scale is 2^most; a part that saw no key has none.
 __device__ __forceinline__ float weight_of(float top, float most) {
-    return top == NEG_INF ? 0 : exp2_fast(top - most);
+    return top == NEG_INF ? 0 : exp2_approx(top - most);
 }
 
 __device__ __forceinline__ void add(float4 &to, float weight, const float4 &x) {
@@ -137,13 +137,12 @@ __device__ __forceinline__ void finish_row(const fwd_params &p, const Sequence &
     for (int n = 0; n < COLUMNS; ++n) {
         const int c = lane * 4 + n * 128;
         const float4 x = row.out[n];
-        uint2 pairs = {Element<E>::pack(x.x * factor, x.y * factor),
-                       Element<E>::pack(x.z * factor, x.w * factor)};
+        uint2 pairs = {pack<E>(x.x * factor, x.y * factor), pack<E>(x.z * factor, x.w * factor)};
         if (empty)
             pairs = {0, 0};
         if (c < p.dim_v) {
             *(uint2 *)(to + c) = pairs;
-            odd = Element<E>::zero_times(pairs.y, Element<E>::zero_times(pairs.x, odd));
+            odd = multiply_add_zero<E>(pairs.y, multiply_add_zero<E>(pairs.x, odd));
         }
     }
     if (__any_sync(~0u, odd != 0) || fabsf(row.top) == FLT_MAX)
@@ -184,13 +183,13 @@ struct Warp {
             uint32_t a[MT][2][4], b[NT][4];
 #pragma unroll
             for (int nt = 0; nt < NT; ++nt)
-                load_matrix(b[nt], Chunks<D>::after(q, 2 * step) + nt * 8 * D * 2);
+                load_matrices(b[nt], Chunks<D>::after(q, 2 * step) + nt * 8 * D * 2);
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    load_matrix(a[mt][half],
-                                Chunks<D>::after(k, 2 * step + half) + mt * 16 * D * 2);
+                    load_matrices(a[mt][half],
+                                  Chunks<D>::after(k, 2 * step + half) + mt * 16 * D * 2);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -221,7 +220,7 @@ struct Warp {
                 for (int e = 0; e < 4; ++e) {
                     float &x = score[mt][nt][e];
                     if (cap > 0) // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-                        x = cap - 2 * cap * reciprocal(exp2_fast(x * inner) + 1);
+                        x = cap - 2 * cap * reciprocal_approx(exp2_approx(x * inner) + 1);
                     else
                         x = to_exponent(x, slope);
                 }
@@ -284,7 +283,7 @@ struct Warp {
                     x = fmaxf(x, top[nt][e]);
                 limit[nt][e] = x + LAZY;
                 x = x == NEG_INF ? 0.0f : x;
-                const float shrink = fresh ? 0.0f : exp2_fast(top[nt][e] - x);
+                const float shrink = fresh ? 0.0f : exp2_approx(top[nt][e] - x);
                 top[nt][e] = x;
                 sum[nt][e] *= shrink;
 #pragma unroll
@@ -306,15 +305,15 @@ struct Warp {
                     float x[2];
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        x[e] = exp2_fast(score[mt][nt][2 * half + e] - top[nt][e]);
+                        x[e] = exp2_approx(score[mt][nt][2 * half + e] - top[nt][e]);
                         sum[nt][e] += x[e];
                     }
-                    b[nt][half] = transposed(Element<E>::pack(x[0], x[1]));
+                    b[nt][half] = transposed(pack<E>(x[0], x[1]));
                 }
 #pragma unroll
             for (int n = 0; n < VN; ++n) {
                 uint32_t a[4];
-                load_matrix_transposed(a, Chunks<DV>::after(v, n) + mt * 16 * DV * 2);
+                load_matrices_transposed(a, Chunks<DV>::after(v, n) + mt * 16 * DV * 2);
 #pragma unroll
                 for (int nt = 0; nt < NT; ++nt)
                     Element<E>::mma(out[n][nt], a, b[nt][0], b[nt][1]);
@@ -352,9 +351,9 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     const fwd_params &p = dp.fwd;
     // Known to be the same for all lanes.
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    const uint32_t q_tile = (uint32_t)__cvta_generic_to_shared(shared);
+    const uint32_t q_tile = shared_address(shared);
     char *const my_ring = shared + T::Q_BYTES + warp * T::RING_BYTES;
-    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(my_ring);
+    const uint32_t ring = shared_address(my_ring);
 
     const int tile = quotient(blockIdx.x, dp.by_splits), split = blockIdx.x - tile * dp.splits;
     const Rows rows(dp, tile, T::ROWS);
@@ -432,7 +431,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     const uint32_t v_at =
         ring + T::K_BYTES + Chunks<DV>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const float cap = (float)p.softcap * LOG2E,
-                inner = 2 * p.exponent_scale * reciprocal((float)p.softcap);
+                inner = 2 * p.exponent_scale * reciprocal_approx((float)p.softcap);
     look_up();
     uint32_t offset = 0;
     int step = first + warp;

@@ -22,7 +22,7 @@ template <typename T>
 constexpr T PER_LOGIT = 1;
 template <>
 constexpr float PER_LOGIT<float> = LOG2E;
-__device__ __forceinline__ float exponential(float x) { return exp2_fast(x); }
+__device__ __forceinline__ float exponential(float x) { return exp2_approx(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ bool is_masked(float p) { return __float_as_uint(p) == 0x80000000u; }
 __device__ __forceinline__ bool is_masked(double p) {
@@ -51,7 +51,7 @@ struct Simt {
             const T *const row = row_of(r < count ? r : 0);
             T *const at = to + r * PITCH + c;
             if (chunks) {
-                copy_async((uint32_t)__cvta_generic_to_shared(at), row + c, r < count && c < dim);
+                copy_async(shared_address(at), row + c, r < count && c < dim);
             } else {
 #pragma unroll
                 for (int e = 0; e < VEC; ++e)

@@ -68,7 +68,7 @@ __device__ __forceinline__ void store_float(void *data, int64_t at, bool f32, fl
     if (f32)
         ((float *)data)[at] = x;
     else
-        ((uint16_t *)data)[at] = (uint16_t)Element<E>::pack(x, 0);
+        ((uint16_t *)data)[at] = (uint16_t)pack<E>(x, 0);
 }
 
 template <typename E>
@@ -89,7 +89,7 @@ struct Head {
     __device__ __forceinline__ float slope() const { return EXTRAS ? LOG2E : p.f.exponent_scale; }
 
     __device__ __forceinline__ float weight(float score, float top, float log) const {
-        return exp2_fast(fmaf(score - top, slope(), -log));
+        return exp2_approx(fmaf(score - top, slope(), -log));
     }
 
     // The capped product, and the derivative of the cap.
@@ -98,7 +98,7 @@ struct Head {
         derivative = 1;
         if (!(cap > 0))
             return x;
-        const float e = exp2_fast(-2 * LOG2E * fabsf(x) / cap), r = 1 / (1 + e);
+        const float e = exp2_approx(-2 * LOG2E * fabsf(x) / cap), r = 1 / (1 + e);
         derivative = 4 * e * r * r;
         return copysignf(cap * (1 - e) * r, x);
     }
@@ -301,10 +301,10 @@ __device__ __forceinline__ void multiply_rows(float (&score)[MT][N / 8][4], uint
     const auto load_left = [&](int step) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
-            load_matrix(a[step % 2][mt], Chunks<D>::after(left, step) + mt * 16 * D * 2);
+            load_matrices(a[step % 2][mt], Chunks<D>::after(left, step) + mt * 16 * D * 2);
     };
     const auto load_right = [&](int i) {
-        load_matrix(b[i % 3], Chunks<D>::after(right, i / PARTS) + i % PARTS * 16 * D * 2);
+        load_matrices(b[i % 3], Chunks<D>::after(right, i / PARTS) + i % PARTS * 16 * D * 2);
     };
     load_left(0);
     load_right(0);
@@ -333,8 +333,8 @@ __device__ __forceinline__ void add_products(float (&sum)[MT][D / 8][4], uint32_
     constexpr int PARTS = D / 16, STEPS = N / 16, ITEMS = STEPS * PARTS, WORDS = MT * 4;
     uint32_t left[2][MT][4], b[3][4];
     const auto load_right = [&](int i) {
-        load_matrix_transposed(b[i % 3],
-                               Chunks<D>::after(right, i % PARTS) + i / PARTS * 16 * D * 2);
+        load_matrices_transposed(b[i % 3],
+                                 Chunks<D>::after(right, i % PARTS) + i / PARTS * 16 * D * 2);
     };
     // Neighbouring words are of the same columns.
     const auto make_word = [&](int step, int k) {
@@ -380,7 +380,7 @@ __device__ __noinline__ void load_slowly(uint32_t to, const void *data, int64_t 
         uint32_t pairs[4];
 #pragma unroll
         for (int e = 0; e < 8; e += 2)
-            pairs[e / 2] = Element<E>::pack(at(c + e), at(c + e + 1));
+            pairs[e / 2] = pack<E>(at(c + e), at(c + e + 1));
         store_chunk(to + Chunks<D>::at(r, c / 8), pairs);
     }
 }
@@ -439,7 +439,7 @@ __device__ __forceinline__ void store_gradient(const float (&sum)[MT][D / 8][4],
                     uint32_t words[4];
 #pragma unroll
                     for (int w = 0; w < 4; ++w)
-                        words[w] = Element<E>::pack(at(n + w, 0), at(n + w, 1));
+                        words[w] = pack<E>(at(n + w, 0), at(n + w, 1));
                     transpose_words(words);
                     const int d = (n + lane % 4) * 8;
                     if (r < rows && d < dim)
@@ -625,7 +625,7 @@ __device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_
     for (int d = column; d < min(column + 8, p.f.dim_v); ++d) {
         const float d_x = load_float<E>(p.d_output.data, d_o + d * p.d_output.stride[3], f32);
         add(load_float<E>(p.f.output.data, o + d * p.f.output.stride[3], false),
-            Element<E>::widen((uint16_t)Element<E>::pack(d_x, 0))); // as the tensor cores see it
+            Element<E>::widen((uint16_t)pack<E>(d_x, 0))); // as the tensor cores see it
     }
     return sum;
 }
@@ -738,9 +738,8 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
             stats[2 * stats_plane(p) + r] = empty ? 0 : delta;
         }
     }
-    if (barrier_any(0, T::THREADS, far))
-        sweep<E, D, EXTRAS>(p, seq, b, h, block_row, (uint32_t)__cvta_generic_to_shared(shared),
-                            stats);
+    if (named_barrier_any(0, T::THREADS, far))
+        sweep<E, D, EXTRAS>(p, seq, b, h, block_row, shared_address(shared), stats);
 }
 
 // ---- Gradients of keys and values ---------------------------------------------------------------------------------------
@@ -835,7 +834,7 @@ struct KeysBlock {
     // What was copied for `step` is there, and so are the weights of the step before; nobody reads what the next copies overwrite.
     __device__ __forceinline__ void begin(int step) const {
         copy_wait<0>();
-        barrier(0, T::THREADS);
+        named_barrier_sync(0, T::THREADS);
         load(step + 1);
     }
 
@@ -875,7 +874,7 @@ struct KeysBlock {
                     if (EXTRAS)
                         others[part % 2][mt][word] = with_options(
                             h, i + n * 8, j + mt * 16 + half * 8, &cap[mt][n][2 * half], x, y);
-                    return Element<E>::pack(x, y);
+                    return pack<E>(x, y);
                 },
                 [&](int part, const uint32_t(&left)[MT][4]) {
 #pragma unroll
@@ -887,7 +886,7 @@ struct KeysBlock {
                 });
         }
         copy_wait<0>();
-        barrier(0, T::THREADS);
+        named_barrier_sync(0, T::THREADS);
     }
 
     // The weights of rows i and i + 1 as the other warp gets them: times the derivative of the cap, and negative if dropped. x and y
@@ -899,7 +898,7 @@ struct KeysBlock {
         const float a = x * cap[0], b = y * cap[1];
         x = drop_x ? 0 : x;
         y = drop_y ? 0 : y;
-        return Element<E>::pack(drop_x ? -a : a, drop_y ? -b : b);
+        return pack<E>(drop_x ? -a : a, drop_y ? -b : b);
     }
 
     // The second warp: sums of d_key, of each step when the next has begun.
@@ -926,8 +925,8 @@ struct KeysBlock {
                         if (mt == 0 && half == 0)
                             delta = *(const float2 *)(deltas + n * 8);
                         const float2 w = widen_pair<E>(weight[part % 2][mt][word]);
-                        return Element<E>::pack(gradient(w.x, score[mt][n][2 * half], delta.x),
-                                                gradient(w.y, score[mt][n][2 * half + 1], delta.y));
+                        return pack<E>(gradient(w.x, score[mt][n][2 * half], delta.x),
+                                       gradient(w.y, score[mt][n][2 * half + 1], delta.y));
                     },
                     [&](int part, const uint32_t(&)[MT][4]) {
                         if (part + 1 < BM / 16)
@@ -967,7 +966,7 @@ __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
     block.first_row = seq.first_row(p, key);
     block.end_row = seq.end_row(p, key, key + MT * 16);
     block.shared = shared;
-    block.base = (uint32_t)__cvta_generic_to_shared(shared);
+    block.base = shared_address(shared);
     block.weights = block.base + T::WEIGHTS_AT + pair * T::WEIGHTS_BYTES + lane * 16;
 
     const bool first = warp < T::PAIRS;
@@ -1094,8 +1093,7 @@ __device__ __forceinline__ void bwd_rows(const bwd_params &p) {
     using T = RowsTile<D, WARPS, MT, BN>;
     using Tile = Pairs<false, MT, BN>;
     extern __shared__ __align__(16) char shared[];
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared),
-                   ring = base + 2 * T::OWN_BYTES;
+    const uint32_t base = shared_address(shared), ring = base + 2 * T::OWN_BYTES;
     const int lane = threadIdx.x % 32, warp = kept_by_all(threadIdx.x / 32);
     const Work work(p.f);
     const BwdSequence seq(p, work.b);
@@ -1187,9 +1185,8 @@ __device__ __forceinline__ void bwd_rows(const bwd_params &p) {
             [&](int mt, int part, int word) {
                 const int n = part * 2 + word / 2, half = word % 2;
                 const float delta = EXTRAS ? 0 : stats.delta[mt][half];
-                return Element<E>::pack(score[mt][n][2 * half] * (d[mt][n][2 * half] - delta),
-                                        score[mt][n][2 * half + 1] *
-                                            (d[mt][n][2 * half + 1] - delta));
+                return pack<E>(score[mt][n][2 * half] * (d[mt][n][2 * half] - delta),
+                               score[mt][n][2 * half + 1] * (d[mt][n][2 * half + 1] - delta));
             },
             [](int, const uint32_t(&)[MT][4]) {});
     }
@@ -1227,7 +1224,7 @@ __device__ __forceinline__ void bwd_bias(const bwd_params &p) {
     using T = BiasTile<D>;
     using Tile = Pairs<false, 1, T::KEYS>;
     extern __shared__ __align__(16) char shared[];
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
+    const uint32_t base = shared_address(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const fwd_view &to = p.d_bias;
     const int row_tiles = (p.f.len_q + T::ROWS - 1) / T::ROWS,
@@ -1375,7 +1372,7 @@ __device__ __forceinline__ void bwd_sinks(const bwd_params &p) {
             float weight = 1, delta = 0;
             if (i < seq.q_len) {
                 weight =
-                    exp2_fast(fmaf(-stats[i], slope, sink * LOG2E) - stats[stats_plane(p) + i]);
+                    exp2_approx(fmaf(-stats[i], slope, sink * LOG2E) - stats[stats_plane(p) + i]);
                 delta = stats[2 * stats_plane(p) + i];
             } else if (p.d_lse.data) {
                 delta = -load_float<E>(p.d_lse.data,

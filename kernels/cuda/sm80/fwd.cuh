@@ -165,11 +165,11 @@ struct Warp {
 
     __device__ __forceinline__ uint32_t exponential(int mt, int n, int half) {
         const float x = score[mt][n][2 * half], y = score[mt][n][2 * half + 1];
-        const float a = exp2_fast(fmaf(x, slope, -bias[mt][half]));
-        const float b = exp2_fast(fmaf(y, slope, -bias[mt][half]));
+        const float a = exp2_approx(fmaf(x, slope, -bias[mt][half]));
+        const float b = exp2_approx(fmaf(y, slope, -bias[mt][half]));
         sum[mt][half] += a;
         sum[mt][half] += b;
-        return Element<E>::pack(a, b);
+        return pack<E>(a, b);
     }
 
     // Exponentials of pairs [FROM, TO) of the current tile, two neighbouring keys of a row each, in the order in which P V
@@ -211,10 +211,10 @@ struct Warp {
         const auto load_q = [&](int step) {
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt)
-                load_matrix(a[step % 2][mt], Chunks<D>::after(q, step) + mt * 16 * D * 2);
+                load_matrices(a[step % 2][mt], Chunks<D>::after(q, step) + mt * 16 * D * 2);
         };
         const auto load_k = [&](int i) {
-            load_matrix(b[i % 3], Chunks<D>::after(k, i / PARTS) + i % PARTS * 16 * D * 2);
+            load_matrices(b[i % 3], Chunks<D>::after(k, i / PARTS) + i % PARTS * 16 * D * 2);
         };
         load_q(0);
         load_k(0);
@@ -250,11 +250,11 @@ struct Warp {
         const auto load_p = [&](int step) {
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt)
-                load_matrix(a[step % 2][mt], (p_at ^ step * 16) + mt * 16 * BN * 2);
+                load_matrices(a[step % 2][mt], (p_at ^ step * 16) + mt * 16 * BN * 2);
         };
         const auto load_v = [&](int i) {
-            load_matrix_transposed(b[i % 3], Chunks<DV>::after(v, i % VN * SPLIT) +
-                                                 i / VN * (16 / SPLIT) * DV * 2);
+            load_matrices_transposed(b[i % 3], Chunks<DV>::after(v, i % VN * SPLIT) +
+                                                   i / VN * (16 / SPLIT) * DV * 2);
         };
         if (SPLIT > 1)
             load_p(0);
@@ -267,7 +267,7 @@ struct Warp {
             constexpr bool meet = step + 1 == AHEAD;
             if (SPLIT > 1 && step + 1 < VS && n == (meet ? LAST : VN / 2)) {
                 if (meet)
-                    barrier(1 + threadIdx.x / 64, 64);
+                    named_barrier_sync(1 + threadIdx.x / 64, 64);
                 load_p(step + 1);
             }
 #pragma unroll
@@ -286,26 +286,26 @@ struct Warp {
 
     // Any warp of those that share rows, or any lane of one.
     __device__ __forceinline__ static bool any(bool x) {
-        return SPLIT > 1 ? barrier_any(1 + threadIdx.x / 64, 64, x) : __any_sync(~0u, x);
+        return SPLIT > 1 ? named_barrier_any(1 + threadIdx.x / 64, 64, x) : __any_sync(~0u, x);
     }
 
     // What the other warp of the same rows has as x; `memory` is free for that.
     __device__ __forceinline__ static void trade(float (&x)[MT][2], float *memory) {
         const int pair = 1 + threadIdx.x / 64, own = threadIdx.x / 32 % 2, lane = threadIdx.x % 32;
-        barrier(pair, 64);
+        named_barrier_sync(pair, 64);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 if (lane % 4 == 0)
                     memory[own * MT * 16 + mt * 16 + half * 8 + lane / 4] = x[mt][half];
-        barrier(pair, 64);
+        named_barrier_sync(pair, 64);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 x[mt][half] = memory[(1 - own) * MT * 16 + mt * 16 + half * 8 + lane / 4];
-        barrier(pair, 64);
+        named_barrier_sync(pair, 64);
     }
 
     // Sums of rows from sums of threads.
@@ -362,9 +362,9 @@ struct Warp {
                 float x = to_exponent(fmaxf(most[mt][half], other[mt][half]), slope);
                 if (!fresh)
                     x = fmaxf(x, bias[mt][half]);
-                limit[mt][half] = (x + LAZY) * reciprocal(slope);
+                limit[mt][half] = (x + LAZY) * reciprocal_approx(slope);
                 x = x == NEG_INF ? 0.0f : x;
-                const float shrink = fresh ? 0.0f : exp2_fast(bias[mt][half] - x);
+                const float shrink = fresh ? 0.0f : exp2_approx(bias[mt][half] - x);
                 bias[mt][half] = x;
                 sum[mt][half] *= shrink;
 #pragma unroll
@@ -459,9 +459,9 @@ struct Warp {
         const bool whole = key + KEYS <= seq.k_len;
         if (p.softcap > 0) { // tanh(x) = 1 - 2 / (exp(2 x) + 1)
             const float cap = (float)p.softcap * LOG2E,
-                        inner = 2 * p.exponent_scale * reciprocal((float)p.softcap);
+                        inner = 2 * p.exponent_scale * reciprocal_approx((float)p.softcap);
             change_scores([&](float x, int, int, int, int) {
-                return cap - 2 * cap * reciprocal(exp2_fast(x * inner) + 1);
+                return cap - 2 * cap * reciprocal_approx(exp2_approx(x * inner) + 1);
             });
         } else {
             change_scores(
@@ -549,9 +549,9 @@ struct Forward {
     uint32_t q_at, k_at, v_at, p_at, p_to; // of this thread, for ldmatrix and for its part of P
 
     __device__ __forceinline__ Forward(const fwd_params &params, char *memory)
-        : p(params), shared(memory), q_tile((uint32_t)__cvta_generic_to_shared(memory)),
-          ring(q_tile + T::Q_BYTES), lane(threadIdx.x % 32), warps(kept_by_all(threadIdx.x / 32)),
-          warp(warps / SPLIT), part(warps % SPLIT), work(params), seq(params, work.b),
+        : p(params), shared(memory), q_tile(shared_address(memory)), ring(q_tile + T::Q_BYTES),
+          lane(threadIdx.x % 32), warps(kept_by_all(threadIdx.x / 32)), warp(warps / SPLIT),
+          part(warps % SPLIT), work(params), seq(params, work.b),
           block_row(work.row_block * T::ROWS), rows(min(T::ROWS, seq.q_rows - block_row)),
           first_row(block_row + warp * MT * 16), pages(EXTRAS && params.page_size) {}
 
@@ -780,8 +780,8 @@ struct Forward {
         for (int n = 0; n < W::COLUMNS / 8; ++n) {
             const float a = empty ? 0 : w.out[mt][n][2 * half] * factor;
             const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * factor;
-            const uint32_t pair = Element<E>::pack(a, b);
-            odd = Element<E>::zero_times(pair, odd);
+            const uint32_t pair = pack<E>(a, b);
+            odd = multiply_add_zero<E>(pair, odd);
             const int chunk = (n / 2 * SPLIT + part) * 2 + n % 2;
             *(uint32_t *)(shared + Chunks<D>::at(local, chunk) + lane % 4 * 4) = pair;
         }

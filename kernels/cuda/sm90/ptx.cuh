@@ -1,19 +1,13 @@
 /*
- * The instructions of sm_90a that this directory uses, one function each: mbarrier, TMA loads, wgmma, named
- * barriers, setmaxnreg. Shared memory is named by its 32-bit address. (PTX ISA 8.7, sections 9.7.9 to 9.7.15)
+ * The instructions that only sm_90a has, one function each, beside those of common/ptx.cuh: mbarrier, TMA, wgmma, setmaxnreg.
+ * (PTX ISA 8.7, sections 9.7.9 to 9.7.15)
  */
 #ifndef DLATTN_SM90_PTX_CUH_
 #define DLATTN_SM90_PTX_CUH_
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "kernels/cuda/common/ptx.cuh"
 
 namespace sm90 {
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 /* The same value in every thread of the warp, said in a way that lets the compiler use uniform registers. */
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
@@ -144,18 +138,7 @@ __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-/* Four 8 x 8 matrices as store_matrices() leaves them. */
-__device__ __forceinline__ void load_matrices(uint32_t (&w)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                 : "r"(address));
-}
-
 /* ---- Named barriers (1 to 15; 0 is __syncthreads) ---- */
-
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -175,18 +158,6 @@ __device__ __forceinline__ void registers_decrease() {
 
 /* ---- Arithmetic ---- */
 
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float log2_approx(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -197,42 +168,6 @@ __device__ __forceinline__ float log2_approx(float x) {
 __device__ __forceinline__ uint32_t ones(int begin, int count) {
     uint32_t r;
     asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(r) : "r"(begin), "r"(count));
-    return r;
-}
-
-/* Two floats as one register of two E, `low` in the lower half. */
-template <typename E>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-    uint32_t r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-/* 0 * a + b for two E: keeps every NaN, and makes one of every infinity. */
-template <typename E>
-__device__ __forceinline__ uint32_t multiply_add_zero(uint32_t a, uint32_t b);
-
-template <>
-__device__ __forceinline__ uint32_t multiply_add_zero<__nv_bfloat16>(uint32_t a, uint32_t b) {
-    uint32_t r;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0), "r"(b));
-    return r;
-}
-
-template <>
-__device__ __forceinline__ uint32_t multiply_add_zero<__half>(uint32_t a, uint32_t b) {
-    uint32_t r;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0), "r"(b));
     return r;
 }
 

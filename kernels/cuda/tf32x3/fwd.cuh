@@ -298,7 +298,7 @@ struct Warp {
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
             const float base = top == -INFINITY ? 0.0f : top;
-            shrink[half] = exp2_fast((most[half] - base) * slope);
+            shrink[half] = exp2_approx((most[half] - base) * slope);
             most[half] = top;
             float total = 0;
 #pragma unroll
@@ -306,7 +306,7 @@ struct Warp {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float &x = score[n][half * 2 + e];
-                    x = exp2_fast((x - base) * slope);
+                    x = exp2_approx((x - base) * slope);
                     total += x;
                 }
             sum[half] = fmaf(sum[half], shrink[half], total);
@@ -320,8 +320,8 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
     using LoadQ = Loader<T::THREADS, T::ROWS, D>;
     using LoadKV = Loader<T::THREADS, BN, D>;
     extern __shared__ __align__(128) char shared[];
-    const uint32_t q_tile = (uint32_t)__cvta_generic_to_shared(shared),
-                   k_tile = q_tile + T::Q_BYTES, v_tile = k_tile + T::KV_BYTES;
+    const uint32_t q_tile = shared_address(shared), k_tile = q_tile + T::Q_BYTES,
+                   v_tile = k_tile + T::KV_BYTES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     const Work work(p);
@@ -435,8 +435,8 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
             total = 0;
         if (sink > -INFINITY) {
             const float higher = fmaxf(top, sink);
-            factor = exp2_fast((top - higher) * LOG2E);
-            total = total * factor + exp2_fast((sink - higher) * LOG2E);
+            factor = exp2_approx((top - higher) * LOG2E);
+            total = total * factor + exp2_approx((sink - higher) * LOG2E);
             top = higher;
         }
         if (p.lse.data && t == 0 && exists) // f32 is also the element type
