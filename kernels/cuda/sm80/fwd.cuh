@@ -518,146 +518,127 @@ __device__ __forceinline__ void store_rows(const fwd_params &p, const char *tile
     }
 }
 
-// What one thread knows of its block, and the three parts of the kernel: load, step and finish.
-template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
-struct Forward {
-    using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
-    using W = Warp<E, D, DV, MT, BN, SPLIT>;
-    using LoadQ = Loader<E, T::THREADS, T::ROWS, D>;
-    using LoadK = Loader<E, T::THREADS, BN, D>;
-    using LoadV = Loader<E, T::THREADS, BN, DV>;
-    static constexpr uint32_t RING_BYTES = STAGES * T::STAGE_BYTES;
+// Which rows and tiles a warp of this block works on.
+template <int ROWS, int WARP_ROWS, int BN, int SPLIT>
+struct Share {
+    const int warp, part;       // of the warps that share rows, `part` says which
+    const int block_row, rows;  // of the block; as many rows of its tile exist
+    const int first_row;        // of the warp
+    int first, end;             // tiles that the block sees
+    int warp_first, warp_end;   // that this warp sees
+    int whole_first, whole_end; // that all rows of the warp see whole
 
-    const fwd_params &p;
-    char *const shared;
-    const uint32_t q_tile, ring;
-    const int lane, warps, warp, part; // `part`: of the warps that share rows
-    const Work work;
-    const Sequence seq;
-    const int block_row, rows, first_row; // `rows` of the block's exist; `first_row` is the warp's
-    const bool pages;
+    __device__ __forceinline__ Share(const Work &work, const Sequence &seq, int warps)
+        : warp(warps / SPLIT), part(warps % SPLIT), block_row(work.row_block * ROWS),
+          rows(min(ROWS, seq.q_rows - block_row)), first_row(block_row + warp * WARP_ROWS) {}
 
-    // Tiles [first, end) of the block and of this warp; [clean_first, clean_end) are seen whole by all rows of the warp; those
-    // before `whole` are simply aligned rows.
-    int first, end, warp_first, warp_end, clean_first, clean_end, whole;
-    const E *k, *v;
-    const char *next_key, *next_value; // of this thread, in the tile that is loaded next
-    uint32_t key_to, value_to;         // where that goes in the first stage
-    int key_columns, value_columns;
-
-    W w;
-    uint32_t q_at, k_at, v_at, p_at, p_to; // of this thread, for ldmatrix and for its part of P
-
-    __device__ __forceinline__ Forward(const fwd_params &params, char *memory)
-        : p(params), shared(memory), q_tile(shared_address(memory)), ring(q_tile + T::Q_BYTES),
-          lane(threadIdx.x % 32), warps(kept_by_all(threadIdx.x / 32)), warp(warps / SPLIT),
-          part(warps % SPLIT), work(params), seq(params, work.b),
-          block_row(work.row_block * T::ROWS), rows(min(T::ROWS, seq.q_rows - block_row)),
-          first_row(block_row + warp * MT * 16), pages(EXTRAS && params.page_size) {}
-
-    // ---- Load
-
-    // The tiles that `count` rows from `from` on see any key of.
-    __device__ __forceinline__ void tiles_of(int from, int count, int &first, int &end) const {
-        const int most = min(from + count, seq.q_len) - 1;
-        first = seq.first_key(p, from) / BN;
-        end = most < from ? 0 : (seq.end_key(p, most) + BN - 1) / BN;
+    __device__ __forceinline__ static void tiles(const fwd_params &p, const Sequence &seq, int row,
+                                                 int count, int &first, int &end) {
+        const int last = min(row + count, seq.q_len) - 1;
+        first = seq.first_key(p, row) / BN;
+        end = last < row ? 0 : (seq.end_key(p, last) + BN - 1) / BN;
     }
 
-    __device__ __forceinline__ void find_tiles() {
-        tiles_of(block_row, T::ROWS, first, end);
+    __device__ __forceinline__ void find_tiles(const fwd_params &p, const Sequence &seq) {
+        tiles(p, seq, block_row, ROWS, first, end);
         end = kept_by_all(end);
         warp_first = first;
         warp_end = end; // pairs of warps all take the same steps, with the same barriers
         if (SPLIT == 1)
-            tiles_of(first_row, MT * 16, warp_first, warp_end);
+            tiles(p, seq, first_row, WARP_ROWS, warp_first, warp_end);
         warp_first = kept_by_all(warp_first);
         warp_end = kept_by_all(warp_end);
-        clean_first = kept_by_all((seq.first_key(p, first_row + MT * 16 - 1) + BN - 1) / BN);
-        clean_end = kept_by_all(seq.end_key(p, first_row) / BN);
+        whole_first = kept_by_all((seq.first_key(p, first_row + WARP_ROWS - 1) + BN - 1) / BN);
+        whole_end = kept_by_all(seq.end_key(p, first_row) / BN);
     }
+};
 
-    // Row 0 of this sequence.
-    __device__ __forceinline__ const E *keys_of(const fwd_view &view) const {
+// The keys and values of a block on their way into the ring, tile by tile.
+template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
+struct Ring {
+    using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
+    using LoadK = Loader<E, T::THREADS, BN, D>;
+    using LoadV = Loader<E, T::THREADS, BN, DV>;
+    static constexpr int BYTES = STAGES * T::STAGE_BYTES;
+
+    const fwd_params &p;
+    const Sequence &seq;
+    const int b;
+    const bool pages;
+    const E *const k, *const v; // the first key of the sequence, or of the pages
+    const uint32_t stage;       // the first one
+    const int first, end;
+    const int aligned;                 // tiles before this one are simply aligned rows
+    const char *next_key, *next_value; // of this thread, in the tile that comes next
+    const uint32_t key_to, value_to;   // of this thread, in the first stage
+    const int key_columns, value_columns;
+
+    __device__ __forceinline__ static const E *start(const fwd_view &view, const Work &work,
+                                                     int kv_head, int64_t k_start, bool pages) {
         return (const E *)view.data + (pages ? 0 : work.b * view.stride[0]) +
-               work.h / p.group * view.stride[1] + seq.k_start * view.stride[2];
+               kv_head * view.stride[1] + k_start * view.stride[2];
     }
 
-    __device__ __forceinline__ void find_keys() {
-        const int aligned = FWD_ALIGNED_KEY | FWD_ALIGNED_VALUE;
-        k = keys_of(p.key);
-        v = keys_of(p.value);
-        whole = kept_by_all(pages || (p.flags & aligned) != aligned ? 0 : min(end, seq.k_len / BN));
-        next_key = LoadK::start(k + (int64_t)first * BN * p.key.stride[2], p.key.stride[2]);
-        next_value = LoadV::start(v + (int64_t)first * BN * p.value.stride[2], p.value.stride[2]);
-        key_to = kept(ring + LoadK::place());
-        value_to = D == DV ? key_to + T::K_BYTES : kept(ring + T::K_BYTES + LoadV::place());
-        key_columns = kept(LoadK::columns(p.dim_qk));
-        value_columns = kept(LoadV::columns(p.dim_v));
+    __device__ __forceinline__ static int aligned_tiles(const fwd_params &p, const Sequence &seq,
+                                                        bool pages, int end) {
+        const int both = FWD_ALIGNED_KEY | FWD_ALIGNED_VALUE;
+        return kept_by_all(pages || (p.flags & both) != both ? 0 : min(end, seq.k_len / BN));
     }
 
-    // `count` rows from `row` on of a tile that is not simply aligned rows.
+    __device__ __forceinline__ Ring(const fwd_params &p, const Work &work, const Sequence &seq,
+                                    const E *k, const E *v, bool pages, uint32_t stage, int first,
+                                    int end)
+        : p(p), seq(seq), b(work.b), pages(pages), k(k), v(v), stage(stage), first(first), end(end),
+          aligned(aligned_tiles(p, seq, pages, end)),
+          next_key(LoadK::start(k + (int64_t)first * BN * p.key.stride[2], p.key.stride[2])),
+          next_value(LoadV::start(v + (int64_t)first * BN * p.value.stride[2], p.value.stride[2])),
+          key_to(kept(stage + LoadK::place())),
+          value_to(D == DV ? key_to + T::K_BYTES : kept(stage + T::K_BYTES + LoadV::place())),
+          key_columns(kept(LoadK::columns(p.dim_qk))),
+          value_columns(kept(LoadV::columns(p.dim_v))) {}
+
+    // `rows` rows from `row` on of a tile that is not simply aligned rows.
     template <typename Load>
     __device__ __forceinline__ void load_slowly(uint32_t to, const E *base, const fwd_view &view,
-                                                int row, int count, int dim, bool aligned) const {
+                                                int row, int rows, int dim, bool chunks) const {
         const auto in_rows = [&](int r) { return base + (row + r) * view.stride[2]; };
-        const auto in_pages = [&](int r) { return base + paged_row(p, view, work.b, row + r); };
+        const auto in_pages = [&](int r) { return base + paged_row(p, view, b, row + r); };
         if (!pages)
-            Load::any(to, in_rows, view.stride[3], count, dim);
-        else if (aligned)
-            Load::paged(to, in_pages, count, dim);
+            Load::any(to, in_rows, view.stride[3], rows, dim);
+        else if (chunks)
+            Load::paged(to, in_pages, rows, dim);
         else
-            Load::any(to, in_pages, view.stride[3], count, dim);
+            Load::any(to, in_pages, view.stride[3], rows, dim);
     }
 
     // Tiles one after the other from `first` on, into the stage at `offset`.
     __device__ __forceinline__ void load_key(int tile, uint32_t offset) {
         const int left = seq.k_len - tile * BN;
-        if (tile < whole)
+        if (tile < aligned)
             LoadK::template aligned<true>(key_to + offset, next_key, p.key.stride[2], left,
                                           key_columns);
         else if (tile < end && !pages && p.flags & FWD_ALIGNED_KEY)
             LoadK::template aligned<false>(key_to + offset, next_key, p.key.stride[2], left,
                                            key_columns);
         else if (tile < end)
-            load_slowly<LoadK>(ring + offset, k, p.key, tile * BN, left, p.dim_qk,
+            load_slowly<LoadK>(stage + offset, k, p.key, tile * BN, left, p.dim_qk,
                                p.flags & FWD_ALIGNED_KEY);
     }
     __device__ __forceinline__ void load_value(int tile, uint32_t offset) {
         const int left = seq.k_len - tile * BN;
-        if (tile < whole)
+        if (tile < aligned)
             LoadV::template aligned<true>(value_to + offset, next_value, p.value.stride[2], left,
                                           value_columns);
         else if (tile < end && !pages && p.flags & FWD_ALIGNED_VALUE)
             LoadV::template aligned<false>(value_to + offset, next_value, p.value.stride[2], left,
                                            value_columns);
         else if (tile < end)
-            load_slowly<LoadV>(ring + T::K_BYTES + offset, v, p.value, tile * BN, left, p.dim_v,
+            load_slowly<LoadV>(stage + T::K_BYTES + offset, v, p.value, tile * BN, left, p.dim_v,
                                p.flags & FWD_ALIGNED_VALUE);
     }
 
-    __device__ __forceinline__ void load_queries() {
-        const fwd_view &view = p.query;
-        const E *const q = (const E *)view.data + work.b * view.stride[0] +
-                           work.h * view.stride[1] + (seq.q_start + block_row) * view.stride[2];
-        if (p.flags & FWD_ALIGNED_QUERY) {
-            const char *from = LoadQ::start(q, view.stride[2]);
-            LoadQ::template aligned<false>(q_tile + LoadQ::place(), from, view.stride[2], rows,
-                                           LoadQ::columns(p.dim_qk));
-        } else {
-            LoadQ::any(
-                q_tile, [&](int r) { return q + r * view.stride[2]; }, view.stride[3], rows,
-                p.dim_qk);
-        }
-    }
-
-    // Queries, and the pairs of the ring but the last.
-    __device__ __forceinline__ void load() {
-        find_tiles();
-        find_keys();
-        load_queries();
-        if (STAGES == 1)
-            return;
+    // All pairs of the ring but the last, which follows in the first step.
+    __device__ __forceinline__ void fill() {
         load_key(first, 0);
         copy_commit();
 #pragma unroll
@@ -668,41 +649,20 @@ struct Forward {
         }
     }
 
-    // ---- Step
-
-    // Where the P of this warp's rows lies in shared memory.
-    __device__ __forceinline__ uint32_t p_tile() const {
-        return T::Q_BYTES + RING_BYTES + warp * MT * 16 * BN * 2;
-    }
-
-    __device__ __forceinline__ uint32_t p_chunk(int row, int half) const {
-        return SPLIT > 1 ? kept(q_tile + p_tile() + Chunks<BN>::at(row, half * (W::KEYS / 8))) : 0;
-    }
-
-    __device__ __forceinline__ void find_operands() {
-        q_at = kept(q_tile + warp * MT * 16 * D * 2 + Chunks<D>::at(lane % 16, lane / 16));
-        k_at = kept(ring + part * W::KEYS * D * 2 +
-                    Chunks<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
-        v_at = kept(ring + T::K_BYTES +
-                    Chunks<DV>::at(lane % 8 + lane / 8 % 2 * (SPLIT > 1 ? W::KEYS : 8),
-                                   part * 2 + lane / 16));
-        p_at = p_chunk(lane % 16, lane / 16);
-        p_to = p_chunk(lane / 4, part) + lane % 4 * 4;
-    }
-
-    // Waits for the pair of step g, at `offset`, and has that which comes STAGES later take the place of the one before.
-    __device__ __forceinline__ void turn_ring(int g, uint32_t offset) {
+    // Waits for the pair of step g, which is at `offset`, and has the one STAGES steps later take the place of the last.
+    __device__ __forceinline__ void turn(int g, uint32_t offset) {
         if (g < first)
             copy_wait<STAGES - 1>();
         else
             copy_wait<STAGES - 2>();
-        __syncthreads(); // all have what they copied, and are done with the step before
-        if (g < first)
-            return;
-        const uint32_t free = (offset == 0 ? RING_BYTES : offset) - T::STAGE_BYTES;
-        load_key(g + STAGES, free);
-        load_value(g + STAGES - 1, free);
-        copy_commit();
+        __syncthreads(); // the pair of this step is there, and all warps are done with the step before
+        if (g >= first) {
+            const uint32_t free =
+                offset == 0 ? (STAGES - 1) * T::STAGE_BYTES : offset - T::STAGE_BYTES;
+            load_key(g + STAGES, free);
+            load_value(g + STAGES - 1, free);
+            copy_commit();
+        }
     }
 
     // With one stage K of the next tile is on its way while V of this one is used, and the other way round.
@@ -720,130 +680,167 @@ struct Forward {
         load_value(g + 1, 0);
         copy_commit();
     }
-
-    // The scores of a tile and what follows from them before its values are needed.
-    __device__ __forceinline__ void score(int tile, uint32_t offset) {
-        const int row = first_row + lane / 4, key = tile * BN + part * W::KEYS;
-        w.multiply_keys(q_at, k_at + offset);
-        if (EXTRAS)
-            w.extras(p, seq, work.b, work.h, row, key);
-        if (tile < clean_first)
-            w.template mask<false>(p, seq, row, key);
-        if (tile >= clean_end)
-            w.template mask<true>(p, seq, row, key);
-        w.find_maxima();
-        w.follow_maxima(shared + p_tile());
-        w.template exponentials<0, W::PART * W::AHEAD>(p_to);
-    }
-
-    __device__ __forceinline__ void step(int g, uint32_t offset) {
-        if (STAGES == 1)
-            turn_to_value(g);
-        else
-            turn_ring(g, offset);
-        if (g >= warp_first && g < warp_end)
-            w.add_values(v_at + offset, p_at, p_to);
-        if (STAGES == 1)
-            turn_to_key(g);
-        if (g + 1 >= warp_first && g + 1 < warp_end)
-            score(g + 1, offset);
-    }
-
-    __device__ __forceinline__ void steps() {
-        uint32_t offset = 0;
-        w.init(EXTRAS ? 1.0f : p.exponent_scale);
-        find_operands();
-#pragma unroll 1
-        for (int g = first - 1; g < end; ++g) {
-            step(g, offset);
-            offset = offset + T::STAGE_BYTES == RING_BYTES ? 0 : offset + T::STAGE_BYTES;
-        }
-        copy_wait<0>();
-        if (first >= end)
-            __syncthreads(); // no step has waited for the queries; their tile is about to be reused
-    }
-
-    // ---- Finish
-
-    // Whether exponents relative to a row's maximum are of no use, it is so large. Those of extras() lose nothing. Where a bias
-    // hides all keys of a row by the least number that there is, they count alike: only lse asks for more.
-    __device__ __forceinline__ bool is_far(float top) const {
-        const bool hidden_alike = EXTRAS && p.bias.data && !p.lse.data;
-        return fabsf(top) >= (EXTRAS ? FLT_MAX : EXACT_FROM) && !(hidden_alike && top < 0);
-    }
-
-    // One row of this thread, row `local` of the block, times `factor` to where the warp's queries were. `odd` stays 0 as long
-    // as nothing in it is NaN or Inf.
-    __device__ __forceinline__ void stage_row(int mt, int half, int local, float factor, bool empty,
-                                              uint32_t &odd) {
-#pragma unroll
-        for (int n = 0; n < W::COLUMNS / 8; ++n) {
-            const float a = empty ? 0 : w.out[mt][n][2 * half] * factor;
-            const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * factor;
-            const uint32_t pair = pack<E>(a, b);
-            odd = multiply_add_zero<E>(pair, odd);
-            const int chunk = (n / 2 * SPLIT + part) * 2 + n % 2;
-            *(uint32_t *)(shared + Chunks<D>::at(local, chunk) + lane % 4 * 4) = pair;
-        }
-    }
-
-    // Outputs to where the queries were, and lse. True if one of the rows is to be computed exactly.
-    __device__ __forceinline__ bool end_rows() {
-        const float sink = sink_of(p, work.h);
-        uint32_t odd = 0;
-        bool far = false;
-        float lse_total = 0,
-              lse_top = 0; // of row lane % 4 of those of this thread, with lane / 4 in common
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4;
-                float total = w.sum[mt][half], top = w.bias[mt][half];
-                const bool beyond = block_row + local >= seq.q_len, empty = beyond || total == 0;
-                far |= !beyond && is_far(top);
-                if (empty) {
-                    total = 0;
-                    top = NEG_INF;
-                }
-                const float factor = end_row(sink, top, total);
-                if (lane % 4 == mt * 2 + half) {
-                    lse_total = total;
-                    lse_top = top;
-                }
-                stage_row(mt, half, local, factor, empty, odd);
-            }
-        const int row = warp * MT * 16 + lane % 4 * 8 + lane / 4;
-        if (p.lse.data && part == 0 && lane % 4 < MT * 2 && row < rows)
-            store_lse<E>(p, work.b, work.h, seq.q_start + block_row + row, sink, lse_top,
-                         lse_total);
-        return W::any(odd != 0 || far);
-    }
-
-    // The output of a warp takes the place of its own queries on its way to whole 16-byte writes.
-    __device__ __forceinline__ void finish() {
-        w.add_up_sums((float *)(shared + p_tile()));
-        const bool exactly = end_rows();
-        constexpr int ROWS = MT * 16 / SPLIT; // of those that warps share, each writes some
-        const int mine = warp * MT * 16 + part * ROWS;
-        __syncwarp();
-        store_rows<E, D, DV, ROWS>(p, shared, mine, rows,
-                                   (E *)p.output.data + work.b * p.output.stride[0] +
-                                       work.h * p.output.stride[1] +
-                                       (seq.q_start + block_row) * p.output.stride[2]);
-        if (exactly)
-            write_rows_exactly<E, float>(p, work.b, work.h, block_row + mine,
-                                         block_row + mine + ROWS);
-    }
 };
+
+// A block's queries to shared memory.
+template <typename Load, typename E>
+__device__ __forceinline__ void load_queries(const fwd_params &p, uint32_t to, const E *q,
+                                             int rows) {
+    if (p.flags & FWD_ALIGNED_QUERY) {
+        const char *from = Load::start(q, p.query.stride[2]);
+        Load::template aligned<false>(to + Load::place(), from, p.query.stride[2], rows,
+                                      Load::columns(p.dim_qk));
+    } else {
+        Load::any(
+            to, [&](int r) { return q + r * p.query.stride[2]; }, p.query.stride[3], rows,
+            p.dim_qk);
+    }
+}
+
+// Where this thread's parts of the operands are: for ldmatrix, and in P for what it writes of that. K and V in the first stage.
+template <int D, int DV, int MT, int BN, int SPLIT>
+struct Operands {
+    const uint32_t q, k, v, p, p_to;
+
+    __device__ __forceinline__ static uint32_t in_p(uint32_t tile, int row, int half) {
+        return SPLIT > 1 ? kept(tile + Chunks<BN>::at(row, half * (BN / SPLIT / 8))) : 0;
+    }
+
+    __device__ __forceinline__ Operands(uint32_t q_tile, uint32_t k_tile, uint32_t v_tile,
+                                        uint32_t p_tile, int warp, int part)
+        : q(kept(q_tile + warp * MT * 16 * D * 2 + Chunks<D>::at(lane() % 16, lane() / 16))),
+          k(kept(k_tile + part * (BN / SPLIT) * D * 2 +
+                 Chunks<D>::at(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2))),
+          v(kept(v_tile + Chunks<DV>::at(lane() % 8 + lane() / 8 % 2 * (SPLIT > 1 ? BN / SPLIT : 8),
+                                         part * 2 + lane() / 16))),
+          p(in_p(p_tile, lane() % 16, lane() / 16)),
+          p_to(in_p(p_tile, lane() / 4, part) + lane() % 4 * 4) {}
+
+    __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+};
+
+// A warp's rows of output and lse. The output takes the place of the warp's own queries on its way to whole 16-byte writes.
+template <typename E, int D, int DV, int MT, int BN, int SPLIT, bool EXTRAS, typename Share>
+__device__ __forceinline__ void finish(const fwd_params &p, const Work &work, const Sequence &seq,
+                                       const Share &share, Warp<E, D, DV, MT, BN, SPLIT> &w,
+                                       char *shared, uint32_t p_tile) {
+    using W = Warp<E, D, DV, MT, BN, SPLIT>;
+    const int lane = threadIdx.x % 32, warp = share.warp, part = share.part;
+    const float sink = sink_of(p, work.h);
+    w.add_up_sums((float *)(shared + p_tile));
+    uint32_t odd = 0; // not 0: the output has a NaN or Inf
+    bool far = false; // a row's maximum is so large that its exponents are of no use
+    constexpr float far_from = EXTRAS ? FLT_MAX : EXACT_FROM; // exponents of extras() lose nothing
+    // Where a bias hides all keys of a row by the least number that there is, they count alike: only lse asks for more.
+    const bool hidden_alike = EXTRAS && p.bias.data && !p.lse.data;
+    float lse_total = 0,
+          lse_top = 0; // of row lane % 4 of those of this thread, with lane / 4 in common
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4;
+            float total = w.sum[mt][half], top = w.bias[mt][half];
+            const bool beyond = share.block_row + local >= seq.q_len, empty = beyond || total == 0;
+            far |= !beyond && fabsf(top) >= far_from && !(hidden_alike && top < 0);
+            if (empty) {
+                total = 0;
+                top = NEG_INF;
+            }
+            const float factor = end_row(sink, top, total);
+            if (lane % 4 == mt * 2 + half) {
+                lse_total = total;
+                lse_top = top;
+            }
+#pragma unroll
+            for (int n = 0; n < W::COLUMNS / 8; ++n) {
+                const float a = empty ? 0 : w.out[mt][n][2 * half] * factor;
+                const float b = empty ? 0 : w.out[mt][n][2 * half + 1] * factor;
+                const uint32_t pair = pack<E>(a, b);
+                odd = multiply_add_zero<E>(pair, odd);
+                const int chunk = (n / 2 * SPLIT + part) * 2 + n % 2;
+                *(uint32_t *)(shared + Chunks<D>::at(local, chunk) + lane % 4 * 4) = pair;
+            }
+        }
+    const int lse_row = warp * MT * 16 + lane % 4 * 8 + lane / 4;
+    if (p.lse.data && part == 0 && lane % 4 < MT * 2 && lse_row < share.rows)
+        store_lse<E>(p, work.b, work.h, seq.q_start + share.block_row + lse_row, sink, lse_top,
+                     lse_total);
+    const bool exactly = W::any(odd != 0 || far);
+    constexpr int ROWS = MT * 16 / SPLIT; // of those that warps share, each writes some
+    const int mine = warp * MT * 16 + part * ROWS;
+    __syncwarp();
+    store_rows<E, D, DV, ROWS>(p, shared, mine, share.rows,
+                               (E *)p.output.data + work.b * p.output.stride[0] +
+                                   work.h * p.output.stride[1] +
+                                   (seq.q_start + share.block_row) * p.output.stride[2]);
+    if (exactly)
+        write_rows_exactly<E, float>(p, work.b, work.h, share.block_row + mine,
+                                     share.block_row + mine + ROWS);
+}
 
 template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
 __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
+    using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
+    using W = Warp<E, D, DV, MT, BN, SPLIT>;
+    using R = Ring<E, D, DV, WARPS, MT, BN, STAGES, SPLIT>;
     extern __shared__ __align__(16) char shared[];
-    Forward<E, D, DV, WARPS, MT, BN, STAGES, SPLIT, EXTRAS> forward(p, shared);
-    if (forward.rows <= 0)
+    const uint32_t q_tile = shared_address(shared), k_tile = q_tile + T::Q_BYTES;
+    const int lane = threadIdx.x % 32, warps = kept_by_all(threadIdx.x / 32);
+
+    const Work work(p);
+    const Sequence seq(p, work.b);
+    Share<T::ROWS, MT * 16, BN, SPLIT> share(work, seq, warps);
+    if (share.rows <= 0)
         return;
-    forward.load();
-    forward.steps();
-    forward.finish();
+    const int kv_head = work.h / p.group;
+    const bool pages = EXTRAS && p.page_size;
+    const E *const q = (const E *)p.query.data + work.b * p.query.stride[0] +
+                       work.h * p.query.stride[1] +
+                       (seq.q_start + share.block_row) * p.query.stride[2];
+    const E *const k = R::start(p.key, work, kv_head, seq.k_start, pages);
+    const E *const v = R::start(p.value, work, kv_head, seq.k_start, pages);
+    share.find_tiles(p, seq);
+    R ring(p, work, seq, k, v, pages, k_tile, share.first, share.end);
+    load_queries<Loader<E, T::THREADS, T::ROWS, D>>(p, q_tile, q, share.rows);
+    if (STAGES > 1)
+        ring.fill();
+
+    W w;
+    w.init(EXTRAS ? 1.0f : p.exponent_scale);
+    const uint32_t p_tile = T::Q_BYTES + R::BYTES + share.warp * MT * 16 * BN * 2;
+    const Operands<D, DV, MT, BN, SPLIT> at(q_tile, k_tile, k_tile + T::K_BYTES, q_tile + p_tile,
+                                            share.warp, share.part);
+    uint32_t offset = 0;
+#pragma unroll 1
+    for (int g = share.first - 1; g < share.end; ++g) {
+        const bool current = g >= share.warp_first && g < share.warp_end,
+                   next = g + 1 >= share.warp_first && g + 1 < share.warp_end;
+        if (STAGES == 1)
+            ring.turn_to_value(g);
+        else
+            ring.turn(g, offset);
+        if (current)
+            w.add_values(at.v + offset, at.p, at.p_to);
+        if (STAGES == 1)
+            ring.turn_to_key(g);
+        if (next) {
+            const int key = (g + 1) * BN + share.part * W::KEYS;
+            w.multiply_keys(at.q, at.k + offset);
+            if (EXTRAS)
+                w.extras(p, seq, work.b, work.h, share.first_row + lane / 4, key);
+            if (g + 1 < share.whole_first)
+                w.template mask<false>(p, seq, share.first_row + lane / 4, key);
+            if (g + 1 >= share.whole_end)
+                w.template mask<true>(p, seq, share.first_row + lane / 4, key);
+            w.find_maxima();
+            w.follow_maxima(shared + p_tile);
+            w.template exponentials<0, W::PART * W::AHEAD>(at.p_to);
+        }
+        offset = offset + T::STAGE_BYTES == R::BYTES ? 0 : offset + T::STAGE_BYTES;
+    }
+    copy_wait<0>();
+    if (share.first >= share.end)
+        __syncthreads(); // no step has waited for the queries; their tile is about to be reused
+    finish<E, D, DV, MT, BN, SPLIT, EXTRAS>(p, work, seq, share, w, shared, p_tile);
 }

@@ -1,0 +1,45 @@
+"""The images of the CUDA rows: one for each FOLDER/NAME.cu, or several where it is compiled in parts."""
+
+load("@rules_cc//cc:defs.bzl", "cc_library")
+load("//third_party/cuda:fatbin.bzl", "cuda_fatbin")
+
+def cuda_rows(name, different):
+    """A cc_library of all rows in this package, and NAME_images, a filegroup of what the compiler made of them.
+
+    FOLDER/NAME.cu becomes the image NAME_image, with the headers of its folder and of common/, for all GPUs that we serve.
+
+    Args:
+      name: of the library.
+      different: for rows that are compiled otherwise, by name: `archs` and `ptx` of their cuda_fatbin; `parts`, by name, the macros
+        with which a part of the row is compiled into NAME_PART_image.
+    """
+    images = []
+    for src in native.glob(["*/*.cu"]):
+        folder, row = src[:-len(".cu")].split("/")
+        options = dict(different.get(row, {}))
+        headers = ["%s/%s" % (of, kind) for of in ["common", folder] for kind in ["*.cuh", "*.inc", "*params.h", "*sizes.h"]]
+        for part, defines in options.pop("parts", {"": []}).items():
+            image = "_".join([row, part, "image"] if part else [row, "image"])
+            images.append(image)
+            cuda_fatbin(
+                name = image,
+                src = src,
+                # Gradients may need what forward has, never the reverse.
+                hdrs = native.glob(headers, exclude = [] if "_bwd_" in row else ["*/bwd*"]) + ["//src:philox.h"],
+                defines = defines,
+                visibility = ["//tests:__subpackages__"],
+                **options
+            )
+    cc_library(
+        name = name,
+        srcs = native.glob(["*/*.c"]),
+        hdrs = native.glob(["*/*.h", "*/*.inc"]),
+        visibility = ["//kernels:__pkg__"],
+        deps = ["//src:kernel"] + images,
+    )
+    native.filegroup(
+        name = name + "_images",
+        srcs = [image + ".embed" for image in images],
+        output_group = "image",
+        visibility = ["//tests:__subpackages__"],
+    )
