@@ -116,6 +116,14 @@ int64_t bwd_stats_rows(const struct problem *p) {
                           : (p->len_q + group - 1) / group * group * p->batch;
 }
 
+struct divisor divisor_of(int64_t d) {
+    struct divisor r = {.shift = 31};
+    while (INT64_C(1) << (r.shift - 31) < d)
+        r.shift++;
+    r.multiplier = (uint32_t)(((INT64_C(1) << r.shift) + d - 1) / d);
+    return r;
+}
+
 static int32_t gradient_flags(const struct problem *p) {
     const struct {
         const struct view *view;

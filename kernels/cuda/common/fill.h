@@ -17,6 +17,8 @@ bool fwd_plan(struct plan *plan, const struct problem *p, const struct tile *til
 int32_t fwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
                    const struct tile *tiles);
 
+struct divisor divisor_of(int64_t d);
+
 /* The same for gradients: fwd_fits() with the window's arithmetic on an offset diagonal, and fwd_fill() with all but what the
  * kernels split by themselves: key_blocks, stats, slope_sums. */
 bool bwd_fits(struct plan *plan, const struct problem *p);

@@ -12,6 +12,11 @@ struct fwd_view {
     int64_t stride[4];
 };
 
+/* A divisor for divide(): x / d is x * multiplier >> shift for all x below 2^31. An integer division takes a hundred cycles. */
+struct divisor {
+    uint32_t multiplier, shift;
+};
+
 /* fwd_params.flags */
 enum {
     FWD_ALIGNED_QUERY =

@@ -4,6 +4,10 @@
 
 #include "kernels/cuda/common/params.h"
 
+__device__ __forceinline__ int divide(unsigned x, const divisor &d) {
+    return (uint64_t)x * d.multiplier >> d.shift;
+}
+
 __device__ __forceinline__ int clamped(int64_t x, int64_t least, int64_t most) {
     return (int)(x < least ? least : x > most ? most : x);
 }

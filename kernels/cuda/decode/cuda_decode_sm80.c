@@ -72,14 +72,6 @@ bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const str
     return true;
 }
 
-static struct divisor divisor(int64_t d) {
-    struct divisor r = {.shift = 31};
-    while (INT64_C(1) << (r.shift - 31) < d)
-        r.shift++;
-    r.multiplier = (uint32_t)(((INT64_C(1) << r.shift) + d - 1) / d);
-    return r;
-}
-
 int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p,
                                 const struct exec *exec) {
     const struct tile *const t = &tiles[plan->variant];
@@ -89,10 +81,10 @@ int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p
                                    .outputs = exec->workspace};
     fwd_fill(&params.fwd, p, t->rows);
     params.fwd.row_blocks = (int32_t)ceil_divide(packed_rows(p), t->rows);
-    params.by_splits = divisor(params.splits);
-    params.by_row_blocks = divisor(params.fwd.row_blocks);
-    params.by_heads_kv = divisor(params.heads_kv);
-    params.by_group = divisor(params.fwd.group);
+    params.by_splits = divisor_of(params.splits);
+    params.by_row_blocks = divisor_of(params.fwd.row_blocks);
+    params.by_heads_kv = divisor_of(params.heads_kv);
+    params.by_group = divisor_of(params.fwd.group);
     if (plan->splits > 1)
         params.sums = params.outputs + (int64_t)plan->blocks * t->rows * p->dim_v;
     const int32_t status =

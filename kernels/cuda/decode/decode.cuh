@@ -34,22 +34,18 @@ struct Tile {
     static constexpr int SHARED_BYTES = Q_BYTES + WARPS * RING_BYTES + SUM_BYTES;
 };
 
-__device__ __forceinline__ int quotient(unsigned x, divisor d) {
-    return (uint64_t)x * d.multiplier >> d.shift;
-}
-
 // A tile of packed rows.
 struct Rows {
     int b, kv_head, first, group;
     divisor by_group;
     __device__ __forceinline__ Rows(const decode_params &p, int tile, int rows)
         : group(p.fwd.group), by_group(p.by_group) {
-        const int head = quotient(tile, p.by_row_blocks);
+        const int head = divide(tile, p.by_row_blocks);
         first = (tile - head * p.fwd.row_blocks) * rows;
-        b = quotient(head, p.by_heads_kv);
+        b = divide(head, p.by_heads_kv);
         kv_head = head - b * p.heads_kv;
     }
-    __device__ __forceinline__ int query(int r) const { return quotient(first + r, by_group); }
+    __device__ __forceinline__ int query(int r) const { return divide(first + r, by_group); }
     __device__ __forceinline__ int head(int r) const {
         return kv_head * group + first + r - query(r) * group;
     }
@@ -355,7 +351,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     char *const my_ring = shared + T::Q_BYTES + warp * T::RING_BYTES;
     const uint32_t ring = shared_address(my_ring);
 
-    const int tile = quotient(blockIdx.x, dp.by_splits), split = blockIdx.x - tile * dp.splits;
+    const int tile = divide(blockIdx.x, dp.by_splits), split = blockIdx.x - tile * dp.splits;
     const Rows rows(dp, tile, T::ROWS);
     const Sequence seq(p, rows.b);
     const int count = min(T::ROWS, seq.q_rows * rows.group - rows.first);
@@ -369,7 +365,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     const int clean_first = seq.first_key(p, rows.query(T::ROWS - 1)),
               clean_end = seq.end_key(p, top_row);
     const int steps = max(0, (end_key - first_key + T::KEYS - 1) / T::KEYS);
-    const int each = quotient(steps, dp.by_splits), more = steps - each * dp.splits;
+    const int each = divide(steps, dp.by_splits), more = steps - each * dp.splits;
     const int first = split * each + min(split, more), end = first + each + (split < more);
 
     // One step's keys and values by one warp: lane l knows where key l begins and tells the others. Lanes lie on eight
@@ -510,7 +506,7 @@ __device__ __forceinline__ void cuda_decode_sm80_merge(const decode_params &dp) 
     const fwd_params &p = dp.fwd;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // blockIdx.x is (head, query, place in its group), and so is the packed row of a head.
-    const int queries = quotient(blockIdx.x, dp.by_group), head = queries / p.len_q,
+    const int queries = divide(blockIdx.x, dp.by_group), head = queries / p.len_q,
               packed = blockIdx.x - head * p.len_q * p.group;
     const int row_block = packed / dp.tile_rows, tile = head * p.row_blocks + row_block,
               r = packed - row_block * dp.tile_rows;

@@ -6,11 +6,6 @@
 
 #include "kernels/cuda/common/params.h"
 
-/* x / d is x * multiplier >> shift for all x below 2^31: an integer division takes a hundred cycles. */
-struct divisor {
-    uint32_t multiplier, shift;
-};
-
 struct decode_params {
     struct fwd_params fwd; /* row_blocks: tiles of packed rows that share one kv head */
     int32_t heads_kv;
