@@ -9,6 +9,7 @@
  */
 #define _GNU_SOURCE
 #include "src/threads.h"
+#include "src/cpu.h"
 #include "src/kernel.h"
 
 #include <limits.h>
@@ -75,7 +76,7 @@ static void wait_change(_Atomic uint32_t *word, uint32_t value) {
         for (int i = 0; i < 64; i++) {
             if (atomic_load_explicit(word, memory_order_acquire) != value)
                 return;
-            __builtin_ia32_pause();
+            cpu_pause();
         }
     } while (nanoseconds() < until);
     while (atomic_load_explicit(word, memory_order_acquire) == value)

@@ -239,19 +239,9 @@ VEC_FN static void attend(struct f64_block *b, const struct f64_tile *t, double 
 VEC_FN static void transpose(double *to, int64_t to_stride, const double *from, int64_t from_stride,
                              int64_t rows, int64_t columns) {
     for (int64_t r = 0; r < rows; r += 4)
-        for (int64_t c = 0; c < columns; c += 4) {
-            const double *in = from + r * from_stride + c;
-            double *out = to + c * to_stride + r;
-            const __m256d x0 = _mm256_loadu_pd(in), x1 = _mm256_loadu_pd(in + from_stride),
-                          x2 = _mm256_loadu_pd(in + 2 * from_stride),
-                          x3 = _mm256_loadu_pd(in + 3 * from_stride),
-                          even01 = _mm256_unpacklo_pd(x0, x1), odd01 = _mm256_unpackhi_pd(x0, x1),
-                          even23 = _mm256_unpacklo_pd(x2, x3), odd23 = _mm256_unpackhi_pd(x2, x3);
-            _mm256_storeu_pd(out, _mm256_permute2f128_pd(even01, even23, 0x20));
-            _mm256_storeu_pd(out + to_stride, _mm256_permute2f128_pd(odd01, odd23, 0x20));
-            _mm256_storeu_pd(out + 2 * to_stride, _mm256_permute2f128_pd(even01, even23, 0x31));
-            _mm256_storeu_pd(out + 3 * to_stride, _mm256_permute2f128_pd(odd01, odd23, 0x31));
-        }
+        for (int64_t c = 0; c < columns; c += 4)
+            transpose_4x4(to + c * to_stride + r, to_stride, from + r * from_stride + c,
+                          from_stride);
 }
 
 VEC_FN static void scale_output(const struct f64_block *b, const double *factor, int64_t dim_v,

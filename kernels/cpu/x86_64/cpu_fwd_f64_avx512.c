@@ -1,5 +1,5 @@
 /* f64: 6 x 4 vectors of sums in 24 of the 32 registers. */
-#include "kernels/cpu/vec_f64_avx512.h"
+#include "kernels/cpu/x86_64/vec_f64_avx512.h"
 
 #define VECTORS 4
 #include "kernels/cpu/f64_template.h"

@@ -4,8 +4,8 @@
  * widening to f32 (cpu_fwd_avx512) is faster there.
  */
 #define VEC_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"
-#include "kernels/cpu/vec_avx512.h"
-#include "kernels/cpu/vec_bf16.h"
+#include "kernels/cpu/x86_64/vec_avx512.h"
+#include "kernels/cpu/x86_64/vec_bf16.h"
 
 #define VECTORS 4
 #define TILE_K 128

@@ -1,5 +1,5 @@
 /* Few query rows: f32, and f16 and bf16 widened to f32 on the way from memory. */
-#include "kernels/cpu/vec_avx512.h"
+#include "kernels/cpu/x86_64/vec_avx512.h"
 
 #define VALUE_PAIRS 4
 #include "kernels/cpu/decode_template.h"

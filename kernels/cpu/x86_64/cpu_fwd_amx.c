@@ -11,13 +11,13 @@
  * so scores and outputs go through memory: scores a few keys at a time, which stay in the first-level cache.
  */
 #define VEC_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,amx-tile,amx-bf16"
-#include "kernels/cpu/vec_avx512.h"
-#include "kernels/cpu/vec_bf16.h"
+#include "kernels/cpu/x86_64/vec_avx512.h"
+#include "kernels/cpu/x86_64/vec_bf16.h"
 
 #define VECTORS 4
 #include "kernels/cpu/forward_template.h"
 
-#include "kernels/cpu/vec_terms.h"
+#include "kernels/cpu/x86_64/vec_terms.h"
 
 enum {
     ROWS = 16, /* of a tile */

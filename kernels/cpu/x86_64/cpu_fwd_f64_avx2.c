@@ -1,5 +1,5 @@
 /* f64: 6 x 2 vectors of sums in 12 of the 16 registers. */
-#include "kernels/cpu/vec_f64_avx2.h"
+#include "kernels/cpu/x86_64/vec_f64_avx2.h"
 
 #define VECTORS 2
 #include "kernels/cpu/f64_template.h"

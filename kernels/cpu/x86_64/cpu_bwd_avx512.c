@@ -1,5 +1,5 @@
 /* f32, and f16 and bf16 widened to f32. */
-#include "kernels/cpu/vec_avx512.h"
+#include "kernels/cpu/x86_64/vec_avx512.h"
 
 #define VECTORS 4
 #define TILE_K 64

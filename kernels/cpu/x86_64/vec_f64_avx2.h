@@ -9,6 +9,8 @@
 #define VEC_FN __attribute__((target(VEC_TARGET)))
 #define VEC_INLINE __attribute__((target(VEC_TARGET), always_inline)) static inline
 
+#include "kernels/cpu/x86_64/vec_f64_transpose.h"
+
 enum { VEC_LANES = 4 };
 
 typedef double scalar;
