@@ -1,4 +1,6 @@
-use crate::{constant, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients};
+use crate::{
+    backward_call, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients,
+};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, DType, Error, Layout, Result, Shape, Storage, StorageRef, WithDType,
@@ -76,38 +78,17 @@ fn backward_as<T: Element + WithDType>(op: &Forward, call: &Backward<'_>) -> Res
         call.is_wanted(i)
             .then(|| vec![T::zero(); call.inputs[i].elem_count()])
     });
-    let [Some(query), Some(key), Some(value), Some(output), Some(lse), Some(d_output)] =
-        views(&inputs)?
-    else {
-        return Err(Error::msg("dlattn: a tensor of the forward pass is gone"));
-    };
-    // SAFETY: backward writes neither of the two.
-    let (output, lse) = unsafe { (TensorMut::for_reading(output), TensorMut::for_reading(lse)) };
-    let mut tensors = Tensors::new(query, key, value, output);
-    tensors.lse = Some(lse);
-    set_extras(&mut tensors, views(&locks)?);
-    let mut gradients = dlattn::Gradients::new(d_output);
-    let slots = [
-        &mut gradients.d_query,
-        &mut gradients.d_key,
-        &mut gradients.d_value,
-    ];
-    for ((slot, data), input) in slots.into_iter().zip(&mut made).zip(call.inputs) {
+    let mut d_inputs = [None, None, None];
+    for ((slot, data), input) in d_inputs.iter_mut().zip(&mut made).zip(call.inputs) {
         if let Some(data) = data {
             *slot = Some(TensorMut::new(data, input.dims()).map_err(Error::wrap)?);
         }
     }
+    let (tensors, mut gradients) = backward_call(views(&inputs)?, views(&locks)?, d_inputs)?;
     Library::get()
         .and_then(|library| library.backward(&op.attention.options, &tensors, &mut gradients))
         .map_err(Error::wrap)?;
-    let mut shapes = call.inputs.iter().map(|input| input.shape().clone());
-    Ok(made.map(|data| {
-        let shape = shapes.next()?;
-        Some(constant(
-            Storage::Cpu(T::to_cpu_storage_owned(data?)),
-            shape,
-        ))
-    }))
+    Ok(call.gradients(made, |data| Storage::Cpu(T::to_cpu_storage_owned(data))))
 }
 
 /// Tensors that are locked for reading as the library sees them.

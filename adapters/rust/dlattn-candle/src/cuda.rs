@@ -1,4 +1,6 @@
-use crate::{constant, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients};
+use crate::{
+    backward_call, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients,
+};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
@@ -106,30 +108,17 @@ fn backward_as<T: Element + CudaDType + candle_core::cuda_backend::cudarc::drive
         let inputs = call.all().map(|t| Some(t.storage_and_layout()));
         let locks = op.lock_extras();
         let mut guards = Vec::new();
-        let [Some(query), Some(key), Some(value), Some(output), Some(lse), Some(d_output)] =
-            views(&inputs, &stream, &mut guards)?
-        else {
-            return Err(Error::msg("dlattn: a tensor of the forward pass is gone"));
-        };
-        // SAFETY: backward writes neither of the two.
-        let (output, lse) =
-            unsafe { (TensorMut::for_reading(output), TensorMut::for_reading(lse)) };
-        let mut tensors = Tensors::new(query, key, value, output);
-        tensors.lse = Some(lse);
-        set_extras(&mut tensors, views(&locks, &stream, &mut guards)?);
-        let mut gradients = dlattn::Gradients::new(d_output);
-        let slots = [
-            &mut gradients.d_query,
-            &mut gradients.d_key,
-            &mut gradients.d_value,
-        ];
-        for ((slot, data), input) in slots.into_iter().zip(&mut made).zip(call.inputs) {
+        let mut d_inputs = [None, None, None];
+        for ((slot, data), input) in d_inputs.iter_mut().zip(&mut made).zip(call.inputs) {
             if let Some(data) = data {
                 let (data, guard) = data.device_ptr_mut(&stream);
                 guards.push(guard);
                 *slot = Some(fresh::<T>(data, &device, input.dims())?);
             }
         }
+        let read = views(&inputs, &stream, &mut guards)?;
+        let extras = views(&locks, &stream, &mut guards)?;
+        let (tensors, mut gradients) = backward_call(read, extras, d_inputs)?;
         let library = Library::get().map_err(Error::wrap)?;
         let options = &op.attention.options;
         let sku = library.backward_sku(options, &tensors, &gradients);
@@ -139,11 +128,8 @@ fn backward_as<T: Element + CudaDType + candle_core::cuda_backend::cudarc::drive
             unsafe { library.backward_on(options, &tensors, &mut gradients, exec) }
         })?;
     }
-    let mut shapes = call.inputs.iter().map(|input| input.shape().clone());
-    Ok(made.map(|data| {
-        let shape = shapes.next()?;
-        let storage = CudaStorage::wrap_cuda_slice(data?, device.clone());
-        Some(constant(Storage::Cuda(storage), shape))
+    Ok(call.gradients(made, |data| {
+        Storage::Cuda(CudaStorage::wrap_cuda_slice(data, device.clone()))
     }))
 }
 

@@ -295,6 +295,41 @@ impl Backward<'_> {
     fn is_wanted(&self, input: usize) -> bool {
         self.inputs[input].track_op()
     }
+
+    /// What was made of the gradients, as candle's tensors.
+    fn gradients<T>(&self, made: [Option<T>; 3], storage: impl Fn(T) -> Storage) -> Gradients {
+        let mut inputs = self.inputs.into_iter();
+        made.map(|data| {
+            let shape = inputs.next()?.shape().clone();
+            Some(constant(storage(data?), shape))
+        })
+    }
+}
+
+/// The call of backward: what it reads, in the order of `Backward::all()`, with what forward had
+/// besides, and room for the gradients that are wanted.
+fn backward_call<'a>(
+    read: [Option<dlattn::Tensor<'a>>; 6],
+    extras: [Option<dlattn::Tensor<'a>>; EXTRAS],
+    d_inputs: [Option<dlattn::TensorMut<'a>>; 3],
+) -> Result<(dlattn::Tensors<'a>, dlattn::Gradients<'a>)> {
+    let [Some(query), Some(key), Some(value), Some(output), Some(lse), Some(d_output)] = read
+    else {
+        return Err(Error::msg("dlattn: a tensor of the forward pass is gone"));
+    };
+    // SAFETY: backward writes neither of the two.
+    let (output, lse) = unsafe {
+        (
+            dlattn::TensorMut::for_reading(output),
+            dlattn::TensorMut::for_reading(lse),
+        )
+    };
+    let mut tensors = dlattn::Tensors::new(query, key, value, output);
+    tensors.lse = Some(lse);
+    set_extras(&mut tensors, extras);
+    let mut gradients = dlattn::Gradients::new(d_output);
+    [gradients.d_query, gradients.d_key, gradients.d_value] = d_inputs;
+    Ok((tensors, gradients))
 }
 
 impl Forward {
