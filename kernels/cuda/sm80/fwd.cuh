@@ -139,9 +139,9 @@ struct Warp {
     float score[MT][NT][4];
     uint32_t prob[MT][SPLIT > 1 ? 1 : VS]
                  [4]; // P of the current tile as operand of the next product
-    float bias[MT]
-              [2]; // the exponents of 2 that those of a row are relative to, 0 before its first key
-    float limit[MT][2]; // the score above which bias moves, -inf before the first key of a row
+    float top[MT]
+             [2]; // the exponent of 2 that those of a row are relative to, 0 before its first key
+    float limit[MT][2]; // the score above which top moves, -inf before the first key of a row
     float tile_most[MT][2];
     float sum[MT][2];
     float slope; // exponent of 2 per unit of score; 1 if extras() has applied it
@@ -153,7 +153,7 @@ struct Warp {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 limit[mt][half] = NEG_INF;
-                bias[mt][half] = sum[mt][half] = 0;
+                top[mt][half] = sum[mt][half] = 0;
             }
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n)
@@ -165,8 +165,8 @@ struct Warp {
 
     __device__ __forceinline__ uint32_t exponential(int mt, int n, int half) {
         const float x = score[mt][n][2 * half], y = score[mt][n][2 * half + 1];
-        const float a = exp2_approx(fmaf(x, slope, -bias[mt][half]));
-        const float b = exp2_approx(fmaf(y, slope, -bias[mt][half]));
+        const float a = exp2_approx(fmaf(x, slope, -top[mt][half]));
+        const float b = exp2_approx(fmaf(y, slope, -top[mt][half]));
         sum[mt][half] += a;
         sum[mt][half] += b;
         return pack<E>(a, b);
@@ -333,7 +333,7 @@ struct Warp {
         }
     }
 
-    // Makes the maxima of the next tile the reference if a row of the warp has outgrown it.
+    // Moves `top` to the maxima of the next tile if a row of the warp has outgrown it.
     __device__ __forceinline__ void follow_maxima(char *memory) {
         bool grown = false;
 #pragma unroll
@@ -361,11 +361,11 @@ struct Warp {
                 const bool fresh = limit[mt][half] == NEG_INF;
                 float x = to_exponent(fmaxf(most[mt][half], other[mt][half]), slope);
                 if (!fresh)
-                    x = fmaxf(x, bias[mt][half]);
+                    x = fmaxf(x, top[mt][half]);
                 limit[mt][half] = (x + LAZY) * reciprocal_approx(slope);
                 x = x == NEG_INF ? 0.0f : x;
-                const float shrink = fresh ? 0.0f : exp2_approx(bias[mt][half] - x);
-                bias[mt][half] = x;
+                const float shrink = fresh ? 0.0f : exp2_approx(top[mt][half] - x);
+                top[mt][half] = x;
                 sum[mt][half] *= shrink;
 #pragma unroll
                 for (int n = 0; n < COLUMNS / 8; ++n) {
@@ -740,7 +740,7 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int local = warp * MT * 16 + mt * 16 + half * 8 + lane / 4;
-            float total = w.sum[mt][half], top = w.bias[mt][half];
+            float total = w.sum[mt][half], top = w.top[mt][half];
             const bool beyond = share.block_row + local >= seq.q_len, empty = beyond || total == 0;
             far |= !beyond && fabsf(top) >= far_from && !(hidden_alike && top < 0);
             if (empty) {

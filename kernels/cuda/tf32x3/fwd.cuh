@@ -140,9 +140,9 @@ struct Warp {
 
     float out[D / 32][4][4];
     float score[NT][4];
-    float most[2], sum[2];
-    float slope; // exponent of 2 per unit of score
-    float unit;  // logit per unit of score: the scale, or 1 if logits() has applied it
+    float top[2], sum[2]; // `top`: the largest score so far, to which weights are relative
+    float slope;          // exponent of 2 per unit of score
+    float unit;           // logit per unit of score: the scale, or 1 if logits() has applied it
 
     // Scores of a tile. In a step of 16 head dims thread lane % 4 = t of a group has dims 4 t + {0, 1} as k = t and t + 4 of
     // the first product, and 4 t + {2, 3} of the second. `steps` of 32.
@@ -291,15 +291,15 @@ struct Warp {
     __device__ __forceinline__ void softmax(float (&shrink)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float top = most[half];
+            float most = top[half];
 #pragma unroll
             for (int n = 0; n < NT; ++n)
-                top = fmaxf(top, fmaxf(score[n][half * 2], score[n][half * 2 + 1]));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            const float base = top == -INFINITY ? 0.0f : top;
-            shrink[half] = exp2_approx((most[half] - base) * slope);
-            most[half] = top;
+                most = fmaxf(most, fmaxf(score[n][half * 2], score[n][half * 2 + 1]));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            const float base = most == -INFINITY ? 0.0f : most;
+            shrink[half] = exp2_approx((top[half] - base) * slope);
+            top[half] = most;
             float total = 0;
 #pragma unroll
             for (int n = 0; n < NT; ++n)
@@ -360,7 +360,7 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
     w.unit = options ? 1.0f : (float)p.scale;
     w.slope = w.unit * LOG2E;
     {
-        w.most[0] = w.most[1] = -INFINITY;
+        w.top[0] = w.top[1] = -INFINITY;
         w.sum[0] = w.sum[1] = 0;
 #pragma unroll
         for (int c = 0; c < D / 32; ++c)
@@ -430,7 +430,7 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
         const bool empty = i >= seq.q_len || total == 0, exists = i < seq.q_rows;
-        float top = empty ? -INFINITY : w.most[half] * w.unit, factor = 1;
+        float top = empty ? -INFINITY : w.top[half] * w.unit, factor = 1;
         if (empty)
             total = 0;
         if (sink > -INFINITY) {
