@@ -64,7 +64,7 @@ Test(gpu_plan, every_head_dim_on_every_gpu) {
     }
 }
 
-/* Gradients: every feature but pages, in 16 bits. */
+/* Gradients: every feature but pages. */
 Test(gpu_plan, backward_of_every_head_dim_on_every_gpu) {
     static const uint64_t features[] = {
         0, DLATTN_FEATURE_CAUSAL | DLATTN_FEATURE_LSE | DLATTN_FEATURE_VARLEN,
@@ -73,13 +73,15 @@ Test(gpu_plan, backward_of_every_head_dim_on_every_gpu) {
             DLATTN_FEATURE_DIAGONAL_OFFSET};
     for (int m = 0; m < MACHINES; m++) {
         for (int64_t dim = 1; dim <= 256; dim++) {
-            for (size_t n = 0; n < 4 * (sizeof features / sizeof features[0]); n++) {
-                struct problem p = problem_of(n % 2 ? DTYPE_F16 : DTYPE_BF16, dim,
-                                              n % 4 < 2 ? dim : 257 - dim, features[n / 4]);
+            for (size_t n = 0; n < 8 * (sizeof features / sizeof features[0]); n++) {
+                const enum dtype dtype = n % 4;
+                struct problem p =
+                    problem_of(dtype, dim, n % 8 < 4 ? dim : 257 - dim, features[n / 8]);
                 p.operation = BACKWARD;
-                p.kernel = "cuda_bwd_sm80";
-                cr_expect(strcmp(row_of(&machines[m], &p), "cuda_bwd_sm80") == 0,
-                          "sm_%d D %d, D_v %d", machines[m].sm, (int)p.dim_qk, (int)p.dim_v);
+                p.kernel = dtype_bytes(dtype) == 2 ? "cuda_bwd_sm80" : "cuda_bwd_simt";
+                cr_expect(strcmp(row_of(&machines[m], &p), p.kernel) == 0,
+                          "sm_%d %s D %d, D_v %d", machines[m].sm, dtype_name(dtype),
+                          (int)p.dim_qk, (int)p.dim_v);
             }
         }
     }

@@ -26,15 +26,18 @@ enum {
 /* Statistics of rows lie in groups of this many: each sequence begins with one. */
 enum { BWD_STATS_ROWS = 64 };
 
+/* Blocks that add up sinks and slopes: threads, and room for a number of each warp. */
+enum { SUM_THREADS = 256, SUM_SHARED_BYTES = SUM_THREADS / 32 * 8 };
+
 struct bwd_params {
     struct fwd_params f;
     struct fwd_view d_output, d_lse, d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks;
     struct fwd_view query_segments, key_segments, block_mask;
     /* [3][heads_q][stats_rows]: of each row what scores are relative to, the exponent of 2 of the sum of its weights relative to that
-     * (infinity: it takes no part), and delta. */
-    float *stats;
+     * (infinity: it takes no part), and delta. f64 and its exponents are of e. */
+    void *stats;
     int64_t stats_rows;
-    float *slope_sums; /* [batch][heads_q][row_blocks] */
+    void *slope_sums; /* [batch][heads_q][row_blocks] */
     int32_t heads_kv;
     int32_t key_blocks;
     int32_t diagonal_offset;
@@ -43,6 +46,7 @@ struct bwd_params {
     float keep;            /* 1 / (1 - dropout_probability) */
     uint32_t dropped_upto; /* random words up to this one drop their weight */
     uint32_t seed[2], offset;
+    double dropout_probability;
 };
 
 #endif /* DLATTN_CUDA_BWD_PARAMS_H_ */

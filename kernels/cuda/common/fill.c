@@ -110,6 +110,13 @@ bool bwd_fits(struct plan *plan, const struct problem *p) {
     return !plan->why && fwd_fits(plan, p);
 }
 
+bool bwd_needs_logits(const struct problem *p) {
+    const uint64_t options = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
+                             DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SEGMENTS |
+                             DLATTN_FEATURE_BLOCK_MASK | DLATTN_FEATURE_DROPOUT;
+    return p->features & options || !(p->scale > 0);
+}
+
 int64_t bwd_stats_rows(const struct problem *p) {
     const int64_t group = BWD_STATS_ROWS;
     return p->total_q > 0 ? (p->total_q / group + p->batch + 1) * group
@@ -124,7 +131,7 @@ struct divisor divisor_of(int64_t d) {
     return r;
 }
 
-static int32_t gradient_flags(const struct problem *p) {
+static int32_t bwd_flags(const struct problem *p) {
     const struct {
         const struct view *view;
         int64_t inner;
@@ -143,7 +150,8 @@ static int32_t gradient_flags(const struct problem *p) {
     }
     if (p->d_output.dtype == p->dtype && aligned(&p->d_output, dtype_bytes(p->dtype), p->dim_v))
         flags |= BWD_ALIGNED_D_OUTPUT;
-    return flags | (p->dropout_probability > 0 ? BWD_DROPOUT : 0);
+    return flags | (p->dropout_probability > 0 ? BWD_DROPOUT : 0) |
+           (bwd_needs_logits(p) ? BWD_LOGITS : 0);
 }
 
 void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q) {
@@ -164,7 +172,8 @@ void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q
         .diagonal_offset = (int32_t)p->diagonal_offset,
         .block_q = (int32_t)p->block_q,
         .block_k = (int32_t)p->block_k,
-        .flags = gradient_flags(p),
+        .flags = bwd_flags(p),
+        .dropout_probability = p->dropout_probability,
         .keep = (float)(1 / (1 - p->dropout_probability)),
         .dropped_upto = (uint32_t)(ceil(p->dropout_probability * 0x1p32) - 1),
         .seed = {(uint32_t)p->dropout_seed,
@@ -172,4 +181,83 @@ void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q
         .offset = (uint32_t)p->dropout_offset,
     };
     fwd_fill(&params->f, p, tile_q);
+}
+
+/* Blocks of each kernel of a row. */
+struct blocks {
+    int64_t stats, keys, rows, bias, slopes;
+};
+
+static int64_t blocks_of_rows(const struct problem *p, int64_t rows) {
+    return p->batch * p->heads_q * ceil_divide(p->len_q, rows);
+}
+
+/* One for each part of the bias that has a gradient of its own. */
+static int64_t blocks_of_bias(const struct problem *p, const struct bwd_row *row) {
+    const int64_t *const stride = p->d_bias.stride;
+    return (stride[0] ? p->batch : 1) * (stride[1] ? p->heads_q : 1) *
+           (stride[2] ? ceil_divide(p->len_q, row->bias_rows) : 1) *
+           (stride[3] ? ceil_divide(p->len_k, row->bias_keys) : 1);
+}
+
+static struct blocks blocks_of(const struct plan *plan, const struct problem *p,
+                               const struct bwd_row *row) {
+    return (struct blocks){
+        .stats = blocks_of_rows(p, row->stats_rows),
+        .keys = p->batch * p->heads_kv * ceil_divide(p->len_k, plan->tile_k),
+        .rows = blocks_of_rows(p, plan->tile_q),
+        .bias = blocks_of_bias(p, row),
+        .slopes = (p->d_alibi_slopes.stride[0] ? p->batch : 1) * p->heads_q,
+    };
+}
+
+/* Of statistics and slope sums: what elements are computed in. */
+static int64_t number_bytes(const struct problem *p) {
+    return p->dtype == DTYPE_F64 ? sizeof(double) : sizeof(float);
+}
+
+static int64_t stats_bytes(const struct problem *p) {
+    return 3 * p->heads_q * bwd_stats_rows(p) * number_bytes(p);
+}
+
+bool bwd_plan(struct plan *plan, const struct problem *p, const struct bwd_row *row) {
+    if (!bwd_fits(plan, p))
+        return false;
+    const struct blocks blocks = blocks_of(plan, p, row);
+    if (blocks.keys > INT32_MAX || blocks.stats > INT32_MAX || blocks.bias > INT32_MAX) {
+        plan->why = "it takes more blocks than a grid has; max_seqlen_q and max_seqlen_k, the "
+                    "lengths of the longest sequences, make them fewer";
+        return false;
+    }
+    plan->workspace_bytes = (size_t)(stats_bytes(p) + blocks.rows * number_bytes(p));
+    return true;
+}
+
+int32_t bwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                   const struct bwd_row *row) {
+    const struct blocks blocks = blocks_of(plan, p, row);
+    struct bwd_params params;
+    bwd_fill(&params, p, plan->tile_q);
+    params.key_blocks = (int32_t)ceil_divide(p->len_k, plan->tile_k);
+    params.stats = exec->workspace;
+    params.slope_sums = (char *)exec->workspace + stats_bytes(p);
+    const bool slopes = p->d_alibi_slopes.data != NULL;
+    const struct {
+        bool wanted;
+        struct cuda_kernel *kernel;
+        int64_t blocks;
+    } launches[] = {
+        {true, row->stats, blocks.stats},
+        {p->d_key.data || p->d_value.data, row->keys, blocks.keys},
+        {p->d_query.data || slopes, row->rows, blocks.rows},
+        {p->d_bias.data != NULL, row->bias, blocks.bias},
+        {p->d_sinks.data != NULL, row->sinks, p->heads_q},
+        {slopes, row->slopes, blocks.slopes},
+    };
+    int32_t status = DLATTN_OK;
+    for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
+        if (launches[i].wanted)
+            status = cuda_launch(launches[i].kernel, p->device_id, (int32_t)launches[i].blocks,
+                                 exec->stream, &params);
+    return status;
 }

@@ -27,4 +27,17 @@ void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q
 /* Rows that statistics of one head have room for. */
 int64_t bwd_stats_rows(const struct problem *p);
 
+/* True if scores are logits: an option or the scale makes more of a product of query and key than its multiple. */
+bool bwd_needs_logits(const struct problem *p);
+
+/* The kernels of a row of gradients in which no block adds to what another adds to. Blocks of `rows` and `keys` own the plan's
+ * tile_q rows and tile_k keys. */
+struct bwd_row {
+    struct cuda_kernel *stats, *keys, *rows, *bias, *sinks, *slopes;
+    int32_t stats_rows, bias_rows, bias_keys; /* that blocks of two others own */
+};
+bool bwd_plan(struct plan *plan, const struct problem *p, const struct bwd_row *row);
+int32_t bwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                   const struct bwd_row *row);
+
 #endif /* DLATTN_CUDA_FILL_H_ */

@@ -6,112 +6,20 @@
 // tile in turn; other blocks of the multiprocessor compute while one waits for its copies.
 #pragma once
 
-#include "kernels/cuda/common/ptx.cuh"
-#include "kernels/cuda/common/sequence.cuh"
-
-#include <math_constants.h>
-
-template <typename T>
-struct alignas(16) Vec {
-    static constexpr int N = 16 / sizeof(T);
-    T e[N];
-};
-
-// 2^x in f32 and e^x in f64, and how much x is for each logit.
-template <typename T>
-constexpr T PER_LOGIT = 1;
-template <>
-constexpr float PER_LOGIT<float> = LOG2E;
-__device__ __forceinline__ float exponential(float x) { return exp2_approx(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ bool is_masked(float p) { return __float_as_uint(p) == 0x80000000u; }
-__device__ __forceinline__ bool is_masked(double p) {
-    return (uint64_t)__double_as_longlong(p) == 0x8000000000000000u;
-}
+#include "kernels/cuda/simt/tile.cuh"
 
 template <typename T, int D, int R, int C>
-struct Simt {
-    static constexpr int THREADS = 128, ROWS = 8 * R, KEYS = 16 * C, VEC = Vec<T>::N,
-                         W = D / (16 * VEC);
-    static constexpr int PITCH = D + VEC, P_PITCH = KEYS + VEC; // in elements
+struct Simt : SimtTile<T, D, R, C> {
+    using Tile = SimtTile<T, D, R, C>;
+    using V = Vec<T>;
+    static constexpr int ROWS = Tile::OWN, KEYS = Tile::STEP, VEC = Tile::VEC, W = Tile::W,
+                         PITCH = Tile::PITCH, P_PITCH = Tile::WEIGHTS_PITCH;
     static constexpr size_t SHARED_BYTES =
         (size_t)((ROWS + KEYS) * PITCH + ROWS * P_PITCH) * sizeof(T);
-    using V = Vec<T>;
 
     T out[R][W][VEC], s[R][C], most[R], sum[R];
     T unit; // logit per unit of score: the scale, or 1 if logits() has applied it with the other options
     T slope; // exponent per unit of score
-
-    // `count` rows of `dim` elements into shared memory, zeros after them. row_of(r) says where a row starts.
-    template <typename RowOf>
-    __device__ static void load(T *to, RowOf row_of, int64_t inner, int tile_rows, int count,
-                                int dim, bool chunks) {
-        for (int x = threadIdx.x; x < tile_rows * (D / VEC); x += THREADS) {
-            const int r = x / (D / VEC), c = x % (D / VEC) * VEC;
-            const T *const row = row_of(r < count ? r : 0);
-            T *const at = to + r * PITCH + c;
-            if (chunks) {
-                copy_async(shared_address(at), row + c, r < count && c < dim);
-            } else {
-#pragma unroll
-                for (int e = 0; e < VEC; ++e)
-                    at[e] = r < count && c + e < dim ? row[(c + e) * inner] : T(0);
-            }
-        }
-        copy_commit();
-    }
-
-    __device__ __forceinline__ static V read(const T *from) { return *(const V *)from; }
-
-    __device__ __forceinline__ void multiply_keys(const T *q, const T *k) {
-        const int x = threadIdx.x % 16;
-#pragma unroll
-        for (int i = 0; i < R; ++i)
-#pragma unroll
-            for (int c = 0; c < C; ++c)
-                s[i][c] = 0;
-#pragma unroll 2
-        for (int d = 0; d < D; d += VEC) {
-            V a[R];
-#pragma unroll
-            for (int i = 0; i < R; ++i)
-                a[i] = read(q + i * PITCH + d);
-#pragma unroll
-            for (int c = 0; c < C; ++c) {
-                const V b = read(k + (x + 16 * c) * PITCH + d);
-#pragma unroll
-                for (int i = 0; i < R; ++i)
-#pragma unroll
-                    for (int e = 0; e < VEC; ++e)
-                        s[i][c] = fma(a[i].e[e], b.e[e], s[i][c]);
-            }
-        }
-    }
-
-    // MASKED: keys whose probability is -0 do not count, even if their value is NaN or Inf.
-    template <bool MASKED>
-    __device__ __forceinline__ void add_values(const T *prob, const T *v) {
-        const int x = threadIdx.x % 16;
-#pragma unroll 1
-        for (int j = 0; j < KEYS; j += VEC) {
-            V a[R];
-#pragma unroll
-            for (int i = 0; i < R; ++i)
-                a[i] = read(prob + i * P_PITCH + j);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e)
-#pragma unroll
-                for (int w = 0; w < W; ++w) {
-                    const V b = read(v + (j + e) * PITCH + (x + 16 * w) * VEC);
-#pragma unroll
-                    for (int i = 0; i < R; ++i)
-#pragma unroll
-                        for (int f = 0; f < VEC; ++f)
-                            if (!MASKED || !is_masked(a[i].e[e]))
-                                out[i][w][f] = fma(a[i].e[e], b.e[f], out[i][w][f]);
-                }
-        }
-    }
 
     // Logits from raw products; -inf for keys that row i does not see. True if there is one.
     __device__ __forceinline__ bool logits(const fwd_params &p, const Sequence &seq, int b, int h,
@@ -297,7 +205,7 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
     for (int key = first; key < end; key += S::KEYS) {
         copy_wait<0>();
         __syncthreads();
-        t.multiply_keys(q_tile + y * R * S::PITCH, kv_tile);
+        S::multiply(t.s, q_tile + y * R * S::PITCH, kv_tile);
         __syncthreads();
         load_kv(p.value, key, p.dim_v, p.flags & FWD_ALIGNED_VALUE);
         const bool masked = t.logits(p, seq, work.b, work.h, row, key);
@@ -306,9 +214,9 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
         copy_wait<0>();
         __syncthreads();
         if (any_masked)
-            t.template add_values<true>(prob, kv_tile);
+            S::template add<true>(t.out, prob, kv_tile);
         else
-            t.template add_values<false>(prob, kv_tile);
+            S::template add<false>(t.out, prob, kv_tile);
         __syncthreads();
         if (key + S::KEYS < end)
             load_kv(p.key, key + S::KEYS, p.dim_qk, p.flags & FWD_ALIGNED_KEY);

@@ -8,10 +8,9 @@
 // and two that only add up, slopes and sinks.
 #pragma once
 
-#include "kernels/cuda/common/bwd_params.h"
+#include "kernels/cuda/common/bwd_head.cuh"
 #include "kernels/cuda/sm80/bwd_sizes.h"
 #include "kernels/cuda/sm80/fwd.cuh"
-#include "src/philox.h"
 
 #include <type_traits>
 
@@ -21,54 +20,6 @@ __device__ __forceinline__ void load_chunk(uint32_t (&words)[4], uint32_t from) 
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(from)
                  : "memory");
-}
-
-// One sequence of the batch, and where the statistics of its rows begin among those of a head.
-struct BwdSequence : Sequence {
-    int k_rows; // keys that are its own: the gradients of all are written
-    int64_t stats;
-
-    __device__ __forceinline__ BwdSequence(const bwd_params &p, int b)
-        : Sequence(p.f, b), k_rows(p.f.len_k) {
-        if (p.f.cu_seqlens_k.data) {
-            const int64_t end = int_at(p.f.cu_seqlens_k, b + 1);
-            k_rows = clamped((end < p.f.total_k ? end : p.f.total_k) - k_start, 0, p.f.len_k);
-        }
-        const int64_t padded = (p.f.len_q + BWD_STATS_ROWS - 1) / BWD_STATS_ROWS * BWD_STATS_ROWS;
-        stats =
-            p.f.cu_seqlens_q.data ? (q_start / BWD_STATS_ROWS + b) * BWD_STATS_ROWS : b * padded;
-        diagonal += p.diagonal_offset;
-    }
-
-    // Rows [first, end) to which the window leaves one of the keys [key, key_end).
-    __device__ __forceinline__ int first_row(const bwd_params &p, int key) const {
-        return max(0, key - diagonal - p.f.window_right);
-    }
-    __device__ __forceinline__ int end_row(const bwd_params &p, int key, int key_end) const {
-        return key < k_len ? min(q_len, min(key_end, k_len) - diagonal + p.f.window_left) : 0;
-    }
-};
-
-// The statistics of row i of head h: top, log and delta are planes.
-__device__ __forceinline__ const float *stats_of(const bwd_params &p, const BwdSequence &seq,
-                                                 int h) {
-    return p.stats + h * p.stats_rows + seq.stats;
-}
-__device__ __forceinline__ int64_t stats_plane(const bwd_params &p) {
-    return p.f.heads_q * p.stats_rows;
-}
-
-// Element `at` of a tensor of floats or of E.
-template <typename E>
-__device__ __forceinline__ float load_float(const void *data, int64_t at, bool f32) {
-    return f32 ? ((const float *)data)[at] : Element<E>::widen(((const uint16_t *)data)[at]);
-}
-template <typename E>
-__device__ __forceinline__ void store_float(void *data, int64_t at, bool f32, float x) {
-    if (f32)
-        ((float *)data)[at] = x;
-    else
-        ((uint16_t *)data)[at] = (uint16_t)pack<E>(x, 0);
 }
 
 template <typename E>
@@ -81,12 +32,10 @@ __device__ __forceinline__ float2 widen_pair(uint32_t pair) {
 // From products to scores. Without EXTRAS a score is the bare product q k; with them it is the logit. A weight is 2 to the power
 // of (score - top) * slope - log.
 template <typename E, bool EXTRAS>
-struct Head {
-    const bwd_params &p;
-    const BwdSequence &seq;
-    const int b, h;
-
-    __device__ __forceinline__ float slope() const { return EXTRAS ? LOG2E : p.f.exponent_scale; }
+struct Head : BwdHead<E> {
+    __device__ __forceinline__ float slope() const {
+        return EXTRAS ? LOG2E : this->p.f.exponent_scale;
+    }
 
     __device__ __forceinline__ float weight(float score, float top, float log) const {
         return exp2_approx(fmaf(score - top, slope(), -log));
@@ -94,70 +43,13 @@ struct Head {
 
     // The capped product, and the derivative of the cap.
     __device__ __forceinline__ float capped(float dot, float &derivative) const {
-        const float x = dot * (float)p.f.scale, cap = (float)p.f.softcap;
+        const float x = dot * (float)this->p.f.scale, cap = (float)this->p.f.softcap;
         derivative = 1;
         if (!(cap > 0))
             return x;
         const float e = exp2_approx(-2 * LOG2E * fabsf(x) / cap), r = 1 / (1 + e);
         derivative = 4 * e * r * r;
         return copysignf(cap * (1 - e) * r, x);
-    }
-
-    __device__ __forceinline__ int64_t at(const fwd_view &v, int i, int j) const {
-        return b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
-    }
-    __device__ __forceinline__ float bias(int i, int j) const {
-        return load_float<E>(p.f.bias.data, at(p.f.bias, i, j), p.f.flags & FWD_BIAS_F32);
-    }
-    __device__ __forceinline__ float alibi_slope() const {
-        const fwd_view &v = p.f.alibi_slopes;
-        return v.data ? ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] : 0;
-    }
-    __device__ __forceinline__ float distance(int i, int j) const {
-        return fabsf((float)(i + seq.diagonal - j));
-    }
-
-    __device__ __forceinline__ bool same_segment(int i, int j) const {
-        const fwd_view &q = p.query_segments, &k = p.key_segments;
-        return ((const int *)q.data)[b * q.stride[0] + (seq.q_start + i) * q.stride[2]] ==
-               ((const int *)k.data)[b * k.stride[0] + (seq.k_start + j) * k.stride[2]];
-    }
-    // By block mask and mask.
-    __device__ __forceinline__ bool unmasked(int i, int j) const {
-        if (p.block_mask.data) {
-            const uint8_t state =
-                ((const uint8_t *)
-                     p.block_mask.data)[at(p.block_mask, i / p.block_q, j / p.block_k)];
-            if (state != 1)
-                return state != 0;
-        }
-        return !p.f.mask.data || ((const uint8_t *)p.f.mask.data)[at(p.f.mask, i, j)];
-    }
-    __device__ __forceinline__ bool in_window(int i, int j) const {
-        return j >= seq.first_key(p.f, i) && j < seq.end_key(p.f, i);
-    }
-
-    // The random words of keys j / 4 * 4 to j / 4 * 4 + 3.
-    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4]) const {
-        x[0] = j / 4;
-        x[1] = i;
-        x[2] = b * p.f.heads_q + h;
-        x[3] = p.offset;
-        philox(x, p.seed[0], p.seed[1]);
-    }
-    __device__ __forceinline__ bool dropped(int i, int j) const {
-        uint32_t x[4];
-        random(i, j, x);
-        const uint32_t low = j & 1 ? x[1] : x[0], high = j & 1 ? x[3] : x[2];
-        return (j & 2 ? high : low) <= p.dropped_upto;
-    }
-
-    // First elements of row i of query and output, and of key j and its value.
-    __device__ __forceinline__ int64_t row(const fwd_view &v, int i) const {
-        return b * v.stride[0] + h * v.stride[1] + (seq.q_start + i) * v.stride[2];
-    }
-    __device__ __forceinline__ int64_t key(const fwd_view &v, int j) const {
-        return b * v.stride[0] + h / p.f.group * v.stride[1] + (seq.k_start + j) * v.stride[2];
     }
 };
 
@@ -375,7 +267,7 @@ __device__ __noinline__ void load_slowly(uint32_t to, const void *data, int64_t 
     for (int x = threadIdx.x; x < COUNT * (D / 8); x += THREADS) {
         const int r = x / (D / 8), c = x % (D / 8) * 8;
         const auto at = [&](int d) {
-            return r < rows && d < dim ? load_float<E>(data, r * stride + d * inner, f32) : 0.0f;
+            return r < rows && d < dim ? load_number<E>(data, r * stride + d * inner, f32) : 0.0f;
         };
         uint32_t pairs[4];
 #pragma unroll
@@ -456,8 +348,9 @@ __device__ __forceinline__ void store_gradient(const float (&sum)[MT][D / 8][4],
 #pragma unroll 1
             for (int x = lane; x < 8 * D; x += 32)
                 if (first + x / D < rows && x % D < dim)
-                    store_float<E>(v.data, to + (first + x / D) * v.stride[2] + x % D * v.stride[3],
-                                   f32, staging[x]);
+                    store_number<E>(v.data,
+                                    to + (first + x / D) * v.stride[2] + x % D * v.stride[3], f32,
+                                    staging[x]);
         }
 }
 
@@ -480,8 +373,8 @@ struct ExactPair {
                       o = head.row(p.d_output, i), v = head.key(p.f.value, j);
         float score = 0, d_weight = 0, cap = 1;
         for (int d = 0; d < p.f.dim_qk; ++d)
-            score = fmaf(load_float<E>(p.f.query.data, q + d * p.f.query.stride[3], false),
-                         load_float<E>(p.f.key.data, k + d * p.f.key.stride[3], false), score);
+            score = fmaf(load_number<E>(p.f.query.data, q + d * p.f.query.stride[3], false),
+                         load_number<E>(p.f.key.data, k + d * p.f.key.stride[3], false), score);
         if (EXTRAS) {
             score = head.capped(score, cap);
             if (p.f.bias.data)
@@ -497,9 +390,9 @@ struct ExactPair {
         kept = !(EXTRAS && p.flags & BWD_DROPOUT && head.dropped(i, j));
         for (int d = 0; d < p.f.dim_v && kept; ++d)
             d_weight =
-                fmaf(load_float<E>(p.d_output.data, o + d * p.d_output.stride[3],
-                                   p.flags & BWD_D_OUTPUT_F32),
-                     load_float<E>(p.f.value.data, v + d * p.f.value.stride[3], false), d_weight);
+                fmaf(load_number<E>(p.d_output.data, o + d * p.d_output.stride[3],
+                                    p.flags & BWD_D_OUTPUT_F32),
+                     load_number<E>(p.f.value.data, v + d * p.f.value.stride[3], false), d_weight);
         weight = kept ? probability * p.keep : 0;
         gradient =
             probability * (d_weight * p.keep - stats[2 * stats_plane(p)]) * cap * (float)p.f.scale;
@@ -518,7 +411,7 @@ __device__ __forceinline__ void add_rows(float (&out)[8], float factor, bool cou
 #pragma unroll
         for (int c = 0; c < 8; ++c)
             if (lane + 32 * c < dim)
-                out[c] = fmaf(x, load_float<E>(v.data, row + (lane + 32 * c) * v.stride[3], f32),
+                out[c] = fmaf(x, load_number<E>(v.data, row + (lane + 32 * c) * v.stride[3], f32),
                               out[c]);
     }
 }
@@ -539,7 +432,7 @@ __device__ __forceinline__ void store_columns(const float (&out)[8], const fwd_v
 #pragma unroll
     for (int c = 0; c < 8; ++c)
         if (lane + 32 * c < dim)
-            store_float<E>(v.data, row + (lane + 32 * c) * v.stride[3], f32, out[c]);
+            store_number<E>(v.data, row + (lane + 32 * c) * v.stride[3], f32, out[c]);
 }
 
 // Rows [row, end) of d_query, by one warp, over what it has written before.
@@ -623,8 +516,8 @@ __device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_
         return sum;
     }
     for (int d = column; d < min(column + 8, p.f.dim_v); ++d) {
-        const float d_x = load_float<E>(p.d_output.data, d_o + d * p.d_output.stride[3], f32);
-        add(load_float<E>(p.f.output.data, o + d * p.f.output.stride[3], false),
+        const float d_x = load_number<E>(p.d_output.data, d_o + d * p.d_output.stride[3], f32);
+        add(load_number<E>(p.f.output.data, o + d * p.f.output.stride[3], false),
             Element<E>::widen((uint16_t)pack<E>(d_x, 0))); // as the tensor cores see it
     }
     return sum;
@@ -726,9 +619,10 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
         float log = POS_INF;
         if (exists) {
             log =
-                load_float<E>(p.f.lse.data, head.row(p.f.lse, i), p.f.flags & FWD_LSE_F32) * LOG2E;
+                load_number<E>(p.f.lse.data, head.row(p.f.lse, i), p.f.flags & FWD_LSE_F32) * LOG2E;
             if (p.d_lse.data)
-                delta -= load_float<E>(p.d_lse.data, head.row(p.d_lse, i), p.flags & BWD_D_LSE_F32);
+                delta -=
+                    load_number<E>(p.d_lse.data, head.row(p.d_lse, i), p.flags & BWD_D_LSE_F32);
             far |= !(p.f.flags & FWD_LSE_F32) || (fabsf(log) >= FAR_FROM && fabsf(log) < POS_INF);
         }
         const bool empty = !exists || (fabsf(log) == POS_INF && p.f.flags & FWD_LSE_F32);
@@ -1072,22 +966,6 @@ struct RowsTile {
     static_assert(2 * OWN_BYTES + 4 * STEP_BYTES == ROWS_SHARED_BYTES(D, WARPS, MT, BN), "");
 };
 
-// The sum of x over a block of THREADS, in one order always; thread 0 has it. `memory` is free for that.
-template <int THREADS>
-__device__ __forceinline__ float block_sum(float x, float *memory) {
-#pragma unroll
-    for (int step = 16; step; step /= 2)
-        x += __shfl_xor_sync(~0u, x, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0)
-        memory[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = 0;
-    for (int n = 0; n < THREADS / 32 && threadIdx.x == 0; ++n)
-        x += memory[n];
-    return x;
-}
-
 template <typename E, int D, int WARPS, int MT, int BN, bool EXTRAS>
 __device__ __forceinline__ void bwd_rows(const bwd_params &p) {
     using T = RowsTile<D, WARPS, MT, BN>;
@@ -1100,8 +978,9 @@ __device__ __forceinline__ void bwd_rows(const bwd_params &p) {
     const Head<E, EXTRAS> head{p, seq, work.b, work.h};
     const int block_row = work.row_block * T::ROWS, row = block_row + warp * MT * 16;
     const bool slopes = EXTRAS && p.d_alibi_slopes.data;
-    float *const slope_to =
-        p.slope_sums + ((int64_t)work.b * p.f.heads_q + work.h) * p.f.row_blocks + work.row_block;
+    float *const slope_to = (float *)p.slope_sums +
+                            ((int64_t)work.b * p.f.heads_q + work.h) * p.f.row_blocks +
+                            work.row_block;
     if (block_row >= seq.q_rows) {
         if (slopes && threadIdx.x == 0)
             *slope_to = 0;
@@ -1227,36 +1106,21 @@ __device__ __forceinline__ void bwd_bias(const bwd_params &p) {
     const uint32_t base = shared_address(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const fwd_view &to = p.d_bias;
-    const int row_tiles = (p.f.len_q + T::ROWS - 1) / T::ROWS,
-              key_tiles = (p.f.len_k + T::KEYS - 1) / T::KEYS;
-    // This block's part of each axis, [first, end).
-    int64_t block = blockIdx.x;
-    struct Range {
-        int first, end;
-    };
-    const auto part = [&](int axis, int count) {
-        if (!to.stride[axis])
-            return Range{0, count};
-        const int at = block % count;
-        block /= count;
-        return Range{at, at + 1};
-    };
-    const Range key_part = part(3, key_tiles), row_part = part(2, row_tiles),
-                heads = part(1, p.f.heads_q), batch = part(0, p.f.batch);
+    const BiasPart part(p, T::ROWS, T::KEYS);
     float sum[1][T::KEYS / 8][4];
     clear(sum);
-    for (int b = batch.first; b < batch.end; ++b) {
+    for (int b = part.batch.first; b < part.batch.end; ++b) {
         const BwdSequence seq(p, b);
-        for (int h = heads.first; h < heads.end; ++h) {
+        for (int h = part.heads.first; h < part.heads.end; ++h) {
             const Head<E, true> head{p, seq, b, h};
-            for (int tile = row_part.first; tile < row_part.end; ++tile) {
+            for (int tile = part.rows.first; tile < part.rows.end; ++tile) {
                 const int block_row = tile * T::ROWS, row = block_row + warp * 16 + lane / 4;
                 const int last = min(block_row + T::ROWS, seq.q_len) - 1;
-                const int first_key = max(key_part.first * T::KEYS,
+                const int first_key = max(part.keys.first * T::KEYS,
                                           seq.first_key(p.f, block_row) / T::KEYS * T::KEYS),
                           end_key = last < block_row
                                         ? 0
-                                        : min(key_part.end * T::KEYS, seq.end_key(p.f, last));
+                                        : min(part.keys.end * T::KEYS, seq.end_key(p.f, last));
                 if (first_key >= end_key)
                     continue;
                 RowStats<1> stats;
@@ -1329,61 +1193,15 @@ __device__ __forceinline__ void bwd_bias(const bwd_params &p) {
         });
     }
     const int rows = to.stride[2] ? p.f.len_q : 1, columns = to.stride[3] ? p.f.len_k : 1;
-    const int first_row = to.stride[2] ? row_part.first * T::ROWS : 0,
-              first_column = to.stride[3] ? key_part.first * T::KEYS : 0;
+    const int first_row = to.stride[2] ? part.rows.first * T::ROWS : 0,
+              first_column = to.stride[3] ? part.keys.first * T::KEYS : 0;
     Tile::each(first_row + warp * 16 + lane / 4, first_column + lane % 4 * 2,
                [&](int mt, int n, int e, int i, int j) {
                    if (i < rows && j < columns)
-                       store_float<E>(to.data,
-                                      batch.first * to.stride[0] + heads.first * to.stride[1] +
-                                          i * to.stride[2] + j * to.stride[3],
-                                      p.flags & BWD_D_BIAS_F32, sum[mt][n][e]);
+                       store_number<E>(to.data,
+                                       part.batch.first * to.stride[0] +
+                                           part.heads.first * to.stride[1] + i * to.stride[2] +
+                                           j * to.stride[3],
+                                       p.flags & BWD_D_BIAS_F32, sum[mt][n][e]);
                });
-}
-
-// ---- Sums -----------------------------------------------------------------------------------------------------------------
-
-// One slope: over the blocks of rows of its head, and over the batch where it has one for all.
-__device__ __forceinline__ void bwd_slopes(const bwd_params &p) {
-    extern __shared__ __align__(16) char shared[];
-    const fwd_view &to = p.d_alibi_slopes;
-    const int h = blockIdx.x % p.f.heads_q, b = blockIdx.x / p.f.heads_q;
-    const int64_t count = (to.stride[0] ? 1 : p.f.batch) * (int64_t)p.f.row_blocks;
-    float sum = 0;
-    for (int64_t n = threadIdx.x; n < count; n += SUM_THREADS)
-        sum += p.slope_sums[((b + n / p.f.row_blocks) * p.f.heads_q + h) * p.f.row_blocks +
-                            n % p.f.row_blocks];
-    sum = block_sum<SUM_THREADS>(sum, (float *)shared);
-    if (threadIdx.x == 0)
-        ((float *)to.data)[b * to.stride[0] + h * to.stride[1]] = sum;
-}
-
-// One sink, by the statistics of the rows of its head. Rows that do not take part see nothing but the sink.
-template <typename E>
-__device__ __forceinline__ void bwd_sinks(const bwd_params &p) {
-    extern __shared__ __align__(16) char shared[];
-    const int h = blockIdx.x;
-    const float sink = sink_of(p.f, h), slope = p.flags & BWD_LOGITS ? LOG2E : p.f.exponent_scale;
-    float sum = 0;
-    for (int b = 0; b < p.f.batch && sink > NEG_INF; ++b) {
-        const BwdSequence seq(p, b);
-        const float *const stats = stats_of(p, seq, h);
-        for (int i = threadIdx.x; i < seq.q_rows; i += SUM_THREADS) {
-            float weight = 1, delta = 0;
-            if (i < seq.q_len) {
-                weight =
-                    exp2_approx(fmaf(-stats[i], slope, sink * LOG2E) - stats[stats_plane(p) + i]);
-                delta = stats[2 * stats_plane(p) + i];
-            } else if (p.d_lse.data) {
-                delta = -load_float<E>(p.d_lse.data,
-                                       b * p.d_lse.stride[0] + h * p.d_lse.stride[1] +
-                                           (seq.q_start + i) * p.d_lse.stride[2],
-                                       p.flags & BWD_D_LSE_F32);
-            }
-            sum = fmaf(-weight, delta, sum);
-        }
-    }
-    sum = block_sum<SUM_THREADS>(sum, (float *)shared);
-    if (threadIdx.x == 0)
-        ((float *)p.d_sinks.data)[h * p.d_sinks.stride[1]] = sum;
 }

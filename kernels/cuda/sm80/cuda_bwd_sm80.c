@@ -50,55 +50,29 @@ static struct cuda_kernel sinks_kernels[] = {
 static struct cuda_kernel slopes_kernel =
     CUDA_KERNEL(module, "cuda_bwd_sm80_slopes", SUM_THREADS, SUM_SHARED_BYTES);
 
-static bool needs_extras(const struct problem *p) {
-    const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
-                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SEGMENTS |
-                            DLATTN_FEATURE_BLOCK_MASK | DLATTN_FEATURE_DROPOUT;
-    return p->features & extras || !(p->scale > 0);
-}
-
-/* Of stats, then of slope_sums. */
-static int64_t stats_floats(const struct problem *p) { return 3 * p->heads_q * bwd_stats_rows(p); }
-static int64_t row_blocks(const struct problem *p, int32_t rows) {
-    return p->batch * p->heads_q * ceil_divide(p->len_q, rows);
-}
-
-/* A block for each part of the bias that has a gradient of its own. */
-static int64_t bias_blocks(const struct problem *p) {
-    const int64_t *const stride = p->d_bias.stride;
-    return (stride[0] ? p->batch : 1) * (stride[1] ? p->heads_q : 1) *
-           (stride[2] ? ceil_divide(p->len_q, BIAS_ROWS) : 1) *
-           (stride[3] ? ceil_divide(p->len_k, BIAS_KEYS) : 1);
-}
-
-/* Blocks of each kernel. */
-struct blocks {
-    int64_t stats, keys, rows, bias, slopes;
-};
-
-static struct blocks blocks_of(const struct plan *plan, const struct problem *p) {
-    return (struct blocks){
-        .stats = row_blocks(p, BWD_STATS_ROWS),
-        .keys = p->batch * p->heads_kv * ceil_divide(p->len_k, plan->tile_k),
-        .rows = row_blocks(p, plan->tile_q),
-        .bias = bias_blocks(p),
-        .slopes = (p->d_alibi_slopes.stride[0] ? p->batch : 1) * p->heads_q,
-    };
-}
-
-/* ---- The plan ----------------------------------------------------------------------------------------------------- */
-
 /* A tile of each kind, in plan->variant. */
 enum { KEYS_TILE = 0, ROWS_TILE = 8, STATS_TILE = 16, BIAS_TILE = 24 };
 
-static const struct tile *tile_of(const struct plan *plan, const struct tile *tiles, int kind) {
-    return &tiles[plan->variant >> kind & 127];
+static struct bwd_row row_of(const struct plan *plan, const struct problem *p) {
+#define KERNEL(kind, tiles) kernel_for(&(tiles)[plan->variant >> (kind) & 127], p->dtype)
+    return (struct bwd_row){
+        .stats = KERNEL(STATS_TILE, stats_tiles),
+        .keys = KERNEL(KEYS_TILE, keys_tiles),
+        .rows = KERNEL(ROWS_TILE, rows_tiles),
+        .bias = KERNEL(BIAS_TILE, bias_tiles),
+        .sinks = &sinks_kernels[p->dtype == DTYPE_BF16],
+        .slopes = &slopes_kernel,
+        .stats_rows = BWD_STATS_ROWS,
+        .bias_rows = BIAS_ROWS,
+        .bias_keys = BIAS_KEYS,
+    };
+#undef KERNEL
 }
 
 ROW_FUNCTIONS(cuda_bwd_sm80);
 
 bool cuda_bwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-#define CHOOSE(tiles) choose_tile(tiles, COUNT(tiles), needs_extras(p), p, caps, NULL)
+#define CHOOSE(tiles) choose_tile(tiles, COUNT(tiles), bwd_needs_logits(p), p, caps, NULL)
     const int32_t keys = CHOOSE(keys_tiles), rows = CHOOSE(rows_tiles), stats = CHOOSE(stats_tiles),
                   bias = CHOOSE(bias_tiles);
 #undef CHOOSE
@@ -107,48 +81,12 @@ bool cuda_bwd_sm80_plan(struct plan *plan, const struct problem *p, const struct
     plan->variant = keys << KEYS_TILE | rows << ROWS_TILE | stats << STATS_TILE | bias << BIAS_TILE;
     plan->tile_q = rows_tiles[rows].rows;
     plan->tile_k = keys_tiles[keys].keys;
-    if (!bwd_fits(plan, p))
-        return false;
-    const struct blocks blocks = blocks_of(plan, p);
-    if (blocks.keys > INT32_MAX || blocks.stats > INT32_MAX || blocks.bias > INT32_MAX) {
-        plan->why = "it takes more blocks than a grid has; max_seqlen_q and max_seqlen_k, the "
-                    "lengths of the longest sequences, make them fewer";
-        return false;
-    }
-    plan->workspace_bytes = (size_t)(stats_floats(p) + blocks.rows) * sizeof(float);
-    return true;
+    const struct bwd_row row = row_of(plan, p);
+    return bwd_plan(plan, p, &row);
 }
-
-/* ---- The launch --------------------------------------------------------------------------------------------------- */
 
 int32_t cuda_bwd_sm80_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
-    const struct blocks blocks = blocks_of(plan, p);
-    struct bwd_params params;
-    bwd_fill(&params, p, plan->tile_q);
-    params.flags |= needs_extras(p) ? BWD_LOGITS : 0;
-    params.key_blocks = (int32_t)ceil_divide(p->len_k, plan->tile_k);
-    params.stats = exec->workspace;
-    params.slope_sums = params.stats + stats_floats(p);
-    const bool slopes = p->d_alibi_slopes.data != NULL;
-#define KERNEL(kind, tiles) kernel_for(tile_of(plan, tiles, kind), p->dtype)
-    const struct {
-        bool wanted;
-        struct cuda_kernel *kernel;
-        int64_t blocks;
-    } launches[] = {
-        {true, KERNEL(STATS_TILE, stats_tiles), blocks.stats},
-        {p->d_key.data || p->d_value.data, KERNEL(KEYS_TILE, keys_tiles), blocks.keys},
-        {p->d_query.data || slopes, KERNEL(ROWS_TILE, rows_tiles), blocks.rows},
-        {p->d_bias.data != NULL, KERNEL(BIAS_TILE, bias_tiles), blocks.bias},
-        {p->d_sinks.data != NULL, &sinks_kernels[p->dtype == DTYPE_BF16], p->heads_q},
-        {slopes, &slopes_kernel, blocks.slopes},
-    };
-#undef KERNEL
-    int32_t status = DLATTN_OK;
-    for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
-        if (launches[i].wanted)
-            status = cuda_launch(launches[i].kernel, p->device_id, (int32_t)launches[i].blocks,
-                                 exec->stream, &params);
-    return status;
+    const struct bwd_row row = row_of(plan, p);
+    return bwd_launch(plan, p, exec, &row);
 }

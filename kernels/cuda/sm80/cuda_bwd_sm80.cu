@@ -22,4 +22,4 @@
 
 INSTANCE(cuda_bwd_sm80_f16_sinks, SUM_THREADS, 1, bwd_sinks<__half>)
 INSTANCE(cuda_bwd_sm80_bf16_sinks, SUM_THREADS, 1, bwd_sinks<__nv_bfloat16>)
-INSTANCE(cuda_bwd_sm80_slopes, SUM_THREADS, 1, bwd_slopes)
+INSTANCE(cuda_bwd_sm80_slopes, SUM_THREADS, 1, bwd_slopes<float>)

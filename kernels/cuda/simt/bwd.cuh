@@ -1,0 +1,500 @@
+// Gradients of attention in f32 and f64 on the CUDA cores: products and sums in the element type. See docs/cuda-backward.md.
+//
+// As in cuda_bwd_sm80 no block adds to what another block adds to, so the bits of a gradient are those of its one block:
+//   stats   of each row delta, and what its weights are relative to
+//   keys    a block owns keys of one kv head, and walks over the rows of all query heads of the group: d_key and d_value
+//   rows    a block owns query rows, and walks over the keys: d_query, and of each block a sum for d_alibi_slopes
+//   bias    a block owns a part of d_bias, and walks over all that it is broadcast to
+// and two that only add up, slopes and sinks.
+#pragma once
+
+#include "kernels/cuda/common/bwd_head.cuh"
+#include "kernels/cuda/simt/bwd_sizes.h"
+#include "kernels/cuda/simt/tile.cuh"
+
+// A query head, and what pairs of a row and a key are in it. A score is the bare product q k, or with BWD_LOGITS the logit; a
+// weight is `exponential` of (score - top) * slope - log.
+template <typename T>
+struct SimtHead : BwdHead<T> {
+    __device__ __forceinline__ bool is_seen(int i, int j) const {
+        const bwd_params &p = this->p;
+        return i < this->seq.q_len && this->in_window(i, j) &&
+               (!p.query_segments.data || this->same_segment(i, j)) && this->unmasked(i, j);
+    }
+
+    // The score of a product, -inf if the row does not see the key, and the derivative of the logit before bias and ALiBi.
+    __device__ __forceinline__ T score(T dot, int i, int j, T &derivative) const {
+        const fwd_params &f = this->p.f;
+        derivative = 1;
+        if (!is_seen(i, j))
+            return -CUDART_INF;
+        if (!(this->p.flags & BWD_LOGITS))
+            return dot;
+        T x = dot * (T)f.scale;
+        if (f.softcap > 0) {
+            const T cap = (T)f.softcap, e = exponential(-2 * PER_LOGIT<T> * fabs(x) / cap),
+                    r = 1 / (1 + e);
+            derivative = 4 * e * r * r;
+            x = cap * tanh(x / cap);
+        }
+        if (f.bias.data)
+            x += this->bias(i, j);
+        return x - this->alibi_slope() * this->distance(i, j);
+    }
+};
+
+template <typename T>
+struct RowStat {
+    T top, log, delta;
+
+    __device__ __forceinline__ RowStat(const bwd_params &p, const BwdSequence &seq, int h, int i)
+        : top(0), log(0), delta(0) {
+        if (i < seq.q_len) {
+            const T *const stats = stats_of<T>(p, seq, h) + i;
+            top = stats[0];
+            log = stats[stats_plane(p)];
+            delta = stats[2 * stats_plane(p)];
+        }
+    }
+};
+
+template <typename T, int D, int R, int C>
+struct SimtBwd : SimtTile<T, D, R, C> {
+    using Tile = SimtTile<T, D, R, C>;
+    static constexpr int OWN = Tile::OWN, STEP = Tile::STEP, VEC = Tile::VEC, W = Tile::W,
+                         PITCH = Tile::PITCH;
+    static_assert(BWD_SHARED_BYTES(T, D, R, C) ==
+                      (2 * (OWN + STEP) * PITCH + OWN * Tile::WEIGHTS_PITCH) * sizeof(T),
+                  "");
+
+    // This thread's first row of the block's, and first row of a step.
+    __device__ __forceinline__ static int y() { return threadIdx.x / 16 * R; }
+    __device__ __forceinline__ static int x() { return threadIdx.x % 16; }
+
+    // Rows of a tensor from element `at` on; `f32`: it holds floats.
+    __device__ static void load(T *to, const fwd_view &v, int64_t at, int tile_rows, int count,
+                                int dim, bool chunks, bool f32) {
+        const int64_t row = v.stride[2], inner = v.stride[3];
+        if (sizeof(T) > 4 && f32)
+            for (int n = threadIdx.x; n < tile_rows * D; n += Tile::THREADS) {
+                const int r = n / D, d = n % D;
+                to[r * PITCH + d] =
+                    r < count && d < dim ? ((const float *)v.data)[at + r * row + d * inner] : T(0);
+            }
+        else
+            Tile::load(
+                to, [&](int r) { return (const T *)v.data + at + r * row; }, inner, tile_rows,
+                count, dim, chunks);
+    }
+    using Head = SimtHead<T>;
+    __device__ static void load_queries(T *to, const Head &head, int row, int rows) {
+        const fwd_params &f = head.p.f;
+        load(to, f.query, head.row(f.query, row), rows, head.seq.q_len - row, f.dim_qk,
+             f.flags & FWD_ALIGNED_QUERY, false);
+    }
+    __device__ static void load_d_output(T *to, const Head &head, int row, int rows) {
+        const bwd_params &p = head.p;
+        load(to, p.d_output, head.row(p.d_output, row), rows, head.seq.q_len - row, p.f.dim_v,
+             p.flags & BWD_ALIGNED_D_OUTPUT, p.flags & BWD_D_OUTPUT_F32);
+    }
+    __device__ static void load_keys(T *to, const Head &head, int key, int keys) {
+        const fwd_params &f = head.p.f;
+        load(to, f.key, head.key(f.key, key), keys, head.seq.k_len - key, f.dim_qk,
+             f.flags & FWD_ALIGNED_KEY, false);
+    }
+    __device__ static void load_values(T *to, const Head &head, int key, int keys) {
+        const fwd_params &f = head.p.f;
+        load(to, f.value, head.key(f.value, key), keys, head.seq.k_len - key, f.dim_v,
+             f.flags & FWD_ALIGNED_VALUE, false);
+    }
+    __device__ __forceinline__ static void loaded() {
+        copy_wait<0>();
+        __syncthreads();
+    }
+
+    // From the products of query and key, and of d_output and value. TRANSPOSED, for a block that owns keys: the weights of
+    // values, and the gradients of products. Else the derivatives of logits, and the gradients of logits. What is hidden has
+    // -0, see is_masked(). `own` and `step`: this thread's first row of either. True if something is hidden.
+    template <bool TRANSPOSED>
+    __device__ __forceinline__ static bool gradients(const Head &head, int own, int step,
+                                                     T (&score)[R][C], T (&d)[R][C]) {
+        const bwd_params &p = head.p;
+        const T slope = exponent_per_score<T>(p), keep = T(1 / (1 - p.dropout_probability));
+        bool hidden = false;
+#pragma unroll
+        for (int n = 0; n < R * C; ++n) {
+            // Neighbours in this order are of one query row.
+            const int i = TRANSPOSED ? n % R : n / C, c = TRANSPOSED ? n / R : n % C;
+            const int row = TRANSPOSED ? step + 16 * c : own + i,
+                      key = TRANSPOSED ? own + i : step + 16 * c;
+            const RowStat<T> stat(p, head.seq, head.h, row);
+            T cap;
+            const T s = head.score(score[i][c], row, key, cap);
+            const bool seen = s != -CUDART_INF,
+                       kept = seen && !(p.flags & BWD_DROPOUT && head.dropped(row, key));
+            const T weight = exponential((s - stat.top) * slope - stat.log);
+            const T gradient = weight * ((kept ? d[i][c] * keep : 0) - stat.delta);
+            d[i][c] = seen ? (TRANSPOSED ? gradient * cap : gradient) + 0 : -T(0);
+            score[i][c] = !TRANSPOSED ? cap : kept ? weight * keep + 0 : -T(0);
+            hidden |= !kept;
+        }
+        return hidden;
+    }
+
+    // sum += the weights of this half warp times the rows of a step, by way of its memory for them.
+    __device__ __forceinline__ static void add(T (&sum)[R][W][VEC], const T (&weight)[R][C],
+                                               T *memory, const T *step, bool hidden) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < R; ++i)
+#pragma unroll
+            for (int c = 0; c < C; ++c)
+                memory[i * Tile::WEIGHTS_PITCH + x() + 16 * c] = weight[i][c];
+        if (__any_sync(~0u, hidden))
+            Tile::template add<true>(sum, memory, step);
+        else
+            Tile::template add<false>(sum, memory, step);
+    }
+
+    __device__ __forceinline__ static void clear(T (&sum)[R][W][VEC]) {
+#pragma unroll
+        for (int n = 0; n < R * W * VEC; ++n)
+            sum[n / VEC / W][n / VEC % W][n % VEC] = 0;
+    }
+
+    // This thread's part of `rows` rows of a gradient from element `to` on; those from `len` on are 0.
+    __device__ static void store(const T (&sum)[R][W][VEC], T factor, const fwd_view &v, int64_t to,
+                                 int rows, int len, int dim, bool f32, bool chunks) {
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            if (y() + i >= rows)
+                continue;
+            const int64_t row = to + (y() + i) * v.stride[2];
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                const int column = (x() + 16 * w) * VEC;
+                Vec<T> out;
+#pragma unroll
+                for (int e = 0; e < VEC; ++e)
+                    out.e[e] = y() + i < len ? sum[i][w][e] * factor : T(0);
+                if (chunks && f32 == (sizeof(T) == 4) && column + VEC <= dim)
+                    *(Vec<T> *)((T *)v.data + row + column) = out;
+                else
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e)
+                        if (column + e < dim)
+                            store_number<T>(v.data, row + (column + e) * v.stride[3], f32,
+                                            out.e[e]);
+            }
+        }
+    }
+
+    // This thread's sums of a part of d_bias: those over keys go to its first column, those over rows to its first row.
+    __device__ static void store_bias(T (&sum)[R][C], const bwd_params &p, const BiasPart &part,
+                                      T *shared);
+};
+
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void SimtBwd<T, D, R, C>::store_bias(T (&sum)[R][C], const bwd_params &p,
+                                                                const BiasPart &part, T *shared) {
+    const fwd_view &to = p.d_bias;
+    if (!to.stride[3])
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+#pragma unroll
+            for (int c = 1; c < C; ++c)
+                sum[i][0] += sum[i][c];
+            for (int lane = 1; lane < 16; lane *= 2)
+                sum[i][0] += __shfl_xor_sync(~0u, sum[i][0], lane);
+        }
+    if (!to.stride[2]) {
+        T *const column = shared + x();
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+            T total = sum[0][c];
+#pragma unroll
+            for (int i = 1; i < R; ++i)
+                total += sum[i][c];
+            column[y() / R * STEP + 16 * c] = total;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+            sum[0][c] = 0;
+            for (int half_warp = 0; half_warp < OWN / R; ++half_warp)
+                sum[0][c] += column[half_warp * STEP + 16 * c];
+        }
+    }
+    const int rows = to.stride[2] ? p.f.len_q : 1, columns = to.stride[3] ? p.f.len_k : 1;
+    const int row = to.stride[2] ? part.rows.first * OWN + y() : y(),
+              column = to.stride[3] ? part.keys.first * STEP + x() : x();
+#pragma unroll
+    for (int n = 0; n < R * C; ++n) {
+        const int i = row + n / C, j = column + n % C * 16;
+        if (i < rows && j < columns)
+            store_number<T>(to.data,
+                            part.batch.first * to.stride[0] + part.heads.first * to.stride[1] +
+                                i * to.stride[2] + j * to.stride[3],
+                            p.flags & BWD_D_BIAS_F32, sum[n / C][n % C]);
+    }
+}
+
+// ---- Statistics of rows -------------------------------------------------------------------------------------------------
+
+// The largest score of each row, and the sum of the weights relative to it.
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void sweep(const SimtHead<T> &head, int block_row, T *shared,
+                                      T (&top)[R], T (&total)[R]) {
+    using S = SimtBwd<T, D, R, C>;
+    const bwd_params &p = head.p;
+    const T slope = exponent_per_score<T>(p);
+    T *const keys = shared + S::OWN * S::PITCH;
+    const int last = min(block_row + S::OWN, head.seq.q_len) - 1,
+              first = head.seq.first_key(p.f, block_row) / S::STEP * S::STEP,
+              end = last < block_row ? 0 : head.seq.end_key(p.f, last);
+    S::load_queries(shared, head, block_row, S::OWN);
+    for (int key = first; key < end; key += S::STEP) {
+        S::load_keys(keys, head, key, S::STEP);
+        S::loaded();
+        T s[R][C], derivative;
+        S::multiply(s, shared + S::y() * S::PITCH, keys);
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            T most = top[i];
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                s[i][c] =
+                    head.score(s[i][c], block_row + S::y() + i, key + S::x() + 16 * c, derivative);
+                most = fmax(most, s[i][c]);
+            }
+            const T base = most == -CUDART_INF ? T(0) : most;
+            total[i] *= exponential((top[i] - base) * slope);
+#pragma unroll
+            for (int c = 0; c < C; ++c)
+                total[i] += exponential((s[i][c] - base) * slope);
+            top[i] = most;
+        }
+        __syncthreads();
+    }
+    copy_wait<0>();
+}
+
+// Output times its gradient, of columns x, x + 16, ... of a row. An output of 0 counts as 0: it is that of a row that sees
+// nothing, whatever stands in the gradient.
+template <typename T>
+__device__ __forceinline__ T part_of_delta(const SimtHead<T> &head, int i, int x) {
+    const bwd_params &p = head.p;
+    const int64_t o = head.row(p.f.output, i), d_o = head.row(p.d_output, i);
+    T sum = 0;
+    for (int d = x; d < p.f.dim_v; d += 16) {
+        const T out = ((const T *)p.f.output.data)[o + d * p.f.output.stride[3]];
+        if (out != 0)
+            sum = fma(out,
+                      load_number<T>(p.d_output.data, d_o + d * p.d_output.stride[3],
+                                     p.flags & BWD_D_OUTPUT_F32),
+                      sum);
+    }
+    return sum;
+}
+
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void bwd_stats(const bwd_params &p) {
+    using S = SimtBwd<T, D, R, C>;
+    extern __shared__ __align__(16) char shared[];
+    const Work work(p.f);
+    const BwdSequence seq(p, work.b);
+    const SimtHead<T> head{p, seq, work.b, work.h};
+    const int block_row = work.row_block * S::OWN;
+    if (block_row >= seq.q_len)
+        return;
+    T top[R], total[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        top[i] = -CUDART_INF;
+        total[i] = 0;
+    }
+    sweep<T, D, R, C>(head, block_row, (T *)shared, top, total);
+    const T slope = exponent_per_score<T>(p),
+            sink = p.f.sinks.data ? (T)((const float *)p.f.sinks.data)[work.h * p.f.sinks.stride[1]]
+                                  : -CUDART_INF;
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        const int row = block_row + S::y() + i;
+        T most = top[i], delta = row < seq.q_len ? part_of_delta(head, row, S::x()) : 0;
+#pragma unroll
+        for (int lane = 1; lane < 16; lane *= 2) {
+            most = fmax(most, __shfl_xor_sync(~0u, most, lane));
+            delta += __shfl_xor_sync(~0u, delta, lane);
+        }
+        most = most == -CUDART_INF ? T(0) : most;
+        T sum = top[i] == -CUDART_INF && total[i] == 0
+                    ? T(0)
+                    : total[i] * exponential((top[i] - most) * slope);
+#pragma unroll
+        for (int lane = 1; lane < 16; lane *= 2)
+            sum += __shfl_xor_sync(~0u, sum, lane);
+        T log = logarithm(sum); // -inf: no key is seen
+        if (sink > -CUDART_INF) {
+            const T by_sink = sink * PER_LOGIT<T> - most * slope, higher = fmax(log, by_sink);
+            log = higher + logarithm(exponential(log - higher) + exponential(by_sink - higher));
+        }
+        const bool empty = log == -CUDART_INF;
+        if (S::x() == 0 && row < seq.q_len) {
+            T *const stats = (T *)stats_of<T>(p, seq, work.h) + row;
+            if (p.d_lse.data)
+                delta -=
+                    load_number<T>(p.d_lse.data, head.row(p.d_lse, row), p.flags & BWD_D_LSE_F32);
+            stats[0] = most;
+            stats[stats_plane(p)] = empty ? CUDART_INF : log;
+            stats[2 * stats_plane(p)] = empty ? 0 : delta;
+        }
+    }
+}
+
+// ---- The two walks --------------------------------------------------------------------------------------------------------
+
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void bwd_keys(const bwd_params &p) {
+    using S = SimtBwd<T, D, R, C>;
+    extern __shared__ __align__(16) char shared[];
+    T *const keys = (T *)shared, *const values = keys + S::OWN * S::PITCH,
+             *const queries = values + S::OWN * S::PITCH,
+             *const d_output = queries + S::STEP * S::PITCH,
+             *const weights = d_output + S::STEP * S::PITCH + S::y() * S::WEIGHTS_PITCH;
+    const int b = blockIdx.x / p.key_blocks / p.heads_kv,
+              kv_head = blockIdx.x / p.key_blocks % p.heads_kv,
+              key = blockIdx.x % p.key_blocks * S::OWN;
+    const BwdSequence seq(p, b);
+    if (key >= seq.k_rows)
+        return;
+    const int first = seq.first_row(p, key) / S::STEP * S::STEP,
+              end = seq.end_row(p, key, key + S::OWN), first_head = kv_head * p.f.group;
+    T d_key[R][S::W][S::VEC], d_value[R][S::W][S::VEC];
+    S::clear(d_key);
+    S::clear(d_value);
+    S::load_keys(keys, SimtHead<T>{p, seq, b, first_head}, key, S::OWN);
+    S::load_values(values, SimtHead<T>{p, seq, b, first_head}, key, S::OWN);
+#pragma unroll 1
+    for (int h = first_head; h < first_head + p.f.group; ++h) {
+        const SimtHead<T> head{p, seq, b, h};
+#pragma unroll 1
+        for (int row = first; row < end; row += S::STEP) {
+            S::load_queries(queries, head, row, S::STEP);
+            S::load_d_output(d_output, head, row, S::STEP);
+            S::loaded();
+            T s[R][C], d[R][C];
+            S::multiply(s, keys + S::y() * S::PITCH, queries);
+            S::multiply(d, values + S::y() * S::PITCH, d_output);
+            const bool hidden = S::template gradients<true>(head, key + S::y(), row + S::x(), s, d);
+            S::add(d_value, s, weights, d_output, hidden);
+            S::add(d_key, d, weights, queries, hidden);
+            __syncthreads();
+        }
+    }
+    copy_wait<0>();
+    const auto to = [&](const fwd_view &v) {
+        return b * v.stride[0] + kv_head * v.stride[1] + (seq.k_start + key) * v.stride[2];
+    };
+    const int rows = seq.k_rows - key, len = seq.k_len - key;
+    if (p.d_key.data)
+        S::store(d_key, (T)p.f.scale, p.d_key, to(p.d_key), rows, len, p.f.dim_qk,
+                 p.flags & BWD_D_KEY_F32, p.flags & BWD_ALIGNED_D_KEY);
+    if (p.d_value.data)
+        S::store(d_value, 1, p.d_value, to(p.d_value), rows, len, p.f.dim_v,
+                 p.flags & BWD_D_VALUE_F32, p.flags & BWD_ALIGNED_D_VALUE);
+}
+
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void bwd_rows(const bwd_params &p) {
+    using S = SimtBwd<T, D, R, C>;
+    extern __shared__ __align__(16) char shared[];
+    T *const queries = (T *)shared, *const d_output = queries + S::OWN * S::PITCH,
+             *const keys = d_output + S::OWN * S::PITCH, *const values = keys + S::STEP * S::PITCH,
+             *const weights = values + S::STEP * S::PITCH + S::y() * S::WEIGHTS_PITCH;
+    const Work work(p.f);
+    const BwdSequence seq(p, work.b);
+    const SimtHead<T> head{p, seq, work.b, work.h};
+    const int row = work.row_block * S::OWN, last = min(row + S::OWN, seq.q_len) - 1,
+              first = seq.first_key(p.f, row) / S::STEP * S::STEP,
+              end = last < row ? 0 : seq.end_key(p.f, last);
+    T d_query[R][S::W][S::VEC], slope_sum = 0;
+    S::clear(d_query);
+    S::load_queries(queries, head, row, S::OWN);
+    S::load_d_output(d_output, head, row, S::OWN);
+#pragma unroll 1
+    for (int key = first; key < end; key += S::STEP) {
+        S::load_keys(keys, head, key, S::STEP);
+        S::load_values(values, head, key, S::STEP);
+        S::loaded();
+        T s[R][C], d[R][C];
+        S::multiply(s, queries + S::y() * S::PITCH, keys);
+        S::multiply(d, d_output + S::y() * S::PITCH, values);
+        const bool hidden = S::template gradients<false>(head, row + S::y(), key + S::x(), s, d);
+#pragma unroll
+        for (int n = 0; n < R * C; ++n) {
+            T &gradient = d[n / C][n % C];
+            if (p.d_alibi_slopes.data)
+                slope_sum =
+                    fma(-gradient, head.distance(row + S::y() + n / C, key + S::x() + n % C * 16),
+                        slope_sum);
+            gradient *= s[n / C][n % C];
+        }
+        S::add(d_query, d, weights, keys, hidden);
+        __syncthreads();
+    }
+    copy_wait<0>();
+    if (p.d_alibi_slopes.data) {
+        __syncthreads(); // where no step was, the first tiles may still be on their way
+        slope_sum = block_sum<S::THREADS>(slope_sum, (T *)shared);
+        if (threadIdx.x == 0)
+            ((T *)p.slope_sums)[((int64_t)work.b * p.f.heads_q + work.h) * p.f.row_blocks +
+                                work.row_block] = slope_sum;
+    }
+    if (p.d_query.data)
+        S::store(d_query, (T)p.f.scale, p.d_query, head.row(p.d_query, row), seq.q_rows - row,
+                 seq.q_len - row, p.f.dim_qk, p.flags & BWD_D_QUERY_F32,
+                 p.flags & BWD_ALIGNED_D_QUERY);
+}
+
+// ---- Gradients of a bias ------------------------------------------------------------------------------------------------
+
+// Element by element a block adds up what the heads, sequences, rows and keys that they stand for say, one after the other.
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void bwd_bias(const bwd_params &p) {
+    using S = SimtBwd<T, D, R, C>;
+    extern __shared__ __align__(16) char shared[];
+    T *const queries = (T *)shared, *const d_output = queries + S::OWN * S::PITCH,
+             *const keys = d_output + S::OWN * S::PITCH, *const values = keys + S::STEP * S::PITCH;
+    const BiasPart part(p, S::OWN, S::STEP);
+    T sum[R][C] = {};
+    for (int b = part.batch.first; b < part.batch.end; ++b) {
+        const BwdSequence seq(p, b);
+        for (int h = part.heads.first; h < part.heads.end; ++h) {
+            const SimtHead<T> head{p, seq, b, h};
+            for (int row = part.rows.first * S::OWN; row < min(part.rows.end * S::OWN, seq.q_len);
+                 row += S::OWN) {
+                const int last = min(row + S::OWN, seq.q_len) - 1,
+                          first = max(part.keys.first * S::STEP,
+                                      seq.first_key(p.f, row) / S::STEP * S::STEP),
+                          end = min(part.keys.end * S::STEP, seq.end_key(p.f, last));
+                S::load_queries(queries, head, row, S::OWN);
+                S::load_d_output(d_output, head, row, S::OWN);
+                for (int key = first; key < end; key += S::STEP) {
+                    S::load_keys(keys, head, key, S::STEP);
+                    S::load_values(values, head, key, S::STEP);
+                    S::loaded();
+                    T s[R][C], d[R][C];
+                    S::multiply(s, queries + S::y() * S::PITCH, keys);
+                    S::multiply(d, d_output + S::y() * S::PITCH, values);
+                    S::template gradients<false>(head, row + S::y(), key + S::x(), s, d);
+#pragma unroll
+                    for (int n = 0; n < R * C; ++n)
+                        sum[n / C][n % C] += d[n / C][n % C];
+                    __syncthreads();
+                }
+                S::loaded(); // before the queries that no step has waited for are overwritten
+            }
+        }
+    }
+    S::store_bias(sum, p, part, (T *)shared);
+}
