@@ -10,7 +10,6 @@
 
 /* What there was in 1.0; a later feature is one that a row has only if it names it. */
 #define FEATURES_1_0 UINT64_C(0xffff)
-#define OUTER_STRIDES (FEATURES_1_0 & ~DLATTN_FEATURE_INNER_STRIDE)
 #define EVERY_FEATURE UINT64_C(0x3fffff)
 
 #define KERNEL(name, ...) ROW_FUNCTIONS(name);

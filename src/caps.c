@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 const char *caps_cpu_names(uint32_t bits, char *text, size_t size) {
     size_t used = 0;
@@ -43,8 +42,6 @@ static pthread_once_t cpu_once = PTHREAD_ONCE_INIT;
 static void find_cpu(void) {
     cpu.cpu = cpu_detect() & allowed();
     cpu.threads = threads_default();
-    long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    cpu.l2_bytes = l2 > 0 ? l2 : 1 << 20;
 }
 
 const struct caps *caps_cpu(void) {

@@ -18,7 +18,6 @@ enum {
     CUDA_SUCCESS = 0,
     CUDA_ERROR_NO_DEVICE = 100,
     CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
-    CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
@@ -144,7 +143,7 @@ static bool find_functions(void *library) {
 }
 
 static bool read_device(struct device *d, int ordinal) {
-    int major, minor, multiprocessors, shared, l2;
+    int major, minor, multiprocessors, shared;
     if (cu.cuDeviceGet(&d->handle, ordinal) != CUDA_SUCCESS ||
         cu.cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, d->handle) !=
             CUDA_SUCCESS ||
@@ -152,15 +151,12 @@ static bool read_device(struct device *d, int ordinal) {
             CUDA_SUCCESS ||
         cu.cuDeviceGetAttribute(&multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
                                 d->handle) != CUDA_SUCCESS ||
-        cu.cuDeviceGetAttribute(&l2, CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, d->handle) !=
-            CUDA_SUCCESS ||
         cu.cuDeviceGetAttribute(&shared, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
                                 d->handle) != CUDA_SUCCESS)
         return false;
     d->caps.sm = major * 10 + minor;
     d->caps.multiprocessors = multiprocessors;
     d->caps.shared_memory_bytes = shared;
-    d->caps.l2_bytes = l2;
     return true;
 }
 
@@ -213,7 +209,6 @@ int32_t cuda_caps(struct caps *caps, int32_t device) {
     caps->sm = d->caps.sm;
     caps->multiprocessors = d->caps.multiprocessors;
     caps->shared_memory_bytes = d->caps.shared_memory_bytes;
-    caps->l2_bytes = d->caps.l2_bytes;
     return DLATTN_OK;
 }
 

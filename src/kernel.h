@@ -13,10 +13,8 @@
 #define CPU_AVX2 1u   /* AVX2 + FMA + F16C */
 #define CPU_AVX512 2u /* AVX-512 F, BW, DQ, VL (and CPU_AVX2) */
 #define CPU_AVX512BF16 4u
-#define CPU_AVX512FP16 8u
-#define CPU_AMX_BF16 16u /* tiles permitted by the kernel */
-#define CPU_AMX_FP16 32u
-#define CPU_FAST_AVX512BF16 64u /* vdpbf16ps as often as FMA: AMD; Intel: a quarter */
+#define CPU_AMX_BF16 8u         /* tiles permitted by the kernel */
+#define CPU_FAST_AVX512BF16 16u /* vdpbf16ps as often as FMA: AMD; Intel: a quarter */
 
 /* What a machine can do. plan_choose() is a pure function of this and the problem. */
 struct caps {
@@ -25,7 +23,6 @@ struct caps {
     int32_t sm;      /* compute capability of the problem's GPU, 90 = 9.0; 0 = none */
     int32_t multiprocessors;
     int64_t shared_memory_bytes; /* most that one block may have */
-    int64_t l2_bytes;
 };
 
 struct kernel;

@@ -64,6 +64,23 @@ static void backward(const dlattn_api *api, const dlattn_forward_desc *desc,
     free(workspace);
 }
 
+/* Those that are wanted, one behind the other; d_bias, for one, is left out. */
+static void gradients(const dlattn_api *api, const dlattn_forward_desc *desc,
+                      const dlattn_tensors *tensors, int64_t *shape, float *given, float *made) {
+    const int64_t count = shape[0] * shape[1] * shape[2] * shape[3];
+    const DLTensor d_output = tensor(given, 4, shape), d_query = tensor(made, 4, shape);
+    const DLTensor d_key = tensor(made + count, 4, shape);
+    const DLTensor d_value = tensor(made + 2 * count, 4, shape);
+    const dlattn_gradients wanted = {
+        .struct_size = sizeof wanted,
+        .d_output = &d_output,
+        .d_query = &d_query,
+        .d_key = &d_key,
+        .d_value = &d_value,
+    };
+    backward(api, desc, tensors, &wanted);
+}
+
 int main(int argc, char **argv) {
     int64_t shape[4]; /* [B, H, L, D]; the lse has the first three axes */
     const int with_gradients = argc == 6 && strcmp(argv[5], "backward") == 0;
@@ -102,21 +119,9 @@ int main(int argc, char **argv) {
     /* 3. Ask for the kernel and its workspace, and run it. On the CPU the result is there on return. */
     forward(api, &desc, &tensors);
 
-    /* 4. Gradients, those that are wanted; d_bias, for one, is left out. */
-    if (with_gradients) {
-        float *made = results + count + rows;
-        const DLTensor d_output = tensor(memory + 3 * count, 4, shape);
-        const DLTensor d_query = tensor(made, 4, shape), d_key = tensor(made + count, 4, shape);
-        const DLTensor d_value = tensor(made + 2 * count, 4, shape);
-        const dlattn_gradients gradients = {
-            .struct_size = sizeof gradients,
-            .d_output = &d_output,
-            .d_query = &d_query,
-            .d_key = &d_key,
-            .d_value = &d_value,
-        };
-        backward(api, &desc, &tensors, &gradients);
-    }
+    /* 4. Gradients of all that goes in. */
+    if (with_gradients)
+        gradients(api, &desc, &tensors, shape, memory + 3 * count, results + count + rows);
     const size_t all = written * count + rows;
     CHECK(fwrite(results, sizeof *results, all, stdout) == all && fflush(stdout) == 0,
           "the output cannot be written\n");

@@ -98,10 +98,6 @@ VEC_INLINE vec exp2_of(vec x) {
     exp2_each(&x, 1);
     return x;
 }
-VEC_INLINE vec exp2_short(vec x) {
-    exp2_short_each(&x, 1);
-    return x;
-}
 
 /* tanh: the Taylor series below 1/4, where 1 - e would cancel; else (1 - e) / (1 + e) with e = exp(-2 |x|). */
 VEC_INLINE vec tanh_of(vec x) {

@@ -11,9 +11,7 @@ const struct cpu_set cpu_sets[] = {
     {CPU_AVX2, "avx2"},
     {CPU_AVX512, "avx512"},
     {CPU_AVX512BF16 | CPU_FAST_AVX512BF16, "avx512bf16"},
-    {CPU_AVX512FP16, "avx512fp16"},
     {CPU_AMX_BF16, "amx_bf16"},
-    {CPU_AMX_FP16, "amx_fp16"},
 };
 const int32_t cpu_set_count = sizeof cpu_sets / sizeof cpu_sets[0];
 
@@ -54,15 +52,12 @@ uint32_t cpu_detect(void) {
         (saved & 0xe0) != 0xe0)
         return found;
     found |= CPU_AVX512;
-    const uint32_t avx512_bf16 = 1u << 5, amx_fp16 = 1u << 21; /* leaf 7.1 eax */
-    const uint32_t avx512_fp16 = 1u << 23, amx_bf16 = 1u << 22,
-                   amx_tile = 1u << 24; /* leaf 7.0 edx */
+    const uint32_t avx512_bf16 = 1u << 5;                    /* leaf 7.1 eax */
+    const uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24; /* leaf 7.0 edx */
     if (all(a71, avx512_bf16))
         found |= CPU_AVX512BF16 | (is_amd() ? CPU_FAST_AVX512BF16 : 0);
-    if (all(d7, avx512_fp16))
-        found |= CPU_AVX512FP16;
     if (all(d7, amx_bf16 | amx_tile) && (saved & 0x60000) == 0x60000 && amx_permitted())
-        found |= CPU_AMX_BF16 | (all(a71, amx_fp16) ? CPU_AMX_FP16 : 0);
+        found |= CPU_AMX_BF16;
     return found;
 }
 

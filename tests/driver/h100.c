@@ -39,13 +39,11 @@ enum function {
 
 static int counts[FUNCTION_COUNT];
 
-/* Of compute capability 9.0, 132 multiprocessors, 50 MiB of L2, 227 KiB of shared memory for a block. */
+/* Of compute capability 9.0, 132 multiprocessors, 227 KiB of shared memory for a block. */
 static int attribute(uint64_t which) {
     switch (which) {
     case 16:
         return 132;
-    case 38:
-        return 50 << 20;
     case 75:
         return 9;
     case 97:

@@ -50,7 +50,7 @@ static rows backward = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
                         "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_avx512"};
 
 static const char *row_of(const struct test_case *from, uint32_t cpu, const char *kernel) {
-    const struct caps caps = {.cpu = cpu, .threads = 2, .l2_bytes = 1 << 20};
+    const struct caps caps = {.cpu = cpu, .threads = 2};
     struct problem p;
     struct plan plan;
     struct call c;
