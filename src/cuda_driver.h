@@ -8,6 +8,7 @@
 #define DLATTN_CUDA_DRIVER_H_
 
 #include "src/kernel.h"
+#include "src/tensor_map.h"
 
 #include <stdatomic.h>
 
@@ -65,9 +66,6 @@ int32_t cuda_clear(void *data, size_t bytes, void *stream);
 /* A tensor map for the copy engine of sm_90 (CUtensorMap, 128 bytes, 64-byte aligned): a tile of a 16-bit tensor of
  * `rank` axes, innermost first. `stride` has rank - 1 entries in bytes. Swizzle: bytes, 0, 32, 64 or 128. Pure.
  * Elements outside the extents read as zero. */
-struct cuda_tensor_map {
-    _Alignas(64) uint64_t opaque[16];
-};
 int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,
                         uint32_t rank, const uint64_t *extent, const uint64_t *stride,
                         const uint32_t *box, int32_t swizzle);

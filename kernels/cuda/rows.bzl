@@ -25,7 +25,7 @@ def cuda_rows(name, different):
                 name = image,
                 src = src,
                 # Gradients may need what forward has, never the reverse.
-                hdrs = native.glob(headers, exclude = [] if "_bwd_" in row else ["*/bwd*"]) + ["//src:philox.h"],
+                hdrs = native.glob(headers, exclude = [] if "_bwd_" in row else ["*/bwd*"]) + ["//src:philox.h", "//src:tensor_map.h"],
                 defines = defines,
                 visibility = ["//tests:__subpackages__"],
                 **options

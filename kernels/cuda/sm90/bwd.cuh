@@ -8,8 +8,7 @@
  *     dQ = dS K      half of the columns in each warpgroup, from the dS of both in shared memory
  * dQ is added to the workspace in fixed point, so its bits do not depend on which block comes first.
  */
-#ifndef DLATTN_SM90_BWD_CUH_
-#define DLATTN_SM90_BWD_CUH_
+#pragma once
 
 #include "kernels/cuda/sm90/bwd_finish.cuh"
 #include "kernels/cuda/sm90/bwd_prepare.cuh"
@@ -109,7 +108,7 @@ __device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
 
 /* Rows [row, row + box) of a sequence that takes part with `length` rows from `start` on: zeros behind its end. */
 template <int kColumns, int kColumnBytes>
-__device__ __forceinline__ void load_rows(const sm90_tensor_map &map, uint32_t dst,
+__device__ __forceinline__ void load_rows(const cuda_tensor_map &map, uint32_t dst,
                                           uint32_t barrier, int row, int start, int length,
                                           int extent, int head, int batch) {
     for (int c = 0; c < kColumns; c++)
@@ -653,5 +652,3 @@ __device__ __forceinline__ void backward(const sm90_bwd_params &p) {
 }
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_BWD_CUH_ */

@@ -49,7 +49,7 @@ struct sm90_gradient {
 
 struct sm90_bwd_params {
     /* [D, L, start + L, H, B]: see map_rows(). Boxes of 64 columns and a tile of rows or keys. */
-    struct sm90_tensor_map query_map, d_output_map, key_map, value_map;
+    struct cuda_tensor_map query_map, d_output_map, key_map, value_map;
 
     const void *query, *key, *value, *output, *d_output;
     struct sm90_strides query_strides, key_strides, value_strides, output_strides, d_output_strides;

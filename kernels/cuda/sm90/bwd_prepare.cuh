@@ -1,8 +1,7 @@
 /*
  * Before the products of cuda_bwd_sm90: what is known of each head of keys, and of each row.
  */
-#ifndef DLATTN_SM90_BWD_PREPARE_CUH_
-#define DLATTN_SM90_BWD_PREPARE_CUH_
+#pragma once
 
 #include "kernels/cuda/sm90/bwd_tile.cuh"
 
@@ -172,5 +171,3 @@ __device__ __forceinline__ void prepare(const sm90_bwd_params &p) {
 }
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_BWD_PREPARE_CUH_ */

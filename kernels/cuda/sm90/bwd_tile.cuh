@@ -1,8 +1,7 @@
 /*
  * Which rows and keys a block of cuda_bwd_sm90 works on, and where their numbers are in the workspace.
  */
-#ifndef DLATTN_SM90_BWD_TILE_CUH_
-#define DLATTN_SM90_BWD_TILE_CUH_
+#pragma once
 
 #include "kernels/cuda/sm90/bwd_params.h"
 #include "kernels/cuda/sm90/ptx.cuh"
@@ -185,5 +184,3 @@ struct Walk {
 };
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_BWD_TILE_CUH_ */

@@ -104,7 +104,7 @@ bool cuda_bwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
 /* Rows of sequences that may end anywhere, in boxes of 64 columns and `box` rows. Row i of a sequence that takes part with n rows from
  * row s on is (length - n + i, s + n): both axes have the stride of a row, the origin lies `length` rows before the tensor's, and behind
  * the sequence the first coordinate is past its extent, so that zeros arrive whatever the tensor holds there. */
-static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p, const struct view *v,
+static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p, const struct view *v,
                         int64_t dim, int64_t length, int64_t heads, bool packed,
                         uint32_t box_rows) {
     const uint64_t row = step(v->stride[2]), most = UINT64_C(1) << 31;
@@ -113,8 +113,7 @@ static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p, co
     const uint64_t stride[] = {row, row, step(v->stride[1]), step(v->stride[0])};
     const uint32_t box[] = {64, box_rows, 1, 1, 1};
     const char *const origin = (const char *)v->data - (uint64_t)length * row;
-    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, origin, 5, extent, stride, box,
-                           128);
+    return cuda_tensor_map(map, p->dtype, origin, 5, extent, stride, box, 128);
 }
 
 static int32_t fill_maps(struct sm90_bwd_params *params, const struct problem *p) {

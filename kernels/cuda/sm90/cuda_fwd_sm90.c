@@ -146,7 +146,7 @@ static void fill_tiles(struct sm90_params *params, const struct problem *p,
 /* ---- The tensors ---------------------------------------------------------------------------------------------- */
 
 /* Q or O as [D, pack, Lq, H / pack, B], the query heads of one tile being neighbours, in boxes of `rows` rows. */
-static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p,
+static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p,
                         const struct sm90_params *params, const struct view *v, int64_t dim,
                         int64_t rows) {
     const int64_t pack = INT64_C(1) << params->pack_log2;
@@ -156,18 +156,16 @@ static int32_t map_rows(struct sm90_tensor_map *map, const struct problem *p,
                                (uint64_t)params->heads, (uint64_t)p->batch};
     const uint64_t stride[] = {step(s[1]), step(s[2]), step(s[1] * pack), step(s[0])};
     const uint32_t box[] = {64, (uint32_t)heads, (uint32_t)(rows / heads), 1, 1};
-    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, v->data, 5, extent, stride, box,
-                           128);
+    return cuda_tensor_map(map, p->dtype, v->data, 5, extent, stride, box, 128);
 }
 
-static int32_t map_keys(struct sm90_tensor_map *map, const struct problem *p, const struct view *v,
+static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p, const struct view *v,
                         int64_t dim, int32_t tile_k) {
     const uint64_t extent[] = {(uint64_t)dim, (uint64_t)p->len_k, (uint64_t)p->heads_kv,
                                (uint64_t)p->batch};
     const uint64_t stride[] = {step(v->stride[2]), step(v->stride[1]), step(v->stride[0])};
     const uint32_t box[] = {64, (uint32_t)tile_k, 1, 1};
-    return cuda_tensor_map((struct cuda_tensor_map *)map, p->dtype, v->data, 4, extent, stride, box,
-                           128);
+    return cuda_tensor_map(map, p->dtype, v->data, 4, extent, stride, box, 128);
 }
 
 static void fill_problem(struct sm90_params *params, const struct problem *p) {

@@ -8,8 +8,7 @@
  *     softmax(S')                       runs on the other warpgroup's time (ping-pong) and under its own P V.
  * Key tiles are walked from the first to the last, so that tiles of one head read the same ones at the same time.
  */
-#ifndef DLATTN_SM90_FWD_CUH_
-#define DLATTN_SM90_FWD_CUH_
+#pragma once
 
 #include "kernels/cuda/sm90/store.cuh"
 
@@ -348,5 +347,3 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
 }
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_FWD_CUH_ */

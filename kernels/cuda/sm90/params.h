@@ -4,18 +4,7 @@
 #ifndef DLATTN_SM90_PARAMS_H_
 #define DLATTN_SM90_PARAMS_H_
 
-#include <stdint.h>
-
-#ifdef __cplusplus
-#define SM90_ALIGN64 alignas(64)
-#else
-#define SM90_ALIGN64 _Alignas(64)
-#endif
-
-/* A CUtensorMap: opaque, 128 bytes, aligned to 64. */
-struct sm90_tensor_map {
-    SM90_ALIGN64 uint64_t opaque[16];
-};
+#include "src/tensor_map.h"
 
 /* Strides in elements: batch, head, row. */
 struct sm90_strides {
@@ -28,11 +17,11 @@ struct sm90_divisor {
 };
 
 struct sm90_params {
-    struct sm90_tensor_map
+    struct cuda_tensor_map
         query_map; /* [D, pack, Lq, H / pack, B], box {64, pack, 64 / pack, 1, 1} */
-    struct sm90_tensor_map key_map;   /* [D, Lk, H_kv, B], box {64, tile_k, 1, 1} */
-    struct sm90_tensor_map value_map; /* [D_v, Lk, H_kv, B], box {64, tile_k, 1, 1} */
-    struct sm90_tensor_map
+    struct cuda_tensor_map key_map;   /* [D, Lk, H_kv, B], box {64, tile_k, 1, 1} */
+    struct cuda_tensor_map value_map; /* [D_v, Lk, H_kv, B], box {64, tile_k, 1, 1} */
+    struct cuda_tensor_map
         output_map; /* [D_v, pack, Lq, H / pack, B], a box of 16 rows of 64 elements */
 
     void *output;

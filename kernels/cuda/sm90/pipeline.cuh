@@ -1,8 +1,7 @@
 /*
  * Between the producer, which brings tiles to shared memory by TMA, and the consumers: buffers, barriers and turns.
  */
-#ifndef DLATTN_SM90_PIPELINE_CUH_
-#define DLATTN_SM90_PIPELINE_CUH_
+#pragma once
 
 #include "kernels/cuda/sm90/tile.cuh"
 
@@ -128,7 +127,7 @@ struct Block {
 
 /* K or V of a key tile into the next free buffer of the ring. */
 template <class C, int kColumns>
-__device__ __forceinline__ void load_block(const sm90_tensor_map &map, uint32_t dst,
+__device__ __forceinline__ void load_block(const cuda_tensor_map &map, uint32_t dst,
                                            Ring<C::kStages> &ring, const Block &block) {
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x % 32 == 0) {
@@ -226,5 +225,3 @@ struct Pipeline {
 };
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_PIPELINE_CUH_ */

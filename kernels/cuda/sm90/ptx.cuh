@@ -2,8 +2,7 @@
  * The instructions that only sm_90a has, one function each, beside those of common/ptx.cuh: mbarrier, TMA, wgmma, setmaxnreg.
  * (PTX ISA 8.7, sections 9.7.9 to 9.7.15)
  */
-#ifndef DLATTN_SM90_PTX_CUH_
-#define DLATTN_SM90_PTX_CUH_
+#pragma once
 
 #include "kernels/cuda/common/ptx.cuh"
 
@@ -317,5 +316,3 @@ SM90_WGMMA_BOTH(224, 112, 112, 113, 114, 115, 116, 117, 118)
 SM90_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_PTX_CUH_ */

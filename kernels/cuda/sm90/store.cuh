@@ -1,8 +1,7 @@
 /*
  * From the registers of a warpgroup to output and lse.
  */
-#ifndef DLATTN_SM90_STORE_CUH_
-#define DLATTN_SM90_STORE_CUH_
+#pragma once
 
 #include "kernels/cuda/sm90/pipeline.cuh"
 
@@ -169,5 +168,3 @@ __device__ __forceinline__ void store_empty(const sm90_params &p, const Tile &t,
 }
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_STORE_CUH_ */

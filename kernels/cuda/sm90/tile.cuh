@@ -2,8 +2,7 @@
  * The shape of a compiled tile, and what a tile of the problem is: its rows, the keys that they see, and the order in
  * which blocks take tiles.
  */
-#ifndef DLATTN_SM90_TILE_CUH_
-#define DLATTN_SM90_TILE_CUH_
+#pragma once
 
 #include "kernels/cuda/sm90/params.h"
 #include "kernels/cuda/sm90/ptx.cuh"
@@ -149,5 +148,3 @@ __device__ __forceinline__ void row_bounds(const sm90_params &p, const Tile &t, 
 }
 
 } // namespace sm90
-
-#endif /* DLATTN_SM90_TILE_CUH_ */
