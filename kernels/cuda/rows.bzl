@@ -17,6 +17,7 @@ def cuda_rows(name, different):
     for src in native.glob(["*/*.cu"]):
         folder, row = src[:-len(".cu")].split("/")
         options = dict(different.get(row, {}))
+        of_src = ["//src:philox.h"] + (["//src:tensor_map.h"] if folder == "sm90" else [])
         headers = ["%s/%s" % (of, kind) for of in ["common", folder] for kind in ["*.cuh", "*.inc", "*params.h", "*sizes.h"]]
         for part, defines in options.pop("parts", {"": []}).items():
             image = "_".join([row, part, "image"] if part else [row, "image"])
@@ -25,7 +26,7 @@ def cuda_rows(name, different):
                 name = image,
                 src = src,
                 # Gradients may need what forward has, never the reverse.
-                hdrs = native.glob(headers, exclude = [] if "_bwd_" in row else ["*/bwd*"]) + ["//src:philox.h", "//src:tensor_map.h"],
+                hdrs = native.glob(headers, exclude = [] if "_bwd_" in row else ["*/bwd*"]) + of_src,
                 defines = defines,
                 visibility = ["//tests:__subpackages__"],
                 **options
