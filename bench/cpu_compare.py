@@ -2,9 +2,9 @@
 
     python3 bench/cpu_compare.py ./OLD.so ./NEW.so [--rounds N] [--threads N]
 
-The cases are cpu_bench's: forward and decoding, in every dtype of the CPU's rows. Prints old / new for
-each, which is above 1 where the new one is faster, from the shortest times of both, whether the
-outputs have the same bits, and the geometric means. NumPy is all that it needs.
+The cases are like cpu_bench's: forward and decoding, in every dtype of the CPU's rows. Prints old /
+new for each, which is above 1 where the new one is faster, from the shortest times of both, whether
+the outputs have the same bits, and the geometric means. NumPy is all that it needs.
 """
 
 import argparse

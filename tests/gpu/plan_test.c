@@ -79,9 +79,8 @@ Test(gpu_plan, backward_of_every_head_dim_on_every_gpu) {
                     problem_of(dtype, dim, n % 8 < 4 ? dim : 257 - dim, features[n / 8]);
                 p.operation = BACKWARD;
                 p.kernel = dtype_bytes(dtype) == 2 ? "cuda_bwd_sm80" : "cuda_bwd_simt";
-                cr_expect(strcmp(row_of(&machines[m], &p), p.kernel) == 0,
-                          "sm_%d %s D %d, D_v %d", machines[m].sm, dtype_name(dtype),
-                          (int)p.dim_qk, (int)p.dim_v);
+                cr_expect(strcmp(row_of(&machines[m], &p), p.kernel) == 0, "sm_%d %s D %d, D_v %d",
+                          machines[m].sm, dtype_name(dtype), (int)p.dim_qk, (int)p.dim_v);
             }
         }
     }
