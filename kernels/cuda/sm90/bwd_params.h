@@ -89,7 +89,8 @@ struct sm90_bwd_params {
     uint32_t *facts; /* [B, H_kv, SM90_BWD_KEYS + D] */
     int32_t *next;   /* SM90_BWD_NEXT_* */
     char *rows;      /* [H, tiles, SM90_BWD_ROW_BYTES] */
-    int32_t *sums; /* d_query in fixed point: [slots, group, row_tiles, 64 D], in the order in which blocks hold it */
+    int32_t *
+        sums; /* d_query in fixed point: [slots, group, row_tiles, 64 D], in the order in which blocks hold it */
     int32_t tiles; /* of one head, all sequences: sequence b begins at first_tile() */
 
     /* The walk over units, each of which has the sums of slot unit % slots: what is done before the first tasks, how many later one is
@@ -101,8 +102,8 @@ struct sm90_bwd_params {
     int32_t window_left, window_right; /* SM90_UNBOUNDED, or >= 0 */
     int32_t bottom_right;
     int32_t key_tiles, row_tiles, errands; /* of the longest sequence */
-    float scale, scale_log2;      /* scale * log2(e) */
-    float softcap;                /* 0 = none */
+    float scale, scale_log2;               /* scale * log2(e) */
+    float softcap;                         /* 0 = none */
 };
 
 #endif /* DLATTN_SM90_BWD_PARAMS_H_ */

@@ -150,8 +150,7 @@ __device__ __forceinline__ void find_most(uint32_t (&most)[kCount]) {
 #pragma unroll
         for (int i = 0; i < count; i++) {
             const uint32_t sent = upper ? most[i] : most[i + count];
-            most[i] = __vmaxu2(upper ? most[i + count] : most[i],
-                               __shfl_xor_sync(~0u, sent, step));
+            most[i] = __vmaxu2(upper ? most[i + count] : most[i], __shfl_xor_sync(~0u, sent, step));
         }
     }
 }
@@ -235,8 +234,8 @@ __device__ __forceinline__ void store_row(const sm90_bwd_params &p, const Unit &
     stats[SM90_BWD_LSE * kTileQ] = least;
     stats[SM90_BWD_DELTA * kTileQ] = delta;
     char *const terms = rows_of(p, head, tile) + kStatsBytes;
-    const bool fits = store_terms<E>(terms, r, least) &
-                      store_terms<E>(terms + kTermBytes, r, sees ? delta : 0);
+    const bool fits =
+        store_terms<E>(terms, r, least) & store_terms<E>(terms + kTermBytes, r, sees ? delta : 0);
     if (beyond(norm) || beyond(from_lse) || beyond(dot) || !fits ||
         (sees && !(fabsf(lse) < kLargestLse)))
         facts_of<D>(p, unit.index)[SM90_BWD_ODD] = 1;
@@ -267,9 +266,8 @@ __device__ __forceinline__ void prepare_rows(const sm90_bwd_params &p, const Uni
     for (int half = 0; half < 2; half++) {
         const int i = first + 32 * half + lane;
         lse[half] = s.sees(p, i) ? *row_of(p.lse, p.lse_strides, b, head, s.q_start + i) : INFINITY;
-        d_lse[half] = p.d_lse && i < s.q_rows
-                          ? *row_of(p.d_lse, p.d_lse_strides, b, head, s.q_start + i)
-                          : 0;
+        d_lse[half] =
+            p.d_lse && i < s.q_rows ? *row_of(p.d_lse, p.d_lse_strides, b, head, s.q_start + i) : 0;
     }
     const auto issue = [&](int n, auto copy) {
         const int i = first + n * O::kRows;
@@ -297,8 +295,8 @@ __device__ __forceinline__ void prepare_rows(const sm90_bwd_params &p, const Uni
                         half ? d_lse[1] : d_lse[0]);
     };
     buffers.run(O::kBatches, issue, take);
-    int4 *const sums = reinterpret_cast<int4 *>(sums_of<D>(
-        p, first_sums(p, unit.index, head - unit.kv_head * p.group) + first / kTileQ));
+    int4 *const sums = reinterpret_cast<int4 *>(
+        sums_of<D>(p, first_sums(p, unit.index, head - unit.kv_head * p.group) + first / kTileQ));
 #pragma unroll 8
     for (int i = lane; i < kTileQ * D / 4; i += 32)
         sums[i] = make_int4(0, 0, 0, 0);

@@ -21,9 +21,8 @@ enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2 };
 #define KERNELS(D)                                                                                 \
     (struct cuda_kernel[]) {                                                                       \
         BOTH(D, "", "", MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)),                                     \
-            BOTH(D, "", "_softcap", MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)),                         \
-            SMALL(D, "rows_", ""), SMALL(D, "rows_", "_softcap"), SMALL(D, "keys_", ""),           \
-            SMALL(D, "keys_", "_softcap")                                                          \
+            BOTH(D, "", "_softcap", MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)), SMALL(D, "rows_", ""),  \
+            SMALL(D, "rows_", "_softcap"), SMALL(D, "keys_", ""), SMALL(D, "keys_", "_softcap")    \
     }
 #define TILE(D)                                                                                    \
     {.dim_qk = D,                                                                                  \
@@ -46,7 +45,7 @@ static int64_t row_tiles(const struct problem *p) {
 
 /* The walk of sm90_bwd_params: the first tasks find their units prepared; when a unit is to be finished, blocks have come so many
  * tasks further that its own are done; and slots are free again some tasks before they are needed. */
-enum { TASKS_AHEAD = 132, TASKS_BEHIND = 224, TASKS_SPARE = 64 };
+enum { TASKS_AHEAD = 132, TASKS_BEHIND = 448, TASKS_SPARE = 160 };
 
 struct walk {
     int64_t units, ahead, behind, slots;
@@ -63,16 +62,16 @@ static struct walk walk_of(const struct problem *p) {
     return w;
 }
 
-/* How many of `blocks` run errands, so that these take as long as the tasks: those of 128 rows and keys about 1.6 times a step of
- * a task, of which one has about two steps' worth of work besides its steps. */
-static int32_t errand_blocks(const struct problem *p, int64_t blocks) {
+/* How many of `blocks` run errands, so that these take as long as the tasks. Measured in steps of a task, one of which takes as
+ * long as four steps besides its own: the errands of 128 keys with as many rows take 2.7 at D = 64, 3.4 at 128. */
+static int32_t errand_blocks(const struct problem *p, int32_t dim, int32_t blocks) {
     const double group = (double)(p->heads_q / p->heads_kv),
                  length = p->total_q > 0 ? (double)p->total_q / (double)p->batch : (double)p->len_q,
                  window = (double)p->window_left + (double)p->window_right + 1;
     const bool left = p->window_left < SM90_UNBOUNDED, right = p->window_right < SM90_UNBOUNDED;
     const double rows = left && right ? window : left || right ? length / 2 : length;
-    const double task = group * (rows < length ? rows : length) / 64 + 2,
-                 errands = 0.8 * (group + 1);
+    const double task = group * (rows < length ? rows : length) / 64 + 4,
+                 errands = (dim > 64 ? 3.4 : 2.7) * (2 * group + 1) / 3;
     return 1 + (int32_t)((double)(blocks - 1) * errands / (errands + task));
 }
 
@@ -88,7 +87,8 @@ static struct parts parts_of(const struct problem *p, int64_t dim) {
     const size_t tiles_of_slots = (size_t)(walk_of(p).slots * (p->heads_q / p->heads_kv) *
                                            ceil_divide(p->len_q, SM90_BWD_TILE_Q));
     return (struct parts){
-        .facts = round_up((size_t)(p->batch * p->heads_kv * (SM90_BWD_KEYS + dim) + SM90_BWD_COUNTERS) * 4),
+        .facts = round_up(
+            (size_t)(p->batch * p->heads_kv * (SM90_BWD_KEYS + dim) + SM90_BWD_COUNTERS) * 4),
         .rows = round_up(tiles_of_heads * SM90_BWD_ROW_BYTES),
         .sums = tiles_of_slots * SM90_BWD_TILE_Q * (size_t)dim * 4,
     };
@@ -110,8 +110,8 @@ static bool takes(const struct problem *p) {
            p->len_k > 0 && longest <= SM90_MAX_LENGTH && p->lse.dtype == DTYPE_F32 &&
            (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
            4 * p->batch * p->heads_kv * ceil_divide(longest, SM90_BWD_ERRAND) <= INT32_MAX &&
-           row_blocks(p) <= INT32_MAX &&
-           row_tiles(p) <= INT32_MAX && mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
+           row_blocks(p) <= INT32_MAX && row_tiles(p) <= INT32_MAX &&
+           mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->d_output, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) &&
            mappable(&p->value, p->batch, p->heads_kv, p->len_k, 1);
@@ -253,7 +253,7 @@ int32_t cuda_bwd_sm90_launch(const struct plan *plan, const struct problem *p,
     fill_tensors(&params, p);
     fill_problem(&params, p);
     fill_workspace(&params, p, &parts, t->dim_qk, exec->workspace);
-    params.errand_blocks = errand_blocks(p, plan->blocks);
+    params.errand_blocks = errand_blocks(p, t->dim_qk, plan->blocks);
     int32_t status = fill_maps(&params, p);
     const struct {
         int32_t kind;

@@ -154,9 +154,7 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *counter) {
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
     return x;
 }
-__device__ __forceinline__ void fence_acquire() {
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-}
+__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 /* ---- Named barriers (1 to 15; 0 is __syncthreads) ---- */
 
