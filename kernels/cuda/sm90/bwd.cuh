@@ -42,9 +42,12 @@ struct BwdConfig {
     static constexpr int kFactors = kStats + kQueryStages * kStatsBytes; /* of columns */
     static constexpr int kTask = kFactors + D * 4, kBarriers = kTask + 64;
     static constexpr int kSharedBytes = SM90_BWD_SHARED_BYTES(D);
-    static_assert(kSharedBytes == kBarriers + 8 * (6 + 2 * kQueryStages + 2 * kStages) + 1024,
+    static_assert(SM90_BWD_MAIN_BYTES(D) >= kSharedBytes &&
+                      SM90_BWD_MAIN_BYTES(D) >= kThreads / 32 * kErrandBytes<D> + 1024,
+                  "errands have the same shared memory");
+    static_assert(kSharedBytes == kBarriers + 8 * (8 + 2 * kQueryStages + 2 * kStages) + 1024,
                   "1024 to align");
-    static_assert(kSharedBytes <= 227 * 1024 && D % 64 == 0, "");
+    static_assert(SM90_BWD_MAIN_BYTES(D) + 16 <= 227 * 1024 && D % 64 == 0, "");
 };
 
 template <class C>
@@ -82,14 +85,19 @@ struct BwdShared {
     __device__ __forceinline__ Ring<C::kStages> d_output_ring() const {
         return {barrier(6 + 2 * C::kQueryStages), barrier(6 + 2 * C::kQueryStages + C::kStages)};
     }
+    /* The consumers have added all of a task's dQ. */
+    __device__ __forceinline__ uint32_t summed_barrier(int task) const {
+        return barrier(6 + 2 * C::kQueryStages + 2 * C::kStages + task % 2);
+    }
 };
 
 template <class C>
 __device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
     constexpr int kConsumerWarps = 8;
     mbarrier_init(s.task_ring().full, 1);
-    mbarrier_init(s.task_ring().empty, kConsumerWarps);
+    mbarrier_init(s.task_ring().empty, kConsumerWarps + 1);
     for (int i = 0; i < 2; i++) {
+        mbarrier_init(s.summed_barrier(i), kConsumerWarps);
         mbarrier_init(s.d_score_ring().full + 8 * i, kConsumerWarps);
         mbarrier_init(s.d_score_ring().empty + 8 * i, kConsumerWarps);
     }
@@ -123,8 +131,7 @@ __device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShare
     Ring<C::kQueryStages> queries = s.query_ring();
     Ring<C::kStages> d_outputs = s.d_output_ring();
     for (;;) {
-        const int index = uniform(leads ? atomicAdd(p.next, 1) : 0);
-        const Task t = task_at<C::kDim>(p, index);
+        const Task t = next_task<C::kDim>(p);
         const int batch_q = p.cu_seqlens_q ? 0 : t.batch, batch_k = p.cu_seqlens_k ? 0 : t.batch;
         Walk walk(p, t);
         const int steps = t.key_tile < 0 ? 0 : t.steps(p);
@@ -158,9 +165,10 @@ __device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShare
         if (steps > 0)
             load_query();
         mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
-        const uint32_t *const facts = facts_of<C::kDim>(p, min(t.batch, p.batch - 1), t.kv_head);
+        const uint32_t *const facts = facts_of<C::kDim>(p, t.batch, t.kv_head);
+        const int exponent = value_exponent(p, facts);
         for (int c = threadIdx.x % 32; c < C::kDim; c += 32)
-            s.factors()[c] = column_factor(p, facts, c);
+            s.factors()[c] = column_factor(facts, exponent, c);
         if (leads)
             *s.task() = t;
         __syncwarp();
@@ -184,6 +192,27 @@ __device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShare
             if (i + 1 < steps)
                 load_query();
         }
+    }
+}
+
+/* ---- Another warp tells those who run errands what is summed --------------------------------------------------------- */
+
+/* So that consumers need not wait, as a fence does, for all that they have written. They are at most two tasks ahead, for a task is
+ * released only here: no barrier is passed twice before this warp has looked. */
+template <class C>
+__device__ __forceinline__ void report(const sm90_bwd_params &p, const BwdShared<C> &s) {
+    const Ring<1> tasks = s.task_ring();
+    for (int n = 0;; n++) {
+        mbarrier_wait(tasks.full, n & 1);
+        const bool any = s.task()->key_tile >= 0;
+        uint32_t *const facts = facts_of<C::kDim>(p, s.task()->batch, s.task()->kv_head);
+        __syncwarp();
+        release(tasks.empty);
+        if (!any)
+            return;
+        mbarrier_wait(s.summed_barrier(n), n >> 1 & 1);
+        if (threadIdx.x % 32 == 0)
+            count_release(facts + SM90_BWD_SUMMED);
     }
 }
 
@@ -414,7 +443,8 @@ struct Keys {
 #pragma unroll
         for (int half = 0; half < 2; half++)
             factor[half] = stats[SM90_BWD_FACTOR * kTileQ + fragment_row(thread, 2 * half)];
-        sums = sums_of<C::kDim>(p, walk.head, t.first_tile + walk.tile) +
+        const int head = walk.head - t.kv_head * p.group;
+        sums = sums_of<C::kDim>(p, t.first_sums + head * p.row_tiles + walk.tile) +
                wg * (kTileQ * C::kDim / 2) + thread;
     }
 
@@ -597,9 +627,9 @@ template <class C>
 __device__ __forceinline__ void consume_tasks(const sm90_bwd_params &p, const BwdShared<C> &s,
                                               int wg) {
     Keys<C> keys(s, wg);
-    Ring<1> tasks = s.task_ring();
-    for (;;) {
-        mbarrier_wait(tasks.full_barrier(), tasks.phase);
+    const Ring<1> tasks = s.task_ring();
+    for (int n = 0;; n++) {
+        mbarrier_wait(tasks.full, n & 1);
         const Task t = *s.task();
         if (t.key_tile < 0)
             return;
@@ -607,11 +637,12 @@ __device__ __forceinline__ void consume_tasks(const sm90_bwd_params &p, const Bw
         keys.clear(keys.d_value);
         if (t.steps(p) > 0) {
             keys.run(p, t);
+            __syncwarp();
         } else {
             __syncwarp();
-            release(tasks.empty_barrier());
+            release(tasks.empty);
         }
-        tasks.advance();
+        release(s.summed_barrier(n));
         if (t.skipped)
             continue;
         const int batch = p.cu_seqlens_k ? 0 : t.batch;
@@ -621,11 +652,7 @@ __device__ __forceinline__ void consume_tasks(const sm90_bwd_params &p, const Bw
 }
 
 template <class C>
-__device__ __forceinline__ void backward(const sm90_bwd_params &p) {
-    extern __shared__ char raw[];
-    const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
-    const BwdShared<C> s{base, raw + (base - shared_address(raw))};
-    const int warpgroup = uniform(threadIdx.x / 128);
+__device__ __forceinline__ void init_shared(const sm90_bwd_params &p, const BwdShared<C> &s) {
     if (threadIdx.x == 0) {
         tma_prefetch_map(&p.query_map);
         tma_prefetch_map(&p.d_output_map);
@@ -639,15 +666,42 @@ __device__ __forceinline__ void backward(const sm90_bwd_params &p) {
             in_ones >= 0 && in_ones < kTermBytes / 4 ? pack<typename C::Element>(1, 1) : 0;
     }
     async_proxy_fence();
-    __syncthreads();
+}
+
+template <class C>
+__device__ __forceinline__ void backward(const sm90_bwd_params &p) {
+    using E = typename C::Element;
+    extern __shared__ char raw[];
+    __shared__ int number;
+    const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
+    const BwdShared<C> s{base, raw + (base - shared_address(raw))};
+    const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
+    const auto buffers = [&](int n) {
+        return Buffers{base + n * kErrandBytes<C::kDim>, s.memory + n * kErrandBytes<C::kDim>};
+    };
     wait_for_predecessor();
+    if (threadIdx.x == 0)
+        number = atomicAdd(p.next + SM90_BWD_NEXT_BLOCK, 1);
+    run_first_errands<E, C::kDim>(p, buffers(warp));
+    __syncthreads();
+    /* Of the blocks that have come so far at least one, and the right share, run errands; once there are two, one multiplies. */
+    if (number * p.errand_blocks % gridDim.x < p.errand_blocks) {
+        run_errands<E, C::kDim>(p, buffers(warp));
+        return;
+    }
+    init_shared<C>(p, s);
+    __syncthreads();
     if (warpgroup == 0) {
         registers_decrease<C::kProducerRegisters>();
-        if (uniform(threadIdx.x / 32) == 0)
+        if (warp == 0)
             produce<C>(p, s);
+        else if (warp == 1)
+            report<C>(p, s);
     } else {
         registers_increase<C::kConsumerRegisters>();
         consume_tasks<C>(p, s, warpgroup - 1);
+        named_barrier_sync(1, 256); /* what is in shared memory has been read */
+        run_errands<E, C::kDim>(p, buffers(warp - 4));
     }
 }
 

@@ -4,7 +4,7 @@
  */
 #pragma once
 
-#include "kernels/cuda/sm90/bwd_tile.cuh"
+#include "kernels/cuda/sm90/bwd_prepare.cuh"
 
 namespace sm90 {
 
@@ -201,53 +201,137 @@ __device__ void exact_key(const sm90_bwd_params &p, const Sequence &s, int b, in
     }
 }
 
+/* ---- dQ from its sums ------------------------------------------------------------------------------------------------ */
+
+/* The tile of rows of an errand, of each query head. The lanes have their places of Octets: eight columns are, in the sums, two elements
+ * of each of four neighbouring threads of the block that summed. */
+template <typename E, int D>
+__device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Unit &unit, int first,
+                                             const Buffers &buffers) {
+    using O = Octets<E, D>;
+    const Sequence &s = unit.s;
+    const int tile = first / kTileQ, first_head = unit.kv_head * p.group;
+    float *const columns = reinterpret_cast<float *>(buffers.memory + 2 * kBufferBytes);
+    float rows[8]; /* what takes fixed point out, and for columns the scale in */
+    const auto issue = [&](int n, auto copy) {
+        const int column = n % O::kBlocks * 32 + O::column();
+        const int32_t *const from =
+            sums_of<D>(p, first_sums(p, unit.index, n / O::kBlocks) + tile) +
+            column / (D / 2) * (kTileQ * D / 2) + column % (D / 2) / 8 * 512 + O::row() * 4;
+#pragma unroll
+        for (int i = 0; i < kVectors; i++) /* octet i / 2 */
+            copy(i, from + i / 2 % 2 * 256 + i / 4 * 32 + i % 2 * 128, true);
+        if (n == 0) {
+            const uint32_t *const facts = facts_of<D>(p, unit.index);
+            const int exponent = value_exponent(p, facts);
+            for (int c = threadIdx.x % 32; c < D; c += 32)
+                columns[c] = inverse(column_factor(facts, exponent, c)) * p.scale;
+            __syncwarp();
+        }
+    };
+    const auto take = [&](int n, const uint4(&x)[kVectors]) {
+        const int head = first_head + n / O::kBlocks, column = n % O::kBlocks * 32 + O::column();
+        if (n % O::kBlocks == 0) {
+            const float *const factors =
+                stats_of(p, head, first_tile(p, s, unit.b) + tile) + SM90_BWD_FACTOR * kTileQ;
+#pragma unroll
+            for (int o = 0; o < 8; o++)
+                rows[o] = inverse(__ldcg(factors + 8 * o + O::row()));
+        }
+        const float4 low = *reinterpret_cast<const float4 *>(columns + column),
+                     high = *reinterpret_cast<const float4 *>(columns + column + 4);
+        const float factor[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int o = 0; o < 8; o++) {
+            const int i = first + 8 * o + O::row();
+            const uint4 even = x[2 * o], odd = x[2 * o + 1];
+            const uint32_t sums[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+            float y[8];
+#pragma unroll
+            for (int c = 0; c < 8; c++)
+                y[c] = static_cast<int32_t>(sums[c]) * rows[o] * factor[c];
+            if (i < s.q_rows && column < p.dim_qk)
+                store_eight<E>(p.d_query, p.cu_seqlens_q ? 0 : unit.b, head, s.q_start + i, column,
+                               y);
+        }
+    };
+    buffers.run(p.group * O::kBlocks, issue, take);
+    __syncwarp(); /* `columns` may change */
+}
+
+/* ---- Errands ----------------------------------------------------------------------------------------------------------- */
+
+template <typename E, int D>
+__device__ __forceinline__ void finish(const sm90_bwd_params &p, const Unit &unit, int first,
+                                       const Buffers &buffers) {
+    uint32_t *const facts = facts_of<D>(p, unit.index);
+    if (p.d_query.data && !__ldcg(facts + SM90_BWD_ODD))
+        convert_rows<E, D>(p, unit, first, buffers);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        count_release(facts + SM90_BWD_FINISHED);
+}
+
+/* Warps claim errands in this order: round by round, those that prepare unit `round`, then those that finish unit round - behind. One
+ * waits for earlier ones, and for tasks whose unit earlier ones prepare, so somebody can always go on. */
+template <typename E, int D>
+__device__ __forceinline__ void run_errands(const sm90_bwd_params &p, const Buffers &buffers) {
+    int summed = -1, free = -1; /* the last units of which that is known */
+    int next = claim(p, SM90_BWD_NEXT_ERRAND);
+    for (;;) {
+        const int index = uniform(next), in_round = index % (2 * p.errands),
+                  round = p.ahead + index / (2 * p.errands), errand = in_round % p.errands;
+        const bool finishes = in_round >= p.errands;
+        const int number = finishes ? round - p.behind : round;
+        if (round >= p.units + p.behind)
+            return;
+        if (threadIdx.x % 32 == 0) /* long before it is needed */
+            next = atomicAdd(p.next + SM90_BWD_NEXT_ERRAND, 1);
+        if (number < 0 || number >= p.units)
+            continue;
+        const Unit unit(p, number);
+        if (finishes && errand < unit.row_errands()) {
+            if (summed != number)
+                wait_for_count(facts_of<D>(p, number) + SM90_BWD_SUMMED, unit.key_tiles());
+            summed = number;
+            finish<E, D>(p, unit, errand * kErrand, buffers);
+        } else if (!finishes && errand < unit.errands()) {
+            const int before = number - p.slots; /* in the slot */
+            if (before >= 0 && free != before)
+                wait_for_count(facts_of<D>(p, before) + SM90_BWD_FINISHED,
+                               Unit(p, before).row_errands());
+            free = before;
+            prepare<E, D>(p, unit, errand * kErrand, buffers);
+        }
+    }
+}
+
 /* ---- The kernels ------------------------------------------------------------------------------------------------------ */
 
-/* dQ of one tile of rows; of an odd head its stats, too. */
+/* Whether any head is odd, asked by a whole block. */
+template <int D>
+__device__ __forceinline__ bool any_odd(const sm90_bwd_params &p) {
+    bool odd = false;
+    for (int unit = threadIdx.x; unit < p.batch * p.heads_kv; unit += kFinishThreads)
+        odd |= facts_of<D>(p, unit)[SM90_BWD_ODD] != 0;
+    return __syncthreads_or(odd);
+}
+
+/* d_query and stats of the rows of odd heads. */
 template <typename E, int D, bool Softcap>
 __device__ __forceinline__ void finish_rows(const sm90_bwd_params &p) {
-    const int head = blockIdx.x / p.row_tiles / p.batch, b = blockIdx.x / p.row_tiles % p.batch,
-              tile = blockIdx.x % p.row_tiles, kv_head = head / p.group;
-    const Sequence s(p, b);
-    const int first = tile * kTileQ, rows = min(s.q_rows - first, kTileQ),
-              in_head = first_tile(p, s, b) + tile;
-    const uint32_t *const facts = facts_of<D>(p, b, kv_head);
     wait_for_predecessor();
-    if (rows <= 0)
+    if (!any_odd<D>(p))
         return;
-    if (facts[SM90_BWD_ODD]) {
-        const ExactPairs<E, Softcap> pairs{p, s, b, head};
-        for (int r = threadIdx.x / 32; r < rows; r += kFinishWarps)
-            exact_row<E, D>(pairs, first + r);
-        return;
-    }
-    if (!p.d_query.data)
-        return;
-    float *const columns = shared_numbers<float>(); /* what takes fixed point and scale out */
-    for (int c = threadIdx.x; c < D; c += kFinishThreads)
-        columns[c] = inverse(column_factor(p, facts, c)) * p.scale;
-    __syncthreads();
-    const int32_t *const sums = sums_of<D>(p, head, in_head);
-    const float *const factors = stats_of(p, head, in_head) + SM90_BWD_FACTOR * kTileQ;
-    const int batch = p.cu_seqlens_q ? 0 : b;
-#pragma unroll
-    for (int n = threadIdx.x; n < kTileQ * D / 8; n += kFinishThreads) {
-        /* Eight columns of a row: two elements of each of four neighbouring threads of the block that summed. */
-        const int row = n / (D / 8), column = n % (D / 8) * 8, half = row / 8 % 2;
-        const int wg = column / (D / 2), i = column % (D / 2) / 8 * 4 + 2 * half;
-        const int32_t *const from =
-            sums + wg * (kTileQ * D / 2) + i * 128 + row / 16 * 32 + row % 8 * 4;
-        if (row >= rows || column >= p.dim_qk)
+    for (int i = blockIdx.x; i < p.heads_q * p.batch * p.row_tiles; i += gridDim.x) {
+        const int head = i / p.row_tiles / p.batch, b = i / p.row_tiles % p.batch;
+        if (!facts_of<D>(p, b, head / p.group)[SM90_BWD_ODD])
             continue;
-        const int4 even = *reinterpret_cast<const int4 *>(from),
-                   odd = *reinterpret_cast<const int4 *>(from + 128);
-        const float factor = inverse(factors[row]);
-        const int x[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
-        float y[8];
-#pragma unroll
-        for (int c = 0; c < 8; c++)
-            y[c] = x[c] * factor * columns[column + c];
-        store_eight<E>(p.d_query, batch, head, s.q_start + first + row, column, y);
+        const Sequence s(p, b);
+        const ExactPairs<E, Softcap> pairs{p, s, b, head};
+        const int first = i % p.row_tiles * kTileQ, end = min(first + kTileQ, s.q_rows);
+        for (int row = first + threadIdx.x / 32; row < end; row += kFinishWarps)
+            exact_row<E, D>(pairs, row);
     }
 }
 
@@ -281,22 +365,27 @@ __device__ __forceinline__ void finish_sink(const sm90_bwd_params &p, int head) 
         p.d_sinks[head * p.d_sinks_stride] = parts[0];
 }
 
-/* Keys of an odd head; then one block for each sink. */
+/* One block for each sink; then the keys of odd heads. */
 template <typename E, int D, bool Softcap>
 __device__ __forceinline__ void finish_keys(const sm90_bwd_params &p) {
+    const int sinks = p.d_sinks ? p.heads_q : 0;
     wait_for_predecessor();
-    const int head = blockIdx.x / p.key_tiles;
-    if (head >= p.batch * p.heads_kv) {
-        finish_sink<D>(p, blockIdx.x - p.batch * p.heads_kv * p.key_tiles);
+    if (blockIdx.x < sinks) {
+        finish_sink<D>(p, blockIdx.x);
         return;
     }
-    const int b = head / p.heads_kv, kv_head = head % p.heads_kv;
-    if (!facts_of<D>(p, b, kv_head)[SM90_BWD_ODD])
+    if (!any_odd<D>(p))
         return;
-    const Sequence s(p, b);
-    const int first = blockIdx.x % p.key_tiles * kTileK, end = min(first + kTileK, s.k_rows);
-    for (int j = first + threadIdx.x / 32; j < end; j += kFinishWarps)
-        exact_key<E, D, Softcap>(p, s, b, kv_head, j);
+    for (int i = blockIdx.x - sinks; i < p.batch * p.heads_kv * p.key_tiles;
+         i += gridDim.x - sinks) {
+        const int b = i / p.key_tiles / p.heads_kv, kv_head = i / p.key_tiles % p.heads_kv;
+        if (!facts_of<D>(p, b, kv_head)[SM90_BWD_ODD])
+            continue;
+        const Sequence s(p, b);
+        const int first = i % p.key_tiles * kTileK, end = min(first + kTileK, s.k_rows);
+        for (int j = first + threadIdx.x / 32; j < end; j += kFinishWarps)
+            exact_key<E, D, Softcap>(p, s, b, kv_head, j);
+    }
 }
 
 } // namespace sm90

@@ -10,7 +10,10 @@
 /* Rows of one step, and keys that one block owns. */
 enum { SM90_BWD_TILE_Q = 64, SM90_BWD_TILE_K = 128 };
 
-/* Threads of a block that prepares or finishes, and its shared memory: a number for each of them. */
+/* Rows, and keys, that a warp prepares or finishes at once. */
+enum { SM90_BWD_ERRAND = 64 };
+
+/* Threads of a block that computes odd heads or sinks, and its shared memory: a number for each of them. */
 enum { SM90_BWD_SMALL_THREADS = 256, SM90_BWD_SMALL_BYTES = 4 * SM90_BWD_SMALL_THREADS };
 
 /* Tiles in shared memory of Q, one of which waits for dK while the next two are on their way, and of dO. */
@@ -23,7 +26,13 @@ enum { SM90_BWD_QUERY_STAGES = 3, SM90_BWD_STAGES = 2 };
          (3 * SM90_BWD_TILE_K + (SM90_BWD_QUERY_STAGES + SM90_BWD_STAGES) * SM90_BWD_TILE_Q) +     \
      2 * 128 * SM90_BWD_TILE_K + (SM90_BWD_QUERY_STAGES * 2 + 1) * 16 * 128 +                      \
      SM90_BWD_QUERY_STAGES * 2 * 4 * SM90_BWD_TILE_Q + 4 * (D) + 64 +                              \
-     8 * (6 + 2 * SM90_BWD_QUERY_STAGES + 2 * SM90_BWD_STAGES) + 1024)
+     8 * (8 + 2 * SM90_BWD_QUERY_STAGES + 2 * SM90_BWD_STAGES) + 1024)
+
+/* What each block is launched with: those that run errands have buffers of 16 KB and a number for each column in each of 12 warps. */
+#define SM90_BWD_ERRAND_BYTES(D) (12 * (16384 + 4 * (D)) + 1024)
+#define SM90_BWD_MAIN_BYTES(D)                                                                     \
+    (SM90_BWD_SHARED_BYTES(D) > SM90_BWD_ERRAND_BYTES(D) ? SM90_BWD_SHARED_BYTES(D)                \
+                                                         : SM90_BWD_ERRAND_BYTES(D))
 
 /* What rows have besides, for one tile of them. In f32: the factor of a row's fixed-point sums; -lse in units of q k, with softcap
  * of exponents of 2, and -inf where the row sees nothing; -delta = d_lse - <d_output, output>. Then -lse (not with softcap) and -delta
@@ -33,12 +42,24 @@ enum { SM90_BWD_FACTOR, SM90_BWD_LSE, SM90_BWD_DELTA, SM90_BWD_STATS };
 enum { SM90_BWD_TERMS = 3, SM90_BWD_TERM_BYTES = SM90_BWD_TERMS * SM90_BWD_TILE_Q * 2 };
 enum { SM90_BWD_ROW_BYTES = SM90_BWD_STATS * SM90_BWD_TILE_Q * 4 + 2 * SM90_BWD_TERM_BYTES };
 
-/* What is known of the keys and values of one head: bits of floats that are not negative, so that their order is that of
- * integers. Then, for each column, the largest |key|. */
+/* What is known of a unit: the keys and values of one head, and the rows of its query heads. Maxima are bits of floats that are not
+ * negative, so that their order is that of integers. */
 enum {
     SM90_BWD_ODD, /* 1: something is not finite, or beyond what the fast path takes: the head is computed by plain loops */
-    SM90_BWD_VALUE, /* the largest norm of a value, squared */
-    SM90_BWD_KEYS
+    SM90_BWD_VALUE,    /* the largest norm of a value, squared */
+    SM90_BWD_PREPARED, /* errands that have found all this, and what rows have, and zeroed sums */
+    SM90_BWD_SUMMED,   /* tiles of keys that have added to d_query */
+    SM90_BWD_FINISHED, /* errands that have read these sums */
+    SM90_BWD_KEYS      /* for each column, the largest |key| */
+};
+
+/* Counters of what blocks and warps have claimed. */
+enum {
+    SM90_BWD_NEXT_BLOCK,
+    SM90_BWD_NEXT_TASK,
+    SM90_BWD_NEXT_FIRST, /* errands before the first tasks */
+    SM90_BWD_NEXT_ERRAND,
+    SM90_BWD_COUNTERS
 };
 
 struct sm90_gradient {
@@ -66,19 +87,23 @@ struct sm90_bwd_params {
 
     /* The workspace. */
     uint32_t *facts; /* [B, H_kv, SM90_BWD_KEYS + D] */
-    int32_t *next;   /* the task that no block has claimed yet */
+    int32_t *next;   /* SM90_BWD_NEXT_* */
     char *rows;      /* [H, tiles, SM90_BWD_ROW_BYTES] */
-    int32_t
-        *sums; /* d_query in fixed point: [H, tiles, 64 D], in the order in which blocks hold it */
+    int32_t *
+        sums; /* d_query in fixed point: [slots, group, row_tiles, 64 D], in the order in which blocks hold it */
     int32_t tiles; /* of one head, all sequences: sequence b begins at first_tile() */
+
+    /* The walk over units, each of which has the sums of slot unit % slots: what is done before the first tasks, how many later one is
+     * finished than another is prepared, and how many of the blocks run errands. */
+    int32_t units, slots, ahead, behind, errand_blocks;
 
     int32_t batch, heads_q, heads_kv, group;
     int32_t len_q, len_k, dim_qk, dim_v;
     int32_t window_left, window_right; /* SM90_UNBOUNDED, or >= 0 */
     int32_t bottom_right;
-    int32_t key_tiles, row_tiles; /* of the longest sequence */
-    float scale, scale_log2;      /* scale * log2(e) */
-    float softcap;                /* 0 = none */
+    int32_t key_tiles, row_tiles, errands; /* of the longest sequence */
+    float scale, scale_log2;               /* scale * log2(e) */
+    float softcap;                         /* 0 = none */
 };
 
 #endif /* DLATTN_SM90_BWD_PARAMS_H_ */

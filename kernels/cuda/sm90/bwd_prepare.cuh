@@ -1,5 +1,5 @@
 /*
- * Before the products of cuda_bwd_sm90: what is known of each head of keys, and of each row.
+ * Before the products of cuda_bwd_sm90: what is known of a unit's keys and values, and of each row.
  */
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace sm90 {
 
-/* Blocks of kThreads. A row lies in the registers of kLanes neighbouring threads, eight elements in each. */
+/* A row lies in the registers of kLanes neighbouring threads, eight elements in each. */
 template <int D>
 struct Lanes {
     static constexpr int kThreads = SM90_BWD_SMALL_THREADS, kLanes = D / 8,
@@ -27,15 +27,14 @@ struct Lanes {
 template <typename E>
 struct Eight {
     float x[8];
-    __device__ __forceinline__ Eight(const E *from, bool exists) {
-        uint4 raw = make_uint4(0, 0, 0, 0);
-        if (exists)
-            raw = __ldg(reinterpret_cast<const uint4 *>(from));
+    __device__ __forceinline__ explicit Eight(uint4 raw) {
         const E *const e = reinterpret_cast<const E *>(&raw);
 #pragma unroll
         for (int i = 0; i < 8; i++)
             x[i] = float(e[i]);
     }
+    __device__ __forceinline__ Eight(const E *from, bool exists)
+        : Eight(exists ? __ldg(reinterpret_cast<const uint4 *>(from)) : make_uint4(0, 0, 0, 0)) {}
     __device__ __forceinline__ float dot(const Eight &y) const {
         float sum = 0;
 #pragma unroll
@@ -47,53 +46,6 @@ struct Eight {
 
 /* Not finite, or too large: also true of NaN. */
 __device__ __forceinline__ bool beyond(float x) { return !(fabsf(x) < kLargest); }
-
-/* The largest keys of each column, and the largest value, of tile `block` of all keys. Bits of NaN and infinity are above those of all numbers,
- * and the largest does not depend on the order. */
-template <typename E, int D>
-__device__ __forceinline__ void scan_keys(const sm90_bwd_params &p, int block) {
-    using L = Lanes<D>;
-    uint32_t *const most = shared_numbers<uint32_t>();
-    const int head = block / p.key_tiles, b = head / p.heads_kv, kv_head = head % p.heads_kv;
-    const Sequence s(p, b);
-    const int first = block % p.key_tiles * kTileK, end = min(first + kTileK, s.k_len);
-    if (first >= end)
-        return;
-    for (int i = threadIdx.x; i < SM90_BWD_KEYS + D; i += L::kThreads)
-        most[i] = 0;
-    __syncthreads();
-    const int batch = p.cu_seqlens_k ? 0 : b;
-    const L lanes;
-    float keys[8] = {}, values = 0;
-    bool odd = false;
-    for (int j = first + lanes.row; j < first + kTileK; j += L::kRows) {
-        const auto load = [&](const void *data, const sm90_strides &strides, int dim) {
-            return Eight<E>(
-                row_of(static_cast<const E *>(data), strides, batch, kv_head, s.k_start + j) +
-                    lanes.column,
-                j < end && lanes.column < dim);
-        };
-        const Eight<E> key = load(p.key, p.key_strides, p.dim_qk),
-                       value = load(p.value, p.value_strides, p.dim_v);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            odd |= beyond(key.x[i]);
-            keys[i] = fmaxf(keys[i], fabsf(key.x[i]));
-        }
-        values = fmaxf(values, L::sum(value.dot(value)));
-        odd |= beyond(value.dot(value)); /* maxima drop NaN */
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        atomicMax(most + SM90_BWD_KEYS + lanes.column + i, __float_as_uint(keys[i]));
-    atomicMax(most + SM90_BWD_VALUE, __float_as_uint(values));
-    if (odd)
-        most[SM90_BWD_ODD] = 1;
-    __syncthreads();
-    uint32_t *const facts = facts_of<D>(p, b, kv_head);
-    for (int i = threadIdx.x; i < SM90_BWD_KEYS + D; i += L::kThreads)
-        atomicMax(facts + i, most[i]);
-}
 
 /* Exponents relative to an lse beyond this have lost bits that gradients need; in units of q k, what f16 holds. */
 constexpr float kLargestLse = 4096, kLargestTerm = 60000;
@@ -110,64 +62,272 @@ __device__ __forceinline__ bool store_terms(char *terms, int r, float x) {
     return fabsf(x) < kLargestTerm; /* NaN if the first one overflowed */
 }
 
-/* What the rows of tile `block` have, and zeros for their sums. */
-template <typename E, int D>
-__device__ __forceinline__ void prepare_rows(const sm90_bwd_params &p, int block) {
-    using L = Lanes<D>;
-    const int head = block / p.row_tiles / p.batch, b = block / p.row_tiles % p.batch,
-              tile = block % p.row_tiles;
-    const Sequence s(p, b);
-    if (tile * kTileQ >= s.q_rows)
-        return;
-    const int in_head = first_tile(p, s, b) + tile, batch = p.cu_seqlens_q ? 0 : b;
-    int4 *const sums = reinterpret_cast<int4 *>(sums_of<D>(p, head, in_head));
-#pragma unroll
-    for (int i = threadIdx.x; i < kTileQ * D / 4; i += L::kThreads)
-        sums[i] = make_int4(0, 0, 0, 0);
-    char *const rows = rows_of(p, head, in_head);
-    float *const stats = stats_of(p, head, in_head);
-    const L lanes;
-#pragma unroll
-    for (int r = lanes.row; r < kTileQ; r += L::kRows) {
-        const int i = tile * kTileQ + r, row = s.q_start + i;
-        const auto load = [&](const void *data, const sm90_strides &strides, int dim, bool exists) {
-            return Eight<E>(row_of(static_cast<const E *>(data), strides, batch, head, row) +
-                                lanes.column,
-                            exists && lanes.column < dim);
+/* ---- Errands: 64 rows or keys, by one warp --------------------------------------------------------------------------- */
+
+/* What errands read passes through two buffers of the warp in shared memory, 16 times 16 bytes for each lane, which reads what it has
+ * copied itself: so two batches are on their way while a third is in registers. */
+constexpr int kVectors = 16, kBufferBytes = kVectors * 32 * 16;
+/* The factor of each column, behind the buffers. */
+template <int D>
+constexpr int kErrandBytes = 2 * kBufferBytes + 4 * D;
+
+struct Buffers {
+    uint32_t address;
+    char *memory; /* the same place */
+
+    /* issue(n, copy) copies vectors of batch n by copy(vector, from, exists), take(n, vectors) has them. */
+    template <typename Issue, typename Take>
+    __device__ __forceinline__ void run(int batches, Issue issue, Take take) const {
+        const int lane = threadIdx.x % 32 * 16;
+        const auto start = [&](int n) {
+            if (n < batches)
+                issue(n, [&](int i, const void *from, bool exists) {
+                    copy_async(address + n % 2 * kBufferBytes + i * 512 + lane, from, exists);
+                });
+            copy_commit();
         };
-        const bool sees = s.sees(p, i), blind = !sees && i < s.q_len;
-        const Eight<E> d_output = load(p.d_output, p.d_output_strides, p.dim_v, sees || blind),
-                       output = load(p.output, p.output_strides, p.dim_v, sees),
-                       query = load(p.query, p.query_strides, p.dim_qk, blind);
-        const float norm = sqrtf(L::sum(d_output.dot(d_output)));
-        const float dot = L::sum(d_output.dot(output)), queries = L::sum(query.dot(query));
-        if (lanes.column != 0)
-            continue;
-        const float lse = sees ? *row_of(p.lse, p.lse_strides, batch, head, row) : INFINITY;
-        const float d_lse =
-            p.d_lse && i < s.q_rows ? *row_of(p.d_lse, p.d_lse_strides, batch, head, row) : 0;
-        const float from_lse = sees ? d_lse : 0, delta = d_lse - dot;
-        const float least = -lse * (p.softcap > 0 ? 1.4426950408889634f : 1 / p.scale);
-        stats[SM90_BWD_FACTOR * kTileQ + r] = row_factor(norm, from_lse);
-        stats[SM90_BWD_LSE * kTileQ + r] = least;
-        stats[SM90_BWD_DELTA * kTileQ + r] = delta;
-        const bool fits = store_terms<E>(rows + kStatsBytes, r, least) &
-                          store_terms<E>(rows + kStatsBytes + kTermBytes, r, sees ? delta : 0);
-        if (beyond(norm) || beyond(queries) || beyond(from_lse) || beyond(dot) || !fits ||
-            (sees && !(fabsf(lse) < kLargestLse)))
-            facts_of<D>(p, b, head / p.group)[SM90_BWD_ODD] = 1;
+        start(0);
+        start(1);
+#pragma unroll 1
+        for (int n = 0; n < batches; n++) {
+            copy_wait<1>();
+            uint4 x[kVectors];
+#pragma unroll
+            for (int i = 0; i < kVectors; i++)
+                x[i] = *reinterpret_cast<const uint4 *>(memory + n % 2 * kBufferBytes + i * 512 +
+                                                        lane);
+            start(n + 2);
+            take(n, x);
+        }
+    }
+};
+
+/* Octets of rows, of which a lane has eight columns of every 32: row lane / 4, columns from 8 (lane % 4) on. Read so, they are operands
+ * of mma with their columns in another order, and a row's product with itself is on the diagonal. A batch has kRows rows of two tensors. */
+template <typename E, int D>
+struct Octets {
+    static constexpr int kBlocks = D / 32, kCount = 8 / kBlocks, kRows = 8 * kCount,
+                         kBatches = kErrand / kRows;
+
+    static __device__ __forceinline__ int row() { return threadIdx.x % 32 / 4; }
+    static __device__ __forceinline__ int column() { return threadIdx.x % 4 * 8; }
+
+    /* Vectors from `vector` on, from the row and column of this lane on; `exists` tells of a row of the batch. */
+    template <typename Copy, typename Exists>
+    static __device__ __forceinline__ void issue(Copy copy, int vector, const E *from,
+                                                 int64_t pitch, int dim, Exists exists) {
+#pragma unroll
+        for (int o = 0; o < kCount; o++) {
+            const bool here = exists(8 * o + row());
+#pragma unroll
+            for (int c = 0; c < kBlocks; c++)
+                copy(vector + o * kBlocks + c, from + 32 * c, here && column() + 32 * c < dim);
+            from += 8 * pitch;
+        }
+    }
+    /* <a, b> and <c, b> of row lane % 8 of an octet. */
+    static __device__ __forceinline__ float2 dots(const uint4 *a, const uint4 *c, const uint4 *b) {
+        float sums[4] = {};
+#pragma unroll
+        for (int i = 0; i < kBlocks; i++) {
+            Element<E>::mma(sums, {a[i].x, c[i].x, a[i].y, c[i].y}, b[i].x, b[i].y);
+            Element<E>::mma(sums, {a[i].z, c[i].z, a[i].w, c[i].w}, b[i].z, b[i].w);
+        }
+        const bool second = row() % 2;
+        const int lane = threadIdx.x % 8 * 4 + threadIdx.x % 8 / 2;
+        return make_float2(__shfl_sync(~0u, second ? sums[1] : sums[0], lane),
+                           __shfl_sync(~0u, second ? sums[3] : sums[2], lane));
+    }
+};
+
+/* The largest of each pair of 16-bit words over the rows of octets. Word i ends up where first_word() says. */
+template <int kCount>
+__device__ __forceinline__ void find_most(uint32_t (&most)[kCount]) {
+#pragma unroll
+    for (int step = 4, count = kCount / 2; step <= 16; step *= 2, count /= 2) {
+        const bool upper = threadIdx.x & step;
+#pragma unroll
+        for (int i = 0; i < count; i++) {
+            const uint32_t sent = upper ? most[i] : most[i + count];
+            most[i] = __vmaxu2(upper ? most[i + count] : most[i], __shfl_xor_sync(~0u, sent, step));
+        }
     }
 }
+/* The first of kCount / 8 words that this lane has. */
+template <int kCount>
+__device__ __forceinline__ int first_word() {
+    return (__brev(threadIdx.x % 32 / 4) >> 29) * (kCount / 8);
+}
 
-/* Blocks of rows, then of keys. */
+/* The largest keys of each column, and the largest value. Bits of NaN and infinity are above those of all numbers, and the largest does
+ * not depend on the order. */
 template <typename E, int D>
-__device__ __forceinline__ void prepare(const sm90_bwd_params &p) {
-    const int row_blocks = p.batch * p.heads_q * p.row_tiles, block = blockIdx.x;
-    wait_for_predecessor();
-    if (block < row_blocks)
-        prepare_rows<E, D>(p, block);
-    else
-        scan_keys<E, D>(p, block - row_blocks);
+__device__ __forceinline__ void scan_keys(const sm90_bwd_params &p, const Unit &unit, int first,
+                                          const Buffers &buffers) {
+    using O = Octets<E, D>;
+    constexpr int kWords = 4 * O::kBlocks;
+    const Sequence &s = unit.s;
+    uint32_t most[kWords] = {}, norm = 0;
+    const auto issue = [&](int n, auto copy) {
+        const int j = first + n * O::kRows;
+        const auto from = [&](const void *data, const sm90_strides &strides) {
+            return row_of(static_cast<const E *>(data), strides, p.cu_seqlens_k ? 0 : unit.b,
+                          unit.kv_head, s.k_start + j + O::row()) +
+                   O::column();
+        };
+        const auto exists = [&](int row) { return j + row < s.k_len; };
+        O::issue(copy, 0, from(p.key, p.key_strides), p.key_strides.row, p.dim_qk, exists);
+        O::issue(copy, 8, from(p.value, p.value_strides), p.value_strides.row, p.dim_v, exists);
+    };
+    const auto take = [&](int, const uint4(&x)[kVectors]) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                uint32_t &m = most[i % O::kBlocks * 4 + w];
+                m = __vmaxu2(m, words[w] & 0x7fff7fff);
+            }
+        }
+#pragma unroll
+        for (int o = 0; o < O::kCount; o++) {
+            const uint4 *const values = x + 8 + o * O::kBlocks;
+            norm = max(norm, __float_as_uint(O::dots(values, values, values).x));
+        }
+    };
+    buffers.run(min(O::kBatches, (s.k_len - first + O::kRows - 1) / O::kRows), issue, take);
+    norm = __reduce_max_sync(~0u, norm);
+    uint32_t *const facts = facts_of<D>(p, unit.index);
+    bool odd = beyond(__uint_as_float(norm));
+    if (threadIdx.x % 32 == 0)
+        atomicMax(facts + SM90_BWD_VALUE, norm);
+    find_most(most);
+#pragma unroll
+    for (int i = 0; i < kWords / 8; i++) {
+        const int word = first_word<kWords>() + i,
+                  column = word / 4 * 32 + O::column() + word % 4 * 2;
+        const E *const e = reinterpret_cast<const E *>(most + i);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const float key = float(e[c]);
+            odd |= beyond(key);
+            atomicMax(facts + SM90_BWD_KEYS + column + c, __float_as_uint(key));
+        }
+    }
+    if (odd)
+        facts[SM90_BWD_ODD] = 1;
+}
+
+/* What row i of a query head has, from |d_output|^2 and <d_output, output>. */
+template <typename E, int D>
+__device__ __forceinline__ void store_row(const sm90_bwd_params &p, const Unit &unit, int head,
+                                          int i, float norm, float dot, float lse, float d_lse) {
+    const Sequence &s = unit.s;
+    const int tile = first_tile(p, s, unit.b) + i / kTileQ, r = i % kTileQ;
+    const bool sees = s.sees(p, i);
+    norm = sqrtf(norm);
+    const float from_lse = sees ? d_lse : 0, delta = d_lse - dot;
+    const float least = -lse * (p.softcap > 0 ? 1.4426950408889634f : 1 / p.scale);
+    float *const stats = stats_of(p, head, tile) + r;
+    stats[SM90_BWD_FACTOR * kTileQ] = row_factor(norm, from_lse);
+    stats[SM90_BWD_LSE * kTileQ] = least;
+    stats[SM90_BWD_DELTA * kTileQ] = delta;
+    char *const terms = rows_of(p, head, tile) + kStatsBytes;
+    const bool fits =
+        store_terms<E>(terms, r, least) & store_terms<E>(terms + kTermBytes, r, sees ? delta : 0);
+    if (beyond(norm) || beyond(from_lse) || beyond(dot) || !fits ||
+        (sees && !(fabsf(lse) < kLargestLse)))
+        facts_of<D>(p, unit.index)[SM90_BWD_ODD] = 1;
+}
+
+/* Whether the row of a query is not finite. It matters where it sees nothing: 0 times NaN would reach gradients. */
+template <typename E>
+__device__ __forceinline__ bool is_odd(const E *query, int dim) {
+    float sum = 0;
+    for (int column = 0; column < dim; column += 8) {
+        const Eight<E> x(query + column, true);
+        sum += x.dot(x);
+    }
+    return beyond(sum);
+}
+
+/* What rows have, and zeros for their sums. */
+template <typename E, int D>
+__device__ __forceinline__ void prepare_rows(const sm90_bwd_params &p, const Unit &unit, int first,
+                                             int head, const Buffers &buffers) {
+    using O = Octets<E, D>;
+    const Sequence &s = unit.s;
+    const int b = p.cu_seqlens_q ? 0 : unit.b, lane = threadIdx.x % 32;
+    const auto row = [&](const void *data, const sm90_strides &strides, int i) {
+        return row_of(static_cast<const E *>(data), strides, b, head, s.q_start + i);
+    };
+    float norm = 0, dot = 0, lse[2], d_lse[2]; /* of rows lane and lane + 32 */
+    for (int half = 0; half < 2; half++) {
+        const int i = first + 32 * half + lane;
+        lse[half] = s.sees(p, i) ? *row_of(p.lse, p.lse_strides, b, head, s.q_start + i) : INFINITY;
+        d_lse[half] =
+            p.d_lse && i < s.q_rows ? *row_of(p.d_lse, p.d_lse_strides, b, head, s.q_start + i) : 0;
+    }
+    const auto issue = [&](int n, auto copy) {
+        const int i = first + n * O::kRows;
+        O::issue(copy, 0, row(p.d_output, p.d_output_strides, i + O::row()) + O::column(),
+                 p.d_output_strides.row, p.dim_v, [&](int r) { return i + r < s.q_len; });
+        O::issue(copy, 8, row(p.output, p.output_strides, i + O::row()) + O::column(),
+                 p.output_strides.row, p.dim_v, [&](int r) { return s.sees(p, i + r); });
+    };
+    const auto take = [&](int n, const uint4(&x)[kVectors]) {
+#pragma unroll
+        for (int o = 0; o < O::kCount; o++) {
+            const uint4 *const d_output = x + o * O::kBlocks;
+            const float2 found = O::dots(d_output, d_output + 8, d_output);
+            const bool is_own = lane / 8 == n * O::kCount % 4 + o;
+            norm = is_own ? found.x : norm;
+            dot = is_own ? found.y : dot;
+        }
+        const int half = n * O::kRows / 32, own = first + 32 * half + lane;
+        if ((n + 1) * O::kRows % 32 != 0)
+            return;
+        if (own < s.q_len && !s.sees(p, own) &&
+            is_odd(row(p.query, p.query_strides, own), p.dim_qk))
+            norm = NAN;
+        store_row<E, D>(p, unit, head, own, norm, dot, half ? lse[1] : lse[0],
+                        half ? d_lse[1] : d_lse[0]);
+    };
+    buffers.run(O::kBatches, issue, take);
+    int4 *const sums = reinterpret_cast<int4 *>(
+        sums_of<D>(p, first_sums(p, unit.index, head - unit.kv_head * p.group) + first / kTileQ));
+#pragma unroll 8
+    for (int i = lane; i < kTileQ * D / 4; i += 32)
+        sums[i] = make_int4(0, 0, 0, 0);
+}
+
+template <typename E, int D>
+__device__ __forceinline__ void prepare(const sm90_bwd_params &p, const Unit &unit, int first,
+                                        const Buffers &buffers) {
+    if (first < unit.s.k_len)
+        scan_keys<E, D>(p, unit, first, buffers);
+    if (first < unit.s.q_rows)
+        for (int h = 0; h < p.group; h++)
+            prepare_rows<E, D>(p, unit, first, unit.kv_head * p.group + h, buffers);
+    global_proxy_fence();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        count_release(facts_of<D>(p, unit.index) + SM90_BWD_PREPARED);
+}
+
+/* Those of the first `ahead` units. */
+template <typename E, int D>
+__device__ __forceinline__ void run_first_errands(const sm90_bwd_params &p,
+                                                  const Buffers &buffers) {
+    for (;;) {
+        const int index = claim(p, SM90_BWD_NEXT_FIRST);
+        if (index >= p.ahead * p.errands)
+            return;
+        const Unit unit(p, index / p.errands);
+        const int errand = index % p.errands;
+        if (errand < unit.errands())
+            prepare<E, D>(p, unit, errand * kErrand, buffers);
+    }
 }
 
 } // namespace sm90

@@ -8,7 +8,8 @@
 
 namespace sm90 {
 
-constexpr int kTileQ = SM90_BWD_TILE_Q, kTileK = SM90_BWD_TILE_K;
+constexpr int kTileQ = SM90_BWD_TILE_Q, kTileK = SM90_BWD_TILE_K, kErrand = SM90_BWD_ERRAND;
+static_assert(kErrand == kTileQ, "the rows of an errand are those of a tile");
 
 /* One sequence of the batch; row i meets key i + diagonal. Whatever the integer tensors hold, nothing outside the tensors is
  * touched. */
@@ -65,11 +66,19 @@ __device__ __forceinline__ float *stats_of(const sm90_bwd_params &p, int head, i
 }
 constexpr int kStatsBytes = SM90_BWD_STATS * kTileQ * 4, kTermBytes = SM90_BWD_TERM_BYTES;
 
+/* Number of the first tile of sums of a head of a unit. */
+__device__ __forceinline__ int first_sums(const sm90_bwd_params &p, int unit, int head_in_group) {
+    return (unit % p.slots * p.group + head_in_group) * p.row_tiles;
+}
 template <int D>
-__device__ __forceinline__ int32_t *sums_of(const sm90_bwd_params &p, int head, int tile) {
-    return p.sums + (static_cast<int64_t>(head) * p.tiles + tile) * (kTileQ * D);
+__device__ __forceinline__ int32_t *sums_of(const sm90_bwd_params &p, int tile) {
+    return p.sums + static_cast<int64_t>(tile) * (kTileQ * D);
 }
 
+template <int D>
+__device__ __forceinline__ uint32_t *facts_of(const sm90_bwd_params &p, int unit) {
+    return p.facts + unit * static_cast<int64_t>(SM90_BWD_KEYS + D);
+}
 template <int D>
 __device__ __forceinline__ uint32_t *facts_of(const sm90_bwd_params &p, int b, int kv_head) {
     return p.facts + (b * p.heads_kv + kv_head) * static_cast<int64_t>(SM90_BWD_KEYS + D);
@@ -96,11 +105,15 @@ __device__ __forceinline__ float inverse(float x) {
 /* Of norms and keys that the fast path takes: products of three stay in the range of f32. */
 constexpr float kLargest = 0x1p40f;
 
-__device__ __forceinline__ float column_factor(const sm90_bwd_params &p, const uint32_t *facts,
+/* What the factors of all columns have in common. */
+__device__ __forceinline__ int value_exponent(const sm90_bwd_params &p, const uint32_t *facts) {
+    return exponent_above(sqrtf(__uint_as_float(__ldcg(facts + SM90_BWD_VALUE))) +
+                          (p.d_lse ? 1 : 0));
+}
+__device__ __forceinline__ float column_factor(const uint32_t *facts, int value_exponent,
                                                int column) {
-    const float value = sqrtf(__uint_as_float(facts[SM90_BWD_VALUE])) + (p.d_lse ? 1 : 0);
-    return power_of_two(-exponent_above(value) -
-                        exponent_above(__uint_as_float(facts[SM90_BWD_KEYS + column])));
+    return power_of_two(-value_exponent -
+                        exponent_above(__uint_as_float(__ldcg(facts + SM90_BWD_KEYS + column))));
 }
 __device__ __forceinline__ float row_factor(float d_output_norm, float d_lse) {
     return power_of_two(30 - exponent_above(2 * d_output_norm + fabsf(d_lse)));
@@ -112,6 +125,18 @@ __device__ __forceinline__ int fragment_row(int thread, int i) {
 }
 __device__ __forceinline__ int fragment_column(int thread, int i) {
     return i / 4 * 8 + thread % 4 * 2 + i % 2;
+}
+
+/* Waits until `counter`, which others count up, has reached `count`. */
+__device__ __forceinline__ void wait_for_count(const uint32_t *counter, int count) {
+    while (static_cast<int>(load_relaxed(counter)) < count)
+        __nanosleep(100);
+    fence_acquire();
+}
+
+/* The next number of a counter, the same for all lanes of the warp. */
+__device__ __forceinline__ int claim(const sm90_bwd_params &p, int counter) {
+    return uniform(threadIdx.x % 32 == 0 ? atomicAdd(p.next + counter, 1) : 0);
 }
 
 /* Waits for the kernel before this one in the stream, which this one may have overtaken. */
@@ -126,6 +151,22 @@ __device__ __forceinline__ T *shared_numbers() {
     return reinterpret_cast<T *>(raw);
 }
 
+/* The keys and values of one head of one sequence, and the rows of its query heads. */
+struct Unit {
+    int index, b, kv_head;
+    Sequence s;
+
+    __device__ __forceinline__ Unit(const sm90_bwd_params &p, int index)
+        : index(index), b(index / p.heads_kv), kv_head(index % p.heads_kv), s(p, b) {}
+    __device__ __forceinline__ int key_tiles() const { return (s.k_rows + kTileK - 1) / kTileK; }
+    __device__ __forceinline__ int row_errands() const {
+        return (s.q_rows + kErrand - 1) / kErrand;
+    }
+    __device__ __forceinline__ int errands() const {
+        return max(row_errands(), (s.k_rows + kErrand - 1) / kErrand);
+    }
+};
+
 /* ---- Tasks: tiles of keys ------------------------------------------------------------------------------------------ */
 
 /* Keys of one head, and the rows that see one of them. */
@@ -134,6 +175,7 @@ struct alignas(64) Task {
     int batch, kv_head;
     int first, end, start; /* tiles of rows; the walk begins at `start` and goes round */
     int first_tile;        /* of the sequence */
+    int first_sums;        /* of the unit */
     int skipped;           /* the head is odd: nothing is written here */
     Sequence s;
 
@@ -149,16 +191,29 @@ struct alignas(64) Task {
     }
 };
 
-/* Blocks that work on one head at the same time begin at different rows, so that their sums do not meet. Behind a mask they do anyway. */
+/* The next tile of keys, when its unit is prepared. Blocks that work on one head at the same time begin at different rows, so that their
+ * sums do not meet. Behind a mask they do anyway. */
 template <int D>
-__device__ __forceinline__ Task task_at(const sm90_bwd_params &p, int index) {
-    const int head = index / p.key_tiles, b = head / p.heads_kv;
-    Task t{-1, b, head % p.heads_kv, 0, 0, 0, 0, 0, Sequence(p, min(b, p.batch - 1))};
-    if (b >= p.batch)
-        return t;
-    t.key_tile = index % p.key_tiles;
-    t.first_tile = first_tile(p, t.s, b);
-    t.skipped = facts_of<D>(p, b, t.kv_head)[SM90_BWD_ODD] || t.first_key() >= t.s.k_rows;
+__device__ __forceinline__ Task next_task(const sm90_bwd_params &p) {
+    Task t{-1, 0, 0, 0, 0, 0, 0, 0, 0, Sequence(p, 0)};
+    int number;
+    do {
+        const int index = claim(p, SM90_BWD_NEXT_TASK);
+        number = index / p.key_tiles;
+        if (number >= p.units)
+            return t;
+        t.key_tile = index % p.key_tiles;
+    } while (t.key_tile >= Unit(p, number).key_tiles());
+    const Unit unit(p, number);
+    uint32_t *const facts = facts_of<D>(p, number);
+    wait_for_count(facts + SM90_BWD_PREPARED, unit.errands());
+    global_proxy_fence();
+    t.batch = unit.b;
+    t.kv_head = unit.kv_head;
+    t.s = unit.s;
+    t.first_tile = first_tile(p, t.s, t.batch);
+    t.first_sums = first_sums(p, number, 0);
+    t.skipped = __ldcg(facts + SM90_BWD_ODD);
     const int key = t.first_key(), end_key = min(key + kTileK, t.s.k_len);
     const int low = max(key - t.s.diagonal - p.window_right, 0),
               high = min(end_key - t.s.diagonal + p.window_left, t.s.q_len);

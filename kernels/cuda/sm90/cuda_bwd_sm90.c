@@ -12,7 +12,7 @@ MODULE(128)
 enum { MAIN_THREADS = 384 };
 
 /* The kernels of a tile, each for f16 and for bf16. Those with softcap follow those without. */
-enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2, PREPARE = KEYS + 2 };
+enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2 };
 
 #define BOTH(D, NAME, SUFFIX, THREADS, BYTES)                                                      \
     CUDA_KERNEL(module_##D, "cuda_bwd_sm90_" NAME #D "_f16" SUFFIX, THREADS, BYTES),               \
@@ -20,10 +20,9 @@ enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2, PREPARE = KEYS + 2 };
 #define SMALL(D, NAME, SUFFIX) BOTH(D, NAME, SUFFIX, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES)
 #define KERNELS(D)                                                                                 \
     (struct cuda_kernel[]) {                                                                       \
-        BOTH(D, "", "", MAIN_THREADS, SM90_BWD_SHARED_BYTES(D)),                                   \
-            BOTH(D, "", "_softcap", MAIN_THREADS, SM90_BWD_SHARED_BYTES(D)),                       \
-            SMALL(D, "rows_", ""), SMALL(D, "rows_", "_softcap"), SMALL(D, "keys_", ""),           \
-            SMALL(D, "keys_", "_softcap"), SMALL(D, "prepare_", "")                                \
+        BOTH(D, "", "", MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)),                                     \
+            BOTH(D, "", "_softcap", MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)), SMALL(D, "rows_", ""),  \
+            SMALL(D, "rows_", "_softcap"), SMALL(D, "keys_", ""), SMALL(D, "keys_", "_softcap")    \
     }
 #define TILE(D)                                                                                    \
     {.dim_qk = D,                                                                                  \
@@ -44,6 +43,38 @@ static int64_t row_tiles(const struct problem *p) {
                           : p->batch * ceil_divide(p->len_q, SM90_BWD_TILE_Q);
 }
 
+/* The walk of sm90_bwd_params: the first tasks find their units prepared; when a unit is to be finished, blocks have come so many
+ * tasks further that its own are done; and slots are free again some tasks before they are needed. */
+enum { TASKS_AHEAD = 132, TASKS_BEHIND = 448, TASKS_SPARE = 160 };
+
+struct walk {
+    int64_t units, ahead, behind, slots;
+};
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static struct walk walk_of(const struct problem *p) {
+    const int64_t tasks = ceil_divide(p->len_k, SM90_BWD_TILE_K);
+    struct walk w = {.units = p->batch * p->heads_kv};
+    w.ahead = least(ceil_divide(TASKS_AHEAD, tasks), w.units);
+    w.behind = least(ceil_divide(TASKS_BEHIND, tasks), w.units);
+    w.slots = least(w.behind + ceil_divide(TASKS_SPARE, tasks), w.units);
+    return w;
+}
+
+/* How many of `blocks` run errands, so that these take as long as the tasks. Measured in steps of a task, one of which takes as
+ * long as four steps besides its own: the errands of 128 keys with as many rows take 2.7 at D = 64, 3.4 at 128. */
+static int32_t errand_blocks(const struct problem *p, int32_t dim, int32_t blocks) {
+    const double group = (double)(p->heads_q / p->heads_kv),
+                 length = p->total_q > 0 ? (double)p->total_q / (double)p->batch : (double)p->len_q,
+                 window = (double)p->window_left + (double)p->window_right + 1;
+    const bool left = p->window_left < SM90_UNBOUNDED, right = p->window_right < SM90_UNBOUNDED;
+    const double rows = left && right ? window : left || right ? length / 2 : length;
+    const double task = group * (rows < length ? rows : length) / 64 + 4,
+                 errands = (dim > 64 ? 3.4 : 2.7) * (2 * group + 1) / 3;
+    return 1 + (int32_t)((double)(blocks - 1) * errands / (errands + task));
+}
+
 /* Bytes of each part, in this order; all but the last are multiples of 256. */
 struct parts {
     size_t facts, rows, sums;
@@ -53,10 +84,13 @@ static size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 static struct parts parts_of(const struct problem *p, int64_t dim) {
     const size_t tiles_of_heads = (size_t)(p->heads_q * row_tiles(p));
+    const size_t tiles_of_slots = (size_t)(walk_of(p).slots * (p->heads_q / p->heads_kv) *
+                                           ceil_divide(p->len_q, SM90_BWD_TILE_Q));
     return (struct parts){
-        .facts = round_up((size_t)(p->batch * p->heads_kv * (SM90_BWD_KEYS + dim) + 1) * 4),
+        .facts = round_up(
+            (size_t)(p->batch * p->heads_kv * (SM90_BWD_KEYS + dim) + SM90_BWD_COUNTERS) * 4),
         .rows = round_up(tiles_of_heads * SM90_BWD_ROW_BYTES),
-        .sums = tiles_of_heads * SM90_BWD_TILE_Q * (size_t)dim * 4,
+        .sums = tiles_of_slots * SM90_BWD_TILE_Q * (size_t)dim * 4,
     };
 }
 
@@ -75,8 +109,9 @@ static bool takes(const struct problem *p) {
     return p->scale > 0 && p->dim_qk % 8 == 0 && p->dim_v % 8 == 0 && p->len_q > 0 &&
            p->len_k > 0 && longest <= SM90_MAX_LENGTH && p->lse.dtype == DTYPE_F32 &&
            (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
-           key_blocks(p) + row_blocks(p) <= INT32_MAX && key_blocks(p) + p->heads_q <= INT32_MAX &&
-           row_tiles(p) <= INT32_MAX && mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
+           4 * p->batch * p->heads_kv * ceil_divide(longest, SM90_BWD_ERRAND) <= INT32_MAX &&
+           row_blocks(p) <= INT32_MAX && row_tiles(p) <= INT32_MAX &&
+           mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->d_output, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) &&
            mappable(&p->value, p->batch, p->heads_kv, p->len_k, 1);
@@ -89,7 +124,7 @@ bool cuda_bwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
     if (chosen < 0 || !takes(p))
         return false;
     const struct parts parts = parts_of(p, tiles[chosen].dim_qk);
-    const int64_t blocks = key_blocks(p);
+    const int64_t blocks = key_blocks(p) + 1; /* one that runs errands */
     plan->variant = chosen;
     plan->tile_q = tiles[chosen].rows;
     plan->tile_k = tiles[chosen].keys;
@@ -187,6 +222,8 @@ static void fill_problem(struct sm90_bwd_params *params, const struct problem *p
     params->bottom_right = p->bottom_right;
     params->key_tiles = (int32_t)ceil_divide(p->len_k, SM90_BWD_TILE_K);
     params->row_tiles = (int32_t)ceil_divide(p->len_q, SM90_BWD_TILE_Q);
+    params->errands =
+        (int32_t)ceil_divide(p->len_q > p->len_k ? p->len_q : p->len_k, SM90_BWD_ERRAND);
     params->scale = (float)p->scale;
     params->scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * log2_e);
     params->softcap = (float)p->softcap;
@@ -199,6 +236,11 @@ static void fill_workspace(struct sm90_bwd_params *params, const struct problem 
     params->rows = workspace + parts->facts;
     params->sums = (int32_t *)(workspace + parts->facts + parts->rows);
     params->tiles = (int32_t)row_tiles(p);
+    const struct walk w = walk_of(p);
+    params->units = (int32_t)w.units;
+    params->ahead = (int32_t)w.ahead;
+    params->behind = (int32_t)w.behind;
+    params->slots = (int32_t)w.slots;
 }
 
 int32_t cuda_bwd_sm90_launch(const struct plan *plan, const struct problem *p,
@@ -210,15 +252,15 @@ int32_t cuda_bwd_sm90_launch(const struct plan *plan, const struct problem *p,
     fill_tensors(&params, p);
     fill_problem(&params, p);
     fill_workspace(&params, p, &parts, t->dim_qk, exec->workspace);
+    params.errand_blocks = errand_blocks(p, t->dim_qk, plan->blocks);
     int32_t status = fill_maps(&params, p);
     const struct {
         int32_t kind;
         int64_t blocks;
     } launches[] = {
-        {PREPARE, key_blocks(p) + row_blocks(p)},
         {MAIN + (p->softcap > 0), plan->blocks},
-        {ROWS + (p->softcap > 0), row_blocks(p)},
-        {KEYS + (p->softcap > 0), key_blocks(p) + sinks},
+        {ROWS + (p->softcap > 0), least(row_blocks(p), plan->blocks)},
+        {KEYS + (p->softcap > 0), least(key_blocks(p), plan->blocks) + sinks},
     };
     if (status == DLATTN_OK)
         status = cuda_clear(params.facts, parts.facts, exec->stream);

@@ -12,7 +12,6 @@
         sm90::backward<sm90::BwdConfig<E, D, SOFTCAP>>(p);                                         \
     }
 #define INSTANCES(E, type, D)                                                                      \
-    KERNEL(cuda_bwd_sm90_prepare_##D##_##type, SM90_BWD_SMALL_THREADS, sm90::prepare<E, D>)        \
     MAIN(cuda_bwd_sm90_##D##_##type, E, D, false)                                                  \
     MAIN(cuda_bwd_sm90_##D##_##type##_softcap, E, D, true)                                         \
     KERNEL(cuda_bwd_sm90_rows_##D##_##type, SM90_BWD_SMALL_THREADS,                                \

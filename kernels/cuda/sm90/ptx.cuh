@@ -119,6 +119,11 @@ __device__ __forceinline__ void bulk_wait_written() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+/* Orders accesses to device memory by threads and by the async proxy (TMA). */
+__device__ __forceinline__ void global_proxy_fence() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 /* Makes this thread's writes to shared memory visible to the async proxy (TMA). */
 __device__ __forceinline__ void async_proxy_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -136,6 +141,19 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
 __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
+
+/* Counts one more. Who sees that by load_relaxed() and fence_acquire() sees all that this thread has seen. */
+__device__ __forceinline__ void count_release(uint32_t *counter) {
+    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t *counter) {
+    uint32_t x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+    return x;
+}
+__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 /* ---- Named barriers (1 to 15; 0 is __syncthreads) ---- */
 
