@@ -204,8 +204,8 @@ __device__ void exact_key(const sm90_bwd_params &p, const Sequence &s, int b, in
 
 /* ---- The kernels ------------------------------------------------------------------------------------------------------ */
 
-/* dQ of one tile of rows; of an odd head its stats, too. */
-template <typename E, int D, bool Softcap>
+/* dQ of one tile of rows, if it is in sums; of an odd head its stats, too. */
+template <typename E, int D, bool Softcap, bool kSums = true>
 __device__ __forceinline__ void finish_rows(const sm90_bwd_params &p) {
     const int head = blockIdx.x / p.row_tiles / p.batch, b = blockIdx.x / p.row_tiles % p.batch,
               tile = blockIdx.x % p.row_tiles, kv_head = head / p.group;
@@ -222,7 +222,7 @@ __device__ __forceinline__ void finish_rows(const sm90_bwd_params &p) {
             exact_row<E, D>(pairs, first + r);
         return;
     }
-    if (!p.d_query.data)
+    if (!kSums || !p.d_query.data)
         return;
     float *const columns = shared_numbers<float>(); /* what takes fixed point and scale out */
     for (int c = threadIdx.x; c < D; c += kFinishThreads)
