@@ -37,7 +37,7 @@ enum { SM90_BWD_WIDE_PRODUCER_REGISTERS = 24, SM90_BWD_WIDE_CONSUMER_REGISTERS =
  * 1024 to align. */
 #define SM90_BWD_WIDE_KEYS_BYTES(D, DV)                                                            \
     (128 * ((D) + (DV)) * (1 + SM90_BWD_WIDE_STAGES(D)) + 4 * 64 * 64 +                            \
-     SM90_BWD_WIDE_STAGES(D) * 8 * 64 + 64 + 16 * (3 + 2 * SM90_BWD_WIDE_STAGES(D)) + 1024)
+     SM90_BWD_WIDE_STAGES(D) * 8 * 64 + 64 + 16 * (1 + 2 * SM90_BWD_WIDE_STAGES(D)) + 1024)
 /* Of a block of dQ: Q and dO of 128 rows, two stages of K and those of V. */
 #define SM90_BWD_WIDE_ROWS_BYTES(D, DV)                                                            \
     (128 * (4 * (D) + (2 + SM90_BWD_WIDE_VALUE_STAGES(D)) * (DV)) + 64 +                           \

@@ -27,7 +27,7 @@ struct WideKeysConfig {
                          kStats = kWeights + kWeightStages * kWeightBytes,
                          kTask = kStats + kStages * kWideStatsBytes, kBarriers = kTask + 64;
     static constexpr int kSharedBytes = SM90_BWD_WIDE_KEYS_BYTES(Dqk, Dv);
-    static_assert(kSharedBytes == kBarriers + 8 * 2 * (1 + kWeightStages + 2 * kStages) + 1024,
+    static_assert(kSharedBytes == kBarriers + 8 * 2 * (1 + 2 * kStages) + 1024,
                   "1024 to align");
     static_assert(kSharedBytes <= 227 * 1024 && Dqk % 64 == 0 && Dv % 64 == 0, "");
 };
@@ -58,17 +58,18 @@ struct WideKeysShared {
     }
     __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * i; }
     __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
-    __device__ __forceinline__ Ring<C::kWeightStages> weight_ring() const {
-        return {barrier(2), barrier(2 + C::kWeightStages)};
-    }
     __device__ __forceinline__ Ring<C::kStages> query_ring() const {
-        return {barrier(2 + 2 * C::kWeightStages), barrier(2 + 2 * C::kWeightStages + C::kStages)};
+        return {barrier(2), barrier(2 + C::kStages)};
     }
     __device__ __forceinline__ Ring<C::kStages> d_output_ring() const {
         const Ring<C::kStages> queries = query_ring();
         return {queries.full + 16 * C::kStages, queries.empty + 16 * C::kStages};
     }
 };
+
+/* Named barriers of a stage of weights: that they are there, and that they have been read. */
+__device__ __forceinline__ int weights_full(int stage) { return 1 + stage; }
+__device__ __forceinline__ int weights_empty(int stage) { return 3 + stage; }
 
 template <int kStages>
 __device__ __forceinline__ void init_ring(const Ring<kStages> &ring, int full, int empty) {
@@ -245,10 +246,10 @@ struct WideWeights : WideSums<C, C::kDimQk, C::kDimV> {
     using E = typename C::Element;
     const WideKeysShared<C> &s;
     Ring<C::kStages> queries, d_outputs;
-    Ring<C::kWeightStages> weights;
+    int weights = 0; /* their stage */
 
     __device__ __forceinline__ explicit WideWeights(const WideKeysShared<C> &s)
-        : s(s), queries(s.query_ring()), d_outputs(s.d_output_ring()), weights(s.weight_ring()) {}
+        : s(s), queries(s.query_ring()), d_outputs(s.d_output_ring()) {}
 
     /* Which rows see the thread's keys. */
     __device__ __forceinline__ void find_visible(const sm90_bwd_params &p, const WideTask &t,
@@ -308,14 +309,13 @@ struct WideWeights : WideSums<C, C::kDimQk, C::kDimV> {
         exponentials<kMasked>(p, least, visible, shared);
         mbarrier_wait(d_outputs.full_barrier(), d_outputs.phase);
         this->add(s.d_output(d_outputs.stage));
-        mbarrier_wait(weights.empty_barrier(), weights.phase ^ 1);
+        named_barrier_sync(weights_empty(weights), 256);
 #pragma unroll
         for (int k = 0; k < kWideTile / 16; k++)
-            s.weights(weights.stage)[32 * k] =
+            s.weights(weights)[32 * k] =
                 make_uint4(shared[4 * k], shared[4 * k + 1], shared[4 * k + 2], shared[4 * k + 3]);
-        __syncwarp();
-        release(weights.full_barrier());
-        weights.advance();
+        named_barrier_arrive(weights_full(weights), 256);
+        weights ^= 1;
         wgmma_wait<0>();
         release(d_outputs.empty_barrier());
         d_outputs.advance();
@@ -341,16 +341,19 @@ struct WideScores : WideSums<C, C::kDimV, C::kDimQk> {
     using E = typename C::Element;
     const WideKeysShared<C> &s;
     Ring<C::kStages> queries, d_outputs;
-    Ring<C::kWeightStages> weights;
+    int weights = 0; /* their stage */
 
     __device__ __forceinline__ explicit WideScores(const WideKeysShared<C> &s)
-        : s(s), queries(s.query_ring()), d_outputs(s.d_output_ring()), weights(s.weight_ring()) {}
+        : s(s), queries(s.query_ring()), d_outputs(s.d_output_ring()) {
+        for (int stage = 0; stage < C::kWeightStages; stage++)
+            named_barrier_arrive(weights_empty(stage), 256);
+    }
 
     /* dS = P (dP - delta), and 0 where P is: behind a mask dP may be NaN. What scales P scales delta already. */
     template <bool kMasked>
     __device__ __forceinline__ void find_d_scores(const float2 (&delta)[kWideTile / 8]) {
         constexpr float kScale = 1 / kWeightScale<E>;
-        const uint4 *const from = s.weights(weights.stage);
+        const uint4 *const from = s.weights(weights);
 #pragma unroll
         for (int k = 0; k < kWideTile / 16; k++) {
             const uint4 four = from[32 * k];
@@ -384,11 +387,10 @@ struct WideScores : WideSums<C, C::kDimV, C::kDimQk> {
         d_outputs.advance();
         if (last)
             mbarrier_arrive(s.task_ring().empty); /* the next V may come */
-        mbarrier_wait(weights.full_barrier(), weights.phase);
+        named_barrier_sync(weights_full(weights), 256);
         find_d_scores<kMasked>(delta);
-        __syncwarp();
-        release(weights.empty_barrier());
-        weights.advance();
+        named_barrier_arrive(weights_empty(weights), 256);
+        weights ^= 1;
         this->add(s.query(queries.stage));
         wgmma_wait<0>();
         release(queries.empty_barrier());
@@ -434,7 +436,6 @@ __device__ __forceinline__ void wide_keys(const sm90_bwd_params &p) {
     const WideKeysShared<C> s{base, raw + (base - shared_address(raw))};
     if (threadIdx.x == 0) {
         init_ring(s.task_ring(), 1, 2 * 32 * kWarps); /* each thread reads the task */
-        init_ring(s.weight_ring(), kWarps, kWarps);
         init_ring(s.query_ring(), 1, 2 * kWarps);
         init_ring(s.d_output_ring(), 1, 2 * kWarps);
         mbarrier_init_fence();
