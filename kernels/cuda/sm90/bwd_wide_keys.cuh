@@ -27,8 +27,7 @@ struct WideKeysConfig {
                          kStats = kWeights + kWeightStages * kWeightBytes,
                          kTask = kStats + kStages * kWideStatsBytes, kBarriers = kTask + 64;
     static constexpr int kSharedBytes = SM90_BWD_WIDE_KEYS_BYTES(Dqk, Dv);
-    static_assert(kSharedBytes == kBarriers + 8 * 2 * (1 + 2 * kStages) + 1024,
-                  "1024 to align");
+    static_assert(kSharedBytes == kBarriers + 8 * 2 * (1 + 2 * kStages) + 1024, "1024 to align");
     static_assert(kSharedBytes <= 227 * 1024 && Dqk % 64 == 0 && Dv % 64 == 0, "");
 };
 
