@@ -2,23 +2,25 @@
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
                                                                        [--ops fwd,bwd,decode,call]
+                                                                       [--dims 64,128,192/128]
 
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
 short busy loop of the device so that the host's own time stays out. The figures are medians; the
 spread is the distance between the quartiles in percent of the median. A product of 8192 x 8192
-matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 4 B H Lq Lk D,
-halved for causal, and 2.5 times that for bwd, whatever a row computes twice. The ops fwd+bias,
-fwd+mask and fwd+alibi are the same with that option, at one L. Decoding is one query row for each
-head, and every call of it finds L2 cold: before it 256 MiB are read. (Were they written, the call
-would pay for writing back what of them is still in L2.) Its GB/s are those of keys and values. Last
-come host times of one call on a tiny problem: a planned call, and a bare cuLaunchKernel of an empty
-kernel with as many bytes of parameters.
+matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 2 B H Lq Lk
+(D + D_v), for bwd 2 B H Lq Lk (3 D + 2 D_v) whatever a row computes twice, halved for causal. The
+ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. Decoding is one query
+row for each head, and every call of it finds L2 cold: before it 256 MiB are read. (Were they
+written, the call would pay for writing back what of them is still in L2.) Its GB/s are those of
+keys and values. Last come host times of one call on a tiny problem: a planned call, and a bare
+cuLaunchKernel of an empty kernel with as many bytes of parameters.
 """
 
 import argparse
 import csv
 import ctypes
 import datetime
+import functools
 import itertools
 import os
 import statistics
@@ -201,11 +203,11 @@ def host_times(functions, count):
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
-def grid(dtypes, quick):
-    """(op, dtype name, D, causal, L): 16k tokens and H * D = 2048, the FlashAttention 3 paper's."""
+def grid(dtypes, quick, dims):
+    """(op, dtype name, (D, D_v), causal, L): 16k tokens, H * D = 2048 as in FlashAttention 3's."""
     lengths = (512, 4096) if quick else (512, 1024, 2048, 4096, 8192, 16384)
     for dtype in dtypes:
-        for dim in (64, 128, 256):
+        for dim in dims:
             for causal in (False, True):
                 for length in lengths if dtype != "f32" else lengths[:5:2]:
                     yield "fwd", dtype, dim, causal, length
@@ -260,7 +262,7 @@ DECODE = (
 
 
 def implementations(library, q, k, v, causal, option, kernels):
-    output = torch.empty_like(q)
+    output = torch.empty_like(q[..., : v.shape[3]])
     extra, attn_mask = OPTIONS[option](q) if option else ({}, None)
     found = {}
     for kernel in kernels:
@@ -296,11 +298,13 @@ def measure_ceilings(count):
     return rounds({"gemm": lambda: a @ a, "copy": lambda: other.copy_(big)}, count)
 
 
-def case_rows(op, dtype, q, k, causal, found, times, read=0):
+def case_rows(op, dtype, q, k, v, causal, found, times, read=0):
     """What the CSV has of each implementation beside the common columns; `read` bytes are GB/s."""
     batch, heads, length_q, dim = q.shape
     heads_kv, length_k = k.shape[1:3]
-    flops = 4 * batch * heads * length_q * length_k * dim / (2 if causal else 1)
+    dim_v = v.shape[3]
+    flops = 2 * batch * heads * length_q * length_k / (2 if causal else 1)
+    flops *= 3 * dim + 2 * dim_v if op == "bwd" else dim + dim_v
     for name, (impl, function) in found.items():
         median, spread = times[name]
         yield {
@@ -312,7 +316,7 @@ def case_rows(op, dtype, q, k, causal, found, times, read=0):
             "Lq": length_q,
             "Lk": length_k,
             "D": dim,
-            "Dv": dim,
+            "Dv": dim_v,
             "causal": int(causal),
             "impl": impl,
             "kernel": function.kernel if isinstance(function, Call) else "",
@@ -323,39 +327,50 @@ def case_rows(op, dtype, q, k, causal, found, times, read=0):
         }
 
 
-def forward_rows(library, dtypes, quick, kernels, count):
+def head_dims(text):
+    """64,192/128 -> [(64, 64), (192, 128)], D and D_v."""
+    pairs = (dims.split("/") for dims in text.split(","))
+    return [(int(pair[0]), int(pair[-1])) for pair in pairs]
+
+
+def random_rows(dtype, length, heads, dim):
+    """[B, H, L, D] of 16k tokens, as a model's projections leave it."""
+    shape = 16384 // length, length, heads, dim
+    return torch.randn(shape, device="cuda", dtype=DTYPES[dtype]).transpose(1, 2)
+
+
+def forward_rows(library, dtypes, quick, dims, kernels, count):
     """The case_rows of each case of the grid."""
-    for op, dtype, dim, causal, length in grid(dtypes, quick):
-        batch, heads = 16384 // length, 2048 // dim
-        q, k, v = (
-            torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype]).transpose(
-                1, 2
-            )
-            for _ in range(3)
-        )
+    for op, dtype, (dim, dim_v), causal, length in grid(dtypes, quick, dims):
+        q, k, v = (random_rows(dtype, length, 2048 // dim, d) for d in (dim, dim, dim_v))
         option = op.partition("+")[2]
         found = implementations(library, q, k, v, causal, option, kernels)
         times = rounds({name: f for name, (_, f) in found.items()}, count)
-        yield list(case_rows(op, dtype, q, k, causal, found, times))
+        yield list(case_rows(op, dtype, q, k, v, causal, found, times))
 
 
 BACKWARD_PEERS = {name: PEERS[name] for name in ("fa2", "cudnn")}
 
 
 def flash_attention_4(q, k, v, d_output, causal):
-    """Its backward in its default mode, where its package is installed; else None."""
+    """Its backward in its default mode; None where it is not installed or does not take this."""
     try:
         from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
     except ImportError:
         return None
     q, k, v, d_output = (t.transpose(1, 2) for t in (q, k, v, d_output))
     output, lse = _flash_attn_fwd(q, k, v, causal=causal, return_lse=True)[:2]
-    return lambda: _flash_attn_bwd(q, k, v, output, d_output, lse, causal=causal)
+    call = functools.partial(_flash_attn_bwd, q, k, v, output, d_output, lse, causal=causal)
+    try:
+        call()
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError):
+        return None
+    return call
 
 
 def backward_implementations(library, q, k, v, d_output, causal, kernels):
     """All from one output and lse, PyTorch's peers from their own."""
-    output = torch.empty_like(q)
+    output = torch.empty_like(d_output)
     lse = torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
     library.call(causal, query=q, key=k, value=v, output=output, lse=lse)()
     tensors = {"query": q, "key": k, "value": v, "output": output, "lse": lse}
@@ -373,12 +388,12 @@ def backward_implementations(library, q, k, v, d_output, causal, kernels):
         try:
             with sdpa_kernel(backend):
                 result = functional.scaled_dot_product_attention(*inputs, is_causal=causal)
+            peer = functools.partial(
+                torch.autograd.grad, result, inputs, d_output, retain_graph=True
+            )
+            peer()
         except RuntimeError:
-            continue
-
-        def peer(result=result, inputs=inputs):
-            torch.autograd.grad(result, inputs, d_output, retain_graph=True)
-
+            continue  # PyTorch's backend does not take these head dims
         found[name] = (name, peer)
     fa4 = flash_attention_4(q, k, v, d_output, causal)
     if fa4:
@@ -386,24 +401,17 @@ def backward_implementations(library, q, k, v, d_output, causal, kernels):
     return found
 
 
-def backward_rows(library, dtypes, quick, kernels, count):
-    """The case_rows of each case of the grid without options, of 2.5 times the products."""
-    for op, dtype, dim, causal, length in grid(dtypes, quick):
+def backward_rows(library, dtypes, quick, dims, kernels, count):
+    """The case_rows of each case of the grid without options."""
+    for op, dtype, (dim, dim_v), causal, length in grid(dtypes, quick, dims):
         if op != "fwd" or dtype == "f32":
             continue
-        batch, heads = 16384 // length, 2048 // dim
         q, k, v, d_output = (
-            torch.randn(batch, length, heads, dim, device="cuda", dtype=DTYPES[dtype]).transpose(
-                1, 2
-            )
-            for _ in range(4)
+            random_rows(dtype, length, 2048 // dim, d) for d in (dim, dim, dim_v, dim_v)
         )
         found = backward_implementations(library, q, k, v, d_output, causal, kernels)
         times = rounds({name: f for name, (_, f) in found.items()}, count)
-        yield [
-            dict(row, tflops=f"{2.5 * float(row['tflops']):.1f}")
-            for row in case_rows("bwd", dtype, q, k, causal, found, times)
-        ]
+        yield list(case_rows("bwd", dtype, q, k, v, causal, found, times))
 
 
 def decode_rows(library, kernels, count):
@@ -421,7 +429,7 @@ def decode_rows(library, kernels, count):
             cold[f"before {name}"] = other.max
             cold[name] = function
         read = 4 * batch * heads_kv * length * dim
-        yield from case_rows("decode", dtype, q, k, False, found, rounds(cold, count), read)
+        yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
 
 
 def main():
@@ -431,6 +439,7 @@ def main():
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--dtypes", default=",".join(DTYPES))
     options.add_argument("--ops", default="fwd,decode,call")
+    options.add_argument("--dims", default="64,128,256", help="of fwd and bwd, D or D/D_v")
     options.add_argument(
         "--kernels",
         default="cuda_fwd_sm80,cuda_fwd_simt,cuda_bwd_sm80",
@@ -445,6 +454,7 @@ def main():
         or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
     )
     path = options.out or f"bench/results/{date}-{device}-forward.csv"
+    dims = head_dims(options.dims)
     kernels = [None] + [k.encode() for k in options.kernels.split(",") if k]
     with open(path, "w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, restval="")
@@ -471,7 +481,9 @@ def main():
 
         directions = {"fwd": forward_rows, "bwd": backward_rows}
         for rows in itertools.chain.from_iterable(
-            rows_of(library, options.dtypes.split(","), options.quick, kernels, options.rounds)
+            rows_of(
+                library, options.dtypes.split(","), options.quick, dims, kernels, options.rounds
+            )
             for op, rows_of in directions.items()
             if op in options.ops.split(",")
         ):

@@ -14,17 +14,14 @@ import math
 import os
 
 import torch
-from gpu_bench import COLUMNS, DECODE, DTYPES, Library, case_rows, grid, rounds
+from gpu_bench import COLUMNS, DECODE, DTYPES, Library, case_rows, grid, random_rows, rounds
 
 
 def forward_cases():
-    for op, dtype, dim, causal, length in grid(("bf16", "f16"), False):
+    dims = ((64, 64), (128, 128), (256, 256))
+    for op, dtype, (dim, _), causal, length in grid(("bf16", "f16"), False, dims):
         if op == "fwd":
-            shape = 16384 // length, length, 2048 // dim, dim
-            q, k, v = (
-                torch.randn(shape, device="cuda", dtype=DTYPES[dtype]).transpose(1, 2)
-                for _ in range(3)
-            )
+            q, k, v = (random_rows(dtype, length, 2048 // dim, dim) for _ in range(3))
             yield op, dtype, q, k, v, causal
 
 
@@ -51,10 +48,10 @@ def time_case(libraries, case, count, flush):
 
 
 def csv_lines(case, calls, times):
-    op, dtype, q, k, _, causal = case
+    op, dtype, q, k, v, causal = case
     read = 2 * k.numel() * k.element_size() if op == "decode" else 0
     found = {name: (f"dlattn {name}", call) for name, call in calls.items()}
-    return case_rows(op, dtype, q, k, causal, found, times, read)
+    return case_rows(op, dtype, q, k, v, causal, found, times, read)
 
 
 def write(path, lines):
@@ -83,7 +80,7 @@ def main():
     for case in (*forward_cases(), *decode_cases()):
         calls, times = time_case(libraries, case, given.rounds, other.max)
         ratio = times["old"][0] / times["new"][0]
-        op, dtype, q, k, _, causal = case
+        op, dtype, q, k, v, causal = case
         ratios[op].append(ratio)
         print(f"{op} {dtype} {list(q.shape)} {list(k.shape)} causal {int(causal)}: {ratio:.3f}")
         lines += csv_lines(case, calls, times)

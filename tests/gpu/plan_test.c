@@ -232,6 +232,35 @@ Test(gpu_plan, packed_keys_leave_the_query_its_workspace) {
     cr_expect(eq(sz, packed.workspace_bytes, dense.workspace_bytes));
 }
 
+/* Hopper's gradients: the narrowest tile that covers both head dims; above 128 there are no sums in memory, and from 257 on no
+ * tile. */
+Test(gpu_plan, wide_gradients) {
+    static const struct {
+        int64_t dim_qk, dim_v;
+        int32_t tile_k; /* 0: declined */
+    } cases[] = {{128, 128, 128}, {136, 64, 64}, {192, 128, 64}, {64, 256, 64}, {264, 64, 0}};
+    const struct caps caps = {.sm = 90, .shared_memory_bytes = 232448, .multiprocessors = 132};
+    size_t narrow = 0;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const uint64_t feature = cases[i].dim_qk == cases[i].dim_v ? 0 : DLATTN_FEATURE_HEAD_DIM_V;
+        struct problem p = problem_of(DTYPE_BF16, cases[i].dim_qk, cases[i].dim_v, feature);
+        struct plan plan = {.tile_k = 0};
+        p.operation = BACKWARD;
+        p.kernel = "cuda_bwd_sm90";
+        p.query = p.key = compact(2, 300, cases[i].dim_qk);
+        p.value = p.d_output = compact(2, 300, cases[i].dim_v);
+        p.d_output.dtype = DTYPE_BF16;
+        p.lse.dtype = DTYPE_F32;
+        const int32_t status = plan_choose(&plan, &p, &caps);
+        cr_expect(eq(int, status == DLATTN_OK, cases[i].tile_k > 0), "D %d", (int)p.dim_qk);
+        cr_expect(eq(int, plan.tile_k, cases[i].tile_k), "D %d", (int)p.dim_qk);
+        if (i == 0)
+            narrow = plan.workspace_bytes;
+        else if (cases[i].tile_k > 0)
+            cr_expect(lt(sz, plan.workspace_bytes, narrow / 4), "D %d", (int)p.dim_qk);
+    }
+}
+
 /* An H100's choices for the calls that shapes_test runs. */
 Test(gpu_plan, long_and_half_empty) {
     static const struct {

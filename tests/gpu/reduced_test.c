@@ -31,14 +31,19 @@ static const char *const features[] = {
 enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
 
 /* Whether a case failed: all shapes with the first two features, all features with the first shape. */
-static bool row_fails(const dlattn_api *api, const char *kernel, enum element e, bool few) {
+static bool row_fails(const dlattn_api *api, const dlattn_kernel_info *row, enum element e,
+                      bool few) {
+    const char *const kernel = row->name;
     const struct subject subject = {.api = api, .place = &place_gpu, .kernel = kernel};
     int outcomes[3] = {0};
     for (int i = few ? 2 : 0; i < 2 * SHAPES + FEATURES; i += few ? 5 : 1) {
         const struct shape *const shape = &shapes[i < 2 * SHAPES ? i / 2 : 0];
         const char *const name = features[i < 2 * SHAPES ? i % 2 : i - 2 * SHAPES];
-        const struct test_case c = {*shape, *features_named(name), e, (uint64_t)i};
+        struct test_case c = {*shape, *features_named(name), e, (uint64_t)i};
         struct verdict v;
+        c.features.backward = strcmp(row->operation, "backward") == 0;
+        if (c.features.backward && features_are_forward_only(&c.features))
+            continue;
         check_case(&v, &subject, &c);
         outcomes[v.outcome]++;
         if (v.outcome == FAILED)
@@ -54,7 +59,8 @@ static bool row_fails(const dlattn_api *api, const char *kernel, enum element e,
 static bool row_here(const dlattn_api *api, int32_t i, dlattn_kernel_info *row) {
     *row = (dlattn_kernel_info){.struct_size = sizeof *row};
     return api->kernel_info(i, row) == DLATTN_OK && strcmp(row->backend, "cuda") == 0 &&
-           strcmp(row->operation, "forward") == 0 && row->available;
+           (strcmp(row->operation, "forward") == 0 || strcmp(row->operation, "backward") == 0) &&
+           row->available;
 }
 
 /* The number of types for which rows fail; `only`: one row, or NULL for all. */
@@ -65,7 +71,7 @@ static int check_rows(const dlattn_api *api, bool few, const char *only) {
         if (!row_here(api, i, &row) || (only && strcmp(row.name, only) != 0))
             continue;
         for (enum element e = F64; e <= BF16; e++)
-            failed += element_is_listed(row.dtypes, e) && row_fails(api, row.name, e, few);
+            failed += element_is_listed(row.dtypes, e) && row_fails(api, &row, e, few);
     }
     return failed;
 }
@@ -93,15 +99,25 @@ static void make_wild(const DLTensor *t) {
     cuda_store((unsigned char *)t->data + t->byte_offset, values, count * sizeof values[0]);
 }
 
-/* In place of api->forward. What comes out is anybody's guess. */
-static int32_t forward_wild(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
-                            const dlattn_exec *exec) {
+static void make_integers_wild(const dlattn_tensors *tensors) {
     const DLTensor *const integers[] = {tensors->query_lengths, tensors->key_lengths,
                                         tensors->cu_seqlens_q, tensors->cu_seqlens_k,
                                         tensors->block_table};
     for (size_t i = 0; i < sizeof integers / sizeof integers[0]; i++)
         make_wild(integers[i]);
+}
+
+/* In place of api->forward and api->backward. What comes out is anybody's guess. */
+static int32_t forward_wild(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                            const dlattn_exec *exec) {
+    make_integers_wild(tensors);
     return test_api()->forward(desc, tensors, exec);
+}
+
+static int32_t backward_wild(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                             const dlattn_gradients *gradients, const dlattn_exec *exec) {
+    make_integers_wild(tensors);
+    return test_api()->backward(desc, tensors, gradients, exec);
 }
 
 /* Every row with each kind of integer tensor. */
@@ -111,13 +127,17 @@ static int call_wild(const dlattn_api *api) {
     for (int32_t i = 0; i < api->kernel_count(); i++) {
         dlattn_kernel_info row;
         for (int n = 0; row_here(api, i, &row) && n < 5; n++) {
-            const struct subject subject = {
-                .api = api, .place = &place_gpu, .kernel = row.name, .forward = forward_wild};
-            const struct test_case c = {{4, 4, 2, 37, 75, 64, 64},
-                                        *features_named(wild_features[n]),
-                                        element_is_listed(row.dtypes, F16) ? F16 : F32,
-                                        (uint64_t)n};
+            const struct subject subject = {.api = api,
+                                            .place = &place_gpu,
+                                            .kernel = row.name,
+                                            .forward = forward_wild,
+                                            .backward = backward_wild};
+            struct test_case c = {{4, 4, 2, 37, 75, 64, 64},
+                                  *features_named(wild_features[n]),
+                                  element_is_listed(row.dtypes, F16) ? F16 : F32,
+                                  (uint64_t)n};
             struct verdict v;
+            c.features.backward = strcmp(row.operation, "backward") == 0;
             check_case(&v, &subject, &c);
         }
     }

@@ -109,6 +109,18 @@ static void loop_empty(struct loop *loop) {
     }
 }
 
+/* Gradients of wide heads, for which a GPU has kernels of their own: every feature, and rows and keys around their tiles. */
+static void loop_wide(struct loop *loop) {
+    static const struct shape shapes[] = {
+        {1, 4, 2, 70, 70, 160, 160}, {1, 2, 1, 37, 75, 192, 128}, {2, 2, 1, 19, 66, 256, 256}};
+    for (int i = 0; i < feature_set_count; i++)
+        check(loop, &shapes[i % 3], &feature_sets[i]);
+    for (int64_t n = 0; n < 9; n++) {
+        const struct shape s = {1, 2, 1, 127 + n % 3, 63 + n / 3, 200, 136 + 8 * n};
+        check(loop, &s, features_named(n % 2 ? "lengths_causal" : "causal_lse"));
+    }
+}
+
 static void loop_random(struct loop *loop) {
     for (uint64_t n = 0; n < RANDOM_CASES / (uint64_t)loop->share; n++) {
         const struct features f = features_random(n);
@@ -216,6 +228,8 @@ ParameterizedTest(struct job *job, kernels, row) {
     loop_tiles(&loop, info.tile_q, info.tile_k);
     loop_features(&loop);
     loop_empty(&loop);
+    if (job->backward && strcmp(info.backend, "cuda") == 0)
+        loop_wide(&loop);
     loop_random(&loop);
     fprintf(stderr, "%s %s: %d cases, %d declined\n", info.name, element_name(job->element),
             loop.checked, loop.declined);

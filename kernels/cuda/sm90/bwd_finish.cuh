@@ -2,7 +2,8 @@
  * After the products of cuda_bwd_sm90: dQ from its sums in fixed point, the gradient of the sinks, and the rare heads with something
  * that is not finite, or too large, by plain loops that touch only what rows see.
  */
-#pragma once
+#ifndef DLATTN_SM90_BWD_FINISH_CUH_
+#define DLATTN_SM90_BWD_FINISH_CUH_
 
 #include "kernels/cuda/sm90/bwd_prepare.cuh"
 
@@ -389,3 +390,5 @@ __device__ __forceinline__ void finish_keys(const sm90_bwd_params &p) {
 }
 
 } // namespace sm90
+
+#endif /* DLATTN_SM90_BWD_FINISH_CUH_ */

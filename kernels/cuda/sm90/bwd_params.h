@@ -34,6 +34,24 @@ enum { SM90_BWD_QUERY_STAGES = 3, SM90_BWD_STAGES = 2 };
     (SM90_BWD_SHARED_BYTES(D) > SM90_BWD_ERRAND_BYTES(D) ? SM90_BWD_SHARED_BYTES(D)                \
                                                          : SM90_BWD_ERRAND_BYTES(D))
 
+/* Wide heads: rows or keys of a tile, and rows of a block that computes dQ; registers, in all those with which a block starts, 3 x 168. */
+enum { SM90_BWD_WIDE_TILE = 64, SM90_BWD_WIDE_ROWS = 128 };
+enum { SM90_BWD_WIDE_PRODUCER_REGISTERS = 24, SM90_BWD_WIDE_CONSUMER_REGISTERS = 240 };
+
+/* Tiles in shared memory of Q and of dO, and of V, as many as there is room for. */
+#define SM90_BWD_WIDE_STAGES(D) ((D) > 192 ? 2 : 3)
+#define SM90_BWD_WIDE_VALUE_STAGES(D) ((D) > 192 ? 1 : 2)
+
+/* Of a block of dK and dV: K and V, the stages of Q and dO, two of weights; what rows have besides, the task, eight for each mbarrier,
+ * 1024 to align. */
+#define SM90_BWD_WIDE_KEYS_BYTES(D, DV)                                                            \
+    (128 * ((D) + (DV)) * (1 + SM90_BWD_WIDE_STAGES(D)) + 4 * 64 * 64 +                            \
+     SM90_BWD_WIDE_STAGES(D) * 8 * 64 + 64 + 16 * (1 + 2 * SM90_BWD_WIDE_STAGES(D)) + 1024)
+/* Of a block of dQ: Q and dO of 128 rows, two stages of K and those of V. */
+#define SM90_BWD_WIDE_ROWS_BYTES(D, DV)                                                            \
+    (128 * (4 * (D) + (2 + SM90_BWD_WIDE_VALUE_STAGES(D)) * (DV)) + 64 +                           \
+     16 * (5 + SM90_BWD_WIDE_VALUE_STAGES(D)) + 1024)
+
 /* What rows have besides, for one tile of them. In f32: the factor of a row's fixed-point sums; -lse in units of q k, with softcap
  * of exponents of 2, and -inf where the row sees nothing; -delta = d_lse - <d_output, output>. Then -lse (not with softcap) and -delta
  * once more as the sum of three elements, [term][row], as S and dP begin with them: a product with ones adds them on the tensor cores.
@@ -61,6 +79,8 @@ enum {
     SM90_BWD_NEXT_ERRAND,
     SM90_BWD_COUNTERS
 };
+/* The same of wide heads: tasks of keys, and of rows. */
+enum { SM90_BWD_NEXT_KEYS, SM90_BWD_NEXT_ROWS };
 
 struct sm90_gradient {
     void *data; /* NULL: not wanted */
@@ -87,7 +107,7 @@ struct sm90_bwd_params {
 
     /* The workspace. */
     uint32_t *facts; /* [B, H_kv, SM90_BWD_KEYS + D] */
-    int32_t *next;   /* SM90_BWD_NEXT_* */
+    int32_t *next;   /* [SM90_BWD_COUNTERS] */
     char *rows;      /* [H, tiles, SM90_BWD_ROW_BYTES] */
     int32_t *
         sums; /* d_query in fixed point: [slots, group, row_tiles, 64 D], in the order in which blocks hold it */

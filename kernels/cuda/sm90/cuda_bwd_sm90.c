@@ -8,21 +8,32 @@
     static struct cuda_module module_##D = {.image = cuda_bwd_sm90_##D##_image};
 MODULE(64)
 MODULE(128)
+MODULE(192)
+MODULE(256)
 
 enum { MAIN_THREADS = 384 };
 
-/* The kernels of a tile, each for f16 and for bf16. Those with softcap follow those without. */
-enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2 };
+/* The kernels of a tile, each for f16 and for bf16. Those with softcap follow those without. MAIN has no dQ where heads are wide; then
+ * there are PREPARE and QUERIES. */
+enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2, PREPARE = KEYS + 2, QUERIES };
 
 #define BOTH(D, NAME, SUFFIX, THREADS, BYTES)                                                      \
-    CUDA_KERNEL(module_##D, "cuda_bwd_sm90_" NAME #D "_f16" SUFFIX, THREADS, BYTES),               \
-        CUDA_KERNEL(module_##D, "cuda_bwd_sm90_" NAME #D "_bf16" SUFFIX, THREADS, BYTES)
-#define SMALL(D, NAME, SUFFIX) BOTH(D, NAME, SUFFIX, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES)
+    CUDA_KERNEL(module_##D, "cuda_bwd_sm90_" NAME "_f16" SUFFIX, THREADS, BYTES),                  \
+        CUDA_KERNEL(module_##D, "cuda_bwd_sm90_" NAME "_bf16" SUFFIX, THREADS, BYTES)
+#define CAPPED(D, NAME, THREADS, BYTES)                                                            \
+    BOTH(D, NAME, "", THREADS, BYTES), BOTH(D, NAME, "_softcap", THREADS, BYTES)
+#define SMALL(D, NAME) CAPPED(D, NAME, SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES)
+#define PREPARED(D, NAME) BOTH(D, NAME, "", SM90_BWD_SMALL_THREADS, SM90_BWD_SMALL_BYTES)
 #define KERNELS(D)                                                                                 \
     (struct cuda_kernel[]) {                                                                       \
-        BOTH(D, "", "", MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)),                                     \
-            BOTH(D, "", "_softcap", MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)), SMALL(D, "rows_", ""),  \
-            SMALL(D, "rows_", "_softcap"), SMALL(D, "keys_", ""), SMALL(D, "keys_", "_softcap")    \
+        CAPPED(D, #D, MAIN_THREADS, SM90_BWD_MAIN_BYTES(D)), SMALL(D, "rows_" #D),                 \
+            SMALL(D, "keys_" #D)                                                                   \
+    }
+#define WIDE_KERNELS(D, DV, DIMS)                                                                  \
+    (struct cuda_kernel[]) {                                                                       \
+        CAPPED(D, "wide_keys_" DIMS, MAIN_THREADS, SM90_BWD_WIDE_KEYS_BYTES(D, DV)),               \
+            SMALL(D, "odd_rows_" DIMS), SMALL(D, "odd_keys_" DIMS), PREPARED(D, "prepare_" DIMS),  \
+            CAPPED(D, "wide_rows_" DIMS, MAIN_THREADS, SM90_BWD_WIDE_ROWS_BYTES(D, DV))            \
     }
 #define TILE(D)                                                                                    \
     {.dim_qk = D,                                                                                  \
@@ -30,10 +41,18 @@ enum { MAIN, ROWS = MAIN + 2, KEYS = ROWS + 2 };
      .rows = SM90_BWD_TILE_Q,                                                                      \
      .keys = SM90_BWD_TILE_K,                                                                      \
      .kernels = KERNELS(D)},
+#define WIDE_TILE(D, DV)                                                                           \
+    {.dim_qk = D,                                                                                  \
+     .dim_v = DV,                                                                                  \
+     .rows = SM90_BWD_WIDE_TILE,                                                                   \
+     .keys = SM90_BWD_WIDE_TILE,                                                                   \
+     .kernels = WIDE_KERNELS(D, DV, #D "_" #DV)},
 #define SM90_D 0
 static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/bwd_tiles.inc"
 };
+
+static bool is_wide(const struct tile *t) { return t->keys == SM90_BWD_WIDE_TILE; }
 
 /* ---- The workspace ------------------------------------------------------------------------------------------------ */
 
@@ -62,15 +81,19 @@ static struct walk walk_of(const struct problem *p) {
     return w;
 }
 
-/* How many of `blocks` run errands, so that these take as long as the tasks. Measured in steps of a task, one of which takes as
- * long as four steps besides its own: the errands of 128 keys with as many rows take 2.7 at D = 64, 3.4 at 128. */
-static int32_t errand_blocks(const struct problem *p, int32_t dim, int32_t blocks) {
-    const double group = (double)(p->heads_q / p->heads_kv),
-                 length = p->total_q > 0 ? (double)p->total_q / (double)p->batch : (double)p->len_q,
+/* How many rows see a key, more or less. */
+static double rows_of_key(const struct problem *p) {
+    const double length = p->total_q > 0 ? (double)p->total_q / (double)p->batch : (double)p->len_q,
                  window = (double)p->window_left + (double)p->window_right + 1;
     const bool left = p->window_left < SM90_UNBOUNDED, right = p->window_right < SM90_UNBOUNDED;
     const double rows = left && right ? window : left || right ? length / 2 : length;
-    const double task = group * (rows < length ? rows : length) / 64 + 4,
+    return rows < length ? rows : length;
+}
+
+/* How many of `blocks` run errands, so that these take as long as the tasks. Measured in steps of a task, one of which takes as
+ * long as four steps besides its own: the errands of 128 keys with as many rows take 2.7 at D = 64, 3.4 at 128. */
+static int32_t errand_blocks(const struct problem *p, int32_t dim, int32_t blocks) {
+    const double group = (double)(p->heads_q / p->heads_kv), task = group * rows_of_key(p) / 64 + 4,
                  errands = (dim > 64 ? 3.4 : 2.7) * (2 * group + 1) / 3;
     return 1 + (int32_t)((double)(blocks - 1) * errands / (errands + task));
 }
@@ -82,27 +105,31 @@ struct parts {
 
 static size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-static struct parts parts_of(const struct problem *p, int64_t dim) {
+static struct parts parts_of(const struct problem *p, const struct tile *t) {
+    const int64_t facts = p->batch * p->heads_kv * (SM90_BWD_KEYS + t->dim_qk) + SM90_BWD_COUNTERS;
     const size_t tiles_of_heads = (size_t)(p->heads_q * row_tiles(p));
     const size_t tiles_of_slots = (size_t)(walk_of(p).slots * (p->heads_q / p->heads_kv) *
                                            ceil_divide(p->len_q, SM90_BWD_TILE_Q));
     return (struct parts){
-        .facts = round_up(
-            (size_t)(p->batch * p->heads_kv * (SM90_BWD_KEYS + dim) + SM90_BWD_COUNTERS) * 4),
+        .facts = round_up((size_t)facts * 4),
         .rows = round_up(tiles_of_heads * SM90_BWD_ROW_BYTES),
-        .sums = tiles_of_slots * SM90_BWD_TILE_Q * (size_t)dim * 4,
+        .sums = is_wide(t) ? 0 : tiles_of_slots * SM90_BWD_TILE_Q * (size_t)t->dim_qk * 4,
     };
 }
 
 /* ---- The plan --------------------------------------------------------------------------------------------------------- */
 
+/* Tiles of so many keys, or rows, in all heads. */
+static int64_t tiles_of_keys(const struct problem *p, int64_t tile) {
+    return p->batch * p->heads_kv * ceil_divide(p->len_k, tile);
+}
+static int64_t tiles_of_rows(const struct problem *p, int64_t tile) {
+    return p->batch * p->heads_q * ceil_divide(p->len_q, tile);
+}
+
 /* Blocks of the kernels that take keys, and rows, one tile each. */
-static int64_t key_blocks(const struct problem *p) {
-    return p->batch * p->heads_kv * ceil_divide(p->len_k, SM90_BWD_TILE_K);
-}
-static int64_t row_blocks(const struct problem *p) {
-    return p->batch * p->heads_q * ceil_divide(p->len_q, SM90_BWD_TILE_Q);
-}
+static int64_t key_blocks(const struct problem *p) { return tiles_of_keys(p, SM90_BWD_TILE_K); }
+static int64_t row_blocks(const struct problem *p) { return tiles_of_rows(p, SM90_BWD_TILE_Q); }
 
 static bool takes(const struct problem *p) {
     const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k;
@@ -111,6 +138,7 @@ static bool takes(const struct problem *p) {
            (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
            4 * p->batch * p->heads_kv * ceil_divide(longest, SM90_BWD_ERRAND) <= INT32_MAX &&
            row_blocks(p) <= INT32_MAX && row_tiles(p) <= INT32_MAX &&
+           tiles_of_keys(p, SM90_BWD_WIDE_TILE) + p->heads_q <= INT32_MAX &&
            mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->d_output, p->batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) &&
@@ -119,16 +147,25 @@ static bool takes(const struct problem *p) {
 
 ROW_FUNCTIONS(cuda_bwd_sm90);
 
+/* At head dim 128 the kernels of wide heads, which have no errands, are ahead while few rows see a key. */
+enum { WIDE_UP_TO_ROWS = 512 };
+
+static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
+    (void)caps;
+    return !is_wide(t) || rows_of_key(p) <= WIDE_UP_TO_ROWS;
+}
+
 bool cuda_bwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, NULL);
+    const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, suits);
     if (chosen < 0 || !takes(p))
         return false;
-    const struct parts parts = parts_of(p, tiles[chosen].dim_qk);
+    const struct parts parts = parts_of(p, &tiles[chosen]);
     const int64_t blocks = key_blocks(p) + 1; /* one that runs errands */
     plan->variant = chosen;
     plan->tile_q = tiles[chosen].rows;
     plan->tile_k = tiles[chosen].keys;
-    plan->blocks = blocks < caps->multiprocessors ? (int32_t)blocks : caps->multiprocessors;
+    plan->blocks = (int32_t)(is_wide(&tiles[chosen]) ? caps->multiprocessors
+                                                     : least(blocks, caps->multiprocessors));
     plan->workspace_bytes = parts.facts + parts.rows + parts.sums;
     plan->workspace_alignment = 256;
     return true;
@@ -151,7 +188,9 @@ static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p, co
     return cuda_tensor_map(map, p->dtype, origin, 5, extent, stride, box, 128);
 }
 
-static int32_t fill_maps(struct sm90_bwd_params *params, const struct problem *p) {
+static int32_t fill_maps(struct sm90_bwd_params *params, const struct problem *p,
+                         const struct tile *t) {
+    const uint32_t tile_k = (uint32_t)t->keys;
     const bool packed_q = p->cu_seqlens_q.data, packed_k = p->cu_seqlens_k.data;
     int32_t status = map_rows(&params->query_map, p, &p->query, p->dim_qk, p->len_q, p->heads_q,
                               packed_q, SM90_BWD_TILE_Q);
@@ -160,10 +199,10 @@ static int32_t fill_maps(struct sm90_bwd_params *params, const struct problem *p
                           packed_q, SM90_BWD_TILE_Q);
     if (status == DLATTN_OK)
         status = map_rows(&params->key_map, p, &p->key, p->dim_qk, p->len_k, p->heads_kv, packed_k,
-                          SM90_BWD_TILE_K);
+                          tile_k);
     if (status == DLATTN_OK)
         status = map_rows(&params->value_map, p, &p->value, p->dim_v, p->len_k, p->heads_kv,
-                          packed_k, SM90_BWD_TILE_K);
+                          packed_k, tile_k);
     return status;
 }
 
@@ -246,26 +285,30 @@ static void fill_workspace(struct sm90_bwd_params *params, const struct problem 
 int32_t cuda_bwd_sm90_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
     const struct tile *const t = &tiles[plan->variant];
-    const struct parts parts = parts_of(p, t->dim_qk);
-    const int64_t sinks = p->d_sinks.data ? p->heads_q : 0;
+    const struct parts parts = parts_of(p, t);
+    const bool wide = is_wide(t), capped = p->softcap > 0;
     struct sm90_bwd_params params;
     fill_tensors(&params, p);
     fill_problem(&params, p);
     fill_workspace(&params, p, &parts, t->dim_qk, exec->workspace);
     params.errand_blocks = errand_blocks(p, t->dim_qk, plan->blocks);
-    int32_t status = fill_maps(&params, p);
+    int32_t status = fill_maps(&params, p, t);
     const struct {
         int32_t kind;
-        int64_t blocks;
+        int64_t blocks; /* 0: not launched */
     } launches[] = {
-        {MAIN + (p->softcap > 0), plan->blocks},
-        {ROWS + (p->softcap > 0), least(row_blocks(p), plan->blocks)},
-        {KEYS + (p->softcap > 0), least(key_blocks(p), plan->blocks) + sinks},
+        {PREPARE, wide ? row_blocks(p) : 0},
+        {MAIN + capped, wide ? least(tiles_of_keys(p, t->keys), plan->blocks) : plan->blocks},
+        {QUERIES + capped, wide ? least(tiles_of_rows(p, SM90_BWD_WIDE_ROWS), plan->blocks) : 0},
+        {ROWS + capped, least(row_blocks(p), plan->blocks)},
+        {KEYS + capped, least(key_blocks(p), plan->blocks) + (p->d_sinks.data ? p->heads_q : 0)},
     };
     if (status == DLATTN_OK)
         status = cuda_clear(params.facts, parts.facts, exec->stream);
-    for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
-        status = cuda_launch_early(kernel_for(t, p->dtype) + 2 * launches[i].kind, p->device_id,
-                                   (int32_t)launches[i].blocks, exec->stream, &params);
+    for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++) {
+        if (launches[i].blocks > 0)
+            status = cuda_launch_early(kernel_for(t, p->dtype) + 2 * launches[i].kind, p->device_id,
+                                       (int32_t)launches[i].blocks, exec->stream, &params);
+    }
     return status;
 }

@@ -1,0 +1,461 @@
+/*
+ * dK and dV of wide heads: a block owns 64 keys of one kv head and walks over the tiles of 64 rows that see them, for all query heads of
+ * the group. Its two warpgroups have the same keys:
+ *     one        S^T = K Q^T,   P = 2^S                  dV += P^T dO
+ *     the other  dP^T = V dO^T, dS = P (dP - delta)      dK += dS^T Q
+ * P goes from one to the other through shared memory, 16 bits an element, in the order of the registers.
+ */
+#ifndef DLATTN_SM90_BWD_WIDE_KEYS_CUH_
+#define DLATTN_SM90_BWD_WIDE_KEYS_CUH_
+
+#include "kernels/cuda/sm90/bwd_wide_tile.cuh"
+
+namespace sm90 {
+
+template <typename E, int Dqk, int Dv, bool Softcap>
+struct WideKeysConfig {
+    using Element = E;
+    static constexpr int kDimQk = Dqk, kDimV = Dv;
+    static constexpr bool kSoftcap = Softcap;
+    static constexpr int kStages = SM90_BWD_WIDE_STAGES(Dqk), kWeightStages = 2;
+
+    static constexpr int kQkBytes = kWideColumn * Dqk / 64, kVBytes = kWideColumn * Dv / 64;
+    static constexpr int kWeightBytes = kWideTile * kWideTile * 2;
+    static constexpr int kKey = 0, kValue = kKey + kQkBytes, kQuery = kValue + kVBytes,
+                         kDOutput = kQuery + kStages * kQkBytes,
+                         kWeights = kDOutput + kStages * kVBytes,
+                         kStats = kWeights + kWeightStages * kWeightBytes,
+                         kTask = kStats + kStages * kWideStatsBytes, kBarriers = kTask + 64;
+    static constexpr int kSharedBytes = SM90_BWD_WIDE_KEYS_BYTES(Dqk, Dv);
+    static_assert(kSharedBytes == kBarriers + 8 * 2 * (1 + 2 * kStages) + 1024, "1024 to align");
+    static_assert(kSharedBytes <= 227 * 1024 && Dqk % 64 == 0 && Dv % 64 == 0, "");
+};
+
+template <class C>
+struct WideKeysShared {
+    uint32_t base;
+    char *memory; /* the same place */
+
+    __device__ __forceinline__ uint32_t query(int stage) const {
+        return base + C::kQuery + stage * C::kQkBytes;
+    }
+    __device__ __forceinline__ uint32_t d_output(int stage) const {
+        return base + C::kDOutput + stage * C::kVBytes;
+    }
+    /* P of a warp, 16 bytes of a thread beside those of the next one. */
+    __device__ __forceinline__ uint4 *weights(int stage) const {
+        return reinterpret_cast<uint4 *>(memory + C::kWeights + stage * C::kWeightBytes) +
+               threadIdx.x % 128 / 32 * 128 + threadIdx.x % 32;
+    }
+    /* Of the thread's two rows in every eight: `which` 0 for lse, 1 for delta. */
+    __device__ __forceinline__ const float2 *stats(int stage, int which) const {
+        return reinterpret_cast<const float2 *>(memory + C::kStats + stage * kWideStatsBytes) +
+               which * kWideTile / 2 + threadIdx.x % 4;
+    }
+    __device__ __forceinline__ WideTask *task() const {
+        return reinterpret_cast<WideTask *>(memory + C::kTask);
+    }
+    __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * i; }
+    __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
+    __device__ __forceinline__ Ring<C::kStages> query_ring() const {
+        return {barrier(2), barrier(2 + C::kStages)};
+    }
+    __device__ __forceinline__ Ring<C::kStages> d_output_ring() const {
+        const Ring<C::kStages> queries = query_ring();
+        return {queries.full + 16 * C::kStages, queries.empty + 16 * C::kStages};
+    }
+};
+
+/* Named barriers of a stage of weights: that they are there, and that they have been read. */
+__device__ __forceinline__ int weights_full(int stage) { return 1 + stage; }
+__device__ __forceinline__ int weights_empty(int stage) { return 3 + stage; }
+
+template <int kStages>
+__device__ __forceinline__ void init_ring(const Ring<kStages> &ring, int full, int empty) {
+    for (int i = 0; i < kStages; i++) {
+        mbarrier_init(ring.full + 8 * i, full);
+        mbarrier_init(ring.empty + 8 * i, empty);
+    }
+}
+
+/* The rows of a task, head by head, tile by tile. */
+struct WideWalk {
+    int head, tile, left, first, end;
+    __device__ __forceinline__ WideWalk(const sm90_bwd_params &p, const WideTask &t)
+        : head(t.head * p.group), tile(t.first), left((t.end - t.first) * p.group), first(t.first),
+          end(t.end) {}
+    __device__ __forceinline__ void advance() {
+        left--;
+        tile++;
+        head += tile == end;
+        tile = tile == end ? first : tile;
+    }
+};
+
+/* ---- The producer: one warp ----------------------------------------------------------------------------------------- */
+
+template <class C>
+__device__ __forceinline__ void produce_rows(const sm90_bwd_params &p, const WideKeysShared<C> &s) {
+    const bool leads = threadIdx.x % 32 == 0, wanted = p.d_key.data || p.d_value.data;
+    Ring<1> tasks = s.task_ring();
+    Ring<C::kStages> queries = s.query_ring(), d_outputs = s.d_output_ring();
+    for (;;) {
+        const int index = uniform(leads ? atomicAdd(p.next + SM90_BWD_NEXT_KEYS, 1) : 0);
+        WideTask t = key_task<C::kDimQk>(p, index);
+        if (!wanted)
+            t.own = -1, t.end = t.first;
+        const int batch_q = p.cu_seqlens_q ? 0 : t.batch, batch_k = p.cu_seqlens_k ? 0 : t.batch;
+        WideWalk walk(p, t);
+        const auto load_step = [&] {
+            mbarrier_wait(queries.empty_barrier(), queries.phase ^ 1);
+            if (leads) {
+                mbarrier_expect_bytes(queries.full_barrier(), C::kQkBytes + kWideStatsBytes);
+                load_rows<C::kDimQk / 64, kWideColumn>(
+                    p.query_map, s.query(queries.stage), queries.full_barrier(),
+                    walk.tile * kWideTile, t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
+                bulk_load(s.base + C::kStats + queries.stage * kWideStatsBytes,
+                          wide_stats(p, walk.head, t.first_tile + walk.tile), kWideStatsBytes,
+                          queries.full_barrier());
+            }
+            queries.advance();
+            mbarrier_wait(d_outputs.empty_barrier(), d_outputs.phase ^ 1);
+            if (leads) {
+                mbarrier_expect_bytes(d_outputs.full_barrier(), C::kVBytes);
+                load_rows<C::kDimV / 64, kWideColumn>(
+                    p.d_output_map, s.d_output(d_outputs.stage), d_outputs.full_barrier(),
+                    walk.tile * kWideTile, t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
+            }
+            d_outputs.advance();
+        };
+        if (walk.left > 0) /* there is room before there is any for keys */
+            load_step();
+        mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
+        if (leads) {
+            const uint32_t full = tasks.full_barrier();
+            *s.task() = t;
+            mbarrier_expect_bytes(full, walk.left > 0 ? C::kQkBytes + C::kVBytes : 0);
+            if (walk.left > 0) {
+                load_rows<C::kDimQk / 64, kWideColumn>(p.key_map, s.base + C::kKey, full, t.own,
+                                                       t.s.k_start, t.s.k_len, p.len_k, t.head,
+                                                       batch_k);
+                load_rows<C::kDimV / 64, kWideColumn>(p.value_map, s.base + C::kValue, full, t.own,
+                                                      t.s.k_start, t.s.k_len, p.len_k, t.head,
+                                                      batch_k);
+            }
+        }
+        __syncwarp();
+        tasks.advance();
+        if (t.own < 0)
+            return;
+        for (int left = walk.left; left > 1; left--) {
+            walk.advance();
+            load_step();
+        }
+    }
+}
+
+/* ---- Consumers ------------------------------------------------------------------------------------------------------ */
+
+/* A warpgroup that multiplies its keys, or values, of kDepth columns with rows and has sums of kWidth columns. A thread holds two keys,
+ * eight apart, and of every eight rows two. */
+template <class C, int kDepth, int kWidth>
+struct WideSums {
+    using E = typename C::Element;
+    /* Of the A operand of S or dP, as many columns as registers have room for: the rest comes from shared memory, which is what
+     * bounds this kernel. */
+    static constexpr int kSteps = kDepth / 16, kRoom = (208 - 48 - kWidth / 2) / 4,
+                         kHeld = kRoom < kSteps ? kRoom : kSteps;
+
+    float product[kWideTile / 2]; /* S or dP */
+    float sums[kWidth / 2];
+    uint32_t weight[kWideTile / 4]; /* P or dS, the A operand of the sums */
+    uint32_t operand[4 * kHeld];
+
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (int i = 0; i < kWidth / 2; i++)
+            sums[i] = 0;
+    }
+
+    __device__ __forceinline__ void load_operand(uint32_t keys) {
+        const int lane = threadIdx.x & 31, key = threadIdx.x % 128 / 32 * 16 + (lane & 15);
+        const uint32_t of_lane = keys + 128 * key + ((lane >> 4 ^ (lane & 7)) << 4);
+#pragma unroll
+        for (int k = 0; k < kHeld; k++) {
+            uint32_t w[4];
+            load_matrices(w, (of_lane ^ k % 4 << 5) + k / 4 * kWideColumn);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                operand[4 * k + i] = w[i];
+        }
+    }
+
+    /* product^T = keys rows^T */
+    __device__ __forceinline__ void multiply(uint32_t keys, uint32_t rows) {
+        const Descriptor a(keys, 16, 1024), b(rows, 16, 1024);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) {
+            const uint32_t at = k / 4 * kWideColumn + 32 * (k % 4);
+            if (k < kHeld)
+                Wgmma<E, kWideTile>::template rs<0>(
+                    product, operand[4 * k % (4 * kHeld)], operand[(4 * k + 1) % (4 * kHeld)],
+                    operand[(4 * k + 2) % (4 * kHeld)], operand[(4 * k + 3) % (4 * kHeld)],
+                    b.at(at), k > 0);
+            else
+                Wgmma<E, kWideTile>::ss(product, a.at(at), b.at(at), k > 0);
+        }
+        wgmma_commit();
+    }
+
+    /* sums += weight^T rows */
+    __device__ __forceinline__ void add(uint32_t rows) {
+        const Descriptor b(rows, kWideColumn, 1024);
+        pin(weight);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kWideTile / 16; k++)
+            Wgmma<E, kWidth>::rs(sums, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
+                                 weight[4 * k + 3], b.at(k * 16 * 128), true);
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void store(const sm90_bwd_params &p, const sm90_gradient &gradient,
+                                          const WideTask &t, int dim, float scale) {
+        if (!gradient.data || t.skipped)
+            return;
+        const int in_tile = threadIdx.x % 128 / 32 * 16;
+        pin(sums);
+        store_sums<E>(gradient, p.cu_seqlens_k ? 0 : t.batch, t.head, t.s.k_start + t.own + in_tile,
+                      t.s.k_rows - t.own - in_tile, dim, scale, sums);
+    }
+};
+
+/* Whether some row of the tile does not see some key. */
+__device__ __forceinline__ bool is_masked(const sm90_bwd_params &p, const WideTask &t, int tile) {
+    const int row = tile * kWideTile, key = t.own, last = kWideTile - 1;
+    return key + last >= t.s.k_len || row + last >= t.s.q_len ||
+           key + last - t.s.diagonal - p.window_right > row ||
+           key - t.s.diagonal + p.window_left < row + last;
+}
+
+/* Makes the weights and owns dV. */
+template <class C>
+struct WideWeights : WideSums<C, C::kDimQk, C::kDimV> {
+    using E = typename C::Element;
+    const WideKeysShared<C> &s;
+    Ring<C::kStages> queries, d_outputs;
+    int weights = 0; /* their stage */
+
+    __device__ __forceinline__ explicit WideWeights(const WideKeysShared<C> &s)
+        : s(s), queries(s.query_ring()), d_outputs(s.d_output_ring()) {}
+
+    /* Which rows see the thread's keys. */
+    __device__ __forceinline__ void find_visible(const sm90_bwd_params &p, const WideTask &t,
+                                                 int tile, uint32_t (&visible)[2]) const {
+        const int row = tile * kWideTile + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int key = t.own + fragment_row(threadIdx.x % 128, 2 * half);
+            const int high = min(key - t.s.diagonal + p.window_left + 1, t.s.q_len);
+            visible[half] = elements_between(key - t.s.diagonal - p.window_right - row,
+                                             key < t.s.k_len ? high - row : 0);
+        }
+    }
+
+    /* S -> P, and P times the derivative of the softcap for the other warpgroup. */
+    template <bool kMasked>
+    __device__ __forceinline__ void
+    exponentials(const sm90_bwd_params &p, const float2 (&least)[kWideTile / 8],
+                 const uint32_t (&visible)[2], uint32_t (&shared)[kWideTile / 4]) {
+#pragma unroll
+        for (int n = 0; n < kWideTile / 8; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float x[2], slope[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    x[i] = weight_of<C::kSoftcap>(p, this->product[4 * n + 2 * half + i],
+                                                  i ? least[n].y : least[n].x, slope[i]) *
+                           kWeightScale<E>;
+                    if (kMasked)
+                        x[i] = visible[half] >> (2 * n + i) & 1 ? x[i] : 0;
+                }
+                this->weight[2 * n + half] = pack<E>(x[0], x[1]);
+                shared[2 * n + half] = C::kSoftcap ? pack<E>(x[0] * slope[0], x[1] * slope[1])
+                                                   : this->weight[2 * n + half];
+            }
+    }
+
+    template <bool kMasked>
+    __device__ __forceinline__ void step(const sm90_bwd_params &p, const WideTask &t, int tile,
+                                         bool last) {
+        mbarrier_wait(queries.full_barrier(), queries.phase);
+        this->multiply(s.base + C::kKey, s.query(queries.stage));
+        float2 least[kWideTile / 8];
+#pragma unroll
+        for (int n = 0; n < kWideTile / 8; n++)
+            least[n] = s.stats(queries.stage, 0)[4 * n];
+        uint32_t visible[2], shared[kWideTile / 4];
+        if (kMasked)
+            find_visible(p, t, tile, visible);
+        wgmma_wait<0>();
+        pin(this->product);
+        release(queries.empty_barrier());
+        queries.advance();
+        if (last)
+            mbarrier_arrive(s.task_ring().empty); /* the next K may come */
+        exponentials<kMasked>(p, least, visible, shared);
+        mbarrier_wait(d_outputs.full_barrier(), d_outputs.phase);
+        this->add(s.d_output(d_outputs.stage));
+        named_barrier_sync(weights_empty(weights), 256);
+#pragma unroll
+        for (int k = 0; k < kWideTile / 16; k++)
+            s.weights(weights)[32 * k] =
+                make_uint4(shared[4 * k], shared[4 * k + 1], shared[4 * k + 2], shared[4 * k + 3]);
+        named_barrier_arrive(weights_full(weights), 256);
+        weights ^= 1;
+        wgmma_wait<0>();
+        release(d_outputs.empty_barrier());
+        d_outputs.advance();
+    }
+
+    __device__ __forceinline__ void run(const sm90_bwd_params &p, const WideTask &t) {
+        this->load_operand(s.base + C::kKey);
+#pragma unroll 1
+        for (WideWalk walk(p, t); walk.left > 0; walk.advance())
+            if (is_masked(p, t, walk.tile))
+                step<true>(p, t, walk.tile, walk.left == 1);
+            else
+                step<false>(p, t, walk.tile, walk.left == 1);
+    }
+    __device__ __forceinline__ void finish(const sm90_bwd_params &p, const WideTask &t) {
+        this->store(p, p.d_value, t, p.dim_v, 1 / kWeightScale<E>);
+    }
+};
+
+/* Makes the gradients of the scores and owns dK. */
+template <class C>
+struct WideScores : WideSums<C, C::kDimV, C::kDimQk> {
+    using E = typename C::Element;
+    const WideKeysShared<C> &s;
+    Ring<C::kStages> queries, d_outputs;
+    int weights = 0; /* their stage */
+
+    __device__ __forceinline__ explicit WideScores(const WideKeysShared<C> &s)
+        : s(s), queries(s.query_ring()), d_outputs(s.d_output_ring()) {
+        for (int stage = 0; stage < C::kWeightStages; stage++)
+            named_barrier_arrive(weights_empty(stage), 256);
+    }
+
+    /* dS = P (dP - delta), and 0 where P is: behind a mask dP may be NaN. What scales P scales delta already. */
+    template <bool kMasked>
+    __device__ __forceinline__ void find_d_scores(const float2 (&delta)[kWideTile / 8]) {
+        constexpr float kScale = 1 / kWeightScale<E>;
+        const uint4 *const from = s.weights(weights);
+#pragma unroll
+        for (int k = 0; k < kWideTile / 16; k++) {
+            const uint4 four = from[32 * k];
+            const uint32_t raw[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 w = unpack<E>(raw[j]), d = delta[2 * k + j / 2];
+                const float *const x = this->product + 8 * k + 2 * j;
+                const float low = w.x * fmaf(x[0], kScale, d.x),
+                            high = w.y * fmaf(x[1], kScale, d.y);
+                this->weight[4 * k + j] =
+                    kMasked ? pack<E>(w.x == 0 ? 0 : low, w.y == 0 ? 0 : high) : pack<E>(low, high);
+            }
+        }
+    }
+
+    template <bool kMasked>
+    __device__ __forceinline__ void step(bool last) {
+        mbarrier_wait(d_outputs.full_barrier(), d_outputs.phase);
+        this->multiply(s.base + C::kValue, s.d_output(d_outputs.stage));
+        mbarrier_wait(queries.full_barrier(), queries.phase);
+        float2 delta[kWideTile / 8];
+#pragma unroll
+        for (int n = 0; n < kWideTile / 8; n++) {
+            const float2 d = s.stats(queries.stage, 1)[4 * n];
+            delta[n] = make_float2(d.x / kWeightScale<E>, d.y / kWeightScale<E>);
+        }
+        wgmma_wait<0>();
+        pin(this->product);
+        release(d_outputs.empty_barrier());
+        d_outputs.advance();
+        if (last)
+            mbarrier_arrive(s.task_ring().empty); /* the next V may come */
+        named_barrier_sync(weights_full(weights), 256);
+        find_d_scores<kMasked>(delta);
+        named_barrier_arrive(weights_empty(weights), 256);
+        weights ^= 1;
+        this->add(s.query(queries.stage));
+        wgmma_wait<0>();
+        release(queries.empty_barrier());
+        queries.advance();
+    }
+
+    __device__ __forceinline__ void run(const sm90_bwd_params &p, const WideTask &t) {
+        this->load_operand(s.base + C::kValue);
+#pragma unroll 1
+        for (WideWalk walk(p, t); walk.left > 0; walk.advance())
+            if (is_masked(p, t, walk.tile))
+                step<true>(walk.left == 1);
+            else
+                step<false>(walk.left == 1);
+    }
+    __device__ __forceinline__ void finish(const sm90_bwd_params &p, const WideTask &t) {
+        this->store(p, p.d_key, t, p.dim_qk, p.scale);
+    }
+};
+
+template <class Warpgroup, class C>
+__device__ __forceinline__ void consume_keys(const sm90_bwd_params &p, const WideKeysShared<C> &s) {
+    Warpgroup warpgroup(s);
+    for (Ring<1> tasks = s.task_ring();; tasks.advance()) {
+        mbarrier_wait(tasks.full_barrier(), tasks.phase);
+        const WideTask t = *s.task();
+        if (t.own < 0)
+            return;
+        warpgroup.begin();
+        if (t.first < t.end)
+            warpgroup.run(p, t);
+        else
+            mbarrier_arrive(tasks.empty_barrier());
+        warpgroup.finish(p, t);
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void wide_keys(const sm90_bwd_params &p) {
+    constexpr int kWarps = 4; /* of a warpgroup */
+    extern __shared__ char raw[];
+    const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
+    const WideKeysShared<C> s{base, raw + (base - shared_address(raw))};
+    if (threadIdx.x == 0) {
+        init_ring(s.task_ring(), 1, 2 * 32 * kWarps); /* each thread reads the task */
+        init_ring(s.query_ring(), 1, 2 * kWarps);
+        init_ring(s.d_output_ring(), 1, 2 * kWarps);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    wait_for_predecessor();
+    let_successor_start();
+    const int role = uniform(threadIdx.x / 128);
+    if (role == 0) {
+        registers_decrease<SM90_BWD_WIDE_PRODUCER_REGISTERS>();
+        if (uniform(threadIdx.x / 32) == 0)
+            produce_rows<C>(p, s);
+    } else if (role == 1) {
+        registers_increase<SM90_BWD_WIDE_CONSUMER_REGISTERS>();
+        consume_keys<WideWeights<C>>(p, s);
+    } else {
+        registers_increase<SM90_BWD_WIDE_CONSUMER_REGISTERS>();
+        consume_keys<WideScores<C>>(p, s);
+    }
+}
+
+} // namespace sm90
+
+#endif /* DLATTN_SM90_BWD_WIDE_KEYS_CUH_ */
