@@ -1,0 +1,254 @@
+"""Attention over several GPUs beside one GPU on the same work, and beside PyTorch's own.
+
+    torchrun --nproc-per-node N bench/many_gpus.py OUT.csv [--lengths 32768,131072] [--seconds S]
+
+Checks every way first, on a small case, against one GPU. Then times causal and full attention of one
+sequence, 32 query and 8 key heads of 128, bf16; forward, and forward with backward (op fwd+bwd).
+All ranks run the work of one GPU at once, each by itself (gpus 1), then they share it. A time is
+that between two CUDA events, the ranks starting together, on the slowest rank; the figure is the
+median. share is the time of one GPU by dlattn / (gpus * time). FLOPs are counted as in gpu_bench.py.
+PyTorch's context_parallel is timed with its cuDNN and flash kernels; it takes no fewer key heads than
+query heads, so it gets them repeated. Cases beyond ``--seconds`` are left out.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import functools
+import itertools
+import os
+import statistics
+import time
+import warnings
+
+import dlattn.torch
+import torch
+import torch.distributed as dist
+from dlattn.torch import context_parallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+COLUMNS = (
+    "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,median_us,"
+    "spread_pct,tflops,gbs,gpus,share"
+).split(",")
+HEADS, HEADS_KV, DIM = 32, 8, 128
+HUGE = 200_000  # from where on each case runs once, forward and causal alone
+WAYS = ("all_gather", "ring", "ulysses")
+PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+
+
+def say(*words):
+    if dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+# ---- Right?
+
+
+def make(rows, keys, heads, heads_kv, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    shapes = (heads, rows), (heads_kv, keys), (heads_kv, keys), (heads, rows)
+    return [torch.randn(1, *shape, DIM, device="cuda", dtype=dtype) for shape in shapes]
+
+
+def results(attention, query, key, value, d_output):
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    output, lse = attention(*leaves)
+    output.backward(d_output)
+    return [output.detach(), lse, *(x.grad for x in leaves)]
+
+
+def error(found, exact):
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def check():
+    """No way's error beside float32 may be more than half above that of one GPU."""
+    n, bad = dist.get_world_size(), 0
+    cases = ({}, {"causal": True}, {"window": (700, 0)}, {"causal": True, "softcap": 20.0})
+    for options, layout in itertools.product(cases, ("contiguous", "zigzag")):
+        tensors = make(1024 * n, 1024 * n, 8, 2)
+        shard = functools.partial(context_parallel.shard, layout=layout)
+        one = functools.partial(dlattn.torch.attention, return_lse=True, **options)
+        exact = results(one, *(x.float() for x in tensors))
+        single = [error(a, b) for a, b in zip(results(one, *tensors), exact)]
+        for way in WAYS:
+            many = functools.partial(
+                context_parallel.attention, way=way, layout=layout, return_lse=True, **options
+            )
+            found, again = (results(many, *map(shard, tensors)) for _ in range(2))
+            errors = [error(a, shard(b)) for a, b in zip(found, exact)]
+            same = all(torch.equal(a, b) for a, b in zip(found, again))
+            right = all(e <= 1.5 * of_one + 1e-6 for e, of_one in zip(errors, single))
+            bad += not (right and same)
+            if not (right and same):
+                figures = " ".join(f"{e:.1e}/{s:.1e}" for e, s in zip(errors, single))
+                print(f"WRONG on rank {dist.get_rank()}: {way} {layout} {options} same bits {same}", figures)
+    say(f"checked {len(cases) * 2 * len(WAYS)} cases, {bad} wrong")
+    return bad
+
+
+# ---- How fast?
+
+
+def milliseconds(step):
+    """Of the slowest rank, once all have come."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    token = torch.zeros(1, device="cuda")
+    dist.all_reduce(token)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    took = torch.tensor([start.elapsed_time(end)], device="cuda")
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    return took.item()
+
+
+def step_of(attention, tensors, backward):
+    """One forward pass, and with ``backward`` the gradients of all three tensors."""
+    query, key, value, d_output = tensors
+    if not backward:
+        return lambda: attention(query, key, value)
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    return lambda: torch.autograd.grad(attention(*leaves), leaves, d_output)
+
+
+def of_pytorch(backend, causal, query, key, value):
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    with sdpa_kernel(backend):
+        return sdpa(query, key, value, is_causal=causal)
+
+
+def around(mesh, length):
+    """PyTorch's context, which wants a tensor of the sequence; it deals halves out as we do."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    from torch.distributed.tensor.experimental import context_parallel
+
+    buffer = torch.zeros(length, device="cuda")
+    return context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0])
+
+
+def implementations(causal, length, backward, mesh):
+    """(name, number of GPUs, attention, tensors, mesh of PyTorch's context)."""
+    n = dist.get_world_size()
+    whole = make(length, length, HEADS, HEADS_KV)
+    one = functools.partial(dlattn.torch.attention, causal=causal)
+    yield "dlattn", 1, one, whole, None
+    layout = "zigzag" if causal else "contiguous"
+    parts = [context_parallel.shard(x, layout=layout) for x in whole]
+    del whole
+    for way in WAYS:
+        many = functools.partial(context_parallel.attention, way=way, layout=layout, causal=causal)
+        yield f"dlattn {way}", n, many, parts, None
+    if length >= HUGE:
+        return
+    repeated = [x.repeat_interleave(HEADS // x.shape[1], 1) for x in parts]
+    for name, backend in PEERS.items():
+        theirs = functools.partial(of_pytorch, backend, causal)
+        yield f"torch context_parallel {name}", n, theirs, repeated, mesh
+
+
+def rounds_of(step):
+    first = milliseconds(step)
+    if first > 1000:
+        return [first]
+    return [milliseconds(step) for _ in range(3 if first > 200 else 7)]
+
+
+def time_case(length, causal, backward, mesh, row, write):
+    """Writes a line for each implementation; the first is what others are a share of."""
+    of_one = None
+    flops = 4 * HEADS * length * length * DIM * (0.5 if causal else 1) * (3.5 if backward else 1)
+    for name, gpus, attention, tensors, theirs in implementations(causal, length, backward, mesh):
+        step = step_of(attention, tensors, backward)
+        try:
+            with around(theirs, length):
+                if length < HUGE:
+                    milliseconds(step)
+                found = rounds_of(step)
+        except (RuntimeError, NotImplementedError) as problem:
+            say(f"{name} {length} causal={causal} bwd={backward}: {str(problem)[:300]}")
+            continue
+        median = statistics.median(found)
+        of_one = of_one or median
+        write(
+            {
+                **row,
+                "op": "fwd+bwd" if backward else "fwd",
+                "Lq": length,
+                "Lk": length,
+                "causal": int(causal),
+                "impl": name,
+                "median_us": round(median * 1e3, 1),
+                "spread_pct": round(100 * (max(found) - min(found)) / median, 1),
+                "tflops": round(flops / median / 1e9, 1),
+                "gpus": gpus,
+                "share": round(of_one / gpus / median, 3),
+            }
+        )
+
+
+def host_cost():
+    """Milliseconds of the host for one call on tiny tensors, with the check and without."""
+    tensors = [context_parallel.shard(x) for x in make(256, 256, 8, 8)[:3]]
+    for checked in (True, False):
+        for way in WAYS:
+            call = functools.partial(context_parallel.attention, *tensors, way=way, check=checked)
+            call()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            took = (time.perf_counter() - start) / 50
+            torch.cuda.synchronize()
+            say(f"host: {way} check={checked} {took * 1e3:.3f} ms")
+
+
+def main():
+    options = argparse.ArgumentParser()
+    options.add_argument("out")
+    options.add_argument("--lengths", default="32768,131072,524288")
+    options.add_argument("--seconds", type=float, default=600)
+    options = options.parse_args()
+    warnings.filterwarnings("ignore")
+    start = time.monotonic()
+    local = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(local)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    if check():
+        raise SystemExit("wrong results are not timed")
+    host_cost()
+    row = {
+        "date": datetime.date.today().isoformat(),
+        "commit": os.environ.get("DLATTN_COMMIT", ""),
+        "device": torch.cuda.get_device_name(),
+        "dtype": "bf16",
+        **{"B": 1, "Hq": HEADS, "Hkv": HEADS_KV, "D": DIM, "Dv": DIM},
+    }
+    with open(options.out if dist.get_rank() == 0 else os.devnull, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+
+        def write(line):
+            writer.writerow(line)
+            file.flush()
+            say(*(line[n] for n in ("op", "Lq", "causal", "impl", "median_us", "tflops", "share")))
+
+        for length in map(int, options.lengths.split(",")):
+            for backward, causal in itertools.product((False, True), (True, False)):
+                left = torch.tensor([options.seconds - (time.monotonic() - start)], device="cuda")
+                dist.broadcast(left, 0)
+                if left.item() < 0 or (length >= HUGE and (backward or not causal)):
+                    say(f"left out: {length} causal={causal} backward={backward}")
+                    continue
+                time_case(length, causal, backward, mesh, row, write)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
