@@ -66,7 +66,7 @@ def shards(layout: str, lengths: Sequence[int]) -> list[Shard]:
         )
     half, count = lengths[0] // 2, 2 * len(lengths)
     halves = [range(half * i, half * (i + 1)) for i in range(count)]
-    return [joined((halves[r], halves[count - 1 - r])) for r in range(len(lengths))]
+    return [(halves[r], halves[count - 1 - r]) for r in range(len(lengths))]
 
 
 def joined(ranges: Iterable[range]) -> Shard:

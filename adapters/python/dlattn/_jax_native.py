@@ -137,20 +137,39 @@ def _call(
 
     def on(platform: str) -> Callable[..., tuple[jax.Array, ...]]:
         def run(*leaves: jax.Array) -> tuple[jax.Array, ...]:
-            tensors, upstream = jax.tree.unflatten(structure, leaves)
-            call = _plan(options, wanted, tensors, upstream, platform)
-            if call is None:
-                given = upstream.d_output, upstream.d_lse
-                found = _chunked(options, wanted, tensors, given)
-            else:
-                found = _run(options, call)
-            given = (getattr(tensors, name) for name in wanted)
-            found = tuple(g.astype(x.dtype) for g, x in zip(found, given))
-            return vary(found, varying_axes(tensors))
+            return call_on(platform, options, wanted, *jax.tree.unflatten(structure, leaves))
 
         return run
 
     return by_platform(on, leaves)
+
+
+def call_on(
+    platform: str,
+    options: Options,
+    wanted: tuple[str, ...],
+    tensors: Tensors,
+    upstream: Upstream,
+    of_part: Callable[[Upstream], Upstream] | None = None,
+) -> tuple[jax.Array, ...]:
+    """The gradients on one platform.
+
+    of_part: given where the tensors are but a part of the keys, and output and log-sum-exp those of
+    all. Kernels of a GPU make the weights from that log-sum-exp, and they are those of the whole.
+    Everything else makes them from the logits that it sees; ``of_part`` gives what upstream is to
+    the part by itself.
+    """
+    call = _plan(options, wanted, tensors, upstream, platform)
+    if of_part is not None and (call is None or platform == "cpu"):
+        upstream = of_part(upstream)
+        call = _plan(options, wanted, tensors, upstream, platform)
+    if call is None:
+        found = _chunked(options, wanted, tensors, (upstream.d_output, upstream.d_lse))
+    else:
+        found = _run(options, call)
+    given = (getattr(tensors, name) for name in wanted)
+    found = tuple(g.astype(x.dtype) for g, x in zip(found, given))
+    return vary(found, varying_axes(tensors))
 
 
 def _run(options: Options, call: _Call) -> tuple[jax.Array, ...]:

@@ -1,0 +1,227 @@
+"""dlattn.jax.context_parallel over eight devices of the host, beside one."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import dlattn  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from dlattn.jax import attention, context_parallel  # noqa: E402
+from jax.sharding import Mesh, PartitionSpec  # noqa: E402
+
+WAYS = ("all_gather", "ring", "ulysses", "ring_ulysses")
+OPTIONS = {
+    "plain": ({"softcap": 3.0}, 32, 32),
+    "causal": ({"causal": True}, 32, 32),
+    "causal_bottom_right": ({"causal": True, "alignment": "bottom_right", "scale": 0.5}, 16, 48),
+    "window_and_causal": ({"window": (9, None), "causal": True}, 64, 64),
+    "padding": ({"query_length": 27, "key_length": 30, "window": (None, 3)}, 32, 32),
+}
+
+
+def make(rows, keys, heads=4, heads_kv=2, dtype=np.float32):
+    """(query, key, value), cotangents of output and log-sum-exp."""
+    random = np.random.default_rng(0)
+    shapes = (heads, rows, 8), (heads_kv, keys, 8), (heads_kv, keys, 8), (heads, rows, 8)
+    *tensors, d_output = (random.standard_normal((2, *s)).astype(dtype) for s in shapes)
+    wide = np.promote_types(dtype, np.float32)
+    return tuple(tensors), (d_output, random.standard_normal((2, heads, rows)).astype(wide))
+
+
+def results(call, tensors, cotangents):
+    """Output, log-sum-exp and gradients of the three tensors."""
+
+    def finite(*tensors):
+        output, lse = call(*tensors)
+        return (output, jnp.where(jnp.isfinite(lse), lse, 0)), lse
+
+    (output, _), pull, lse = jax.vjp(finite, *tensors, has_aux=True)
+    return output, lse, *pull(cotangents)
+
+
+def many(devices, way, layout, options, by_row=(), batches=1):
+    """The same function of the whole, on devices that each have a part."""
+    names = ("batch", "rows")
+    mesh = Mesh(np.array(jax.devices()[: batches * devices]).reshape(batches, devices), names)
+    spec = PartitionSpec("batch", None, "rows")
+    arrange = functools.partial(context_parallel.arrange, devices=devices, layout=layout)
+    restore = functools.partial(context_parallel.restore, devices=devices, layout=layout)
+
+    def here(query, key, value, *segments):
+        return context_parallel.attention(
+            query,
+            key,
+            value,
+            axis_name="rows",
+            way=way,
+            layout=layout,
+            ulysses_degree=2 if way == "ring_ulysses" else None,
+            return_lse=True,
+            **dict(zip(("query_segments", "key_segments"), segments)),
+            **options,
+        )
+
+    specs = (spec,) * 3 + (PartitionSpec("batch", "rows"),) * len(by_row)
+    spread = jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=(spec, spec))
+
+    def whole(*tensors):
+        segments = (arrange(x, axis=1) for x in by_row)
+        return tuple(map(restore, spread(*map(arrange, tensors), *segments)))
+
+    return whole
+
+
+def compare(found, expected, tolerance=2e-5):
+    for name, a, b in zip(("output", "lse", "d_query", "d_key", "d_value"), found, expected):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), 0, tolerance, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_and_gradients(options, way):
+    options, rows, keys = options
+    one = dict(options)
+    for name in ("query_length", "key_length"):
+        if name in one:
+            one[f"{name}s"] = np.full(2, one.pop(name), np.int32)
+    tensors, cotangents = make(rows, keys)
+    whole = functools.partial(attention, return_lse=True, **one)
+    expected = results(whole, tensors, cotangents)
+    layout = "zigzag" if options.get("causal") else "contiguous"
+    call = jax.jit(lambda *x: results(many(4, way, layout, options), *x))
+    found = call(tensors, cotangents)
+    compare(found, expected)
+    again = call(tensors, cotangents)
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(found, again))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_segments(way):
+    numbers = np.array([[0] * 5 + [1] * 17 + [0] * 10, [3] * 16 + [4] * 16], np.int32)
+    tensors, cotangents = make(32, 32)
+    mask = (numbers[:, :, None] == numbers[:, None])[:, None]
+    whole = functools.partial(attention, causal=True, return_lse=True, mask=mask)
+    spread = many(4, way, "zigzag", {"causal": True}, by_row=(numbers, numbers))
+    found = jax.jit(lambda *x: results(spread, *x))(tensors, cotangents)
+    compare(found, results(whole, tensors, cotangents))
+
+
+def test_segments_on_one_device():
+    """dlattn.jax.attention itself, by the plugin and by JAX's operators."""
+    numbers = np.array([[0] * 100 + [1] * 40, [3] * 16 + [4] * 124], np.int32)
+    tensors, cotangents = make(140, 140)
+    mask = (numbers[:, :, None] == numbers[:, None])[:, None]
+    segments = {"query_segments": numbers, "key_segments": numbers}
+    expected = results(functools.partial(attention, return_lse=True, mask=mask), tensors, cotangents)
+    by_segments = functools.partial(attention, return_lse=True, **segments)
+    compare(results(by_segments, tensors, cotangents), expected)
+    from dlattn import _jax_native
+
+    serves, _jax_native.serves = _jax_native.serves, lambda *_, **__: False
+    try:
+        compare(results(by_segments, tensors, cotangents), expected)
+    finally:
+        _jax_native.serves = serves
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_sequences(way):
+    """Of 5, 0, 13 and 14 rows, each by itself; with a hand over the devices' ends."""
+    cu_seqlens = np.array([0, 5, 5, 18, 32], np.int32)
+    tensors, _ = make(32, 32)
+    packed = [x[0].swapaxes(0, 1) for x in tensors]
+    expected = attention(*packed, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("rows",))
+
+    def here(*tensors):
+        return context_parallel.attention(
+            *tensors,
+            axis_name="rows",
+            way=way,
+            layout="zigzag",
+            ulysses_degree=2 if way == "ring_ulysses" else None,
+            causal=True,
+            cu_seqlens=cu_seqlens,
+        )
+
+    spec = PartitionSpec("rows")
+    spread = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    found = spread(*(context_parallel.arrange(x, 4, axis=0) for x in packed))
+    found = context_parallel.restore(found, 4, axis=0)
+    np.testing.assert_allclose(found, expected, 0, 2e-5)
+
+
+def test_eight_devices_and_batches():
+    tensors, cotangents = make(48, 48, heads=8, heads_kv=8)
+    whole = functools.partial(attention, causal=True, return_lse=True)
+    expected = results(whole, tensors, cotangents)
+    for way in ("auto", "ring", "ring_ulysses"):
+        spread = many(8, way, "zigzag", {"causal": True})
+        compare(jax.jit(lambda *x: results(spread, *x))(tensors, cotangents), expected)
+    spread = many(4, "ring", "zigzag", {"causal": True}, batches=2)
+    compare(jax.jit(lambda *x: results(spread, *x))(tensors, cotangents), expected)
+
+
+@pytest.mark.parametrize("way", ["ring", "all_gather"])
+def test_bfloat16(way):
+    tensors, cotangents = make(32, 32, dtype=jnp.bfloat16)
+    cotangents = cotangents[0], cotangents[1].astype(np.float32)
+    whole = functools.partial(attention, causal=True, return_lse=True)
+    expected = results(whole, tensors, cotangents)
+    spread = many(4, way, "zigzag", {"causal": True})
+    compare(jax.jit(lambda *x: results(spread, *x))(tensors, cotangents), expected, 0.06)
+
+
+def test_nothing_of_rows_times_keys():
+    """A ring's program has no array with an element for each pair of them, and but one branch for
+    each kind of device."""
+    tensors, cotangents = make(8 * 300, 8 * 300)
+    spread = many(8, "ring", "zigzag", {"causal": True})
+    text = jax.jit(lambda *x: results(spread, *x)).lower(tensors, cotangents).as_text()
+    assert "300x300" not in text and "2400x2400" not in text
+    # Own keys, and for each further step those of an earlier device or of a later one.
+    assert text.count("call @dlattn_forward") + text.count("@dlattn_forward(") <= 2 * 2 * 15
+
+
+def test_arrange_and_restore():
+    x = np.arange(32).reshape(1, 32)
+    parts = context_parallel.arrange(x, 4, axis=1).reshape(4, 8)
+    assert parts[0].tolist() == [0, 1, 2, 3, 28, 29, 30, 31]
+    assert parts[3].tolist() == list(range(12, 20))
+    assert (context_parallel.restore(parts.reshape(1, 32), 4, axis=1) == x).all()
+    with pytest.raises(dlattn.InvalidArgument, match="has 32 rows, must be a multiple of 5"):
+        context_parallel.arrange(x, 5, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"way": "fast"}, "way: is 'fast', must be one of"),
+        ({"layout": "striped"}, "layout: is 'striped'"),
+        ({"way": "ulysses", "heads_kv": 3, "heads": 6}, "shares 6 query and 3 key heads between 4"),
+        ({"key_length": 33}, "key_length: is 33, must be from 0 to 32"),
+        ({"keys": 16, "query_segments": np.zeros((2, 8), np.int32)}, "one goes with the other"),
+    ],
+)
+def test_bad_arguments(options, pattern):
+    options = dict(options)
+    shape = {name: options.pop(name) for name in ("heads", "heads_kv") if name in options}
+    tensors, _ = make(32, options.pop("keys", 32), **shape)
+    way, layout = options.pop("way", "ring"), options.get("layout", "contiguous")
+
+    def here(*tensors):
+        return context_parallel.attention(*tensors, axis_name="rows", way=way, **options)
+
+    mesh = Mesh(np.array(jax.devices()[:4]), ("rows",))
+    spec = PartitionSpec(None, None, "rows")
+    with pytest.raises(dlattn.InvalidArgument, match=pattern):
+        jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)(*tensors)
+    assert layout
