@@ -4,11 +4,15 @@
 
 Checks every way first, on a small case, against one GPU. Then times causal and full attention of one
 sequence, 32 query and 8 key heads of 128, bf16; forward, and forward with backward (op fwd+bwd).
-All ranks run the work of one GPU at once, each by itself (gpus 1), then they share it. A time is
-that between two CUDA events, the ranks starting together, on the slowest rank; the figure is the
-median. share is the time of one GPU by dlattn / (gpus * time). FLOPs are counted as in gpu_bench.py.
-PyTorch's context_parallel is timed with its cuDNN and flash kernels; it takes no fewer key heads than
-query heads, so it gets them repeated. Cases beyond ``--seconds`` are left out.
+All ranks do the work of one GPU at once, each by itself (gpus 1), or share it. Cases are timed in
+rounds, each implementation once per round. A time is that between two CUDA events, on the slowest
+rank, the ranks starting together behind a short busy loop of the device, which keeps the host's own
+time out; that is printed apart. The figures are medians; share is the time of one GPU by dlattn
+/ (gpus * time). FLOPs are counted as in gpu_bench.py.
+
+PyTorch's context_parallel runs with its cuDNN and flash kernels; it takes no fewer key heads than
+query heads, so it gets them repeated. From 200,000 rows on there is one round, forward and causal
+alone. What is beyond ``--seconds`` is left out.
 """
 
 import argparse
@@ -34,7 +38,7 @@ COLUMNS = (
     "spread_pct,tflops,gbs,gpus,share"
 ).split(",")
 HEADS, HEADS_KV, DIM = 32, 8, 128
-HUGE = 200_000  # from where on each case runs once, forward and causal alone
+HUGE = 200_000  # rows
 WAYS = ("all_gather", "ring", "ulysses")
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 
@@ -93,11 +97,14 @@ def check():
 # ---- How fast?
 
 
+BUSY_CYCLES = 4_000_000  # some 2 ms
+
+
 def milliseconds(step):
     """Of the slowest rank, once all have come."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    token = torch.zeros(1, device="cuda")
-    dist.all_reduce(token)
+    dist.all_reduce(torch.zeros(1, device="cuda"))
+    torch.cuda._sleep(BUSY_CYCLES)
     start.record()
     step()
     end.record()
@@ -122,25 +129,25 @@ def of_pytorch(backend, causal, query, key, value):
         return sdpa(query, key, value, is_causal=causal)
 
 
-def around(mesh, length):
+def around(mesh, length, causal):
     """PyTorch's context, which wants a tensor of the sequence; it deals halves out as we do."""
     if mesh is None:
         return contextlib.nullcontext()
-    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental import _attention, context_parallel
 
+    _attention._cp_options.enable_load_balance = causal
     buffer = torch.zeros(length, device="cuda")
     return context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0])
 
 
-def implementations(causal, length, backward, mesh):
-    """(name, number of GPUs, attention, tensors, mesh of PyTorch's context)."""
+def implementations(length, causal, mesh):
+    """(name, number of GPUs, attention, tensors, mesh of PyTorch's context)"""
     n = dist.get_world_size()
     whole = make(length, length, HEADS, HEADS_KV)
     one = functools.partial(dlattn.torch.attention, causal=causal)
     yield "dlattn", 1, one, whole, None
     layout = "zigzag" if causal else "contiguous"
     parts = [context_parallel.shard(x, layout=layout) for x in whole]
-    del whole
     for way in WAYS:
         many = functools.partial(context_parallel.attention, way=way, layout=layout, causal=causal)
         yield f"dlattn {way}", n, many, parts, None
@@ -148,33 +155,38 @@ def implementations(causal, length, backward, mesh):
         return
     repeated = [x.repeat_interleave(HEADS // x.shape[1], 1) for x in parts]
     for name, backend in PEERS.items():
-        theirs = functools.partial(of_pytorch, backend, causal)
-        yield f"torch context_parallel {name}", n, theirs, repeated, mesh
+        if name == "cudnn" or length < 100_000:
+            theirs = functools.partial(of_pytorch, backend, causal)
+            yield f"torch context_parallel {name}", n, theirs, repeated, mesh
 
 
-def rounds_of(step):
-    first = milliseconds(step)
-    if first > 1000:
-        return [first]
-    return [milliseconds(step) for _ in range(3 if first > 200 else 7)]
+def rounds(length, cases):
+    """Milliseconds of each; a first round is not counted, but for huge ones."""
+    count = 1 if length >= HUGE else 4 if length > 100_000 else 9
+    found = {name: [] for name in cases}
+    for _ in range(count):
+        for name, (step, context) in list(cases.items()):
+            try:
+                with context():
+                    found[name].append(milliseconds(step))
+            except (RuntimeError, NotImplementedError) as problem:
+                say(f"{name} {length}: {str(problem)[:300]}")
+                del cases[name]
+    return {name: found[name][1:] or found[name] for name in cases}
 
 
 def time_case(length, causal, backward, mesh, row, write):
     """Writes a line for each implementation; the first is what others are a share of."""
-    of_one = None
+    cases, gpus = {}, {}
+    for name, count, attention, tensors, theirs in implementations(length, causal, mesh):
+        context = functools.partial(around, theirs, length, causal)
+        cases[name] = step_of(attention, tensors, backward), context
+        gpus[name] = count
     flops = 4 * HEADS * length * length * DIM * (0.5 if causal else 1) * (3.5 if backward else 1)
-    for name, gpus, attention, tensors, theirs in implementations(causal, length, backward, mesh):
-        step = step_of(attention, tensors, backward)
-        try:
-            with around(theirs, length):
-                if length < HUGE:
-                    milliseconds(step)
-                found = rounds_of(step)
-        except (RuntimeError, NotImplementedError) as problem:
-            say(f"{name} {length} causal={causal} bwd={backward}: {str(problem)[:300]}")
-            continue
-        median = statistics.median(found)
-        of_one = of_one or median
+    found = rounds(length, cases)
+    of_one = statistics.median(found["dlattn"])
+    for name, times in found.items():
+        median = statistics.median(times)
         write(
             {
                 **row,
@@ -184,10 +196,10 @@ def time_case(length, causal, backward, mesh, row, write):
                 "causal": int(causal),
                 "impl": name,
                 "median_us": round(median * 1e3, 1),
-                "spread_pct": round(100 * (max(found) - min(found)) / median, 1),
+                "spread_pct": round(100 * (max(times) - min(times)) / median, 1),
                 "tflops": round(flops / median / 1e9, 1),
-                "gpus": gpus,
-                "share": round(of_one / gpus / median, 3),
+                "gpus": gpus[name],
+                "share": round(of_one / gpus[name] / median, 3),
             }
         )
 

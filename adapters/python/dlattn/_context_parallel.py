@@ -222,6 +222,12 @@ def depth(parts: Iterable[range]) -> int:
     return max((sum(part.start in other for other in parts) for part in parts), default=0)
 
 
+def far_lse(scale: float) -> float:
+    """From where on kernels of a GPU trust no log-sum-exp: in f32 its last bits are worth too much
+    there, or what it is in units of q k is beyond what f16 holds."""
+    return min(700.0, 59000.0 * abs(scale))
+
+
 class Cover:
     """Which places of a result hold something."""
 

@@ -28,6 +28,7 @@ from ._context_parallel import (
     check_layout,
     choose,
     depth,
+    far_lse,
     in_order,
     places_of,
     plan,
@@ -408,7 +409,7 @@ def _step_gradients(
         terms = _call_gradients(options, is_shared, one, given, upstream, keys)
         parts = (one.rows, one.keys, one.keys)
         sums = tuple(
-            total.at[:, :, part.start : part.stop].add(term.astype(wide))
+            total.at[:, :, part.start : part.stop].add(term)
             for total, term, part in zip(sums, terms, parts)
         )
     return sums
@@ -417,15 +418,30 @@ def _step_gradients(
 def _call_gradients(
     options: _Options, is_shared: bool, one: Call, given: Tensors, upstream: Upstream, keys: Any
 ) -> tuple[jax.Array, ...]:
+    """In the type of sums. With the log-sum-exp of all keys the weights of a part of them are those
+    of the whole, where a kernel takes it; else the part by itself is differentiated."""
     o, tensors = _part(options, one, given, keys)
     upstream = Upstream(*(_rows(x, one.rows) for x in upstream))
     leaves, structure = jax.tree.flatten((tensors, upstream))
+    wide, is_half = wide_type(given.query), given.query.dtype.itemsize == 2
 
     def on(platform: str) -> Callable[..., tuple[jax.Array, ...]]:
+        def whole(tensors: Tensors, upstream: Upstream) -> tuple[jax.Array, ...]:
+            return call_on(platform, o, WANTED, tensors, upstream, wide)
+
+        def part(tensors: Tensors, upstream: Upstream) -> tuple[jax.Array, ...]:
+            return whole(tensors, _of_part(o, tensors, upstream))
+
         def run(*leaves: jax.Array) -> tuple[jax.Array, ...]:
             tensors, upstream = jax.tree.unflatten(structure, leaves)
-            of_part = functools.partial(_of_part, o, tensors) if is_shared else None
-            return call_on(platform, o, WANTED, tensors, upstream, of_part)
+            if not is_shared:
+                return whole(tensors, upstream)
+            if platform == "cpu" or not is_half:
+                return part(tensors, upstream)
+            lse = jnp.abs(upstream.lse)
+            limit = far_lse(tensors.query.shape[3] ** -0.5 if o.scale is None else o.scale)
+            is_far = jnp.any((lse >= limit) & (lse < jnp.inf))
+            return lax.cond(is_far, part, whole, tensors, upstream)
 
         return run
 
@@ -439,8 +455,7 @@ def _of_part(o: Options, tensors: Tensors, upstream: Upstream) -> Upstream:
     d_output = upstream.d_output.astype(lse.dtype)
     apart = output.astype(lse.dtype) - upstream.output
     d_lse = weight * (upstream.d_lse + jnp.sum(d_output * apart, axis=-1))
-    d_output = (d_output * weight[..., None]).astype(upstream.d_output.dtype)
-    return Upstream(output, lse, d_output, d_lse)
+    return Upstream(output, lse, d_output * weight[..., None], d_lse)
 
 
 def _sum_home(options: _Options, the: Plan, x: jax.Array) -> jax.Array:

@@ -113,14 +113,17 @@ def _plan(
     tensors: Tensors,
     upstream: Upstream,
     platform: str,
+    dtype: Any = None,
 ) -> _Call | None:
-    """None where JAX's operators had better compute it."""
+    """None where JAX's operators had better compute it. dtype: of the gradients, if it is not that
+    of the tensors."""
     given = dict(zip(Tensors._fields, in_float32(tensors)))
     inputs = ("query", "key", "value", "output", "lse")
     slots = {**given, **upstream._asdict()}
     slots = {name: slots[name] for name in (*inputs, *Tensors._fields[3:], "d_output", "d_lse")}
     results = {
-        f"d_{name}": jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in wanted
+        f"d_{name}": jax.ShapeDtypeStruct(given[name].shape, dtype or given[name].dtype)
+        for name in wanted
     }
     must = tensors.cu_seqlens_q is not None
     found = plan(options, {**slots, **results}, platform, None if must else serves)
@@ -150,25 +153,16 @@ def call_on(
     wanted: tuple[str, ...],
     tensors: Tensors,
     upstream: Upstream,
-    of_part: Callable[[Upstream], Upstream] | None = None,
+    dtype: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """The gradients on one platform.
-
-    of_part: given where the tensors are but a part of the keys, and output and log-sum-exp those of
-    all. Kernels of a GPU make the weights from that log-sum-exp, and they are those of the whole.
-    Everything else makes them from the logits that it sees; ``of_part`` gives what upstream is to
-    the part by itself.
-    """
-    call = _plan(options, wanted, tensors, upstream, platform)
-    if of_part is not None and (call is None or platform == "cpu"):
-        upstream = of_part(upstream)
-        call = _plan(options, wanted, tensors, upstream, platform)
+    """The gradients on one platform, in that type or those of the tensors."""
+    call = _plan(options, wanted, tensors, upstream, platform, dtype)
     if call is None:
         found = _chunked(options, wanted, tensors, (upstream.d_output, upstream.d_lse))
     else:
         found = _run(options, call)
     given = (getattr(tensors, name) for name in wanted)
-    found = tuple(g.astype(x.dtype) for g, x in zip(found, given))
+    found = tuple(g.astype(dtype or x.dtype) for g, x in zip(found, given))
     return vary(found, varying_axes(tensors))
 
 

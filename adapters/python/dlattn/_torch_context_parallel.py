@@ -37,6 +37,7 @@ from ._context_parallel import (
     check_layout,
     choose,
     depth,
+    far_lse,
     in_order,
     places_of,
     plan,
@@ -767,6 +768,7 @@ def _backward(
     query, key, value = job.tensors[:3]
     upstream = [x.detach().contiguous() for x in (output, lse, d_output, d_lse)]
     is_shared = depth(call.rows for call in job.calls) > 1
+    of_parts = is_shared and not _takes_lse_of_all(query, lse, job.options.scale)
     d_query = _Sums(_wide_like(query) if is_shared else torch.empty_like(query), dtype=query.dtype)
     d_query.dtype = d_query.totals[0].dtype
     travelling, works = None, []
@@ -774,7 +776,7 @@ def _backward(
         found = [_sum_for(job, x) for x in keys[:2]]
         for call in calls:
             targets = [d_query.place(call.rows), *(x.place(call.keys) for x in found)]
-            _call_backward(job, call, keys, upstream, is_shared, [x[0] for x in targets])
+            _call_backward(job, call, keys, upstream, of_parts, [x[0] for x in targets])
             for sums in (d_query, *found):
                 sums.settle()
         totals = [sums.finish()[0] for sums in found]
@@ -810,23 +812,32 @@ def _sum_home(x: Tensor, job: _Job) -> Tensor:
     return _all_to_all(parts, job.group).sum(0)
 
 
+def _takes_lse_of_all(query: Tensor, lse: Tensor, scale: float | None) -> bool:
+    """Whether the kernel makes weights from the log-sum-exp that it is given, and not from the
+    logits that it sees: on tensor cores, but for rows whose log-sum-exp is far from 0."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    limit = far_lse(query.shape[3] ** -0.5 if scale is None else scale)
+    return not bool(((lse.abs() >= limit) & lse.isfinite()).any())
+
+
 def _call_backward(
     job: _Job,
     call: Call,
     keys: Sequence[Tensor],
     upstream: Sequence[Tensor],
-    is_shared: bool,
+    of_parts: bool,
     targets: Sequence[Tensor],
 ) -> None:
     """The gradients by one call's rows and keys.
 
-    Kernels of the GPU make the weights from the log-sum-exp that they get: with that of all keys
-    they are those of the whole. The CPU's make them from the logits of the call, whose own results are
-    then differentiated, and how they were merged: output = sum exp(lse_n - lse) output_n.
+    With the log-sum-exp of all keys the weights of a part of them are those of the whole. Else the
+    results of the part by itself are differentiated, and how they were merged:
+    output = sum exp(lse_n - lse) output_n.
     """
     query = _rows([job.tensors.query], call.rows)[0]
     output, lse, d_output, d_lse = _rows(upstream, call.rows)
-    if is_shared and not query.is_cuda:
+    if of_parts:
         of_call = torch.empty_like(output), torch.empty_like(lse)
         job.run(call, query, keys, *of_call)
         weight = _weight(of_call[1], lse)

@@ -30,8 +30,7 @@ def make(rows, keys, heads=4, heads_kv=2, dtype=np.float32):
     random = np.random.default_rng(0)
     shapes = (heads, rows, 8), (heads_kv, keys, 8), (heads_kv, keys, 8), (heads, rows, 8)
     *tensors, d_output = (random.standard_normal((2, *s)).astype(dtype) for s in shapes)
-    wide = np.promote_types(dtype, np.float32)
-    return tuple(tensors), (d_output, random.standard_normal((2, heads, rows)).astype(wide))
+    return tuple(tensors), (d_output, random.standard_normal((2, heads, rows)).astype(np.float32))
 
 
 def results(call, tensors, cotangents):
@@ -45,15 +44,14 @@ def results(call, tensors, cotangents):
     return output, lse, *pull(cotangents)
 
 
-def many(devices, way, layout, options, by_row=(), batches=1):
-    """The same function of the whole, on devices that each have a part."""
+def many(devices, way, layout, options, tensors, cotangents, segments=(), batches=1):
+    """The same of devices that each have a part, put together again; the second time it must have
+    the same bits."""
     names = ("batch", "rows")
     mesh = Mesh(np.array(jax.devices()[: batches * devices]).reshape(batches, devices), names)
     spec = PartitionSpec("batch", None, "rows")
-    arrange = functools.partial(context_parallel.arrange, devices=devices, layout=layout)
-    restore = functools.partial(context_parallel.restore, devices=devices, layout=layout)
 
-    def here(query, key, value, *segments):
+    def here(query, key, value):
         return context_parallel.attention(
             query,
             key,
@@ -63,18 +61,28 @@ def many(devices, way, layout, options, by_row=(), batches=1):
             layout=layout,
             ulysses_degree=2 if way == "ring_ulysses" else None,
             return_lse=True,
-            **dict(zip(("query_segments", "key_segments"), segments)),
             **options,
         )
 
-    specs = (spec,) * 3 + (PartitionSpec("batch", "rows"),) * len(by_row)
-    spread = jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=(spec, spec))
+    def with_segments(query, key, value, query_segments, key_segments):
+        options.update(query_segments=query_segments, key_segments=key_segments)
+        return here(query, key, value)
 
-    def whole(*tensors):
-        segments = (arrange(x, axis=1) for x in by_row)
-        return tuple(map(restore, spread(*map(arrange, tensors), *segments)))
+    specs = (spec,) * 3 + (PartitionSpec("batch", "rows"),) * len(segments)
+    function = with_segments if segments else here
+    spread = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(spec, spec))
 
-    return whole
+    @jax.jit
+    def call(tensors, segments, cotangents):
+        return results(lambda *x: spread(*x, *segments), tensors, cotangents)
+
+    given = tensors, segments, cotangents
+    given = jax.tree.map(
+        lambda x: context_parallel.arrange(x, devices, axis=min(x.ndim - 1, 2), layout=layout), given
+    )
+    found, again = call(*given), call(*given)
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(found, again))
+    return [context_parallel.restore(np.asarray(x), devices, layout=layout) for x in found]
 
 
 def compare(found, expected, tolerance=2e-5):
@@ -92,42 +100,35 @@ def test_options_and_gradients(options, way):
     for name in ("query_length", "key_length"):
         if name in one:
             one[f"{name}s"] = np.full(2, one.pop(name), np.int32)
-    tensors, cotangents = make(rows, keys)
-    whole = functools.partial(attention, return_lse=True, **one)
-    expected = results(whole, tensors, cotangents)
+    given = make(rows, keys)
+    expected = results(functools.partial(attention, return_lse=True, **one), *given)
     layout = "zigzag" if options.get("causal") else "contiguous"
-    call = jax.jit(lambda *x: results(many(4, way, layout, options), *x))
-    found = call(tensors, cotangents)
-    compare(found, expected)
-    again = call(tensors, cotangents)
-    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(found, again))
+    compare(many(4, way, layout, dict(options), *given), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_segments(way):
     numbers = np.array([[0] * 5 + [1] * 17 + [0] * 10, [3] * 16 + [4] * 16], np.int32)
-    tensors, cotangents = make(32, 32)
+    given = make(32, 32)
     mask = (numbers[:, :, None] == numbers[:, None])[:, None]
-    whole = functools.partial(attention, causal=True, return_lse=True, mask=mask)
-    spread = many(4, way, "zigzag", {"causal": True}, by_row=(numbers, numbers))
-    found = jax.jit(lambda *x: results(spread, *x))(tensors, cotangents)
-    compare(found, results(whole, tensors, cotangents))
+    expected = results(functools.partial(attention, causal=True, return_lse=True, mask=mask), *given)
+    compare(many(4, way, "zigzag", {"causal": True}, *given, (numbers, numbers)), expected)
 
 
 def test_segments_on_one_device():
     """dlattn.jax.attention itself, by the plugin and by JAX's operators."""
     numbers = np.array([[0] * 100 + [1] * 40, [3] * 16 + [4] * 124], np.int32)
-    tensors, cotangents = make(140, 140)
+    given = make(140, 140)
     mask = (numbers[:, :, None] == numbers[:, None])[:, None]
     segments = {"query_segments": numbers, "key_segments": numbers}
-    expected = results(functools.partial(attention, return_lse=True, mask=mask), tensors, cotangents)
+    expected = results(functools.partial(attention, return_lse=True, mask=mask), *given)
     by_segments = functools.partial(attention, return_lse=True, **segments)
-    compare(results(by_segments, tensors, cotangents), expected)
+    compare(results(by_segments, *given), expected)
     from dlattn import _jax_native
 
     serves, _jax_native.serves = _jax_native.serves, lambda *_, **__: False
     try:
-        compare(results(by_segments, tensors, cotangents), expected)
+        compare(results(by_segments, *given), expected)
     finally:
         _jax_native.serves = serves
 
@@ -160,35 +161,35 @@ def test_packed_sequences(way):
 
 
 def test_eight_devices_and_batches():
-    tensors, cotangents = make(48, 48, heads=8, heads_kv=8)
-    whole = functools.partial(attention, causal=True, return_lse=True)
-    expected = results(whole, tensors, cotangents)
+    given = make(48, 48, heads=8, heads_kv=8)
+    expected = results(functools.partial(attention, causal=True, return_lse=True), *given)
+    causal = {"causal": True}
     for way in ("auto", "ring", "ring_ulysses"):
-        spread = many(8, way, "zigzag", {"causal": True})
-        compare(jax.jit(lambda *x: results(spread, *x))(tensors, cotangents), expected)
-    spread = many(4, "ring", "zigzag", {"causal": True}, batches=2)
-    compare(jax.jit(lambda *x: results(spread, *x))(tensors, cotangents), expected)
+        compare(many(8, way, "zigzag", causal, *given), expected)
+    compare(many(4, "ring", "zigzag", causal, *given, batches=2), expected)
 
 
 @pytest.mark.parametrize("way", ["ring", "all_gather"])
 def test_bfloat16(way):
-    tensors, cotangents = make(32, 32, dtype=jnp.bfloat16)
-    cotangents = cotangents[0], cotangents[1].astype(np.float32)
-    whole = functools.partial(attention, causal=True, return_lse=True)
-    expected = results(whole, tensors, cotangents)
-    spread = many(4, way, "zigzag", {"causal": True})
-    compare(jax.jit(lambda *x: results(spread, *x))(tensors, cotangents), expected, 0.06)
+    given = make(32, 32, dtype=jnp.bfloat16)
+    expected = results(functools.partial(attention, causal=True, return_lse=True), *given)
+    compare(many(4, way, "zigzag", {"causal": True}, *given), expected, 0.06)
 
 
-def test_nothing_of_rows_times_keys():
-    """A ring's program has no array with an element for each pair of them, and but one branch for
-    each kind of device."""
-    tensors, cotangents = make(8 * 300, 8 * 300)
-    spread = many(8, "ring", "zigzag", {"causal": True})
-    text = jax.jit(lambda *x: results(spread, *x)).lower(tensors, cotangents).as_text()
-    assert "300x300" not in text and "2400x2400" not in text
-    # Own keys, and for each further step those of an earlier device or of a later one.
-    assert text.count("call @dlattn_forward") + text.count("@dlattn_forward(") <= 2 * 2 * 15
+def test_one_branch_for_each_kind_of_device():
+    """Beside the first step, in which all do alike, devices have keys of earlier ones or of later
+    ones; and no array has an element for each pair of rows and keys."""
+    mesh = Mesh(np.array(jax.devices()), ("rows",))
+    spec = PartitionSpec(None, None, "rows")
+
+    def here(*tensors):
+        options = {"axis_name": "rows", "way": "ring", "layout": "zigzag", "causal": True}
+        return context_parallel.attention(*tensors, **options)
+
+    spread = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    text = jax.jit(spread).lower(*make(8 * 300, 8 * 300)[0]).as_text()
+    assert text.count("stablehlo.custom_call @dlattn_forward") == 1 + 2 * 7
+    assert not any(f"{a}x{b}x" in text for a in (150, 300) for b in (150, 300))
 
 
 def test_arrange_and_restore():
