@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N bench/many_gpus.py OUT.csv [--lengths 32768,131072] [--seconds S]
 
-Checks every way first, on a small case, against one GPU. Then times causal and full attention of one
-sequence, 32 query and 8 key heads of 128, bf16; forward, and forward with backward (op fwd+bwd).
+Checks every way first, on a small case, against one GPU. Then times causal and full attention of
+one sequence, 32 query and 8 key heads of 128, bf16; forward, and with backward (op fwd+bwd).
 All ranks do the work of one GPU at once, each by itself (gpus 1), or share it. Cases are timed in
 rounds, each implementation once per round. A time is that between two CUDA events, on the slowest
 rank, the ranks starting together behind a short busy loop of the device, which keeps the host's own
@@ -18,7 +18,6 @@ alone. What is beyond ``--seconds`` is left out.
 import argparse
 import contextlib
 import csv
-import datetime
 import functools
 import itertools
 import os
@@ -30,16 +29,11 @@ import dlattn.torch
 import torch
 import torch.distributed as dist
 from dlattn.torch import context_parallel
+from many_gpus_csv import COLUMNS, DIM, HEADS, HEADS_KV, WAYS, line, rounds_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-COLUMNS = (
-    "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,median_us,"
-    "spread_pct,tflops,gbs,gpus,share"
-).split(",")
-HEADS, HEADS_KV, DIM = 32, 8, 128
 HUGE = 200_000  # rows
-WAYS = ("all_gather", "ring", "ulysses")
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 
 
@@ -89,7 +83,10 @@ def check():
             bad += not (right and same)
             if not (right and same):
                 figures = " ".join(f"{e:.1e}/{s:.1e}" for e, s in zip(errors, single))
-                print(f"WRONG on rank {dist.get_rank()}: {way} {layout} {options} same bits {same}", figures)
+                print(
+                    f"WRONG on rank {dist.get_rank()}: {way} {layout} {options} same bits {same}",
+                    figures,
+                )
     say(f"checked {len(cases) * 2 * len(WAYS)} cases, {bad} wrong")
     return bad
 
@@ -161,10 +158,9 @@ def implementations(length, causal, mesh):
 
 
 def rounds(length, cases):
-    """Milliseconds of each; a first round is not counted, but for huge ones."""
-    count = 1 if length >= HUGE else 4 if length > 100_000 else 9
+    """Milliseconds of each."""
     found = {name: [] for name in cases}
-    for _ in range(count):
+    for _ in range(rounds_of(length)):
         for name, (step, context) in list(cases.items()):
             try:
                 with context():
@@ -175,33 +171,18 @@ def rounds(length, cases):
     return {name: found[name][1:] or found[name] for name in cases}
 
 
-def time_case(length, causal, backward, mesh, row, write):
+def time_case(length, causal, backward, mesh, write):
     """Writes a line for each implementation; the first is what others are a share of."""
     cases, gpus = {}, {}
     for name, count, attention, tensors, theirs in implementations(length, causal, mesh):
         context = functools.partial(around, theirs, length, causal)
         cases[name] = step_of(attention, tensors, backward), context
         gpus[name] = count
-    flops = 4 * HEADS * length * length * DIM * (0.5 if causal else 1) * (3.5 if backward else 1)
     found = rounds(length, cases)
     of_one = statistics.median(found["dlattn"])
+    device, op = torch.cuda.get_device_name(), "fwd+bwd" if backward else "fwd"
     for name, times in found.items():
-        median = statistics.median(times)
-        write(
-            {
-                **row,
-                "op": "fwd+bwd" if backward else "fwd",
-                "Lq": length,
-                "Lk": length,
-                "causal": int(causal),
-                "impl": name,
-                "median_us": round(median * 1e3, 1),
-                "spread_pct": round(100 * (max(times) - min(times)) / median, 1),
-                "tflops": round(flops / median / 1e9, 1),
-                "gpus": gpus[name],
-                "share": round(of_one / gpus[name] / median, 3),
-            }
-        )
+        write(line(device, op, length, causal, name, times, gpus[name], of_one))
 
 
 def host_cost():
@@ -235,21 +216,14 @@ def main():
     if check():
         raise SystemExit("wrong results are not timed")
     host_cost()
-    row = {
-        "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("DLATTN_COMMIT", ""),
-        "device": torch.cuda.get_device_name(),
-        "dtype": "bf16",
-        **{"B": 1, "Hq": HEADS, "Hkv": HEADS_KV, "D": DIM, "Dv": DIM},
-    }
     with open(options.out if dist.get_rank() == 0 else os.devnull, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
 
-        def write(line):
-            writer.writerow(line)
+        def write(found):
+            writer.writerow(found)
             file.flush()
-            say(*(line[n] for n in ("op", "Lq", "causal", "impl", "median_us", "tflops", "share")))
+            say(*(found[n] for n in ("op", "Lq", "causal", "impl", "median_us", "tflops", "share")))
 
         for length in map(int, options.lengths.split(",")):
             for backward, causal in itertools.product((False, True), (True, False)):
@@ -258,7 +232,7 @@ def main():
                 if left.item() < 0 or (length >= HUGE and (backward or not causal)):
                     say(f"left out: {length} causal={causal} backward={backward}")
                     continue
-                time_case(length, causal, backward, mesh, row, write)
+                time_case(length, causal, backward, mesh, write)
     dist.destroy_process_group()
 
 

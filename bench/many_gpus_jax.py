@@ -8,9 +8,7 @@ a time is that until the results are there.
 
 import argparse
 import csv
-import datetime
 import functools
-import os
 import statistics
 import time
 
@@ -20,13 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from dlattn.jax import context_parallel
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from many_gpus_csv import COLUMNS, DIM, HEADS, HEADS_KV, WAYS, line, rounds_of
 
-COLUMNS = (
-    "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,median_us,"
-    "spread_pct,tflops,gbs,gpus,share"
-).split(",")
-HEADS, HEADS_KV, DIM = 32, 8, 128
-WAYS = ("all_gather", "ring", "ulysses")
 SPEC = PartitionSpec(None, None, "rows")
 
 
@@ -78,11 +71,11 @@ def check(mesh):
             raise SystemExit("wrong results are not timed")
 
 
-def seconds(call, tensors):
+def milliseconds(call, tensors):
     jax.block_until_ready(tensors)
     start = time.perf_counter()
     jax.block_until_ready(call(*tensors))
-    return time.perf_counter() - start
+    return 1e3 * (time.perf_counter() - start)
 
 
 def main():
@@ -92,46 +85,37 @@ def main():
     options = options.parse_args()
     mesh = Mesh(np.array(jax.devices()), ("rows",))
     check(mesh)
-    row = {
-        "date": datetime.date.today().isoformat(),
-        "commit": os.environ.get("DLATTN_COMMIT", ""),
-        "device": jax.devices()[0].device_kind,
-        "dtype": "bf16",
-        "causal": 1,
-        **{"B": 1, "Hq": HEADS, "Hkv": HEADS_KV, "D": DIM, "Dv": DIM},
-    }
-    one = functools.partial(dlattn.jax.attention, causal=True)
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for length in map(int, options.lengths.split(",")):
-            whole = make(length, HEADS, HEADS_KV, jax.devices()[0])
-            parts = make(length, HEADS, HEADS_KV, NamedSharding(mesh, SPEC))
             for op in ("fwd", "fwd+bwd"):
-                cases = {"dlattn.jax": (one, whole)}
-                cases |= {f"dlattn.jax {way}": (over(mesh, way), parts) for way in WAYS}
-                calls = {}
-                for name, (attention, tensors) in cases.items():
-                    backward = op == "fwd+bwd"
-                    function = with_gradients(attention) if backward else attention
-                    calls[name] = jax.jit(function), tensors if backward else tensors[:3]
-                found = {name: [] for name in calls}
-                for _ in range(4 if length > 100_000 else 9):
-                    for name, call in calls.items():
-                        found[name].append(seconds(*call))
-                medians = {name: statistics.median(times[1:]) for name, times in found.items()}
-                for name, median in medians.items():
-                    gpus = 1 if name == "dlattn.jax" else mesh.size
-                    share = medians["dlattn.jax"] / gpus / median
-                    flops = 2 * HEADS * length * length * DIM * (3.5 if op == "fwd+bwd" else 1)
-                    line = {"op": op, "Lq": length, "Lk": length, "impl": name, "gpus": gpus}
-                    line |= {"median_us": round(median * 1e6, 1), "share": round(share, 3)}
-                    spread = (max(found[name][1:]) - min(found[name][1:])) / median
-                    line["spread_pct"] = round(100 * spread, 1)
-                    line["tflops"] = round(flops / median / 1e12, 1)
-                    writer.writerow(row | line)
+                for found in time_case(mesh, length, op):
+                    writer.writerow(found)
                     file.flush()
-                    print(*(line[n] for n in ("op", "Lq", "impl", "median_us", "share")), flush=True)
+                    columns = ("op", "Lq", "impl", "median_us", "tflops", "share")
+                    print(*(found[n] for n in columns), flush=True)
+
+
+def time_case(mesh, length, op):
+    one = functools.partial(dlattn.jax.attention, causal=True)
+    whole = make(length, HEADS, HEADS_KV, jax.devices()[0])
+    parts = make(length, HEADS, HEADS_KV, NamedSharding(mesh, SPEC))
+    cases = {"dlattn.jax": (one, whole)}
+    cases |= {f"dlattn.jax {way}": (over(mesh, way), parts) for way in WAYS}
+    calls, found = {}, {name: [] for name in cases}
+    for name, (attention, tensors) in cases.items():
+        backward = op == "fwd+bwd"
+        function = with_gradients(attention) if backward else attention
+        calls[name] = jax.jit(function), tensors if backward else tensors[:3]
+    for _ in range(rounds_of(length)):
+        for name, call in calls.items():
+            found[name].append(milliseconds(*call))
+    of_one = statistics.median(found["dlattn.jax"][1:])
+    for name, times in found.items():
+        gpus = 1 if name == "dlattn.jax" else mesh.size
+        device = jax.devices()[0].device_kind
+        yield line(device, op, length, True, name, times[1:], gpus, of_one)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple
 
 from ._errors import InvalidArgument
 
@@ -41,8 +41,8 @@ class Call(NamedTuple):
 
     rows: range
     keys: range
-    left: Optional[int] = None
-    right: Optional[int] = None
+    left: int | None = None
+    right: int | None = None
 
 
 # ---- Who holds what
@@ -115,9 +115,7 @@ def places_of(shard: Shard) -> list[range]:
 # ---- Which calls
 
 
-def band(
-    causal: bool, left: int, right: int, bottom_right: bool, rows: int, keys: int
-) -> Band:
+def band(causal: bool, left: int, right: int, bottom_right: bool, rows: int, keys: int) -> Band:
     """Of causal and a window, whose sides are -1 where nothing bounds them, over a sequence of so
     many rows and keys."""
     last = math.inf if right < 0 else right
@@ -127,7 +125,7 @@ def band(
     return seen.moved(keys - rows if bottom_right else 0)._replace(rows=rows, keys=keys)
 
 
-def cut(rows: range, keys: range, seen: Band) -> Optional[Call]:
+def cut(rows: range, keys: range, seen: Band) -> Call | None:
     """The rows that see some of the keys, and the keys that they see; None if there are none."""
     rows_stop, keys_stop = min(rows.stop, seen.rows), min(keys.stop, seen.keys)
     first_row = max(rows.start, keys.start - seen.last)
@@ -273,7 +271,7 @@ class Chosen(NamedTuple):
     gathers: bool
 
 
-def choose(way: str, ulysses_degree: Optional[int], sizes: Sizes) -> Chosen:
+def choose(way: str, ulysses_degree: int | None, sizes: Sizes) -> Chosen:
     """By name, or for "auto" by the rule of docs/many-gpus.md."""
     n = sizes.ranks
     if way not in WAYS:
@@ -319,7 +317,7 @@ def _best(sizes: Sizes) -> Chosen:
         exchanged += sizes.keys * max(sizes.heads_kv, sizes.ranks) * sizes.key_bytes
         if exchanged * (sizes.ranks - 1) < gathered * sizes.ranks:
             return Chosen(sizes.ranks, False)
-    # Beside the keys there are copies in order, and in the backward pass their gradients in float32.
+    # Beside the keys there are copies in order, and backward their gradients in float32.
     return Chosen(1, 8 * gathered < sizes.free_bytes)
 
 

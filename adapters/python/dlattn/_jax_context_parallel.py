@@ -1,7 +1,7 @@
 """Attention over a sequence that is spread over an axis of a mesh, called inside shard_map.
 
-Keys come all at once (``all_gather``) or in turns around a ring (``ring``), each ``ppermute`` issued
-before the calls that hide it; or devices exchange rows for heads (``ulysses``), or groups of
+Keys come all at once (``all_gather``) or in turns around a ring (``ring``), each ``ppermute``
+issued before the calls that hide it; or devices exchange rows for heads (``ulysses``), or groups of
 neighbours do and the ring goes over the groups. ``docs/many-gpus.md`` says which way suits what.
 Where devices differ in what they compute there is one branch for each kind, not for each device.
 """
@@ -34,7 +34,7 @@ from ._context_parallel import (
     plan,
     shards,
 )
-from ._jax_call import Options, Tensors, by_platform, call, varying_axes, vary, wide_type
+from ._jax_call import Options, Tensors, by_platform, call, vary, varying_axes, wide_type
 from ._jax_native import Upstream, call_on
 from ._options import Alignment, Window, alignment_code, window_sides
 
@@ -71,9 +71,9 @@ def attention(
     """``dlattn.jax.attention`` of a sequence of which each device along ``axis_name`` has a part.
 
     Inside ``jax.shard_map``: query ``[B, H, Lq / n, D]``, key and value ``[B, H_kv, Lk / n, D]``.
-    Packed: ``[total / n, H, D]`` with ``cu_seqlens``, int32 ``[S + 1]``, where the sequences begin in
-    the whole, in queries and keys alike. With ``layout="zigzag"`` the whole is first put in order by
-    ``arrange``: under a causal mask all devices then have the same work.
+    Packed: ``[total / n, H, D]`` with ``cu_seqlens``, int32 ``[S + 1]``, where the sequences begin
+    in the whole, in queries and keys alike. With ``layout="zigzag"`` the whole is first put in
+    order by ``arrange``: under a causal mask all devices then have the same work.
 
     Other arguments, and what they mean, are those of ``dlattn.torch.context_parallel.attention``.
     Returns the device's rows of the output; with ``return_lse`` also their log-sum-exp. Both have
@@ -100,7 +100,9 @@ def attention(
     return (output, lse) if return_lse else output
 
 
-def arrange(x: jax.Array, devices: int, *, axis: int = ROWS, layout: Layout = "zigzag") -> jax.Array:
+def arrange(
+    x: jax.Array, devices: int, *, axis: int = ROWS, layout: Layout = "zigzag"
+) -> jax.Array:
     """The whole with its rows in the order in which the devices have them."""
     check_layout(layout)
     if x.shape[axis] % devices:
@@ -112,7 +114,9 @@ def arrange(x: jax.Array, devices: int, *, axis: int = ROWS, layout: Layout = "z
     return _slices(x, [rows for shard in parts for rows in shard], axis)
 
 
-def restore(x: jax.Array, devices: int, *, axis: int = ROWS, layout: Layout = "zigzag") -> jax.Array:
+def restore(
+    x: jax.Array, devices: int, *, axis: int = ROWS, layout: Layout = "zigzag"
+) -> jax.Array:
     """The inverse of ``arrange``."""
     check_layout(layout)
     length = x.shape[axis] // devices
@@ -167,8 +171,8 @@ def _check(given: Tensors) -> None:
             raise InvalidArgument(f"{name}: has {x.ndim} axes, must have 4, [B, H, L, D]")
     if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
         raise InvalidArgument(
-            f"key, value: shapes are {key.shape}, {value.shape}, query's {query.shape}; batch, heads "
-            "and keys must agree"
+            f"key, value: shapes are {key.shape}, {value.shape}, query's {query.shape}; batch, "
+            "heads and keys must agree"
         )
     if (given.query_segments is None) != (given.key_segments is None):
         raise InvalidArgument("query_segments, key_segments: one goes with the other")
@@ -294,8 +298,10 @@ def _moved(options: _Options, tree: Any, by: int) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, options.axis_name, pairs), tree)
 
 
-def _by_position(options: _Options, step: Sequence[tuple[Call, ...]], run: Callable[..., Any], *given: Any):
-    """``run(calls, *given)`` with the calls of the device's position: a branch for each that differs."""
+def _by_position(
+    options: _Options, step: Sequence[tuple[Call, ...]], run: Callable[..., Any], *given: Any
+):
+    """``run(calls, *given)`` with the calls of the position: a branch for each that differs."""
     kinds = list(dict.fromkeys(step))
     if len(kinds) == 1:
         return run(kinds[0], *given)
@@ -449,7 +455,7 @@ def _call_gradients(
 
 
 def _of_part(o: Options, tensors: Tensors, upstream: Upstream) -> Upstream:
-    """By the derivative of output = sum exp(lse_n - lse) output_n, which is how parts are merged."""
+    """By the derivative of output = sum exp(lse_n - lse) output_n, as parts are merged."""
     output, lse = call(o, tensors)
     weight = _weight(lse, upstream.lse)
     d_output = upstream.d_output.astype(lse.dtype)

@@ -5,8 +5,8 @@ attention do so. What moves goes through torch.distributed (NCCL, gloo), as byte
 computed is the plugin's forward, backward and merge. ``docs/many-gpus.md`` says which way suits
 what.
 
-Keys come all at once (``all_gather``) or in turns around a ring, one neighbour's while the last one's
-are computed with; or ranks exchange rows for heads (``ulysses``), so that each has the whole
+Keys come all at once (``all_gather``) or in turns around a ring, the next while the last are
+computed with; or ranks exchange rows for heads (``ulysses``), so that each has the whole
 sequence for some of them; or consecutive ranks do that and the ring goes over such groups.
 """
 
@@ -85,7 +85,7 @@ def attention(
     check: bool = True,
     return_lse: bool = False,
 ) -> Any:
-    """``dlattn.torch.attention`` of a sequence of which each rank has a part, as ``shard`` makes it.
+    """``dlattn.torch.attention`` of a sequence of which each rank has a part (see ``shard``).
 
     query ``[B, H, Lq / n, D]``, key and value ``[B, H_kv, Lk / n, D]`` on each of n ranks: the same
     shapes, types and options on all of them. Packed: ``[total / n, H, D]`` with ``cu_seqlens``,
@@ -102,9 +102,9 @@ def attention(
             rows of its own number.
 
     Other options as in ``dlattn.torch.attention``; alignment and window mean the whole sequence.
-    check:  before anything moves the ranks compare shapes, types and options; one that differs, or does
-            not come, is an error on all, which names it. Without, a call saves some 0.1 ms of the
-            host's time, and one that differs may wait for ever.
+    check:  before anything moves the ranks compare shapes, types and options; one that differs, or
+            does not come, is an error on all, which names it. Without, a call saves half a
+            millisecond of the host's time, and ranks that differ may wait for ever.
 
     Returns the rank's rows of the output; with ``return_lse`` also their log-sum-exp. Both have
     first-order gradients in reverse mode. The same bits on every run.
@@ -114,6 +114,8 @@ def attention(
         return _of_dtensors(query, key, value, given)
     group = _group_of(group)
     try:
+        if _is_any_autocast_enabled():
+            query, key, value = _autocast(query, key, value)
         tensors = _Tensors(query, key, value, query_segments, key_segments)
         tensors = _with_four_axes(tensors, cu_seqlens, group, layout)
         _check(tensors)
@@ -139,7 +141,9 @@ def attention(
     return (output, lse.float()) if return_lse else output
 
 
-def shard(x: Tensor, group: Any = None, *, axis: int = ROWS, layout: Layout = "contiguous") -> Tensor:
+def shard(
+    x: Tensor, group: Any = None, *, axis: int = ROWS, layout: Layout = "contiguous"
+) -> Tensor:
     """This rank's part of a tensor that is whole on every rank."""
     group = _group_of(group)
     check_layout(layout)
@@ -175,11 +179,11 @@ def replace_sdpa(
     layout: Layout = "zigzag",
     **options: Any,
 ) -> Iterator[None]:
-    """Within it ``torch.nn.functional.scaled_dot_product_attention`` is ``attention`` over the group.
+    """Within it ``torch.nn.functional.scaled_dot_product_attention`` is that over the group.
 
     buffers: tensors that depend on the sequence (tokens, positions, labels), whole on every rank;
-    within, each holds the rank's part along its ``buffer_seq_dims``, and afterwards the whole again,
-    unless it is among ``no_restore_buffers``. options: those of ``attention``, ``way`` for one.
+    within, each holds the rank's part along its ``buffer_seq_dims``, and afterwards the whole
+    again, unless it is among ``no_restore_buffers``. options: those of ``attention``, ``way`` for one.
     """
     if len(buffers) != len(buffer_seq_dims):
         raise InvalidArgument(
@@ -283,7 +287,7 @@ def _is_dtensor(x: Any) -> bool:
 
 
 def _of_dtensors(query: Any, key: Any, value: Any, options: dict[str, Any]) -> Any:
-    """Over the axis of their mesh along which rows are sharded; others may shard batch and heads."""
+    """Over the axis of the mesh along which rows are sharded; others may shard batch and heads."""
     from torch.distributed.tensor import DTensor, Shard
 
     mesh, placements = query.device_mesh, tuple(query.placements)
@@ -376,7 +380,15 @@ def _sizes(tensors: _Tensors, group: dist.ProcessGroup) -> Sizes:
     if query.is_cuda:
         memory["free_bytes"] = torch.cuda.get_device_properties(query.device).total_memory / 2
     return Sizes(
-        group.size(), of_host, heads, key.shape[1], pair_bytes, pair_bytes, rows, key.shape[2], **memory
+        group.size(),
+        of_host,
+        heads,
+        key.shape[1],
+        pair_bytes,
+        pair_bytes,
+        rows,
+        key.shape[2],
+        **memory,
     )
 
 
@@ -472,7 +484,7 @@ class _Ring(NamedTuple):
         return dist.get_global_rank(self.group, (mine + by * self.degree) % ranks)
 
     def send(self, tensors: Sequence[Tensor], by: int, tag: int = 0) -> tuple[list[Tensor], Any]:
-        """(what the rank so many positions before sends, what must be awaited until it is there)."""
+        """(what the rank so many positions before sends, what must be awaited for it)."""
         found = [torch.empty_like(x) for x in tensors]
         moves = []
         for i, (ours, theirs) in enumerate(zip(tensors, found)):
@@ -715,7 +727,7 @@ class _Job:
         self.steps = [step[self.ring.position] for step in self.plan.steps]
         self.calls = [call for step in self.steps for call in step]
 
-    def keys(self) -> Iterator[tuple[Sequence[Tensor], tuple[Call, ...]]]:
+    def arrivals(self) -> Iterator[tuple[Sequence[Tensor], tuple[Call, ...]]]:
         """(key, value and, if there are segments, those) and the calls of each step."""
         given = [x for x in (*self.tensors[1:3], self.tensors.key_segments) if x is not None]
         if self.options.gathers:
@@ -732,9 +744,7 @@ class _Job:
             more["key_segments"] = keys[2][:, call.keys.start : call.keys.stop]
         sides = (-1 if side is None else side for side in (call.left, call.right))
         options = Options(o.scale, o.softcap, *sides, False, 0, 0, 0)
-        given = _arguments(
-            Tensors(query, key, value), options, *results, stream=_stream(query)
-        )
+        given = _arguments(Tensors(query, key, value), options, *results, stream=_stream(query))
         _core.forward(*given, **more)
 
 
@@ -742,12 +752,12 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     job = _Job(inputs)
     if job.options.check:
         _agree(job.group, _description(job.tensors, job.options))
-    query, value = job.tensors.query, job.tensors.value
+    query = job.tensors.query
     output, lse = _forward_fake(*inputs)
     if depth(call.rows for call in job.calls) > 2:  # each merge would round
         output = torch.empty_like(output, dtype=lse.dtype)
     merged = _Merged(output, lse, dtype=query.dtype)
-    for keys, calls in job.keys():
+    for keys, calls in job.arrivals():
         for call in calls:
             job.run(call, *_rows([query], call.rows), keys, *merged.place(call.rows))
             merged.settle()
@@ -772,7 +782,7 @@ def _backward(
     d_query = _Sums(_wide_like(query) if is_shared else torch.empty_like(query), dtype=query.dtype)
     d_query.dtype = d_query.totals[0].dtype
     travelling, works = None, []
-    for step, (keys, calls) in enumerate(job.keys()):
+    for step, (keys, calls) in enumerate(job.arrivals()):
         found = [_sum_for(job, x) for x in keys[:2]]
         for call in calls:
             targets = [d_query.place(call.rows), *(x.place(call.keys) for x in found)]
@@ -782,7 +792,9 @@ def _backward(
         totals = [sums.finish()[0] for sums in found]
         if step:
             _wait(works)
-            totals = [before.add_(total) if calls else before for before, total in zip(travelling, totals)]
+            totals = [
+                before.add_(total) if calls else before for before, total in zip(travelling, totals)
+            ]
         is_last = step + 1 == len(job.steps)
         if len(job.steps) > 1:  # on with the keys, and from their last stop home
             travelling, works = job.ring.send(totals, -step if is_last else 1, tag=8)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-SECONDS = 60  # in which a call must end: a test that hangs has failed
+START_SECONDS, SECONDS = 300, 120  # in which ranks must be there, and calls must end
 
 
 class Ranks:
@@ -28,20 +27,24 @@ class Ranks:
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
+        self._answers(START_SECONDS)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
-        return [self._answer(rank) for rank in range(len(self.pipes))]
+        return self._answers(SECONDS)
 
-    def _answer(self, rank: int) -> Any:
-        if not self.pipes[rank].poll(SECONDS):
-            self.stop()
-            raise TimeoutError(f"rank {rank} has not answered for {SECONDS} s")
-        failed, result = self.pipes[rank].recv()
-        if failed:
-            raise AssertionError(f"rank {rank}: {result}")
-        return result
+    def _answers(self, seconds: int) -> list[Any]:
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(seconds):
+                self.stop()
+                raise TimeoutError(f"rank {rank} has not answered for {seconds} s")
+            answers.append(pipe.recv())
+        for rank, (failed, result) in enumerate(answers):
+            if failed:
+                raise AssertionError(f"rank {rank}: {result}")
+        return [result for _, result in answers]
 
     def stop(self) -> None:
         for process in self.processes:
@@ -57,6 +60,7 @@ def _serve(pipe: Any, rank: int, count: int, port: int) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+    pipe.send((False, None))
     while True:
         function, args, kwargs = pipe.recv()
         try:
@@ -65,10 +69,11 @@ def _serve(pipe: Any, rank: int, count: int, port: int) -> None:
             pipe.send((True, traceback.format_exc()))
 
 
-@contextlib.contextmanager
-def ranks(count: int) -> Iterator[Ranks]:
-    found = Ranks(count)
-    try:
-        yield found
-    finally:
-        found.stop()
+_running: dict[int, Ranks] = {}
+
+
+def ranks(count: int) -> Ranks:
+    """So many, which all tests share: to start them takes longer than most tests."""
+    if count not in _running or not all(p.is_alive() for p in _running[count].processes):
+        _running[count] = Ranks(count)
+    return _running[count]

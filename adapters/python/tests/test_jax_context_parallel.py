@@ -7,21 +7,19 @@ import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import dlattn  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from dlattn.jax import attention, context_parallel  # noqa: E402
-from jax.sharding import Mesh, PartitionSpec  # noqa: E402
+import dlattn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dlattn.jax import attention, context_parallel
+from jax.sharding import Mesh, PartitionSpec
 
 WAYS = ("all_gather", "ring", "ulysses", "ring_ulysses")
 OPTIONS = {
     "plain": ({"softcap": 3.0}, 32, 32),
-    "causal": ({"causal": True}, 32, 32),
     "causal_bottom_right": ({"causal": True, "alignment": "bottom_right", "scale": 0.5}, 16, 48),
-    "window_and_causal": ({"window": (9, None), "causal": True}, 64, 64),
-    "padding": ({"query_length": 27, "key_length": 30, "window": (None, 3)}, 32, 32),
+    "padding": ({"query_length": 27, "key_length": 30, "window": (9, 3)}, 32, 32),
 }
 
 
@@ -78,7 +76,8 @@ def many(devices, way, layout, options, tensors, cotangents, segments=(), batche
 
     given = tensors, segments, cotangents
     given = jax.tree.map(
-        lambda x: context_parallel.arrange(x, devices, axis=min(x.ndim - 1, 2), layout=layout), given
+        lambda x: context_parallel.arrange(x, devices, axis=min(x.ndim - 1, 2), layout=layout),
+        given,
     )
     found, again = call(*given), call(*given)
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(found, again))
@@ -106,12 +105,14 @@ def test_options_and_gradients(options, way):
     compare(many(4, way, layout, dict(options), *given), expected)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["ring", "ulysses"])
 def test_segments(way):
     numbers = np.array([[0] * 5 + [1] * 17 + [0] * 10, [3] * 16 + [4] * 16], np.int32)
     given = make(32, 32)
     mask = (numbers[:, :, None] == numbers[:, None])[:, None]
-    expected = results(functools.partial(attention, causal=True, return_lse=True, mask=mask), *given)
+    expected = results(
+        functools.partial(attention, causal=True, return_lse=True, mask=mask), *given
+    )
     compare(many(4, way, "zigzag", {"causal": True}, *given, (numbers, numbers)), expected)
 
 
@@ -133,7 +134,7 @@ def test_segments_on_one_device():
         _jax_native.serves = serves
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["all_gather", "ring_ulysses"])
 def test_packed_sequences(way):
     """Of 5, 0, 13 and 14 rows, each by itself; with a hand over the devices' ends."""
     cu_seqlens = np.array([0, 5, 5, 18, 32], np.int32)
@@ -154,7 +155,7 @@ def test_packed_sequences(way):
         )
 
     spec = PartitionSpec("rows")
-    spread = jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    spread = jax.jit(jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))
     found = spread(*(context_parallel.arrange(x, 4, axis=0) for x in packed))
     found = context_parallel.restore(found, 4, axis=0)
     np.testing.assert_allclose(found, expected, 0, 2e-5)
@@ -164,16 +165,15 @@ def test_eight_devices_and_batches():
     given = make(48, 48, heads=8, heads_kv=8)
     expected = results(functools.partial(attention, causal=True, return_lse=True), *given)
     causal = {"causal": True}
-    for way in ("auto", "ring", "ring_ulysses"):
+    for way in ("auto", "ring_ulysses"):
         compare(many(8, way, "zigzag", causal, *given), expected)
     compare(many(4, "ring", "zigzag", causal, *given, batches=2), expected)
 
 
-@pytest.mark.parametrize("way", ["ring", "all_gather"])
-def test_bfloat16(way):
+def test_bfloat16():
     given = make(32, 32, dtype=jnp.bfloat16)
     expected = results(functools.partial(attention, causal=True, return_lse=True), *given)
-    compare(many(4, way, "zigzag", {"causal": True}, *given), expected, 0.06)
+    compare(many(4, "ring", "zigzag", {"causal": True}, *given), expected, 0.06)
 
 
 def test_one_branch_for_each_kind_of_device():
@@ -216,7 +216,7 @@ def test_bad_arguments(options, pattern):
     options = dict(options)
     shape = {name: options.pop(name) for name in ("heads", "heads_kv") if name in options}
     tensors, _ = make(32, options.pop("keys", 32), **shape)
-    way, layout = options.pop("way", "ring"), options.get("layout", "contiguous")
+    way = options.pop("way", "ring")
 
     def here(*tensors):
         return context_parallel.attention(*tensors, axis_name="rows", way=way, **options)
@@ -225,4 +225,3 @@ def test_bad_arguments(options, pattern):
     spec = PartitionSpec(None, None, "rows")
     with pytest.raises(dlattn.InvalidArgument, match=pattern):
         jax.shard_map(here, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)(*tensors)
-    assert layout

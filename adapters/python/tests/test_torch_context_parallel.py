@@ -27,14 +27,12 @@ LAYOUTS = ("contiguous", "zigzag")
 
 @pytest.fixture(scope="module", params=[2, 4])
 def group(request):
-    with ranks(request.param) as found:
-        yield found
+    return ranks(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pair():
-    with ranks(2) as found:
-        yield found
+    return ranks(2)
 
 
 def make(rows, keys, *, heads=4, heads_kv=2, dim=8, dim_v=8, dtype=torch.float32):
@@ -150,7 +148,7 @@ def test_packed_sequences(group, way):
 
 
 def padding(way, layout, rows, keys):
-    """Rows and keys from there on are none, whatever they hold: the last ranks may have no other."""
+    """From there on are none, whatever they hold: the last ranks may have no others."""
     tensors, cotangents = make(32, 32)
     lengths = {"query_length": rows, "key_length": keys}
     options = {"causal": True, "alignment": "bottom_right", "return_lse": True}
@@ -186,7 +184,9 @@ def test_padding(group, way, lengths):
 @pytest.mark.parametrize("way", WAYS)
 def test_dtypes_and_shapes(pair, way):
     causal = {"causal": True}
-    pair.call(compare, way, "zigzag", causal, tolerance=1e-12, rows=16, keys=16, dtype=torch.float64)
+    pair.call(
+        compare, way, "zigzag", causal, tolerance=1e-12, rows=16, keys=16, dtype=torch.float64
+    )
     half = {"tolerance": 0.03, "rows": 16, "keys": 16}
     pair.call(compare, way, "zigzag", causal, dtype=torch.bfloat16, **half)
     pair.call(compare, way, "zigzag", causal, dtype=torch.float16, **half)
@@ -198,7 +198,7 @@ def test_dtypes_and_shapes(pair, way):
 
 def hidden_nan(way, layout):
     """The last key is NaN: only the last row sees it."""
-    tensors, cotangents = make(16, 16)
+    tensors, _ = make(16, 16)
     tensors[1][:, :, -1] = tensors[2][:, :, -1] = torch.nan
     parts = [context_parallel.shard(x, layout=layout) for x in tensors]
     options = {"way": way, "layout": layout, "ulysses_degree": degree_of(way)}
@@ -262,8 +262,7 @@ def of_dtensors():
 
 
 def test_dtensors():
-    with ranks(4) as four:
-        four.call(of_dtensors)
+    ranks(4).call(of_dtensors)
 
 
 def replaced():
@@ -348,7 +347,10 @@ def other_way(parts, options):
     [
         (longer, r"\[2, 4, 16, 8\] on rank 1, float32 \[2, 4, 8, 8\] on rank 0"),
         (in_double, r"float64 \[2, 4, 8, 8\] on rank 1, float32 \[2, 4, 8, 8\] on rank 0"),
-        (mixed, r"rank 1 has InvalidArgument: key: is torch.float32 on cpu, query is torch.float64"),
+        (
+            mixed,
+            r"rank 1 has InvalidArgument: key: is torch.float32 on cpu, query is torch.float64",
+        ),
         (causally, "causal is True on rank 1, False on rank 0"),
     ],
 )
@@ -360,7 +362,9 @@ def test_another_way_is_an_error_on_all(pair):
     pair.call(refused, other_way, 1, "ulysses is 2 on rank 1, 1 on rank 0")
 
 
-def refuse_alike(pattern, axis=2, layout="contiguous", rows=16, error=dlattn.InvalidArgument, **options):
+def refuse_alike(
+    pattern, axis=2, layout="contiguous", rows=16, error=dlattn.InvalidArgument, **options
+):
     parts = [context_parallel.shard(x) for x in make(rows, rows)[0]]
     with pytest.raises(error, match=pattern):
         context_parallel.attention(*parts, layout=layout, **options)
@@ -371,7 +375,10 @@ def refuse_alike(pattern, axis=2, layout="contiguous", rows=16, error=dlattn.Inv
     [
         ({"way": "fast"}, "way: is 'fast', must be one of 'auto', 'all_gather'"),
         ({"layout": "striped"}, "layout: is 'striped', must be 'contiguous' or 'zigzag'"),
-        ({"layout": "zigzag", "rows": 6}, r"zigzag needs shards of one even length, they have \[3, 3\]"),
+        (
+            {"layout": "zigzag", "rows": 6},
+            r"zigzag needs shards of one even length, they have \[3, 3\]",
+        ),
         ({"ulysses_degree": 2}, "ulysses_degree: is 2, goes with way='ring_ulysses'"),
         ({"ulysses_degree": 3, "way": "ring_ulysses"}, "is 3, must divide the 2 ranks"),
         ({"key_length": 17}, "key_length: is 17, must be from 0 to 16"),
@@ -386,12 +393,12 @@ def test_bad_arguments(pair, options, pattern):
 def refuse_shard():
     with pytest.raises(dlattn.InvalidArgument, match="has 15 rows, must be a multiple of 2 ranks"):
         context_parallel.shard(torch.zeros(1, 1, 15, 8))
-    with pytest.raises(dlattn.InvalidArgument, match="there are 1 buffers"):
-        with context_parallel.replace_sdpa(buffers=[torch.zeros(4)]):
-            pass
-    with context_parallel.replace_sdpa():
-        with pytest.raises(dlattn.Unsupported, match="attn_mask, dropout_p"):
-            sdpa(*(torch.zeros(1, 1, 4, 8) for _ in range(3)), dropout_p=0.5)
+    replace = context_parallel.replace_sdpa
+    one = [torch.zeros(4)]
+    with pytest.raises(dlattn.InvalidArgument, match="there are 1 buffers"), replace(buffers=one):
+        pass
+    with replace(), pytest.raises(dlattn.Unsupported, match="attn_mask, dropout_p"):
+        sdpa(*(torch.zeros(1, 1, 4, 8) for _ in range(3)), dropout_p=0.5)
 
 
 def test_bad_shards(pair):
