@@ -183,7 +183,8 @@ def replace_sdpa(
 
     buffers: tensors that depend on the sequence (tokens, positions, labels), whole on every rank;
     within, each holds the rank's part along its ``buffer_seq_dims``, and afterwards the whole
-    again, unless it is among ``no_restore_buffers``. options: those of ``attention``, ``way`` for one.
+    again, unless it is among ``no_restore_buffers``. options: those of ``attention``, such as
+    ``way``.
     """
     if len(buffers) != len(buffer_seq_dims):
         raise InvalidArgument(

@@ -103,14 +103,36 @@ def test_options_and_gradients(group, options, way):
         group.call(compare, way, layout, options, rows=rows, keys=keys)
 
 
+def segments():
+    """(options, those of the whole without segments); rows of segment 4 see no key."""
+    numbers = torch.tensor([[0] * 5 + [1] * 17 + [0] * 10, [3] * 16 + [4] * 16], dtype=torch.int32)
+    keys = torch.where(numbers == 4, 5, numbers)
+    mask = (numbers[:, :, None] == keys[:, None])[:, None]
+    options = {"query_segments": numbers, "key_segments": keys, "causal": True}
+    return options, {"mask": mask, "causal": True}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_segments(group, way):
-    numbers = torch.tensor([[0] * 5 + [1] * 17 + [0] * 10, [3] * 16 + [4] * 16], dtype=torch.int32)
-    mask = (numbers[:, :, None] == numbers[:, None])[:, None]
-    segments = {"query_segments": numbers, "key_segments": numbers, "causal": True}
-    expected = {"mask": mask, "causal": True}
     for layout in LAYOUTS:
-        group.call(compare, way, layout, segments, expected, rows=32, keys=32)
+        group.call(compare, way, layout, *segments(), rows=32, keys=32)
+
+
+def compare_by_operators(*args, **shape):
+    """Parts are merged as where the plugin has no kernel for it."""
+    from dlattn import _torch_context_parallel as ours
+
+    merges, ours._merges = ours._merges, lambda device: False
+    try:
+        compare(*args, **shape)
+    finally:
+        ours._merges = merges
+
+
+def test_merges_without_the_plugin(group):
+    group.call(compare_by_operators, "ring", "zigzag", *segments(), rows=32, keys=32)
+    half = {"tolerance": 0.03, "dtype": torch.bfloat16}
+    group.call(compare_by_operators, "ring", "contiguous", {}, rows=32, keys=32, **half)
 
 
 def packed(way, layout):
