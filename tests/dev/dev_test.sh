@@ -88,7 +88,7 @@ jax="PATH=$scratch/none:\$PATH XDG_DATA_HOME=/nowhere
     pytest_suite() { count passed 1; }
     suite_fake_jax() { suite_jax; }"
 says "a newer Python" 0 "^newer-python: $scratch/pyenv/versions/3.12.9/bin/python\$" "$jax; PYENV_ROOT=$scratch/pyenv"
-says "with it, three ages of JAX" 0 '^3 passed, 0 failed, 0 skipped$' "$jax; PYENV_ROOT=$scratch/pyenv"
+says "with it, three ages of JAX, and devices of the newest" 0 '^4 passed, 0 failed, 0 skipped$' "$jax; PYENV_ROOT=$scratch/pyenv"
 says "no newer Python" 0 '^skipped 1: test_jax.py with JAX 0.12: no Python 3.12' "$jax; PYENV_ROOT=/nowhere"
 
 echo "[====] Synthesis: Tested: $((good + bad)) | Passing: $good | Failing: $bad | Crashing: 0"

@@ -150,6 +150,10 @@ def _softmax(options: Options, tensors: Tensors, part: _Rows) -> _Softmax:
     distance, visible = visible_from(
         options, tensors, part.first, chunk, tensors.query.shape[2], key.shape[2]
     )
+    if tensors.query_segments is not None:
+        rows = part.first + jnp.arange(chunk)
+        here = jnp.take(tensors.query_segments, rows, axis=1, mode="clip")
+        visible = visible & (here[:, None, :, None] == tensors.key_segments[:, None, None])
     if part.bias is not None:
         logits = logits + part.bias
     if tensors.alibi_slopes is not None:

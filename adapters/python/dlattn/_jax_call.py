@@ -44,6 +44,8 @@ class Tensors(NamedTuple):
     cu_seqlens_q: jax.Array | None = None
     cu_seqlens_k: jax.Array | None = None
     block_table: jax.Array | None = None
+    query_segments: jax.Array | None = None
+    key_segments: jax.Array | None = None
 
     @property
     def can_fold(self) -> bool:
@@ -76,6 +78,7 @@ SLOTS = {
     )
     for slot, name in enumerate(names, first)
 }
+BY_NAME = ("query_segments", "key_segments")  # what _core takes so
 OF_HEADS = {"query", "key", "value", "output", "lse"}  # and their gradients: heads are an axis
 
 
@@ -129,17 +132,21 @@ def plan(
     the workspace has room for so many."""
     device = (1, 0) if platform == "cpu" else (2, 0)
     specs = {n: None if x is None else _spec(n, x, options, device) for n, x in slots.items()}
-    gradients = {n: x for n, x in specs.items() if n.startswith("d_") and x is not None}
-    tensors = [x for n, x in specs.items() if not n.startswith("d_")]
+    by_name = {n: x for n, x in specs.items() if _goes_by_name(n) and x is not None}
+    tensors = [x for n, x in specs.items() if not _goes_by_name(n)]
 
     def arguments(num_threads: int) -> tuple[Any, ...]:
         return (*tensors, *options[:-1], None, num_threads, None, None)
 
-    if is_wanted is not None and not is_wanted(*arguments(0), **gradients):
+    if is_wanted is not None and not is_wanted(*arguments(0), **by_name):
         return None
-    num_threads = Sku(*_core.query(*arguments(0), **gradients)).num_threads
-    sku = Sku(*_core.query(*arguments(num_threads), **gradients))
+    num_threads = Sku(*_core.query(*arguments(0), **by_name)).num_threads
+    sku = Sku(*_core.query(*arguments(num_threads), **by_name))
     return sku.workspace_bytes, num_threads
+
+
+def _goes_by_name(slot: str) -> bool:
+    return slot.startswith("d_") or slot in BY_NAME
 
 
 def _plan_forward(options: Options, tensors: Tensors, platform: str) -> tuple[Any, ...]:

@@ -113,14 +113,17 @@ def _plan(
     tensors: Tensors,
     upstream: Upstream,
     platform: str,
+    dtype: Any = None,
 ) -> _Call | None:
-    """None where JAX's operators had better compute it."""
+    """None where JAX's operators had better compute it. dtype: of the gradients, if it is not that
+    of the tensors."""
     given = dict(zip(Tensors._fields, in_float32(tensors)))
     inputs = ("query", "key", "value", "output", "lse")
     slots = {**given, **upstream._asdict()}
     slots = {name: slots[name] for name in (*inputs, *Tensors._fields[3:], "d_output", "d_lse")}
     results = {
-        f"d_{name}": jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) for name in wanted
+        f"d_{name}": jax.ShapeDtypeStruct(given[name].shape, dtype or given[name].dtype)
+        for name in wanted
     }
     must = tensors.cu_seqlens_q is not None
     found = plan(options, {**slots, **results}, platform, None if must else serves)
@@ -137,20 +140,30 @@ def _call(
 
     def on(platform: str) -> Callable[..., tuple[jax.Array, ...]]:
         def run(*leaves: jax.Array) -> tuple[jax.Array, ...]:
-            tensors, upstream = jax.tree.unflatten(structure, leaves)
-            call = _plan(options, wanted, tensors, upstream, platform)
-            if call is None:
-                given = upstream.d_output, upstream.d_lse
-                found = _chunked(options, wanted, tensors, given)
-            else:
-                found = _run(options, call)
-            given = (getattr(tensors, name) for name in wanted)
-            found = tuple(g.astype(x.dtype) for g, x in zip(found, given))
-            return vary(found, varying_axes(tensors))
+            return call_on(platform, options, wanted, *jax.tree.unflatten(structure, leaves))
 
         return run
 
     return by_platform(on, leaves)
+
+
+def call_on(
+    platform: str,
+    options: Options,
+    wanted: tuple[str, ...],
+    tensors: Tensors,
+    upstream: Upstream,
+    dtype: Any = None,
+) -> tuple[jax.Array, ...]:
+    """The gradients on one platform, in that type or those of the tensors."""
+    call = _plan(options, wanted, tensors, upstream, platform, dtype)
+    if call is None:
+        found = _chunked(options, wanted, tensors, (upstream.d_output, upstream.d_lse))
+    else:
+        found = _run(options, call)
+    given = (getattr(tensors, name) for name in wanted)
+    found = tuple(g.astype(dtype or x.dtype) for g, x in zip(found, given))
+    return vary(found, varying_axes(tensors))
 
 
 def _run(options: Options, call: _Call) -> tuple[jax.Array, ...]:

@@ -80,8 +80,10 @@ def _letters(options: Options, tensors: Tensors) -> Tensors:
         key = ".k.."
     elif tensors.cu_seqlens_k is not None:
         key = ".k."
+    segments = ("bt", "b.") if tensors.cu_seqlens_q is None else (".", ".")
     slopes = "n" if tensors.alibi_slopes is None else "bn"[-tensors.alibi_slopes.ndim :]
-    return Tensors(query, key, key, "bnt.", "bnt.", slopes, "n", "b", "b", ".", ".", "b.")
+    main = (query, key, key, "bnt.", "bnt.", slopes, "n")
+    return Tensors(*main, "b", "b", ".", ".", "b.", *segments)
 
 
 def _align(options: Options, tensors: Tensors, mesh: Any) -> tuple[Tensors, dict[str, Any]]:

@@ -122,6 +122,8 @@ def attention(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     block_table: jax.Array | None = None,
+    query_segments: jax.Array | None = None,
+    key_segments: jax.Array | None = None,
     return_lse: bool = False,
 ) -> Any:
     """``dlattn.attention`` (see there) for JAX: query ``[B, H, Lq, D]``, or packed or paged.
@@ -147,6 +149,8 @@ def attention(
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "block_table": block_table,
+        "query_segments": query_segments,
+        "key_segments": key_segments,
     }
     tensors = Tensors(
         query,
@@ -350,6 +354,15 @@ def _backward(options: Options, residuals: Any, cotangents: Any) -> tuple[Tensor
     found = native_gradients(options, names, tensors, Upstream(*saved, d_output, d_lse))
     by_name = dict(zip(names, found))
     return (Tensors(*map(by_name.get, Tensors._fields)),)
+
+
+def __getattr__(name: str) -> Any:
+    """``context_parallel``, when it is asked for."""
+    if name != "context_parallel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _jax_context_parallel
+
+    return _jax_context_parallel
 
 
 _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)

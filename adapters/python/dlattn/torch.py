@@ -664,3 +664,12 @@ def _lengths(offsets: Tensor, longest: int) -> list[int]:
     if type(offsets) in _TENSORS and not offsets.is_meta:
         return offsets.diff().tolist()
     return [longest] * (offsets.shape[0] - 1)
+
+
+def __getattr__(name: str) -> Any:
+    """``context_parallel``, when it is asked for: not every PyTorch has torch.distributed."""
+    if name != "context_parallel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _torch_context_parallel
+
+    return _torch_context_parallel
