@@ -1,4 +1,4 @@
-"""Attention inside a model on the CPU: libdlattn beside the framework's own, in one process and in turns.
+"""Attention inside a model on the CPU: libdlattn beside the framework's own, in turns.
 
     python bench/cpu_model.py torch|jax [--out FILE.csv] [--threads 16,4,1] [--dtypes f32,bf16,f16]
                               [--ops fwd,bwd] [--seconds S]
@@ -6,9 +6,9 @@
 Needs the Python package and PyTorch or JAX. An implementation's turn is four layers: a product of
 matrices by the framework, attention by the implementation, the next product, and so on. Attention
 alone is timed, but right after the framework's threads have worked, which is when a second pool
-fights them. The first layer of a turn warms up. `bwd` is the gradient of query, key and value alone,
-from what forward has kept. The figures are medians; the spread is the distance between the quartiles
-in percent of the median. Every result is compared with that of the framework in f32.
+fights them. The first layer of a turn warms up. `bwd` is the gradient of query, key and value
+alone, from what forward has kept. The figures are medians; the spread is the distance between the
+quartiles in percent of the median. Every result is compared with that of the framework in f32.
 FLOPs = 4 B H Lq Lk D, halved for causal, 2.5 times that for bwd; bytes are those of key and value,
 with `read`, their sum by the framework, for what memory gives. JAX has as many threads as the
 process has cores: it is started anew, bound to some of them, for each number of threads.
@@ -48,9 +48,8 @@ class Torch:
     heads, rows = 1, 2
 
     def __init__(self, threads):
-        import torch
-
         import dlattn.torch
+        import torch
 
         torch.set_num_threads(threads)
         torch.manual_seed(0)
@@ -92,9 +91,8 @@ class Jax:
 
     def __init__(self, threads):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-        import jax
-
         import dlattn.jax
+        import jax
 
         self.jax, self.own = jax, jax.nn.dot_product_attention
         self.ours = dlattn.jax.dot_product_attention

@@ -9,7 +9,6 @@
  * has found out about each row.
  */
 #include "kernels/cpu/backward.h"
-#include "kernels/ref/ref.h"
 #include "src/element.h"
 
 #include <math.h>
@@ -47,7 +46,7 @@ struct call {
     struct row_stats *stats;    /* [batch][head][row]; NULL without a second pass */
     _Atomic int32_t *finished;  /* [batch][kv head] runs */
     _Atomic int64_t next_task;
-    _Atomic bool overflowed; /* some row has logits beyond f32 */
+    _Atomic bool refused; /* another row has to compute the call */
 };
 
 /* Gradients of the keys and values of a head, so far: of each tile panels of keys, then of values. A tile that was not touched
@@ -62,7 +61,7 @@ struct scratch {
     struct backward_block *blocks;                 /* of a set */
     float *weights, *d_weights, *cap_slopes, *max; /* of the tiles that are kept, and of one more */
     float *keep, *extra;
-    float *key, *value;            /* f32 copies of the keys of a head */
+    float *key, *value;            /* the keys of a head as operands */
     char *dense_key, *dense_value; /* copies of what has an inner stride other than 1 */
     bool *finite;                  /* of each tile of keys */
     float *sums;                   /* of a task, where it is the only run of its head */
@@ -108,11 +107,11 @@ static int64_t count_runs(const struct backward_body *body, const struct problem
 static void lay_out_block(struct backward_block *b, uintptr_t *at, const struct backward_body *body,
                           const struct problem *p) {
     const int64_t lanes = body->lanes, row = lanes * 4;
-    float *query = carve(at, round_up(p->dim_qk, 16) * row),
+    float *query = carve(at, round_up(p->dim_qk, body->step) * row * body->terms),
           *d_query = carve(at, round_up(p->dim_qk, 16) * row),
-          *d_output = carve(at, round_up(p->dim_v, 16) * row),
-          *query_rows = carve(at, panels(body, p->dim_qk) * lanes * row),
-          *d_output_rows = carve(at, panels(body, p->dim_v) * lanes * row);
+          *d_output = carve(at, round_up(p->dim_v, body->step) * row * body->terms),
+          *query_rows = carve(at, panels(body, p->dim_qk) * lanes * row * body->terms),
+          *d_output_rows = carve(at, panels(body, p->dim_v) * lanes * row * body->terms);
     if (!b)
         return;
     b->rows.query = query;
@@ -126,11 +125,12 @@ static void lay_out_block(struct backward_block *b, uintptr_t *at, const struct 
 static size_t lay_out(struct scratch *w, char *base, const struct backward_body *body,
                       const struct problem *p, bool own_sums) {
     const int64_t lanes = body->lanes, tile = body->tile_k * lanes * 4,
-                  tiles = (kept_tiles(body, p) + 1) * body->blocks, keys = p->len_k;
+                  tiles = (kept_tiles(body, p) + 1) * body->blocks, keys = p->len_k,
+                  key_row = round_up(keys, body->tile_k) * 4 * body->terms;
     const int64_t dim_qk = round_up(p->dim_qk, 16), dim_v = round_up(p->dim_v, 16);
     const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
                                       DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK);
-    const bool widened = p->dtype != DTYPE_F32;
+    const bool packed = p->dtype != DTYPE_F32;
     uintptr_t at = (uintptr_t)base;
     w->blocks = carve(&at, body->blocks * (int64_t)sizeof *w->blocks);
     w->weights = carve(&at, tiles * tile);
@@ -139,8 +139,8 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     w->max = carve(&at, tiles * lanes * 4);
     w->keep = carve(&at, p->dropout_probability > 0 ? tile : 0);
     w->extra = carve(&at, extra ? tile : 0);
-    w->key = carve(&at, widened ? keys * dim_qk * 4 : 0);
-    w->value = carve(&at, widened ? keys * dim_v * 4 : 0);
+    w->key = carve(&at, packed ? key_row * round_up(p->dim_qk, body->step) : 0);
+    w->value = carve(&at, packed ? key_row * round_up(p->dim_v, body->step) : 0);
     w->dense_key = carve(&at, copy_bytes(p, &p->key, keys, p->dim_qk));
     w->dense_value = carve(&at, copy_bytes(p, &p->value, keys, p->dim_v));
     w->finite = carve(&at, tiles_of(body, p));
@@ -172,19 +172,19 @@ static size_t lay_out_call(struct call *c, char *base) {
 
 /* ---- Blocks ------------------------------------------------------------------------------------ */
 
-/* Keys and values of one head as f32, from key `first` on. */
+/* Keys and values of one head as operands, from key `first` on. */
 struct keys {
     struct operand key, value;
     int64_t first;
+    bool finite;
 };
 
-static struct operand load_rows(const struct call *c, const struct view *v, const struct task *t,
-                                int64_t first, int32_t n, int64_t dim, float *to, char *dense) {
+static struct rows rows_of(const struct call *c, const struct view *v, const struct task *t,
+                           int64_t first, int32_t n, int64_t dim, char *dense) {
     const struct problem *p = c->p;
     const int64_t kv_head = t->first_head / group_of(p);
-    const struct rows rows = kv_rows(p, v, &t->s, t->b, kv_head, first, n, NULL),
-                      compact = dense_rows(&rows, n, dim, v, p->dtype, dense);
-    return c->body->load_rows(to, &compact, n, dim, p->dtype);
+    const struct rows rows = kv_rows(p, v, &t->s, t->b, kv_head, first, n, NULL);
+    return dense_rows(&rows, n, dim, v, p->dtype, dense);
 }
 
 /* Keys [first, first + n) of the task's kv head. */
@@ -192,14 +192,17 @@ static struct keys load_keys(const struct call *c, const struct task *t, int64_t
                              struct scratch *w) {
     const struct problem *p = c->p;
     const int32_t tile_k = c->body->tile_k;
-    struct keys k = {.first = first};
+    struct keys k = {.first = first, .finite = true};
     if (n <= 0)
         return k;
-    k.key = load_rows(c, &p->key, t, first, n, p->dim_qk, w->key, w->dense_key);
-    k.value = load_rows(c, &p->value, t, first, n, p->dim_v, w->value, w->dense_value);
+    const struct rows key = rows_of(c, &p->key, t, first, n, p->dim_qk, w->dense_key),
+                      value = rows_of(c, &p->value, t, first, n, p->dim_v, w->dense_value);
+    k.key = c->body->load_key(w->key, &key, n, p->dim_qk, p->dtype);
+    k.value = c->body->load_value(w->value, &value, n, p->dim_v, p->dtype);
     for (int32_t at = 0; at < n; at += tile_k) {
         const struct operand some = {k.key.words + at * k.key.stride, k.key.stride};
         w->finite[at / tile_k] = c->body->finite(&some, (int32_t)least(tile_k, n - at), p->dim_qk);
+        k.finite &= w->finite[at / tile_k];
     }
     return k;
 }
@@ -225,6 +228,7 @@ static void pack_block(const struct call *c, const struct task *t, struct backwa
     const struct problem *p = c->p;
     start_block(&b->rows, t, first_row, count, c->body->vector_lanes);
     b->first_row = first_row;
+    b->finite = true;
     for (int32_t lane = 0; lane < c->body->lanes; lane++)
         b->delta[lane] = b->inverse[lane] = b->distances[lane] = 0;
     if (b->rows.first >= b->rows.end)
@@ -346,6 +350,10 @@ static void weigh_again(const struct call *c, const struct task *t, struct backw
     memcpy(b->delta, delta, sizeof delta);
 }
 
+static void refuse(struct call *c) {
+    atomic_store_explicit(&c->refused, true, memory_order_relaxed);
+}
+
 /* ---- The first pass ---------------------------------------------------------------------------- */
 
 static int64_t head_index(const struct problem *p, int64_t b, int64_t h) {
@@ -360,7 +368,7 @@ static void end_rows(struct call *c, const struct task *t, struct backward_block
         const struct row_total total = row_total_of(p, row.h, b->rows.max[lane], b->rows.sum[lane]);
         const int64_t head = head_index(p, t->b, row.h);
         if (row_overflowed(p, &t->s, row.i, b->rows.max[lane], b->rows.sum[lane]))
-            atomic_store_explicit(&c->overflowed, true, memory_order_relaxed);
+            refuse(c);
         b->inverse[lane] = total.sum == 0 ? 0 : total.shrink / total.sum;
         b->delta[lane] *= b->inverse[lane];
         if (p->d_lse.data)
@@ -449,7 +457,7 @@ static bool find_tile(struct backward_tile *tile, const struct call *c, const st
     return true;
 }
 
-static void start_set(const struct call *c, struct set *set, int64_t first_row, struct scratch *w) {
+static void start_set(struct call *c, struct set *set, int64_t first_row, struct scratch *w) {
     const int64_t lanes = c->body->lanes, tile_k = c->body->tile_k, rows = set->t->rows - first_row;
     int64_t first = INT64_MAX, end = 0;
     set->blocks = (int32_t)least(c->body->blocks, (rows + lanes - 1) / lanes);
@@ -458,6 +466,8 @@ static void start_set(const struct call *c, struct set *set, int64_t first_row, 
         pack_block(c, set->t, b, first_row + n * lanes, (int32_t)least(lanes, rows - n * lanes), w);
         first = least(first, b->rows.first);
         end = most(end, b->rows.end);
+        if (c->body->finite_only && !b->finite)
+            refuse(c);
     }
     set->first = least(first, end) / tile_k * tile_k;
     set->tiles = (end - set->first + tile_k - 1) / tile_k;
@@ -513,6 +523,8 @@ static void run_task(struct call *c, const struct task *t, int64_t run, struct s
     const struct keys k = load_keys(c, t, 0, (int32_t)t->s.k_len, w);
     struct set set = {.t = t, .k = &k, .sums = &sums, .run = run};
     const int64_t rows = c->body->blocks * c->body->lanes;
+    if (c->body->finite_only && !k.finite)
+        refuse(c);
     for (int64_t h = t->first_head; h < t->first_head + t->heads; h++)
         c->of_heads[head_index(c->p, t->b, h) * c->runs + run] = (struct head_sums){0, 0};
     memset(sums.touched, 0, (size_t)tiles_of(c->body, c->p));
@@ -568,6 +580,7 @@ static void worker(void *ctx, int64_t index) {
     const int64_t heads = p->batch * p->heads_kv, group = group_of(p);
     struct scratch w;
     lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, p, c->runs == 1);
+    c->body->enter();
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < c->tasks;) {
         const int64_t head = n % heads;
@@ -581,6 +594,7 @@ static void worker(void *ctx, int64_t index) {
         if (atomic_fetch_add_explicit(&c->finished[head], 1, memory_order_acq_rel) + 1 == c->runs)
             finish_head(c, &t, &w);
     }
+    c->body->leave();
 }
 
 /* ---- Slopes and sinks -------------------------------------------------------------------------- */
@@ -728,20 +742,23 @@ static void bias_worker(void *ctx, int64_t index) {
     struct scratch w;
     const int64_t parts = bias_parts(c);
     lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, c->p, c->runs == 1);
+    c->body->enter();
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < parts;) {
         const struct bias_part part = bias_part_at(c, n);
         run_bias_part(c, &part, &w);
     }
+    c->body->leave();
 }
 
 /* ---- The call ---------------------------------------------------------------------------------- */
 
-/* The reference stands in for a call with logits beyond f32, in the same workspace. */
-static struct plan plan_of_reference(const struct plan *plan, const struct problem *p) {
-    struct plan reference = *plan;
-    cpu_bwd_ref_plan(&reference, p, NULL);
-    return reference;
+/* In the same workspace. */
+static struct plan plan_of_stand_in(const struct plan *plan, const struct problem *p,
+                                    const struct backward_body *body) {
+    struct plan other = *plan;
+    body->stand_in_plan(&other, p, NULL);
+    return other;
 }
 
 bool backward_plan(struct plan *plan, const struct problem *p, const struct backward_body *body) {
@@ -755,9 +772,9 @@ bool backward_plan(struct plan *plan, const struct problem *p, const struct back
     plan->tile_k = body->tile_k;
     plan->threads = (int32_t)most(1, least(plan->threads, c.tasks));
     plan->workspace_bytes = shared + worker_bytes * (size_t)plan->threads;
-    const size_t reference = plan_of_reference(plan, p).workspace_bytes;
-    if (plan->workspace_bytes < reference)
-        plan->workspace_bytes = reference;
+    const size_t other = plan_of_stand_in(plan, p, body).workspace_bytes;
+    if (plan->workspace_bytes < other)
+        plan->workspace_bytes = other;
     return true;
 }
 
@@ -771,9 +788,9 @@ int32_t backward_launch(const struct plan *plan, const struct problem *p, const 
     for (int64_t head = 0; head < p->batch * p->heads_kv; head++)
         atomic_store_explicit(&c.finished[head], 0, memory_order_relaxed);
     threads_run(exec, plan->threads, worker, &c);
-    if (atomic_load(&c.overflowed)) {
-        const struct plan reference = plan_of_reference(plan, p);
-        return cpu_bwd_ref_launch(&reference, p, exec);
+    if (atomic_load(&c.refused)) {
+        const struct plan other = plan_of_stand_in(plan, p, body);
+        return body->stand_in_launch(&other, p, exec);
     }
     if (p->d_alibi_slopes.data)
         store_head_sums(&c, &p->d_alibi_slopes, false);

@@ -14,8 +14,8 @@
  *     d_key[key][d]    += sum over lanes of d_weights[key][lane] * query[lane][d]
  *     d_query[d][lane] += sum over keys of key[key][d] * d_weights[key][lane]
  *
- * All five are the product of product.h. Query and d_output are packed both ways, [d][lane] and in panels of `lanes` columns,
- * [panel][lane][column]; gradients of keys and values are panels, too, [panel][key][column].
+ * Bodies pack operands as their products like them: query and d_output for sums over d and for sums over lanes, keys and values.
+ * Gradients of keys and values are panels of `lanes` columns, [panel][key][column].
  */
 #ifndef DLATTN_CPU_BACKWARD_H_
 #define DLATTN_CPU_BACKWARD_H_
@@ -25,8 +25,8 @@
 struct backward_block {
     int64_t first_row;                 /* of the task */
     struct block rows;                 /* rows.output is d_query, [d][lane], before the scale */
-    float *d_output;                   /* [d_v][lane] */
-    float *query_rows, *d_output_rows; /* panels */
+    float *d_output;                   /* as rows.query, for sums over d */
+    float *query_rows, *d_output_rows; /* for sums over lanes */
     float delta
         [MAX_LANES]; /* as weights add up: of weight * d_weight; then delta of docs/numerics.md */
     float inverse[MAX_LANES];   /* of the sum of all weights, sink included */
@@ -80,13 +80,26 @@ struct backward_body {
     int32_t lanes;
     int32_t vector_lanes;
     int32_t tile_k;
+    int32_t step;     /* what d is padded to */
+    int32_t terms;    /* bf16 whose sum is an element */
+    bool finite_only; /* sums over keys and lanes do not leave out what is hidden: 0 * NaN would be NaN */
 
-    /* rows[lane] -> [d][lane] and panels; NULL: a row of zeros. False if some of it is not finite. scratch: lanes * padded row. */
-    bool (*pack)(const struct block *b, float *transposed, float *panels, const char *const *rows,
-                 int64_t dim, enum dtype dtype, float *scratch);
-    /* n rows of keys or values as f32: in place where they can be used so, else in `to`. */
-    struct operand (*load_rows)(float *to, const struct rows *rows, int32_t n, int64_t dim,
-                                enum dtype dtype);
+    /* The row that computes the call if a logit is beyond f32 or, with finite_only, a query, key or d_output is not finite. */
+    bool (*stand_in_plan)(struct plan *plan, const struct problem *p, const struct caps *caps);
+    int32_t (*stand_in_launch)(const struct plan *plan, const struct problem *p,
+                               const struct exec *exec);
+    /* A worker's set-up and clean-up. */
+    void (*enter)(void);
+    void (*leave)(void);
+    /* rows[lane] for sums over d and over lanes; NULL: a row of zeros. False if some of it is not finite. scratch: lanes *
+     * padded row. */
+    bool (*pack)(const struct block *b, float *transposed, float *rows_of_lanes,
+                 const char *const *rows, int64_t dim, enum dtype dtype, float *scratch);
+    /* n rows of keys or values as operands: in place where they can be used so, else in `to`. */
+    struct operand (*load_key)(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                               enum dtype dtype);
+    struct operand (*load_value)(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                 enum dtype dtype);
     bool (*finite)(const struct operand *rows, int32_t n, int64_t dim);
     /* Bias and masks as extra logits, [key][lane]. scratch: lanes * (n, padded, and a vector). */
     void (*load_extra)(float *extra, const struct extra_row *rows,

@@ -1,57 +1,9 @@
 /*
- * The bodies of all cpu_bwd rows, over the vectors of vec_*.h. A row's file defines VECTORS, TILE_K and PAIRS (0) as those of
- * forward do, and BLOCKS, the blocks that go over the keys together, and includes this file.
+ * What the bodies of all cpu_bwd rows share, over the vectors of vec_*.h. A row's file defines VECTORS, TILE_K and PAIRS (0) as
+ * those of forward do, and BLOCKS, the blocks that go over the keys together. It includes forward_template.h, then backward_f32.h
+ * or backward_amx.h (operands and products), then this file.
  */
-#include "kernels/cpu/backward.h"
-#include "kernels/cpu/forward_template.h"
 #include "src/philox.h"
-
-#include "kernels/cpu/product.h"
-
-/* FUNCTION(..., vectors) with the vectors of the block as a constant. */
-#define FOR_VECTORS(b, FUNCTION, ...)                                                              \
-    do {                                                                                           \
-        if ((b)->vectors == 1)                                                                     \
-            FUNCTION(__VA_ARGS__, 1);                                                              \
-        else if ((b)->vectors == 2 && VECTORS > 2)                                                 \
-            FUNCTION(__VA_ARGS__, 2);                                                              \
-        else                                                                                       \
-            FUNCTION(__VA_ARGS__, VECTORS);                                                        \
-    } while (0)
-
-/* ---- Operands ------------------------------------------------------------------------------- */
-
-/* n is a multiple of a vector, or padded to one. */
-VEC_FN static bool finite_floats(const float *x, int64_t n) {
-    vec zeros = vec_set(0); /* 0 * x is NaN for NaN and infinity */
-    for (int64_t d = 0; d < n; d += VEC_LANES)
-        zeros = vec_fma(vec_load_f32(x + d, at_most(n - d, VEC_LANES)), vec_set(0), zeros);
-    return !vec_mask_bits(vec_is_nan(zeros));
-}
-
-VEC_FN static bool finite_rows(const struct operand *rows, int32_t n, int64_t dim) {
-    bool finite = true;
-    for (int32_t r = 0; r < n; r++)
-        finite &= finite_floats(rows->words + r * rows->stride, dim);
-    return finite;
-}
-
-VEC_FN static bool pack(const struct block *b, float *transposed, float *panels,
-                        const char *const *rows, int64_t dim, enum dtype dtype, float *scratch) {
-    const int64_t stride = padded(dim, 16), lanes = b->vectors * VEC_LANES;
-    memset(scratch, 0, (size_t)(lanes * stride * 4));
-    for (int32_t r = 0; r < b->rows; r++)
-        if (rows[r])
-            widen(scratch + r * stride, rows[r], dim, dtype);
-    transpose_in(transposed, scratch, stride, stride, lanes);
-    for (int64_t first = 0; first < dim; first += LANES, panels += LANES * LANES)
-        for (int32_t r = 0; r < b->rows; r++) {
-            const int64_t n = at_most(stride - first, LANES);
-            memcpy(panels + r * LANES, scratch + r * stride + first, (size_t)(n * 4));
-            memset(panels + r * LANES + n, 0, (size_t)((LANES - n) * 4));
-        }
-    return finite_floats(scratch, b->rows * stride);
-}
 
 /* ---- Masks ---------------------------------------------------------------------------------- */
 
@@ -123,20 +75,6 @@ VEC_FN static void draw(float *kept, const struct dropout *dropout, const struct
 }
 
 /* ---- Weights -------------------------------------------------------------------------------- */
-
-static const struct fetch no_fetch;
-
-/* to[key][lane] = sum over d of rows[key][d] * columns[d][lane], all lanes of b. */
-VEC_INLINE void score_of(float *to, const struct operand *rows, const float *columns,
-                         const struct backward_tile *t, int64_t dim, int vectors) {
-    struct fetch none = no_fetch;
-    product(to, rows->words, rows->stride, 1, columns, dim, t->n, vectors, false, &none);
-}
-
-VEC_FN static void score(float *to, const struct operand *rows, const float *columns,
-                         const struct backward_tile *t, int64_t dim, const struct block *b) {
-    FOR_VECTORS(b, score_of, to, rows, columns, t, dim);
-}
 
 /* Every lane sees every key of the tile and drops none, and no 0 meets NaN or infinity. */
 static bool is_plain(const struct backward_block *b, const struct backward_tile *t) {
@@ -252,8 +190,6 @@ VEC_INLINE vec share_of(const struct backward_block *b, const struct backward_ti
                    vec_load(b->inverse + v * VEC_LANES));
 }
 
-static uint64_t lanes_in_use(const struct block *b) { return UINT64_MAX >> (64 - b->rows); }
-
 VEC_INLINE void differentiate_of(struct backward_block *b, const struct backward_tile *t,
                                  uint64_t *seen, uint64_t *kept, bool plain, int vectors) {
     const vec zero = vec_set(0);
@@ -307,72 +243,7 @@ VEC_FN static void differentiate(struct backward_block *b, const struct backward
         FOR_VECTORS(&b->rows, differentiate_of, b, t, seen, kept, false);
 }
 
-/* ---- Sums ----------------------------------------------------------------------------------- */
-
-/* What is used next: the tile before, as far as it is kept beside this one. Addresses that are none do no harm. */
-static struct fetch tile_before(const float *sums, const float *weights) {
-    enum { TILE = TILE_K * LANES, ROW = TILE / 8 };
-    return (struct fetch){.keys = {.data = (const char *)sums, .stride = ROW * 4},
-                          .values = {.data = (const char *)(weights - TILE), .stride = ROW * 4},
-                          .key_bytes = ROW * 4,
-                          .value_bytes = ROW * 4,
-                          .end = TILE / ROW};
-}
-
-/* Panels of keys += weights[key][lane] * rows[lane][column] */
-VEC_FN static void add_rows(float *to, const struct backward_sums *sums, const float *weights,
-                            const float *rows, const struct backward_block *b, int32_t n,
-                            int64_t dim) {
-    for (; dim > 0; dim -= LANES, to += sums->stride, rows += LANES * LANES) {
-        struct fetch next = tile_before(to - sums->tile, weights);
-        if (dim <= VEC_LANES)
-            product(to, weights, LANES, 1, rows, b->rows.rows, n, 1, true, &next);
-        else if (dim <= 2 * VEC_LANES && VECTORS > 2)
-            product(to, weights, LANES, 1, rows, b->rows.rows, n, 2, true, &next);
-        else
-            product(to, weights, LANES, 1, rows, b->rows.rows, n, VECTORS, true, &next);
-    }
-}
-
-/* The same where rows are not finite: only lanes of the mask count, for 0 * NaN is NaN. */
-VEC_FN static void add_seen_rows(float *to, int64_t stride, const float *weights, const float *rows,
-                                 const uint64_t *lanes, int32_t n, int64_t dim) {
-    for (; dim > 0; dim -= LANES, to += stride, rows += LANES * LANES)
-        for (int32_t j = 0; j < n; j++)
-            for (uint64_t left = lanes[j]; left; left &= left - 1) {
-                const int lane = __builtin_ctzll(left);
-                const vec weight = vec_set(weights[j * LANES + lane]);
-                for (int v = 0; v < VECTORS; v++) {
-                    float *at = to + j * LANES + v * VEC_LANES;
-                    vec_store(at, vec_fma(weight, vec_load(rows + lane * LANES + v * VEC_LANES),
-                                          vec_load(at)));
-                }
-            }
-}
-
-VEC_INLINE void add_keys_of(struct backward_block *b, const struct backward_tile *t, int vectors) {
-    struct fetch none = no_fetch;
-    product(b->rows.output, t->key.words, 1, t->key.stride, t->d_weights, t->n, t->dim_qk, vectors,
-            !b->rows.fresh, &none);
-}
-
-VEC_FN static void add_keys(struct backward_block *b, const struct backward_tile *t) {
-    FOR_VECTORS(&b->rows, add_keys_of, b, t);
-}
-
-/* The same where keys are not finite. */
-VEC_FN static void add_seen_keys(struct backward_block *b, const struct backward_tile *t,
-                                 const uint64_t *seen) {
-    if (b->rows.fresh)
-        memset(b->rows.output, 0, (size_t)(t->dim_qk * LANES * 4));
-    for (int32_t j = 0; j < t->n; j++)
-        for (uint64_t left = seen[j]; left; left &= left - 1) {
-            const int lane = __builtin_ctzll(left);
-            const float d_logit = t->d_weights[j * LANES + lane];
-            for (int64_t d = 0; d < t->dim_qk; d++)
-                b->rows.output[d * LANES + lane] += d_logit * t->key.words[j * t->key.stride + d];
-        }
-}
+/* ---- Gradients ------------------------------------------------------------------------------ */
 
 VEC_FN static void add_distances(struct backward_block *b, const struct backward_tile *t) {
     for (int32_t v = 0; v < b->rows.vectors; v++) {
@@ -402,20 +273,7 @@ static void accumulate(struct backward_block *b, const struct backward_tile *t,
         add_distances(b, t);
     if (t->cap_slopes)
         apply_cap_slopes(b, t);
-    if (sums->d_value && b->finite)
-        add_rows(sums->d_value, sums, t->weights, b->d_output_rows, b, t->n, t->dim_v);
-    else if (sums->d_value)
-        add_seen_rows(sums->d_value, sums->stride, t->weights, b->d_output_rows, kept, t->n,
-                      t->dim_v);
-    if (sums->d_key && b->finite)
-        add_rows(sums->d_key, sums, t->d_weights, b->query_rows, b, t->n, t->dim_qk);
-    else if (sums->d_key)
-        add_seen_rows(sums->d_key, sums->stride, t->d_weights, b->query_rows, seen, t->n,
-                      t->dim_qk);
-    if (sums->d_query && t->finite)
-        add_keys(b, t);
-    else if (sums->d_query)
-        add_seen_keys(b, t, seen);
+    add_products(b, t, sums, seen, kept);
     b->rows.fresh = false;
 }
 
@@ -429,8 +287,16 @@ static const struct backward_body body = {
     .lanes = LANES,
     .vector_lanes = VEC_LANES,
     .tile_k = TILE_K,
+    .step = STEP_D,
+    .terms = TERMS,
+    .finite_only = FINITE_ONLY,
+    .stand_in_plan = STAND_IN(plan),
+    .stand_in_launch = STAND_IN(launch),
+    .enter = enter,
+    .leave = leave,
     .pack = pack,
-    .load_rows = load_floats,
+    .load_key = load_key,
+    .load_value = load_value,
     .finite = finite_rows,
     .load_extra = load_masked_extra,
     .draw = draw,

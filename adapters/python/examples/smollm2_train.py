@@ -131,10 +131,13 @@ class Run:
             yield self.losses[-1]
 
     def row(self, name: str) -> list[str]:
-        share = self.attention.seconds / self.seconds
-        return [name, f"{self.losses[0]:.5f}", f"{self.losses[-1]:.5f}"] + [
+        attention = self.attention.seconds
+        return [
+            name,
+            f"{self.losses[0]:.5f}",
+            f"{self.losses[-1]:.5f}",
             f"{self.tokens / self.seconds:.0f}",
-            f"{self.attention.seconds / len(self.losses):.3f} s, {share:.1%}",
+            f"{attention / len(self.losses):.3f} s, {attention / self.seconds:.1%}",
         ]
 
 

@@ -5,6 +5,10 @@
 #define TILE_K 64
 #define PAIRS 0
 #define BLOCKS 2
+#include "kernels/cpu/forward_template.h"
+
+#include "kernels/cpu/backward_f32.h"
+
 #include "kernels/cpu/backward_template.h"
 
 ROW_FUNCTIONS(cpu_bwd_avx512);
