@@ -21,11 +21,14 @@ enum {
     BIAS_TILES = 8,   /* of a task of the second pass */
     MOST_TILE_K = 64,
 };
+#define LARGEST_LSE                                                                                \
+    0x1p10f /* that rounding leaves accurate enough for one walk: to 2^-14 of the weights */
 #define MOST_SUM_BYTES (INT64_C(128) << 20) /* of runs beyond the first of each head */
 
-/* What a row's weights are relative to, and what its logits' gradients need besides: for the second pass. */
+/* What a row's weights are relative to, maximum or, with one walk, lse, and what its logits' gradients need besides: for the
+ * second pass. */
 struct row_stats {
-    float max, inverse, delta;
+    float base, inverse, delta;
 };
 
 /* Of the rows of one task and one head. */
@@ -61,6 +64,7 @@ struct scratch {
     struct backward_block *blocks;                 /* of a set */
     float *weights, *d_weights, *cap_slopes, *max; /* of the tiles that are kept, and of one more */
     float *keep, *extra;
+    float *packed;                 /* weights or their gradients on their way into a product */
     float *key, *value;            /* the keys of a head as operands */
     char *dense_key, *dense_value; /* copies of what has an inner stride other than 1 */
     bool *finite;                  /* of each tile of keys */
@@ -91,7 +95,7 @@ static int64_t sum_floats(const struct backward_body *body, const struct problem
 }
 
 static int64_t kept_tiles(const struct backward_body *body, const struct problem *p) {
-    return least(KEPT_TILES, tiles_of(body, p));
+    return body->one_walk ? 0 : least(KEPT_TILES, tiles_of(body, p));
 }
 
 /* More runs than one for a head cost memory and time. */
@@ -139,6 +143,7 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     w->max = carve(&at, tiles * lanes * 4);
     w->keep = carve(&at, p->dropout_probability > 0 ? tile : 0);
     w->extra = carve(&at, extra ? tile : 0);
+    w->packed = carve(&at, body->packed_bytes);
     w->key = carve(&at, packed ? key_row * round_up(p->dim_qk, body->step) : 0);
     w->value = carve(&at, packed ? key_row * round_up(p->dim_v, body->step) : 0);
     w->dense_key = carve(&at, copy_bytes(p, &p->key, keys, p->dim_qk));
@@ -315,11 +320,13 @@ static struct backward_tile tile_at(const struct call *c, const struct keys *k, 
         .factor = (float)(1 / (1 - p->dropout_probability)),
         .hides = p->bias.data || has_mask(p),
         .drops = p->dropout_probability > 0,
+        .d_logits = p->d_alibi_slopes.data || p->d_bias.data,
         .finite = w->finite[at / tile_k],
         .weights = w->weights + words,
         .d_weights = w->d_weights + words,
         .max = w->max + slot * lanes,
         .cap_slopes = p->softcap > 0 ? w->cap_slopes + words : NULL,
+        .packed = w->packed,
     };
 }
 
@@ -360,28 +367,79 @@ static int64_t head_index(const struct problem *p, int64_t b, int64_t h) {
     return b * p->heads_q + h;
 }
 
+/* Of lse or d_lse; 0 without it. */
+static float of_row(const struct view *v, const struct task *t, const struct query_row *row) {
+    if (!v->data)
+        return 0;
+    return (float)load_element(v->data, v->dtype,
+                               t->b * v->stride[0] + row->h * v->stride[1] +
+                                   (t->s.q_start + row->i) * v->stride[2]);
+}
+
+static void add_sink(struct call *c, const struct task *t, const struct query_row *row, int64_t run,
+                     double weight, float delta) {
+    c->of_heads[head_index(c->p, t->b, row->h) * c->runs + run].sinks -= weight * (double)delta;
+}
+
+static void keep_stats(struct call *c, const struct task *t, const struct query_row *row,
+                       float base, float inverse, float delta) {
+    if (c->stats)
+        c->stats[head_index(c->p, t->b, row->h) * c->p->len_q + row->i] =
+            (struct row_stats){base, inverse, delta};
+}
+
 /* The weights of a block's rows have added up: their sums with the sink, and delta. */
 static void end_rows(struct call *c, const struct task *t, struct backward_block *b, int64_t run) {
     const struct problem *p = c->p;
     struct query_row row = query_row_at(t, b->first_row);
     for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
         const struct row_total total = row_total_of(p, row.h, b->rows.max[lane], b->rows.sum[lane]);
-        const int64_t head = head_index(p, t->b, row.h);
         if (row_overflowed(p, &t->s, row.i, b->rows.max[lane], b->rows.sum[lane]))
             refuse(c);
         b->inverse[lane] = total.sum == 0 ? 0 : total.shrink / total.sum;
-        b->delta[lane] *= b->inverse[lane];
-        if (p->d_lse.data)
-            b->delta[lane] -=
-                (float)load_element(p->d_lse.data, p->d_lse.dtype,
-                                    t->b * p->d_lse.stride[0] + row.h * p->d_lse.stride[1] +
-                                        (t->s.q_start + row.i) * p->d_lse.stride[2]);
+        b->delta[lane] = b->delta[lane] * b->inverse[lane] - of_row(&p->d_lse, t, &row);
         if (total.sink != 0)
-            c->of_heads[head * c->runs + run].sinks -=
-                (double)total.sink / (double)total.sum * (double)b->delta[lane];
-        if (c->stats)
-            c->stats[head * p->len_q + row.i] =
-                (struct row_stats){b->rows.max[lane], b->inverse[lane], b->delta[lane]};
+            add_sink(c, t, &row, run, (double)total.sink / (double)total.sum, b->delta[lane]);
+        keep_stats(c, t, &row, b->rows.max[lane], b->inverse[lane], b->delta[lane]);
+    }
+}
+
+static float dot_of(const struct call *c, const char *x, const struct view *of_x, const char *y,
+                    const struct view *of_y, int64_t n) {
+    if (is_dense(of_x, n) && is_dense(of_y, n))
+        return c->body->dot(x, of_x->dtype, y, of_y->dtype, n);
+    double sum = 0;
+    for (int64_t d = 0; d < n; d++)
+        sum += load_element(x, of_x->dtype, d * of_x->stride[3]) *
+               load_element(y, of_y->dtype, d * of_y->stride[3]);
+    return (float)sum;
+}
+
+/* The same from lse and output, before the only walk. */
+static void start_rows(struct call *c, const struct task *t, struct backward_block *b,
+                       int64_t run) {
+    const struct problem *p = c->p;
+    char *output[MAX_LANES], *d_output[MAX_LANES];
+    point_at_rows(output, &p->output, t, b->first_row, b->rows.rows);
+    point_at_rows(d_output, &p->d_output, t, b->first_row, b->rows.rows);
+    struct query_row row = query_row_at(t, b->first_row);
+    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
+        const bool sees = b->rows.lo[lane] < b->rows.hi[lane];
+        const float lse = of_row(&p->lse, t, &row);
+        const bool empty = lse == -INFINITY && !row_overflowed(p, &t->s, row.i, lse, 0);
+        if (sees && !empty && !(fabsf(lse) < LARGEST_LSE))
+            refuse(c);
+        b->rows.minus[lane] = empty ? lse : (float)(-(double)lse * LOG2_E);
+        b->delta[lane] = -of_row(&p->d_lse, t, &row);
+        if (sees && !empty)
+            b->delta[lane] +=
+                dot_of(c, output[lane], &p->output, d_output[lane], &p->d_output, p->dim_v);
+        if (p->sinks.data && !empty)
+            add_sink(c, t, &row, run,
+                     exp(load_element(p->sinks.data, DTYPE_F32, row.h * p->sinks.stride[1]) -
+                         (double)lse),
+                     b->delta[lane]);
+        keep_stats(c, t, &row, b->rows.minus[lane], 1, b->delta[lane]);
     }
 }
 
@@ -450,7 +508,9 @@ static bool find_tile(struct backward_tile *tile, const struct call *c, const st
                       int64_t i, int32_t n, struct scratch *w) {
     const struct block *b = &w->blocks[n].rows;
     const int64_t first_key = set->first + i * c->body->tile_k,
-                  slot = least(i, kept_tiles(c->body, c->p)) * c->body->blocks + n;
+                  slot = c->body->one_walk
+                             ? 0
+                             : least(i, kept_tiles(c->body, c->p)) * c->body->blocks + n;
     if (first_key + c->body->tile_k <= b->first || first_key >= b->end)
         return false;
     *tile = tile_at(c, set->k, first_key, b->end, slot, w);
@@ -488,16 +548,17 @@ static void add_tile(const struct call *c, const struct set *set, int64_t i, int
     c->body->accumulate(b, &tile, &to, seen, kept);
 }
 
-/* Forth over the keys for the statistics of the rows, and back, while the latest tiles are in the caches, for the gradients. */
+/* Forth over the keys for the statistics of the rows, unless those are known, and back, while the latest tiles are in the caches,
+ * for the gradients. */
 static void run_set(struct call *c, struct set *set, struct scratch *w) {
     const struct problem *p = c->p;
     struct backward_tile tile;
-    for (int64_t i = 0; i < set->tiles; i++)
+    for (int64_t i = 0; i < set->tiles && !c->body->one_walk; i++)
         for (int32_t n = 0; n < set->blocks; n++)
             if (find_tile(&tile, c, set, i, n, w))
                 weigh(c, set->t, &w->blocks[n], &tile, w);
     for (int32_t n = 0; n < set->blocks; n++)
-        end_rows(c, set->t, &w->blocks[n], set->run);
+        (c->body->one_walk ? start_rows : end_rows)(c, set->t, &w->blocks[n], set->run);
     for (int64_t i = set->tiles - 1; i >= 0; i--)
         for (int32_t n = set->blocks - 1; n >= 0; n--)
             add_tile(c, set, i, n, w);
@@ -677,7 +738,7 @@ static void add_bias_block(const struct call *c, const struct task *t, const str
     for (int32_t lane = 0; lane < count; lane++) {
         const struct row_stats *stats =
             &c->stats[head_index(c->p, t->b, t->first_head) * c->p->len_q + first_row + lane];
-        b->rows.max[lane] = stats->max;
+        *(c->body->one_walk ? &b->rows.minus[lane] : &b->rows.max[lane]) = stats->base;
         b->inverse[lane] = stats->inverse;
         b->delta[lane] = stats->delta;
     }
@@ -787,7 +848,10 @@ int32_t backward_launch(const struct plan *plan, const struct problem *p, const 
     c.stats = p->d_bias.data ? c.stats : NULL;
     for (int64_t head = 0; head < p->batch * p->heads_kv; head++)
         atomic_store_explicit(&c.finished[head], 0, memory_order_relaxed);
-    threads_run(exec, plan->threads, worker, &c);
+    if (body->one_walk && p->lse.dtype != DTYPE_F32)
+        refuse(&c);
+    else
+        threads_run(exec, plan->threads, worker, &c);
     if (atomic_load(&c.refused)) {
         const struct plan other = plan_of_stand_in(plan, p, body);
         return body->stand_in_launch(&other, p, exec);

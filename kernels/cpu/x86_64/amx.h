@@ -41,6 +41,16 @@ VEC_FN static void leave(void) { _tile_release(); }
 
 /* ---- Weights ---------------------------------------------------------------------------------------------------- */
 
+/* As accurate as weights of so many terms are. */
+VEC_INLINE void exp2_for_terms(vec *x, int count, int terms) {
+    if (terms == 3)
+        exp2_each(x, count);
+    else if (terms == 2)
+        exp2_short_each(x, count);
+    else
+        exp2_rough_each(x, count);
+}
+
 /* Weights in the making: of n <= STEP keys' scores. A word of the product is a pair of keys, k and k + PAIRS. */
 struct weighing {
     float *scores;
@@ -62,12 +72,7 @@ VEC_INLINE void weigh_pair(struct weighing *w, int first, int end, int keys, int
     for (int i = 0; i < keys * vectors; i++)
         x[i] = vec_fma(vec_load(s + i / vectors * PAIRS * LANES + i % vectors * VEC_LANES),
                        w->scale, w->minus[first + i % vectors]);
-    if (terms == 3)
-        exp2_each(x, keys * vectors);
-    else if (terms == 2)
-        exp2_short_each(x, keys * vectors);
-    else
-        exp2_rough_each(x, keys * vectors);
+    exp2_for_terms(x, keys * vectors, terms);
 #pragma clang loop unroll(full)
     for (int i = 0; i < vectors; i++) {
         vec words[3];
@@ -326,8 +331,7 @@ VEC_INLINE void pack_query_terms(float *to, const struct block *b, const char *c
                     vec_store(words[t] + r * PAIRS, lane[t]);
             }
             for (int t = 0; t < terms; t++)
-                vec_transpose(to + v * row + (d / STEP * terms + t) * TILE, PAIRS, words[t],
-                              PAIRS);
+                vec_transpose(to + v * row + (d / STEP * terms + t) * TILE, PAIRS, words[t], PAIRS);
         }
 }
 

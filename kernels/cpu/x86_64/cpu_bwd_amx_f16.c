@@ -5,14 +5,16 @@
 
 #define VECTORS 4
 #define TILE_K 64
-#define BLOCKS 2
+#define BLOCKS 4
 #define ELEMENT DTYPE_F16
 #define TERMS 2
 #include "kernels/cpu/forward_template.h"
 
+#include "kernels/cpu/backward_template.h"
+
 #include "kernels/cpu/x86_64/backward_amx.h"
 
-#include "kernels/cpu/backward_template.h"
+#include "kernels/cpu/backward_row.h"
 
 ROW_FUNCTIONS(cpu_bwd_amx_f16);
 
@@ -22,6 +24,6 @@ bool cpu_bwd_amx_f16_plan(struct plan *plan, const struct problem *p, const stru
 }
 
 int32_t cpu_bwd_amx_f16_launch(const struct plan *plan, const struct problem *p,
-                       const struct exec *exec) {
+                               const struct exec *exec) {
     return backward_launch(plan, p, exec, &body);
 }

@@ -7,9 +7,11 @@
 #define BLOCKS 2
 #include "kernels/cpu/forward_template.h"
 
+#include "kernels/cpu/backward_template.h"
+
 #include "kernels/cpu/backward_f32.h"
 
-#include "kernels/cpu/backward_template.h"
+#include "kernels/cpu/backward_row.h"
 
 ROW_FUNCTIONS(cpu_bwd_avx512);
 

@@ -179,7 +179,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
     VEC_FN static void pack_query_##name(const struct block *b, const char *const *rows,           \
                                          int64_t dim, enum dtype dtype, float *scratch) {          \
         (void)dtype, (void)scratch;                                                                \
-        pack_query_terms(b->query, b, rows, dim, element, count);                                            \
+        pack_query_terms(b->query, b, rows, dim, element, count);                                  \
     }                                                                                              \
     VEC_FN static struct operand load_key_##name(float *to, const struct rows *rows, int32_t n,    \
                                                  int64_t dim, enum dtype dtype) {                  \
@@ -189,7 +189,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
     VEC_FN static struct operand load_value_##name(float *to, const struct rows *rows, int32_t n,  \
                                                    int64_t dim, enum dtype dtype) {                \
         (void)dtype;                                                                               \
-        return load_value_terms(to, rows, n, dim, element, count, TILE_K(count));                                 \
+        return load_value_terms(to, rows, n, dim, element, count, TILE_K(count));                  \
     }                                                                                              \
     VEC_FN static void attend_##name(struct block *b, const struct key_tile *t, float *scratch) {  \
         attend_terms(b, t, scratch, count);                                                        \
