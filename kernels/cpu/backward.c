@@ -9,7 +9,6 @@
  * has found out about each row.
  */
 #include "kernels/cpu/backward.h"
-#include "kernels/ref/ref.h"
 #include "src/element.h"
 
 #include <math.h>
@@ -22,11 +21,14 @@ enum {
     BIAS_TILES = 8,   /* of a task of the second pass */
     MOST_TILE_K = 64,
 };
+#define LARGEST_LSE                                                                                \
+    0x1p10f /* that rounding leaves accurate enough for one walk: to 2^-14 of the weights */
 #define MOST_SUM_BYTES (INT64_C(128) << 20) /* of runs beyond the first of each head */
 
-/* What a row's weights are relative to, and what its logits' gradients need besides: for the second pass. */
+/* What a row's weights are relative to, maximum or, with one walk, lse, and what its logits' gradients need besides: for the
+ * second pass. */
 struct row_stats {
-    float max, inverse, delta;
+    float base, inverse, delta;
 };
 
 /* Of the rows of one task and one head. */
@@ -47,7 +49,7 @@ struct call {
     struct row_stats *stats;    /* [batch][head][row]; NULL without a second pass */
     _Atomic int32_t *finished;  /* [batch][kv head] runs */
     _Atomic int64_t next_task;
-    _Atomic bool overflowed; /* some row has logits beyond f32 */
+    _Atomic bool refused; /* another row has to compute the call */
 };
 
 /* Gradients of the keys and values of a head, so far: of each tile panels of keys, then of values. A tile that was not touched
@@ -62,7 +64,8 @@ struct scratch {
     struct backward_block *blocks;                 /* of a set */
     float *weights, *d_weights, *cap_slopes, *max; /* of the tiles that are kept, and of one more */
     float *keep, *extra;
-    float *key, *value;            /* f32 copies of the keys of a head */
+    float *packed;                 /* weights or their gradients on their way into a product */
+    float *key, *value;            /* the keys of a head as operands */
     char *dense_key, *dense_value; /* copies of what has an inner stride other than 1 */
     bool *finite;                  /* of each tile of keys */
     float *sums;                   /* of a task, where it is the only run of its head */
@@ -92,7 +95,7 @@ static int64_t sum_floats(const struct backward_body *body, const struct problem
 }
 
 static int64_t kept_tiles(const struct backward_body *body, const struct problem *p) {
-    return least(KEPT_TILES, tiles_of(body, p));
+    return body->one_walk ? 0 : least(KEPT_TILES, tiles_of(body, p));
 }
 
 /* More runs than one for a head cost memory and time. */
@@ -108,11 +111,11 @@ static int64_t count_runs(const struct backward_body *body, const struct problem
 static void lay_out_block(struct backward_block *b, uintptr_t *at, const struct backward_body *body,
                           const struct problem *p) {
     const int64_t lanes = body->lanes, row = lanes * 4;
-    float *query = carve(at, round_up(p->dim_qk, 16) * row),
+    float *query = carve(at, round_up(p->dim_qk, body->step) * row * body->terms),
           *d_query = carve(at, round_up(p->dim_qk, 16) * row),
-          *d_output = carve(at, round_up(p->dim_v, 16) * row),
-          *query_rows = carve(at, panels(body, p->dim_qk) * lanes * row),
-          *d_output_rows = carve(at, panels(body, p->dim_v) * lanes * row);
+          *d_output = carve(at, round_up(p->dim_v, body->step) * row * body->terms),
+          *query_rows = carve(at, panels(body, p->dim_qk) * lanes * row * body->terms),
+          *d_output_rows = carve(at, panels(body, p->dim_v) * lanes * row * body->terms);
     if (!b)
         return;
     b->rows.query = query;
@@ -126,11 +129,12 @@ static void lay_out_block(struct backward_block *b, uintptr_t *at, const struct 
 static size_t lay_out(struct scratch *w, char *base, const struct backward_body *body,
                       const struct problem *p, bool own_sums) {
     const int64_t lanes = body->lanes, tile = body->tile_k * lanes * 4,
-                  tiles = (kept_tiles(body, p) + 1) * body->blocks, keys = p->len_k;
+                  tiles = (kept_tiles(body, p) + 1) * body->blocks, keys = p->len_k,
+                  key_row = round_up(keys, body->tile_k) * 4 * body->terms;
     const int64_t dim_qk = round_up(p->dim_qk, 16), dim_v = round_up(p->dim_v, 16);
     const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
                                       DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK);
-    const bool widened = p->dtype != DTYPE_F32;
+    const bool packed = p->dtype != DTYPE_F32;
     uintptr_t at = (uintptr_t)base;
     w->blocks = carve(&at, body->blocks * (int64_t)sizeof *w->blocks);
     w->weights = carve(&at, tiles * tile);
@@ -139,8 +143,9 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     w->max = carve(&at, tiles * lanes * 4);
     w->keep = carve(&at, p->dropout_probability > 0 ? tile : 0);
     w->extra = carve(&at, extra ? tile : 0);
-    w->key = carve(&at, widened ? keys * dim_qk * 4 : 0);
-    w->value = carve(&at, widened ? keys * dim_v * 4 : 0);
+    w->packed = carve(&at, body->packed_bytes);
+    w->key = carve(&at, packed ? key_row * round_up(p->dim_qk, body->step) : 0);
+    w->value = carve(&at, packed ? key_row * round_up(p->dim_v, body->step) : 0);
     w->dense_key = carve(&at, copy_bytes(p, &p->key, keys, p->dim_qk));
     w->dense_value = carve(&at, copy_bytes(p, &p->value, keys, p->dim_v));
     w->finite = carve(&at, tiles_of(body, p));
@@ -172,19 +177,19 @@ static size_t lay_out_call(struct call *c, char *base) {
 
 /* ---- Blocks ------------------------------------------------------------------------------------ */
 
-/* Keys and values of one head as f32, from key `first` on. */
+/* Keys and values of one head as operands, from key `first` on. */
 struct keys {
     struct operand key, value;
     int64_t first;
+    bool finite;
 };
 
-static struct operand load_rows(const struct call *c, const struct view *v, const struct task *t,
-                                int64_t first, int32_t n, int64_t dim, float *to, char *dense) {
+static struct rows rows_of(const struct call *c, const struct view *v, const struct task *t,
+                           int64_t first, int32_t n, int64_t dim, char *dense) {
     const struct problem *p = c->p;
     const int64_t kv_head = t->first_head / group_of(p);
-    const struct rows rows = kv_rows(p, v, &t->s, t->b, kv_head, first, n, NULL),
-                      compact = dense_rows(&rows, n, dim, v, p->dtype, dense);
-    return c->body->load_rows(to, &compact, n, dim, p->dtype);
+    const struct rows rows = kv_rows(p, v, &t->s, t->b, kv_head, first, n, NULL);
+    return dense_rows(&rows, n, dim, v, p->dtype, dense);
 }
 
 /* Keys [first, first + n) of the task's kv head. */
@@ -192,14 +197,17 @@ static struct keys load_keys(const struct call *c, const struct task *t, int64_t
                              struct scratch *w) {
     const struct problem *p = c->p;
     const int32_t tile_k = c->body->tile_k;
-    struct keys k = {.first = first};
+    struct keys k = {.first = first, .finite = true};
     if (n <= 0)
         return k;
-    k.key = load_rows(c, &p->key, t, first, n, p->dim_qk, w->key, w->dense_key);
-    k.value = load_rows(c, &p->value, t, first, n, p->dim_v, w->value, w->dense_value);
+    const struct rows key = rows_of(c, &p->key, t, first, n, p->dim_qk, w->dense_key),
+                      value = rows_of(c, &p->value, t, first, n, p->dim_v, w->dense_value);
+    k.key = c->body->load_key(w->key, &key, n, p->dim_qk, p->dtype);
+    k.value = c->body->load_value(w->value, &value, n, p->dim_v, p->dtype);
     for (int32_t at = 0; at < n; at += tile_k) {
         const struct operand some = {k.key.words + at * k.key.stride, k.key.stride};
         w->finite[at / tile_k] = c->body->finite(&some, (int32_t)least(tile_k, n - at), p->dim_qk);
+        k.finite &= w->finite[at / tile_k];
     }
     return k;
 }
@@ -225,6 +233,7 @@ static void pack_block(const struct call *c, const struct task *t, struct backwa
     const struct problem *p = c->p;
     start_block(&b->rows, t, first_row, count, c->body->vector_lanes);
     b->first_row = first_row;
+    b->finite = true;
     for (int32_t lane = 0; lane < c->body->lanes; lane++)
         b->delta[lane] = b->inverse[lane] = b->distances[lane] = 0;
     if (b->rows.first >= b->rows.end)
@@ -311,11 +320,13 @@ static struct backward_tile tile_at(const struct call *c, const struct keys *k, 
         .factor = (float)(1 / (1 - p->dropout_probability)),
         .hides = p->bias.data || has_mask(p),
         .drops = p->dropout_probability > 0,
+        .d_logits = p->d_alibi_slopes.data || p->d_bias.data,
         .finite = w->finite[at / tile_k],
         .weights = w->weights + words,
         .d_weights = w->d_weights + words,
         .max = w->max + slot * lanes,
         .cap_slopes = p->softcap > 0 ? w->cap_slopes + words : NULL,
+        .packed = w->packed,
     };
 }
 
@@ -346,10 +357,35 @@ static void weigh_again(const struct call *c, const struct task *t, struct backw
     memcpy(b->delta, delta, sizeof delta);
 }
 
+static void refuse(struct call *c) {
+    atomic_store_explicit(&c->refused, true, memory_order_relaxed);
+}
+
 /* ---- The first pass ---------------------------------------------------------------------------- */
 
 static int64_t head_index(const struct problem *p, int64_t b, int64_t h) {
     return b * p->heads_q + h;
+}
+
+/* Of lse or d_lse; 0 without it. */
+static float of_row(const struct view *v, const struct task *t, const struct query_row *row) {
+    if (!v->data)
+        return 0;
+    return (float)load_element(v->data, v->dtype,
+                               t->b * v->stride[0] + row->h * v->stride[1] +
+                                   (t->s.q_start + row->i) * v->stride[2]);
+}
+
+static void add_sink(struct call *c, const struct task *t, const struct query_row *row, int64_t run,
+                     double weight, float delta) {
+    c->of_heads[head_index(c->p, t->b, row->h) * c->runs + run].sinks -= weight * (double)delta;
+}
+
+static void keep_stats(struct call *c, const struct task *t, const struct query_row *row,
+                       float base, float inverse, float delta) {
+    if (c->stats)
+        c->stats[head_index(c->p, t->b, row->h) * c->p->len_q + row->i] =
+            (struct row_stats){base, inverse, delta};
 }
 
 /* The weights of a block's rows have added up: their sums with the sink, and delta. */
@@ -358,22 +394,52 @@ static void end_rows(struct call *c, const struct task *t, struct backward_block
     struct query_row row = query_row_at(t, b->first_row);
     for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
         const struct row_total total = row_total_of(p, row.h, b->rows.max[lane], b->rows.sum[lane]);
-        const int64_t head = head_index(p, t->b, row.h);
         if (row_overflowed(p, &t->s, row.i, b->rows.max[lane], b->rows.sum[lane]))
-            atomic_store_explicit(&c->overflowed, true, memory_order_relaxed);
+            refuse(c);
         b->inverse[lane] = total.sum == 0 ? 0 : total.shrink / total.sum;
-        b->delta[lane] *= b->inverse[lane];
-        if (p->d_lse.data)
-            b->delta[lane] -=
-                (float)load_element(p->d_lse.data, p->d_lse.dtype,
-                                    t->b * p->d_lse.stride[0] + row.h * p->d_lse.stride[1] +
-                                        (t->s.q_start + row.i) * p->d_lse.stride[2]);
+        b->delta[lane] = b->delta[lane] * b->inverse[lane] - of_row(&p->d_lse, t, &row);
         if (total.sink != 0)
-            c->of_heads[head * c->runs + run].sinks -=
-                (double)total.sink / (double)total.sum * (double)b->delta[lane];
-        if (c->stats)
-            c->stats[head * p->len_q + row.i] =
-                (struct row_stats){b->rows.max[lane], b->inverse[lane], b->delta[lane]};
+            add_sink(c, t, &row, run, (double)total.sink / (double)total.sum, b->delta[lane]);
+        keep_stats(c, t, &row, b->rows.max[lane], b->inverse[lane], b->delta[lane]);
+    }
+}
+
+static float dot_of(const struct call *c, const char *x, const struct view *of_x, const char *y,
+                    const struct view *of_y, int64_t n) {
+    if (is_dense(of_x, n) && is_dense(of_y, n))
+        return c->body->dot(x, of_x->dtype, y, of_y->dtype, n);
+    double sum = 0;
+    for (int64_t d = 0; d < n; d++)
+        sum += load_element(x, of_x->dtype, d * of_x->stride[3]) *
+               load_element(y, of_y->dtype, d * of_y->stride[3]);
+    return (float)sum;
+}
+
+/* The same from lse and output, before the only walk. */
+static void start_rows(struct call *c, const struct task *t, struct backward_block *b,
+                       int64_t run) {
+    const struct problem *p = c->p;
+    char *output[MAX_LANES], *d_output[MAX_LANES];
+    point_at_rows(output, &p->output, t, b->first_row, b->rows.rows);
+    point_at_rows(d_output, &p->d_output, t, b->first_row, b->rows.rows);
+    struct query_row row = query_row_at(t, b->first_row);
+    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
+        const bool sees = b->rows.lo[lane] < b->rows.hi[lane];
+        const float lse = of_row(&p->lse, t, &row);
+        const bool empty = lse == -INFINITY && !row_overflowed(p, &t->s, row.i, lse, 0);
+        if (sees && !empty && !(fabsf(lse) < LARGEST_LSE))
+            refuse(c);
+        b->rows.minus[lane] = empty ? lse : (float)(-(double)lse * LOG2_E);
+        b->delta[lane] = -of_row(&p->d_lse, t, &row);
+        if (sees && !empty)
+            b->delta[lane] +=
+                dot_of(c, output[lane], &p->output, d_output[lane], &p->d_output, p->dim_v);
+        if (p->sinks.data && !empty)
+            add_sink(c, t, &row, run,
+                     exp(load_element(p->sinks.data, DTYPE_F32, row.h * p->sinks.stride[1]) -
+                         (double)lse),
+                     b->delta[lane]);
+        keep_stats(c, t, &row, b->rows.minus[lane], 1, b->delta[lane]);
     }
 }
 
@@ -442,14 +508,16 @@ static bool find_tile(struct backward_tile *tile, const struct call *c, const st
                       int64_t i, int32_t n, struct scratch *w) {
     const struct block *b = &w->blocks[n].rows;
     const int64_t first_key = set->first + i * c->body->tile_k,
-                  slot = least(i, kept_tiles(c->body, c->p)) * c->body->blocks + n;
+                  slot = c->body->one_walk
+                             ? 0
+                             : least(i, kept_tiles(c->body, c->p)) * c->body->blocks + n;
     if (first_key + c->body->tile_k <= b->first || first_key >= b->end)
         return false;
     *tile = tile_at(c, set->k, first_key, b->end, slot, w);
     return true;
 }
 
-static void start_set(const struct call *c, struct set *set, int64_t first_row, struct scratch *w) {
+static void start_set(struct call *c, struct set *set, int64_t first_row, struct scratch *w) {
     const int64_t lanes = c->body->lanes, tile_k = c->body->tile_k, rows = set->t->rows - first_row;
     int64_t first = INT64_MAX, end = 0;
     set->blocks = (int32_t)least(c->body->blocks, (rows + lanes - 1) / lanes);
@@ -458,6 +526,8 @@ static void start_set(const struct call *c, struct set *set, int64_t first_row, 
         pack_block(c, set->t, b, first_row + n * lanes, (int32_t)least(lanes, rows - n * lanes), w);
         first = least(first, b->rows.first);
         end = most(end, b->rows.end);
+        if (c->body->finite_only && !b->finite)
+            refuse(c);
     }
     set->first = least(first, end) / tile_k * tile_k;
     set->tiles = (end - set->first + tile_k - 1) / tile_k;
@@ -478,16 +548,17 @@ static void add_tile(const struct call *c, const struct set *set, int64_t i, int
     c->body->accumulate(b, &tile, &to, seen, kept);
 }
 
-/* Forth over the keys for the statistics of the rows, and back, while the latest tiles are in the caches, for the gradients. */
+/* Forth over the keys for the statistics of the rows, unless those are known, and back, while the latest tiles are in the caches,
+ * for the gradients. */
 static void run_set(struct call *c, struct set *set, struct scratch *w) {
     const struct problem *p = c->p;
     struct backward_tile tile;
-    for (int64_t i = 0; i < set->tiles; i++)
+    for (int64_t i = 0; i < set->tiles && !c->body->one_walk; i++)
         for (int32_t n = 0; n < set->blocks; n++)
             if (find_tile(&tile, c, set, i, n, w))
                 weigh(c, set->t, &w->blocks[n], &tile, w);
     for (int32_t n = 0; n < set->blocks; n++)
-        end_rows(c, set->t, &w->blocks[n], set->run);
+        (c->body->one_walk ? start_rows : end_rows)(c, set->t, &w->blocks[n], set->run);
     for (int64_t i = set->tiles - 1; i >= 0; i--)
         for (int32_t n = set->blocks - 1; n >= 0; n--)
             add_tile(c, set, i, n, w);
@@ -513,6 +584,8 @@ static void run_task(struct call *c, const struct task *t, int64_t run, struct s
     const struct keys k = load_keys(c, t, 0, (int32_t)t->s.k_len, w);
     struct set set = {.t = t, .k = &k, .sums = &sums, .run = run};
     const int64_t rows = c->body->blocks * c->body->lanes;
+    if (c->body->finite_only && !k.finite)
+        refuse(c);
     for (int64_t h = t->first_head; h < t->first_head + t->heads; h++)
         c->of_heads[head_index(c->p, t->b, h) * c->runs + run] = (struct head_sums){0, 0};
     memset(sums.touched, 0, (size_t)tiles_of(c->body, c->p));
@@ -568,6 +641,7 @@ static void worker(void *ctx, int64_t index) {
     const int64_t heads = p->batch * p->heads_kv, group = group_of(p);
     struct scratch w;
     lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, p, c->runs == 1);
+    c->body->enter();
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < c->tasks;) {
         const int64_t head = n % heads;
@@ -581,6 +655,7 @@ static void worker(void *ctx, int64_t index) {
         if (atomic_fetch_add_explicit(&c->finished[head], 1, memory_order_acq_rel) + 1 == c->runs)
             finish_head(c, &t, &w);
     }
+    c->body->leave();
 }
 
 /* ---- Slopes and sinks -------------------------------------------------------------------------- */
@@ -663,7 +738,7 @@ static void add_bias_block(const struct call *c, const struct task *t, const str
     for (int32_t lane = 0; lane < count; lane++) {
         const struct row_stats *stats =
             &c->stats[head_index(c->p, t->b, t->first_head) * c->p->len_q + first_row + lane];
-        b->rows.max[lane] = stats->max;
+        *(c->body->one_walk ? &b->rows.minus[lane] : &b->rows.max[lane]) = stats->base;
         b->inverse[lane] = stats->inverse;
         b->delta[lane] = stats->delta;
     }
@@ -728,20 +803,23 @@ static void bias_worker(void *ctx, int64_t index) {
     struct scratch w;
     const int64_t parts = bias_parts(c);
     lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, c->p, c->runs == 1);
+    c->body->enter();
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < parts;) {
         const struct bias_part part = bias_part_at(c, n);
         run_bias_part(c, &part, &w);
     }
+    c->body->leave();
 }
 
 /* ---- The call ---------------------------------------------------------------------------------- */
 
-/* The reference stands in for a call with logits beyond f32, in the same workspace. */
-static struct plan plan_of_reference(const struct plan *plan, const struct problem *p) {
-    struct plan reference = *plan;
-    cpu_bwd_ref_plan(&reference, p, NULL);
-    return reference;
+/* In the same workspace. */
+static struct plan plan_of_stand_in(const struct plan *plan, const struct problem *p,
+                                    const struct backward_body *body) {
+    struct plan other = *plan;
+    body->stand_in_plan(&other, p, NULL);
+    return other;
 }
 
 bool backward_plan(struct plan *plan, const struct problem *p, const struct backward_body *body) {
@@ -755,9 +833,9 @@ bool backward_plan(struct plan *plan, const struct problem *p, const struct back
     plan->tile_k = body->tile_k;
     plan->threads = (int32_t)most(1, least(plan->threads, c.tasks));
     plan->workspace_bytes = shared + worker_bytes * (size_t)plan->threads;
-    const size_t reference = plan_of_reference(plan, p).workspace_bytes;
-    if (plan->workspace_bytes < reference)
-        plan->workspace_bytes = reference;
+    const size_t other = plan_of_stand_in(plan, p, body).workspace_bytes;
+    if (plan->workspace_bytes < other)
+        plan->workspace_bytes = other;
     return true;
 }
 
@@ -770,10 +848,13 @@ int32_t backward_launch(const struct plan *plan, const struct problem *p, const 
     c.stats = p->d_bias.data ? c.stats : NULL;
     for (int64_t head = 0; head < p->batch * p->heads_kv; head++)
         atomic_store_explicit(&c.finished[head], 0, memory_order_relaxed);
-    threads_run(exec, plan->threads, worker, &c);
-    if (atomic_load(&c.overflowed)) {
-        const struct plan reference = plan_of_reference(plan, p);
-        return cpu_bwd_ref_launch(&reference, p, exec);
+    if (body->one_walk && p->lse.dtype != DTYPE_F32)
+        refuse(&c);
+    else
+        threads_run(exec, plan->threads, worker, &c);
+    if (atomic_load(&c.refused)) {
+        const struct plan other = plan_of_stand_in(plan, p, body);
+        return body->stand_in_launch(&other, p, exec);
     }
     if (p->d_alibi_slopes.data)
         store_head_sums(&c, &p->d_alibi_slopes, false);

@@ -2,20 +2,22 @@
  * Backward attention on the CPU: what the driver (backward.c) and the bodies, one for each instruction set
  * (backward_template.h), agree on.
  *
- * A block is one of forward: up to `lanes` query rows, one in each vector lane. It meets its keys twice. First, tile by tile,
+ * A block is one of forward: up to `lanes` query rows, one in each vector lane. Of a block and a tile of keys
  *
- *     weights[key][lane]   = 2^(logit - the largest so far),  logit from sum over d of key[key][d] * query[d][lane]
+ *     weights[key][lane]   = 2^(logit - what the row's logits are relative to),  logit from sum over d of key[key][d] * query[d][lane]
  *     d_weights[key][lane] = sum over d of value[key][d] * d_output[d][lane]
  *
- * are kept, with the maxima that the weights of a tile are relative to, while sum and delta of each row add up. Then, with both
- * known, weights become P and d_weights become dS, and
+ * are made, weights become P and d_weights become dS, and
  *
  *     d_value[key][d]  += sum over lanes of weights[key][lane] * d_output[lane][d]
  *     d_key[key][d]    += sum over lanes of d_weights[key][lane] * query[lane][d]
  *     d_query[d][lane] += sum over keys of key[key][d] * d_weights[key][lane]
  *
- * All five are the product of product.h. Query and d_output are packed both ways, [d][lane] and in panels of `lanes` columns,
- * [panel][lane][column]; gradients of keys and values are panels, too, [panel][key][column].
+ * P and dS need the sum of a row's weights and its delta. A body with `one_walk` takes them from lse and output. Others meet the
+ * keys twice: first the weights of all tiles are kept, with the maxima that they are relative to, while sum and delta add up.
+ *
+ * Bodies pack operands as their products like them: query and d_output for sums over d and for sums over lanes, keys and values.
+ * Gradients of keys and values are panels of `lanes` columns, [panel][key][column].
  */
 #ifndef DLATTN_CPU_BACKWARD_H_
 #define DLATTN_CPU_BACKWARD_H_
@@ -25,11 +27,12 @@
 struct backward_block {
     int64_t first_row;                 /* of the task */
     struct block rows;                 /* rows.output is d_query, [d][lane], before the scale */
-    float *d_output;                   /* [d_v][lane] */
-    float *query_rows, *d_output_rows; /* panels */
+    float *d_output;                   /* as rows.query, for sums over d */
+    float *query_rows, *d_output_rows; /* for sums over lanes */
     float delta
         [MAX_LANES]; /* as weights add up: of weight * d_weight; then delta of docs/numerics.md */
-    float inverse[MAX_LANES];   /* of the sum of all weights, sink included */
+    float inverse
+        [MAX_LANES]; /* of the sum of all weights, sink included; not with one_walk, where rows.minus is -lse */
     float distances[MAX_LANES]; /* sum of dS * distance from the diagonal */
     bool finite;                /* query and d_output */
 };
@@ -63,9 +66,11 @@ struct backward_tile {
     float factor;      /* of dropout */
     bool hides;        /* there are extra logits */
     bool drops;
+    bool d_logits;                    /* dS is wanted by others than the products */
     bool finite;                      /* the keys */
     float *weights, *d_weights, *max; /* [key][lane], max [lane] */
     float *cap_slopes;                /* [key][lane]: derivatives of the cap; NULL without one */
+    float *packed;                    /* packed_bytes of the body's */
 };
 
 /* Where the gradients of a tile go: panels, `stride` apart, and `tile` behind those of the tile before. NULL: not wanted. */
@@ -80,13 +85,31 @@ struct backward_body {
     int32_t lanes;
     int32_t vector_lanes;
     int32_t tile_k;
+    int32_t step;  /* what d is padded to */
+    int32_t terms; /* bf16 whose sum is an element */
+    int32_t packed_bytes;
+    bool
+        one_walk; /* sum and delta come from lse and output; weigh() leaves scores, the rest is differentiate()'s */
+    bool
+        finite_only; /* sums over keys and lanes do not leave out what is hidden: 0 * NaN would be NaN */
 
-    /* rows[lane] -> [d][lane] and panels; NULL: a row of zeros. False if some of it is not finite. scratch: lanes * padded row. */
-    bool (*pack)(const struct block *b, float *transposed, float *panels, const char *const *rows,
-                 int64_t dim, enum dtype dtype, float *scratch);
-    /* n rows of keys or values as f32: in place where they can be used so, else in `to`. */
-    struct operand (*load_rows)(float *to, const struct rows *rows, int32_t n, int64_t dim,
-                                enum dtype dtype);
+    /* The row that computes the call if a logit is beyond f32; with one_walk if an lse is large or rounded; and with finite_only if a
+     * query, key or d_output is not finite. */
+    bool (*stand_in_plan)(struct plan *plan, const struct problem *p, const struct caps *caps);
+    int32_t (*stand_in_launch)(const struct plan *plan, const struct problem *p,
+                               const struct exec *exec);
+    /* A worker's set-up and clean-up. */
+    void (*enter)(void);
+    void (*leave)(void);
+    /* rows[lane] for sums over d and over lanes; NULL: a row of zeros. False if some of it is not finite. scratch: lanes *
+     * padded row. */
+    bool (*pack)(const struct block *b, float *transposed, float *rows_of_lanes,
+                 const char *const *rows, int64_t dim, enum dtype dtype, float *scratch);
+    /* n rows of keys or values as operands: in place where they can be used so, else in `to`. */
+    struct operand (*load_key)(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                               enum dtype dtype);
+    struct operand (*load_value)(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                 enum dtype dtype);
     bool (*finite)(const struct operand *rows, int32_t n, int64_t dim);
     /* Bias and masks as extra logits, [key][lane]. scratch: lanes * (n, padded, and a vector). */
     void (*load_extra)(float *extra, const struct extra_row *rows,
@@ -94,6 +117,8 @@ struct backward_body {
                        const struct block *b, int64_t first_key, int32_t n, float *scratch);
     void (*draw)(float *keep, const struct dropout *dropout, const struct block *b,
                  int64_t first_key, int32_t n);
+    /* Of rows of n elements that follow each other. */
+    float (*dot)(const char *x, enum dtype x_dtype, const char *y, enum dtype y_dtype, int64_t n);
     /* Weights and d_weights of a tile; sum and delta of the block's rows follow. */
     void (*weigh)(struct backward_block *b, const struct backward_tile *t);
     /* P in place of the weights, as the values meet it, and dS in place of d_weights. seen[key], kept[key]: the lanes that see

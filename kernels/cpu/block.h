@@ -48,6 +48,8 @@ static inline void next_query_row(const struct task *t, struct query_row *row) {
     }
 }
 
+static inline uint64_t lanes_in_use(const struct block *b) { return UINT64_MAX >> (64 - b->rows); }
+
 /* Where rows [first, first + count) of the task's heads begin in a tensor that is shaped as query or output. */
 void point_at_rows(char **rows, const struct view *v, const struct task *t, int64_t first,
                    int32_t count);

@@ -13,6 +13,17 @@
 
 enum { LANES = VECTORS * VEC_LANES };
 
+/* FUNCTION(..., vectors) with the vectors of the block as a constant. */
+#define FOR_VECTORS(b, FUNCTION, ...)                                                              \
+    do {                                                                                           \
+        if ((b)->vectors == 1)                                                                     \
+            FUNCTION(__VA_ARGS__, 1);                                                              \
+        else if ((b)->vectors == 2 && VECTORS > 2)                                                 \
+            FUNCTION(__VA_ARGS__, 2);                                                              \
+        else                                                                                       \
+            FUNCTION(__VA_ARGS__, VECTORS);                                                        \
+    } while (0)
+
 /* to[column][row] of from[row][column], a block's lanes of rows; columns are padded to whole vectors. */
 VEC_FN static void transpose_in(float *to, const float *from, int64_t stride, int64_t columns,
                                 int64_t rows) {

@@ -12,8 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Calls visit for each backward row but the reference, where this machine has what it needs. */
-static void each_row(void (*visit)(const char *row)) {
+/* Calls visit for each backward row but the reference, where this machine has what it needs, and the element with the most digits
+ * that the row takes. */
+static void each_row(void (*visit)(const char *row, enum element element)) {
     const dlattn_api *api = test_api();
     for (int32_t n = 0; n < api->kernel_count(); n++) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
@@ -22,7 +23,9 @@ static void each_row(void (*visit)(const char *row)) {
             strstr(info.name, "ref"))
             continue;
         if (info.available)
-            visit(info.name);
+            visit(info.name, element_is_listed(info.dtypes, F32)   ? F32
+                             : element_is_listed(info.dtypes, F16) ? F16
+                                                                   : BF16);
         else
             fprintf(stderr, "%s is skipped: it needs %s\n", info.name, info.arch);
     }
@@ -91,23 +94,23 @@ static const struct features many_sums[] = {
 };
 enum { SETS = sizeof many_sums / sizeof many_sums[0] };
 
-static struct test_case many_blocks(int set) {
-    return (struct test_case){{2, 4, 2, 290, 130, 24, 40}, many_sums[set], F32, 7};
+static struct test_case many_blocks(int set, enum element element) {
+    return (struct test_case){{2, 4, 2, 290, 130, 24, 40}, many_sums[set], element, 7};
 }
 
-static void check_many_blocks(const char *row) {
+static void check_many_blocks(const char *row, enum element element) {
     for (int set = 0; set < SETS; set++) {
-        const struct test_case c = many_blocks(set);
+        const struct test_case c = many_blocks(set, element);
         expect_right(row, &c);
     }
 }
 
 Test(backward, many_blocks) { each_row(check_many_blocks); }
 
-static void check_threads(const char *row) {
+static void check_threads(const char *row, enum element element) {
     static const int32_t threads[] = {2, 3, 16};
     for (int set = 0; set < SETS; set++) {
-        const struct test_case from = many_blocks(set);
+        const struct test_case from = many_blocks(set, element);
         struct call one, more;
         call_make(&one, &from);
         call_use_images(&one);
@@ -129,7 +132,7 @@ Test(backward, threads) { each_row(check_threads); }
 
 /* ---- Many keys -------------------------------------------------------------------------------- */
 
-static void check_many_keys(const char *row) {
+static void check_many_keys(const char *row, enum element element) {
     const struct features plain = {.name = "plain", .lse = LSE_F32, .backward = true},
                           masked = {.name = "masked",
                                     .mask = AXIS_B | AXIS_K,
@@ -137,8 +140,8 @@ static void check_many_keys(const char *row) {
                                     .dropout = 0.4,
                                     .lse = LSE_F32,
                                     .backward = true};
-    expect_right(row, &(struct test_case){{1, 2, 1, 3, 16384 + 130, 8, 8}, plain, F32, 1});
-    expect_right(row, &(struct test_case){{1, 1, 1, 2, 16384 + 70, 8, 8}, masked, F32, 2});
+    expect_right(row, &(struct test_case){{1, 2, 1, 3, 16384 + 130, 8, 8}, plain, element, 1});
+    expect_right(row, &(struct test_case){{1, 1, 1, 2, 16384 + 70, 8, 8}, masked, element, 2});
 }
 
 Test(backward, many_keys) { each_row(check_many_keys); }
@@ -152,9 +155,10 @@ static const struct test_case edge_case = {
     3};
 
 /* The row and the reference on a call with one number replaced, and all queries multiplied. */
-static void run_edge(struct call *c, const char *row, enum slot slot, const int64_t index[4],
-                     double number, double logits) {
+static void run_edge(struct call *c, const char *row, enum element element, enum slot slot,
+                     const int64_t index[4], double number, double logits) {
     struct test_case from = edge_case;
+    from.element = element;
     from.features.logits = logits;
     call_make(c, &from);
     if (number != 0)
@@ -163,12 +167,14 @@ static void run_edge(struct call *c, const char *row, enum slot slot, const int6
     run(c, row, 1);
 }
 
-/* A row with a logit beyond f32 leaves the call to the reference. */
-static void check_overflow(const char *row) {
+/* A row with a logit beyond f32 leaves the call to the reference. f16 has none. */
+static void check_overflow(const char *row, enum element element) {
     const int64_t first[4] = {0};
     struct call got, wanted;
-    run_edge(&got, row, QUERY, first, 0, 1e38);
-    run_edge(&wanted, "cpu_bwd_ref", QUERY, first, 0, 1e38);
+    if (element == F16)
+        return;
+    run_edge(&got, row, element, QUERY, first, 0, 1e38);
+    run_edge(&wanted, "cpu_bwd_ref", element, QUERY, first, 0, 1e38);
     expect_same_bits(row, "logits beyond f32", &got, &wanted);
     call_free(&got);
     call_free(&wanted);
@@ -176,12 +182,12 @@ static void check_overflow(const char *row) {
 
 Test(backward, overflow) { each_row(check_overflow); }
 
-static bool alike(double x, double y) {
-    return isnan(x) ? isnan(y) : x == y || fabs(x - y) <= 1e-4 * (1 + fabs(y));
+static bool alike(double x, double y, double tolerance) {
+    return isnan(x) ? isnan(y) : x == y || fabs(x - y) <= tolerance * (1 + fabs(y));
 }
 
 /* NaN and infinity reach what they reach by the formula, and nothing else. */
-static void check_not_finite(const char *row) {
+static void check_not_finite(const char *row, enum element element) {
     static const struct {
         enum slot slot;
         int64_t index[4];
@@ -200,14 +206,18 @@ static void check_not_finite(const char *row) {
     };
     for (size_t n = 0; n < sizeof edges / sizeof edges[0]; n++) {
         struct call got, wanted;
-        run_edge(&got, row, edges[n].slot, edges[n].index, edges[n].number, 0);
-        run_edge(&wanted, "cpu_bwd_ref", edges[n].slot, edges[n].index, edges[n].number, 0);
+        run_edge(&got, row, element, edges[n].slot, edges[n].index, edges[n].number, 0);
+        run_edge(&wanted, "cpu_bwd_ref", element, edges[n].slot, edges[n].index, edges[n].number,
+                 0);
         for (int slot = D_QUERY; slot < SLOTS; slot++) {
             const struct tensor *t = &got.tensor[slot];
             int64_t index[4] = {0}, wrong = 0;
             for (int64_t left = got.has[slot] ? tensor_count(t) : 0; left > 0;
                  left--, tensor_next(t, index))
-                wrong += !alike(tensor_get(t, index), tensor_get(&wanted.tensor[slot], index));
+                wrong += !alike(tensor_get(t, index), tensor_get(&wanted.tensor[slot], index),
+                                element == F32   ? 1e-4
+                                : element == F16 ? 1e-3
+                                                 : 1e-2);
             cr_expect(eq(long, wrong, 0), "%s: %s, with %g in %s", row, slot_name((enum slot)slot),
                       edges[n].number, slot_name(edges[n].slot));
         }
@@ -217,3 +227,18 @@ static void check_not_finite(const char *row) {
 }
 
 Test(backward, not_finite) { each_row(check_not_finite); }
+
+/* ---- One walk --------------------------------------------------------------------------------- */
+
+/* A row that takes an lse as it was rounded leaves a call in which that costs too much to one that does not. */
+static void check_large_lse(const char *row, enum element element) {
+    const int64_t first[4] = {0};
+    struct call got, wanted;
+    run_edge(&got, row, element, QUERY, first, 0, 3000);
+    run_edge(&wanted, element == F32 ? row : "cpu_bwd_avx512", element, QUERY, first, 0, 3000);
+    expect_same_bits(row, "an lse of thousands", &got, &wanted);
+    call_free(&got);
+    call_free(&wanted);
+}
+
+Test(backward, large_lse) { each_row(check_large_lse); }

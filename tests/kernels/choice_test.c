@@ -46,8 +46,12 @@ static rows bf16 = {
 #define BACKWARD_REF "cpu_bwd_ref"
 static rows backward_f64 = {BACKWARD_REF, BACKWARD_REF, BACKWARD_REF,
                             BACKWARD_REF, BACKWARD_REF, BACKWARD_REF};
-static rows backward = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
-                        "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_avx512"};
+static rows backward_f32 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
+                            "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_avx512"};
+static rows backward_f16 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
+                            "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_amx_f16"};
+static rows backward_bf16 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
+                             "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_amx"};
 
 static const char *row_of(const struct test_case *from, uint32_t cpu, const char *kernel) {
     const struct caps caps = {.cpu = cpu, .threads = 2};
@@ -124,13 +128,20 @@ Test(choice, features) {
     }
 }
 
+static const char *const *backward_rows(enum element e) {
+    return e == F64   ? backward_f64
+           : e == F32 ? backward_f32
+           : e == F16 ? backward_f16
+                      : backward_bf16;
+}
+
 /* No option takes a problem away from a row of backward. */
 Test(choice, gradients) {
     for (int n = 0; n < feature_set_count; n++) {
         struct test_case c = {{2, 8, 2, 20, 50, 64, 64}, feature_sets[n], F64, 3};
         c.features.backward = true;
         for (; !features_are_forward_only(&feature_sets[n]) && c.element <= BF16; c.element++)
-            expect_rows(&c, c.element == F64 ? backward_f64 : backward);
+            expect_rows(&c, backward_rows(c.element));
     }
 }
 

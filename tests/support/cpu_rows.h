@@ -41,9 +41,10 @@ static inline void find_cpu_rows(struct cpu_rows *rows, enum element element) {
 
 static inline void find_every_cpu_row(struct cpu_rows *rows) { find_cpu_rows_of(rows, ~0u); }
 
-/* What a row takes: bf16 if it can, else f32, else f64. */
+/* What a row takes: bf16 if it can, else f16, else f32, else f64. */
 static inline enum element shortest_element(const dlattn_kernel_info *row) {
     return element_is_listed(row->dtypes, BF16)  ? BF16
+           : element_is_listed(row->dtypes, F16) ? F16
            : element_is_listed(row->dtypes, F32) ? F32
                                                  : F64;
 }

@@ -5,7 +5,13 @@
 #define TILE_K 64
 #define PAIRS 0
 #define BLOCKS 4
+#include "kernels/cpu/forward_template.h"
+
 #include "kernels/cpu/backward_template.h"
+
+#include "kernels/cpu/backward_f32.h"
+
+#include "kernels/cpu/backward_row.h"
 
 ROW_FUNCTIONS(cpu_bwd_avx2);
 
