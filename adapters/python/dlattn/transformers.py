@@ -45,7 +45,7 @@ if "q_offset" not in inspect.signature(sdpa_mask).parameters:
 # band, which is int64 [B, 1, 1, 4] on the CPU: for each batch how far a row sees to the left and to
 # the right of its diagonal (-1: all), where the diagonal of row 0 is, and how many keys there are.
 # A band says all by itself, because not every model that has a window hands it to its attention; on
-# another device it would be right, too. It has four axes because a mask of two is taken for padding.
+# another device it would be right, too. It has four axes: a mask of two is taken for padding.
 
 _UNBOUNDED = -1
 

@@ -6,13 +6,11 @@ import copy
 import os
 from pathlib import Path
 
-import dlattn
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import dlattn.transformers  # noqa: E402
 from dlattn.transformers import attention_forward, attention_mask  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 
