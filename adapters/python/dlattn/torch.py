@@ -15,6 +15,7 @@ composite of PyTorch's operators, which holds all logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import Error, InvalidArgument, Unsupported, _core
+from . import Error, InvalidArgument, Unsupported, _core, _torch_provider
 from ._native import serves
 from ._options import Alignment, Window, alignment_code, window_sides
 from ._torch_backward import backward
 from ._torch_math import DIFFERENTIABLE, Options, Tensors, composite, order_of
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = ["attention", "patch", "scaled_dot_product_attention"]
 
 # PyTorch before 2.10 cannot tell the C side which stream is current.
 _HAS_EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__")
@@ -174,6 +175,19 @@ def _alignment(bias: Any, query: Tensor, key: Tensor) -> Alignment:
             f"attn_mask: is a CausalBias of {list(meant)}, query and key make it {list(found)}"
         )
     return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
+
+
+def patch() -> AbstractContextManager[None]:
+    """Within it ``torch.nn.functional.scaled_dot_product_attention``, in all threads, is the
+    plugin's, and PyTorch's own where the plugin refuses.
+
+    For a PyTorch without ``torch.nn.attention.activate_flash_attention_impl``, which after the
+    import of this module knows "DLATTN", and reaches callers in C++ and compiled programs, too.
+    """
+    return _torch_provider.patched(scaled_dot_product_attention)
+
+
+_torch_provider.register(scaled_dot_product_attention)
 
 
 # ---- Everything
