@@ -1120,6 +1120,22 @@ static PyObject *kernels(PyObject *self, PyObject *none) {
     return rows;
 }
 
+/* devices() -> (device type, id, name, arch, multiprocessors) of each; the CPU is the first. */
+static PyObject *devices(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    PyObject *rows = open_library() == 0 ? PyList_New(0) : NULL;
+    for (int32_t i = 0; rows && i < api->device_count(); i++) {
+        dlattn_device_info d = {.struct_size = sizeof d};
+        api->device_info(i, &d);
+        PyObject *row =
+            Py_BuildValue("iissi", d.device_type, d.device_id, d.name, d.arch, d.multiprocessors);
+        if (!row || PyList_Append(rows, row) != 0)
+            Py_CLEAR(rows);
+        Py_XDECREF(row);
+    }
+    return rows;
+}
+
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL | METH_KEYWORDS, NULL},
@@ -1131,6 +1147,7 @@ static PyMethodDef methods[] = {
     {"use_openmp", use_openmp, METH_NOARGS, NULL},
     {"library", library, METH_NOARGS, NULL},
     {"kernels", kernels, METH_NOARGS, NULL},
+    {"devices", devices, METH_NOARGS, NULL},
     {0},
 };
 

@@ -37,6 +37,7 @@ from ._options import Alignment, Window, alignment_code, block_sides, window_sid
 
 __all__ = [
     "BufferTooSmall",
+    "Device",
     "DeviceError",
     "DeviceUnavailable",
     "Error",
@@ -53,6 +54,7 @@ __all__ = [
     "append",
     "attention",
     "attention_backward",
+    "devices",
     "kernels",
     "library",
     "merge",
@@ -97,6 +99,16 @@ class Kernel(NamedTuple):
     available: bool
 
 
+class Device(NamedTuple):
+    """One device of this machine (``dlattn_device_info`` in dlattn.h)."""
+
+    type: int  # DLPack's: 1 is the CPU, 2 CUDA
+    id: int
+    name: str
+    arch: str
+    multiprocessors: int  # of a CPU: threads
+
+
 class Library(NamedTuple):
     """The plugin that is in use."""
 
@@ -113,6 +125,11 @@ def library() -> Library:
 def kernels() -> list[Kernel]:
     """The kernel table, best first."""
     return [Kernel(*row) for row in _core.kernels()]
+
+
+def devices() -> list[Device]:
+    """The devices of this machine, of which the CPU is the first."""
+    return [Device(*row) for row in _core.devices()]
 
 
 def attention(
