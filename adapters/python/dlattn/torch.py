@@ -296,7 +296,12 @@ def attention(
         _check_composite(t, o)
         out, lse = composite(t, o)
     else:
-        forward = _Forward.apply if _are_transforms_active() else torch.ops.dlattn.forward
+        if _are_transforms_active():
+            forward = _Forward.apply
+        elif _is_for_autograd_alone(query, key, value, *tensors):
+            forward = _Eager.apply
+        else:
+            forward = torch.ops.dlattn.forward
         out, lse = forward(query, key, value, *tensors, *options)
     return (out, lse.float()) if return_lse else out
 
@@ -560,8 +565,11 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = options._replace(dropout_seed=None)
 
 
-def _gradient(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    apply = _Backward.apply if _are_transforms_active() else torch.ops.dlattn.backward
+def _gradient(
+    ctx: Any, d_output: Tensor, d_lse: Tensor, apply: Any = None
+) -> tuple[Tensor | None, ...]:
+    if apply is None:
+        apply = _Backward.apply if _are_transforms_active() else torch.ops.dlattn.backward
     *tensors, seed, output, lse = ctx.saved_tensors
     options = ctx.options._replace(dropout_seed=seed)
     needs = dict(zip(Tensors._fields, ctx.needs_input_grad))
@@ -615,6 +623,32 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.dlattn.forward(*inputs)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, which takes longer than a short call itself."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_forward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        is_watched = torch.is_grad_enabled() or not _is_for_autograd_alone(d_output, d_lse)
+        return _gradient(ctx, d_output, d_lse, None if is_watched else _backward)
+
+
+def _is_for_autograd_alone(*tensors: Tensor | None) -> bool:
+    """Whether nobody else wants to see a call of these: no mode, no subclass, no trace."""
+    return (
+        not _is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(x is None or type(x) in _TENSORS for x in tensors)
+    )
 
 
 class _Backward(torch.autograd.Function):
