@@ -641,14 +641,19 @@ class _Eager(torch.autograd.Function):
 
 
 def _is_for_autograd_alone(*tensors: Tensor | None) -> bool:
-    """Whether nobody else wants to see a call of these: no mode, no subclass, no trace."""
+    """Whether nobody else sees a call of these, no mode, subclass or trace, and all are memory that
+    means what it says."""
     return (
         not _is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None
-        and all(x is None or type(x) in _TENSORS for x in tensors)
+        and all(x is None or (type(x) in _TENSORS and _is_memory(x)) for x in tensors)
     )
+
+
+def _is_memory(x: Tensor) -> bool:
+    return not (x.is_meta or x.is_neg() or x._is_zerotensor())
 
 
 class _Backward(torch.autograd.Function):

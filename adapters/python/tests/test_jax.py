@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["DLATTN_NUM_THREADS"] = "4"  # so that XLA's threads are used on any machine
 
 import functools
+import subprocess
+import sys
 
 import dlattn
 import dlattn.jax
@@ -814,3 +816,42 @@ def test_arrays_cannot_be_written():
     query, key, value = (x.swapaxes(1, 2) for x in make())
     with pytest.raises(dlattn.InvalidArgument, match="JAX arrays cannot be written to"):
         dlattn.attention(query, key, value, out=query)
+
+
+ELSEWHERE = """
+import pathlib, sys
+import dlattn.jax, jax, numpy as np
+from jax import export
+
+program = export.deserialize(bytearray(pathlib.Path("program").read_bytes()))
+arguments = [np.load(f"{i}.npy") for i in range(3)]
+np.save("output.npy", program.call(*arguments))
+np.save("gradient.npy", program.vjp().call(*arguments, np.load("cotangent.npy"))[0])
+"""
+
+
+@pytest.mark.parametrize("cpu", ["", "avx2 f16c"])
+def test_exported_runs_elsewhere(cpu, tmp_path):
+    """In another process, with other kernels, which need more workspace, and more threads."""
+    tensors = make(rows=70, keys=300, dim=64)
+    call = jax.jit(functools.partial(ours, is_causal=True))
+    checks = [
+        export.DisabledSafetyCheck.custom_call(f"dlattn_{x}") for x in ("forward", "backward")
+    ]
+    program = export.export(call, disabled_checks=checks)(*tensors)
+    (tmp_path / "program").write_bytes(program.serialize(vjp_order=1))
+    cotangent = normal(4, *tensors[0].shape)
+    for name, x in zip(("0", "1", "2", "cotangent"), (*tensors, cotangent)):
+        np.save(tmp_path / f"{name}.npy", np.asarray(x))
+    environment = os.environ | {"DLATTN_CPU": cpu, "DLATTN_NUM_THREADS": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted, pullback = jax.vjp(call, *tensors)
+    close(np.load(tmp_path / "output.npy"), wanted)
+    close(np.load(tmp_path / "gradient.npy"), pullback(cotangent)[0], 2e-5)
