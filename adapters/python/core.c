@@ -1136,6 +1136,13 @@ static PyObject *devices(PyObject *self, PyObject *none) {
     return rows;
 }
 
+/* bind_errors(classes): the exceptions by status, before anything else is called. */
+static PyObject *bind_errors(PyObject *self, PyObject *classes) {
+    (void)self;
+    errors = Py_NewRef(classes);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL | METH_KEYWORDS, NULL},
@@ -1148,6 +1155,7 @@ static PyMethodDef methods[] = {
     {"library", library, METH_NOARGS, NULL},
     {"kernels", kernels, METH_NOARGS, NULL},
     {"devices", devices, METH_NOARGS, NULL},
+    {"bind_errors", bind_errors, METH_O, NULL},
     {0},
 };
 
@@ -1156,9 +1164,6 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "dlattn._co
 
 PyMODINIT_FUNC PyInit__core(void); /* Python looks for it by this name */
 PyMODINIT_FUNC PyInit__core(void) {
-    PyObject *package = PyImport_ImportModule("dlattn._errors");
-    errors = package ? PyObject_GetAttrString(package, "BY_STATUS") : NULL;
-    Py_XDECREF(package);
     str_dlpack = PyUnicode_InternFromString("__dlpack__");
     str_dlpack_device = PyUnicode_InternFromString("__dlpack_device__");
     str_stream = PyUnicode_InternFromString("stream");
@@ -1173,7 +1178,7 @@ PyMODINIT_FUNC PyInit__core(void) {
                       : is_count                               ? PyLong_FromLong(0)
                                                                : Py_NewRef(Py_None);
     }
-    if (!errors || !max_version_kw)
+    if (!max_version_kw)
         return NULL;
     if (pthread_key_create(&scratch_key, free_scratch) != 0)
         return PyErr_NoMemory();

@@ -1,10 +1,10 @@
 """Makes what is handed out of what is built: `./dev dist` builds and calls this.
 
-    python tools/dist/dist.py sdk|sdist|npm|sums OUT
+    python tools/dist/dist.py sdk|sdist|kernels|npm|sums OUT
 
 sdk: the library, its headers and dlattn-info for C and C++; sdist: the sources, which pip builds
-where Bazel is, or around libraries that DLATTN_NATIVE names the folder of; npm: a folder for `npm
-pack`; sums: SHA256SUMS and an SBOM (CycloneDX) of what OUT holds. Archives of the same sources have
+where Bazel is, or around libraries that DLATTN_NATIVE names the folder of; kernels: what a repository of
+Hugging Face's kernels holds; npm: a folder for `npm pack`; sums: SHA256SUMS and an SBOM (CycloneDX) of what OUT holds. Archives of the same sources have
 the same bytes.
 """
 
@@ -73,18 +73,22 @@ def filled(template: str, values: dict[str, str]) -> bytes:
 def write_archive(
     file: Path, prefix: str, contents: dict[str, bytes], links: dict[str, str] | None = None
 ) -> None:
-    """With files that the owner may write and, in bin or of scripts, everybody run."""
     with file.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, 0) as packed:
         with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name, data in sorted(contents.items()):
-                member = tarfile.TarInfo(f"{prefix}/{name}")
-                is_program = name.startswith("bin/") or data.startswith(b"#!")
-                member.size, member.mode = len(data), 0o755 if is_program else 0o644
-                archive.addfile(member, io.BytesIO(data))
+            add_files(archive, prefix, contents)
             for name, target in (links or {}).items():
                 member = tarfile.TarInfo(f"{prefix}/{name}")
                 member.type, member.linkname = tarfile.SYMTYPE, target
                 archive.addfile(member)
+
+
+def add_files(archive: tarfile.TarFile, prefix: str, contents: dict[str, bytes]) -> None:
+    """Which the owner may write and, in bin or of scripts, everybody run."""
+    for name, data in sorted(contents.items()):
+        member = tarfile.TarInfo(f"{prefix}/{name}")
+        is_program = name.startswith("bin/") or data.startswith(b"#!")
+        member.size, member.mode = len(data), 0o755 if is_program else 0o644
+        archive.addfile(member, io.BytesIO(data))
 
 
 # ---- Sources, and the package for Node
@@ -111,6 +115,41 @@ def npm(out: Path) -> None:
     if package["version"] != VERSION:
         raise SystemExit(f"adapters/node/package.json: version is not {VERSION}")
     (out / "libdlattn.so.1").write_bytes(stripped(BUILT / "libdlattn.so.1"))
+
+
+# ---- For Hugging Face's kernels
+
+KERNEL_INIT = """\
+\"\"\"Attention for CPUs and NVIDIA GPUs, with flash-attn's functions; `dlattn` is the whole package.\"\"\"
+
+from . import dlattn
+from .dlattn.flash_attn import *  # noqa: F403
+from .dlattn.torch import attention, scaled_dot_product_attention
+"""
+
+
+def kernels(out: Path) -> None:
+    """One folder for each backend of PyTorch: the package binds to no PyTorch and no CUDA."""
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [n for n in archive.namelist() if n.startswith("dlattn/") and "xla" not in n]
+        package = {name: archive.read(name) for name in names}
+    files = {"README.md": (ROOT / "docs/python.md").read_bytes()}
+    digest = hashlib.sha256(b"".join(package.values())).hexdigest()
+    for backend in ("cpu", "cuda"):
+        metadata = {
+            "id": f"_dlattn_{backend}_{digest[:12]}",
+            "name": "dlattn",
+            "version": int(VERSION.partition(".")[0]),
+            "license": "Apache-2.0",
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
+        made = {"__init__.py": KERNEL_INIT.encode(), "metadata.json": json.dumps(metadata).encode()}
+        files |= {f"build/torch-{backend}/{n}": data for n, data in (made | package).items()}
+    name = f"dlattn-kernels-{VERSION}"
+    with tarfile.open(out / f"{name}.tar.xz", "w:xz", preset=9) as archive:
+        add_files(archive, name, files)
 
 
 # ---- What there is
@@ -175,5 +214,7 @@ def crate_pin(crate: str) -> str:
     return re.search(rf'name = "{crate}"\nversion = "([^"]+)"', lock)[1]
 
 
+COMMANDS = {"sdk": sdk, "sdist": sdist, "kernels": kernels, "npm": npm, "sums": sums}
+
 if __name__ == "__main__":
-    {"sdk": sdk, "sdist": sdist, "npm": npm, "sums": sums}[sys.argv[1]](Path(sys.argv[2]))
+    COMMANDS[sys.argv[1]](Path(sys.argv[2]))

@@ -22,6 +22,7 @@ from ._arrays import (
     slots,
 )
 from ._errors import (
+    BY_STATUS,
     BufferTooSmall,
     DeviceError,
     DeviceUnavailable,
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 Array = TypeVar("Array")
+_core.bind_errors(BY_STATUS)
 
 
 class Sku(NamedTuple):
