@@ -2,10 +2,13 @@
 
 load("@rules_cc//cc:defs.bzl", "cc_binary")
 
-# Functions whose version has changed since; all are of the first version for x86-64. A linker knows one library of a name,
+# Functions whose version has changed since; all are of the first version for their machine. A linker knows one library of a name,
 # so those of libm and libc, whose others are needed as well, stand beside libdl's: at run time a function is looked for
 # in all libraries by its name and version alone.
-_VERSION = "GLIBC_2.2.5"
+_VERSIONS = {
+    "//:aarch64": "GLIBC_2.17",
+    "//conditions:default": "GLIBC_2.2.5",
+}
 _FUNCTIONS = {
     "libdl.so.2": [
         "__libc_start_main",
@@ -55,14 +58,17 @@ def old_glibc():
         native.genrule(
             name = base + "_source",
             outs = [base + ".S"],
-            cmd = "printf '.globl %%s\\n.type %%s, @function\\n%%s:\\n' %s > $@" % (
+            cmd = "printf '.globl %%s\\n.type %%s, %%%%function\\n%%s:\\n' %s > $@" % (
                 " ".join([" ".join([f] * 3) for f in functions])
             ),
         )
         native.genrule(
             name = base + "_versions",
             outs = [base + ".map"],
-            cmd = "echo '%s { global: %s; local: *; };' > $@" % (_VERSION, "; ".join(functions)),
+            cmd = select({
+                machine: "echo '%s { global: %s; local: *; };' > $@" % (version, "; ".join(functions))
+                for machine, version in _VERSIONS.items()
+            }),
         )
         cc_binary(
             name = soname,
