@@ -33,9 +33,14 @@ def close(a, b, tolerance=5e-6):
     np.testing.assert_allclose(*(np.asarray(x, np.float64) for x in (a, b)), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
-@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "float_mask", "bias"])
-def test_function(leading, kind):
+@pytest.mark.parametrize(
+    ("kind", "leading"),
+    [
+        *(("plain", ()), ("causal", (2,)), ("mask", (2,)), ("mask", (2, 3))),
+        *(("float_mask", (2,)), ("bias", (2, 3))),
+    ],
+)
+def test_function(kind, leading):
     """Any axes in front; masks of flax's own type, broadcast."""
     options = {
         "plain": {},
