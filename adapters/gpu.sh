@@ -54,6 +54,8 @@ candle ${candle[*]} $work/attention"
 start jax 60 python3 adapters/python/tests/gpu_check.py jax
 start torch 60 python3 adapters/python/tests/gpu_check.py torch
 start torch-compile 60 python3 adapters/python/tests/gpu_check.py compile
+start provider 60 python3 adapters/python/tests/gpu_check.py provider
+start cupy 60 python3 adapters/python/tests/gpu_check.py cupy
 start tvm-ffi 60 python3 adapters/tvm/tvm_cuda.py
 start candle 60 "${candle[@]}" "$work/candle" --test-threads=1
 # One file under all of them, bit by bit.

@@ -1,11 +1,13 @@
 """Puts the plugin and the shims into the wheel, and the glibc that they need into its tag.
 
 Used by hatchling when the wheel is built from a checkout where `./dev lib` has run once; needs
-Bazel and, to leave out debug information, strip.
+Bazel and, to leave out debug information, strip. Whoever builds the libraries himself names their
+folder by DLATTN_NATIVE.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -24,18 +26,20 @@ NATIVE = (
 
 class NativeBuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        targets = ["//" + ":".join(name.rpartition("/")[::2]) for name in NATIVE]
-        subprocess.run(["bazel", "build", *targets], cwd=ROOT, check=True)
+        folder = os.environ.get("DLATTN_NATIVE")
+        if folder is None:
+            targets = ["//" + ":".join(name.rpartition("/")[::2]) for name in NATIVE]
+            subprocess.run(["bazel", "build", *targets], cwd=ROOT, check=True)
         self.folder = tempfile.TemporaryDirectory()
         minors = []
         for name in NATIVE:
             file = Path(self.folder.name, Path(name).name)
-            built = ROOT / "bazel-bin" / name
+            built = Path(folder, file.name) if folder else ROOT / "bazel-bin" / name
             subprocess.run(["strip", "--strip-all", "-o", file, built], check=True)
             build_data["force_include"][str(file)] = f"dlattn/{file.name}"
             minors.append(glibc_minor(file))
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-manylinux_2_{max(minors)}_x86_64"
+        build_data["tag"] = f"py3-none-manylinux_2_{max(17, *minors)}_x86_64"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         self.folder.cleanup()

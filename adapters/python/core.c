@@ -1120,6 +1120,29 @@ static PyObject *kernels(PyObject *self, PyObject *none) {
     return rows;
 }
 
+/* devices() -> (device type, id, name, arch, multiprocessors) of each; the CPU is the first. */
+static PyObject *devices(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    PyObject *rows = open_library() == 0 ? PyList_New(0) : NULL;
+    for (int32_t i = 0; rows && i < api->device_count(); i++) {
+        dlattn_device_info d = {.struct_size = sizeof d};
+        api->device_info(i, &d);
+        PyObject *row =
+            Py_BuildValue("iissi", d.device_type, d.device_id, d.name, d.arch, d.multiprocessors);
+        if (!row || PyList_Append(rows, row) != 0)
+            Py_CLEAR(rows);
+        Py_XDECREF(row);
+    }
+    return rows;
+}
+
+/* bind_errors(classes): the exceptions by status, before anything else is called. */
+static PyObject *bind_errors(PyObject *self, PyObject *classes) {
+    (void)self;
+    errors = Py_NewRef(classes);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"query", (PyCFunction)(void (*)(void))query, METH_FASTCALL | METH_KEYWORDS, NULL},
@@ -1131,6 +1154,8 @@ static PyMethodDef methods[] = {
     {"use_openmp", use_openmp, METH_NOARGS, NULL},
     {"library", library, METH_NOARGS, NULL},
     {"kernels", kernels, METH_NOARGS, NULL},
+    {"devices", devices, METH_NOARGS, NULL},
+    {"bind_errors", bind_errors, METH_O, NULL},
     {0},
 };
 
@@ -1139,9 +1164,6 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "dlattn._co
 
 PyMODINIT_FUNC PyInit__core(void); /* Python looks for it by this name */
 PyMODINIT_FUNC PyInit__core(void) {
-    PyObject *package = PyImport_ImportModule("dlattn._errors");
-    errors = package ? PyObject_GetAttrString(package, "BY_STATUS") : NULL;
-    Py_XDECREF(package);
     str_dlpack = PyUnicode_InternFromString("__dlpack__");
     str_dlpack_device = PyUnicode_InternFromString("__dlpack_device__");
     str_stream = PyUnicode_InternFromString("stream");
@@ -1156,7 +1178,7 @@ PyMODINIT_FUNC PyInit__core(void) {
                       : is_count                               ? PyLong_FromLong(0)
                                                                : Py_NewRef(Py_None);
     }
-    if (!errors || !max_version_kw)
+    if (!max_version_kw)
         return NULL;
     if (pthread_key_create(&scratch_key, free_scratch) != 0)
         return PyErr_NoMemory();

@@ -414,6 +414,27 @@ static int32_t device_of(const void *pointer) {
 
 /* ---- The handlers ---- */
 
+static int32_t run(struct attention *c, const dlattn_forward_desc *desc, const dlattn_exec *exec) {
+    return c->backward ? plugin->backward(desc, &c->tensors, &c->gradients, exec)
+                       : plugin->forward(desc, &c->tensors, exec);
+}
+
+/* On a CPU, of a program that was planned on another (jax.export), whose kernel needs less. */
+static int32_t run_with_more_room(struct attention *c, const dlattn_forward_desc *desc,
+                                  dlattn_exec exec) {
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    int32_t status = c->backward ? plugin->backward_query(desc, &c->tensors, &c->gradients, &sku)
+                                 : plugin->forward_query(desc, &c->tensors, &sku);
+    if (status != DLATTN_OK)
+        return status;
+    const size_t mask = sku.workspace_alignment - 1;
+    exec.workspace_bytes = (sku.workspace_bytes + mask) & ~mask;
+    exec.workspace = aligned_alloc(sku.workspace_alignment, exec.workspace_bytes);
+    status = exec.workspace ? run(c, desc, &exec) : DLATTN_OUT_OF_MEMORY;
+    free(exec.workspace);
+    return status;
+}
+
 static xla_error *attend(const xla_call *call, int backward, DLDevice device, dlattn_exec *exec) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct attention c = {.backward = backward,
@@ -432,8 +453,9 @@ static xla_error *attend(const xla_call *call, int backward, DLDevice device, dl
     const char *wrong = open_tensors(call, &attributes, device, &c, exec);
     if (wrong)
         return refuse(call, XLA_INVALID_ARGUMENT, wrong);
-    const int32_t status = backward ? plugin->backward(&desc, &c.tensors, &c.gradients, exec)
-                                    : plugin->forward(&desc, &c.tensors, exec);
+    int32_t status = run(&c, &desc, exec);
+    if (status == DLATTN_BUFFER_TOO_SMALL && device.device_type == kDLCPU)
+        status = run_with_more_room(&c, &desc, *exec);
     return status == DLATTN_OK ? NULL : refuse(call, code_of(status), plugin->last_error());
 }
 

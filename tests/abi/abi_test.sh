@@ -62,14 +62,17 @@ compiles "dlattn_loader.h after <stdio.h>" "$scratch/host.c"
 
 exported() { nm -D --defined-only "$library" | awk '{ print $2, $3 }'; }
 dynamic() { readelf -dW "$library" | grep -oP "\($1\).*\[\K[^]]+" | sort; }
-needed_only() { ! dynamic NEEDED | grep -vxE 'libc\.so\.6|libm\.so\.6|ld-linux-x86-64\.so\.2'; }
+needed_only() { ! dynamic NEEDED | grep -vxE 'lib(c|m)\.so\.6|libdl\.so\.2|libpthread\.so\.0|ld-linux-x86-64\.so\.2'; }
+# Of the versions of glibc's symbols that it asks for: see third_party/glibc.
+old_glibc() { [ "$(readelf -VW "$library" | grep -oP 'GLIBC_2\.\K[0-9]+' | sort -n | tail -n 1)" -le 17 ]; }
 no_textrel() { ! readelf -dW "$library" | grep TEXTREL; }
 # crtbegin's frame_dummy is the one entry that every object has.
 no_constructors() { readelf -dW "$library" | awk '/INIT_ARRAYSZ/ { n = $(NF - 1) } END { print n + 0; exit n > 8 }'; }
 small() { stat -Lc %s "$library" | awk '{ print; exit $1 >= 20 * 1024 * 1024 }'; }
 
 check "exports dlattn_get_api alone" same 'T dlattn_get_api@@DLATTN_1' exported
-check "needs libc, libm and the loader alone" needed_only
+check "needs libc's libraries and the loader alone" needed_only
+check "asks for no symbol of a glibc after 2.17" old_glibc
 check "is called libdlattn.so.1" same libdlattn.so.1 dynamic SONAME
 check "binds at once" says 'BIND_NOW|Flags:.* NOW' readelf -dW "$library"
 check "is never unloaded" says NODELETE readelf -dW "$library"

@@ -22,6 +22,7 @@ from ._arrays import (
     slots,
 )
 from ._errors import (
+    BY_STATUS,
     BufferTooSmall,
     DeviceError,
     DeviceUnavailable,
@@ -37,6 +38,7 @@ from ._options import Alignment, Window, alignment_code, block_sides, window_sid
 
 __all__ = [
     "BufferTooSmall",
+    "Device",
     "DeviceError",
     "DeviceUnavailable",
     "Error",
@@ -53,6 +55,7 @@ __all__ = [
     "append",
     "attention",
     "attention_backward",
+    "devices",
     "kernels",
     "library",
     "merge",
@@ -60,6 +63,7 @@ __all__ = [
 ]
 
 Array = TypeVar("Array")
+_core.bind_errors(BY_STATUS)
 
 
 class Sku(NamedTuple):
@@ -97,6 +101,16 @@ class Kernel(NamedTuple):
     available: bool
 
 
+class Device(NamedTuple):
+    """One device of this machine (``dlattn_device_info`` in dlattn.h)."""
+
+    type: int  # DLPack's: 1 is the CPU, 2 CUDA
+    id: int
+    name: str
+    arch: str
+    multiprocessors: int  # of a CPU: threads
+
+
 class Library(NamedTuple):
     """The plugin that is in use."""
 
@@ -113,6 +127,11 @@ def library() -> Library:
 def kernels() -> list[Kernel]:
     """The kernel table, best first."""
     return [Kernel(*row) for row in _core.kernels()]
+
+
+def devices() -> list[Device]:
+    """The devices of this machine, of which the CPU is the first."""
+    return [Device(*row) for row in _core.devices()]
 
 
 def attention(
@@ -200,8 +219,8 @@ def attention(
     num_threads: CPU threads; default as many as pay, of ``DLATTN_NUM_THREADS`` or the process's
             cores.
     stream: CUstream as an integer; default: the framework's current stream if it can be asked for
-            (PyTorch), else CUDA's legacy default stream. On a GPU the call returns at once; keep
-            inputs that the framework does not order by stream alive until the stream has run it.
+            (PyTorch, CuPy), else CUDA's legacy default stream. On a GPU the call returns at once;
+            keep inputs that the framework does not order by stream alive until it has run.
 
     Returns ``out``. Arrays of JAX, which cannot be written to, and tensors of PyTorch go through
     ``dlattn.jax.attention`` and ``dlattn.torch.attention``, and have their gradients.
@@ -216,6 +235,8 @@ def attention(
         return framework.attention(**_without_defaults(options))
     if out is None:
         out = framework.empty(query, output_shape(query, value))
+    if stream is None and framework.stream:
+        stream = framework.stream(query)
     left, right = window_sides(window)
     is_plain = (
         query_segments is key_segments is block_mask is block_size is None
@@ -302,6 +323,8 @@ def attention_backward(
             raise InvalidArgument(f"wanted: {name!r} is not among the tensors of this call")
     made = {n: framework.empty(tensors[n], tuple(tensors[n].shape)) for n in names}
     o |= {"out": output, "lse": lse}
+    if o["stream"] is None and framework.stream:
+        o["stream"] = framework.stream(query)
     gradients = gradient_slots(
         {"d_output": d_output, "d_lse": d_lse}, {f"d_{n}": x for n, x in made.items()}
     )
@@ -327,6 +350,8 @@ def merge(
     framework = _framework(type(outputs[0]))
     out = framework.empty(outputs[0], tuple(outputs[0].shape)) if out is None else out
     lse = framework.empty(lses[0], tuple(lses[0].shape)) if lse is None else lse
+    if stream is None and framework.stream:
+        stream = framework.stream(out)
     _core.merge(*part_slots(outputs, lses, out, lse), stream, framework.workspace)
     return out, lse
 
@@ -355,6 +380,8 @@ def append(
     """
     given = {n: x for n, x in locals().items() if n != "stream"}
     framework = _framework(type(key_cache))
+    if stream is None and framework.stream:
+        stream = framework.stream(key_cache)
     _core.append(*append_slots(**given), stream, framework.workspace)
 
 
@@ -421,6 +448,7 @@ class _Framework(NamedTuple):
     empty: Callable[[Any, tuple[int, ...]], Any]
     workspace: Callable[[Any, int], Any]
     attention: Callable[..., Any] | None = None
+    stream: Callable[[Any], int | None] | None = None  # that is current on the array's device
 
 
 _FRAMEWORKS: dict[type, _Framework] = {}
@@ -440,6 +468,8 @@ def _framework(kind: type) -> _Framework:
         )
     elif name == "jax":
         made = _Framework(_no_output, _no_workspace, _jax_attention)
+    elif name == "cupy":
+        made = _Framework(_cupy_empty, _cupy_workspace, stream=_cupy_stream)
     elif hasattr(kind, "__array_namespace__"):
         made = _Framework(_standard_empty, _standard_workspace)
     else:
@@ -448,8 +478,29 @@ def _framework(kind: type) -> _Framework:
     return made
 
 
+def _cupy_empty(like: Any, shape: tuple[int, ...]) -> Any:
+    import cupy
+
+    with like.device:
+        return cupy.empty(shape, like.dtype)
+
+
+def _cupy_workspace(like: Any, size: int) -> Any:
+    import cupy
+
+    with like.device:
+        return cupy.empty(size, cupy.uint8)
+
+
+def _cupy_stream(like: Any) -> int | None:
+    import cupy
+
+    with like.device:
+        return cupy.cuda.get_current_stream().ptr or None
+
+
 def _standard_empty(like: Any, shape: tuple[int, ...]) -> Any:
-    """By the Python array API standard (CuPy and others)."""
+    """By the Python array API standard."""
     return like.__array_namespace__().empty(shape, dtype=like.dtype, device=like.device)
 
 

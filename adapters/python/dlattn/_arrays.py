@@ -196,7 +196,7 @@ _NUMPY = _Kind(
 
 
 def _standard(writable: bool) -> _Kind:
-    """By the Python array API standard (CuPy and others); asking for bounds waits for a GPU."""
+    """By the Python array API standard; asking for bounds waits for a GPU."""
 
     def is_other(x: Any, dtype: str, kind: str) -> bool:
         xp = x.__array_namespace__()
@@ -219,16 +219,25 @@ def _standard(writable: bool) -> _Kind:
     )
 
 
+_CUPY = _Kind(
+    is_float=lambda x: x.dtype != "float32" and x.dtype.kind in "fV",
+    is_integer=lambda x: x.dtype != "int32" and x.dtype.kind in "iu",
+    bounds=lambda x: (int(x.min()), int(x.max())) if x.size else (),
+    cast=lambda x, dtype: x.astype(dtype),
+)
 _KINDS: dict[type, _Kind] = {}
 
 
 def family(kind: type) -> str:
-    """The framework that defines a type or what it inherits from: "numpy", "torch", "jax" or ""."""
+    """The framework that defines a type or what it inherits from: "numpy", "torch", "jax", "cupy"
+    or ""."""
     numpy = sys.modules.get("numpy")
     if numpy and issubclass(kind, numpy.ndarray):
         return "numpy"
     modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
-    return "torch" if "torch" in modules else "jax" if modules & {"jax", "jaxlib"} else ""
+    if modules & {"jax", "jaxlib"}:
+        return "jax"
+    return next((name for name in ("torch", "cupy") if name in modules), "")
 
 
 def _kind(name: str, x: Any) -> _Kind:
@@ -242,6 +251,8 @@ def _kind(name: str, x: Any) -> _Kind:
                 "says (a mask, a unit), so only ndarray and memmap are taken"
             )
         made = _NUMPY
+    elif of == "cupy":
+        made = _CUPY
     elif of != "torch" and hasattr(kind, "__array_namespace__"):
         made = _standard(writable=of != "jax")
     else:

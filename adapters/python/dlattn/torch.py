@@ -15,6 +15,7 @@ composite of PyTorch's operators, which holds all logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import Error, InvalidArgument, Unsupported, _core
+from . import Error, InvalidArgument, Unsupported, _core, _torch_provider
 from ._native import serves
 from ._options import Alignment, Window, alignment_code, window_sides
 from ._torch_backward import backward
 from ._torch_math import DIFFERENTIABLE, Options, Tensors, composite, order_of
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = ["attention", "patch", "scaled_dot_product_attention"]
 
 # PyTorch before 2.10 cannot tell the C side which stream is current.
 _HAS_EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__")
@@ -176,6 +177,19 @@ def _alignment(bias: Any, query: Tensor, key: Tensor) -> Alignment:
     return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
 
 
+def patch() -> AbstractContextManager[None]:
+    """Within it ``torch.nn.functional.scaled_dot_product_attention``, in all threads, is the
+    plugin's, and PyTorch's own where the plugin refuses.
+
+    For a PyTorch without ``torch.nn.attention.activate_flash_attention_impl``, which after the
+    import of this module knows "DLATTN", and reaches callers in C++ and compiled programs, too.
+    """
+    return _torch_provider.patched(scaled_dot_product_attention)
+
+
+_torch_provider.register(scaled_dot_product_attention)
+
+
 # ---- Everything
 
 
@@ -282,7 +296,12 @@ def attention(
         _check_composite(t, o)
         out, lse = composite(t, o)
     else:
-        forward = _Forward.apply if _are_transforms_active() else torch.ops.dlattn.forward
+        if _are_transforms_active():
+            forward = _Forward.apply
+        elif _is_for_autograd_alone(query, key, value, *tensors):
+            forward = _Eager.apply
+        else:
+            forward = torch.ops.dlattn.forward
         out, lse = forward(query, key, value, *tensors, *options)
     return (out, lse.float()) if return_lse else out
 
@@ -546,8 +565,11 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = options._replace(dropout_seed=None)
 
 
-def _gradient(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    apply = _Backward.apply if _are_transforms_active() else torch.ops.dlattn.backward
+def _gradient(
+    ctx: Any, d_output: Tensor, d_lse: Tensor, apply: Any = None
+) -> tuple[Tensor | None, ...]:
+    if apply is None:
+        apply = _Backward.apply if _are_transforms_active() else torch.ops.dlattn.backward
     *tensors, seed, output, lse = ctx.saved_tensors
     options = ctx.options._replace(dropout_seed=seed)
     needs = dict(zip(Tensors._fields, ctx.needs_input_grad))
@@ -601,6 +623,37 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.dlattn.forward(*inputs)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, which takes longer than a short call itself."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_forward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        is_watched = torch.is_grad_enabled() or not _is_for_autograd_alone(d_output, d_lse)
+        return _gradient(ctx, d_output, d_lse, None if is_watched else _backward)
+
+
+def _is_for_autograd_alone(*tensors: Tensor | None) -> bool:
+    """Whether nobody else sees a call of these, no mode, subclass or trace, and all are memory that
+    means what it says."""
+    return (
+        not _is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(x is None or (type(x) in _TENSORS and _is_memory(x)) for x in tensors)
+    )
+
+
+def _is_memory(x: Tensor) -> bool:
+    return not (x.is_meta or x.is_neg() or x._is_zerotensor())
 
 
 class _Backward(torch.autograd.Function):

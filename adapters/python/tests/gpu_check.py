@@ -1,6 +1,6 @@
 """dlattn.jax and dlattn.torch on an NVIDIA GPU, against the frameworks' own attention.
 
-    PYTHONPATH=FOLDER_OF_THE_PACKAGE python gpu_check.py jax|torch|compile
+    PYTHONPATH=FOLDER_OF_THE_PACKAGE python gpu_check.py jax|torch|compile|provider|cupy
 
 Needs no pytest. Every difference is printed, one line for each check; the exit status is the number
 of failed checks. `compile` is torch.compile with Inductor, for the GPU and for the CPU.
@@ -391,7 +391,93 @@ def check_compile() -> None:
     attempt(lambda: compiled(bare, "cpu", torch.float32))
 
 
+def check_cupy() -> None:
+    """dlattn.attention makes its output, and runs on CuPy's current stream."""
+    import cupy
+    import dlattn
+
+    random = np.random.default_rng(0)
+    shapes = (2, 4, 33, 64), (2, 2, 65, 64), (2, 2, 65, 64)
+    exact = [random.standard_normal(shape).astype(np.float16) for shape in shapes]
+    wanted, wanted_lse = attention(*exact, causal=True, key_lengths=np.array([65, 40]))
+
+    def call() -> None:
+        lse = cupy.empty((2, 4, 33), np.float32)
+        lengths = cupy.asarray([65, 40])  # int64, which is converted
+        x = [cupy.asarray(a) for a in exact]
+        found = dlattn.attention(*x, causal=True, key_lengths=lengths, lse=lse)
+        assert type(found) is cupy.ndarray, type(found)
+        check("CuPy", found.get().astype(float), wanted, 4e-3)
+        check("CuPy log-sum-exp", lse.get().astype(float), wanted_lse, 1e-3)
+
+    def current_stream() -> None:
+        """What is made on a stream, behind much work, is read on it."""
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            big = cupy.ones((4096, 4096), np.float32)
+            for _ in range(20):
+                big = big @ big * 1e-4
+            x = [cupy.asarray(a) + cupy.float16(0) * big[0, 0].astype(np.float16) for a in exact]
+            found = dlattn.attention(*x, causal=True, key_lengths=cupy.asarray([65, 40]))
+        stream.synchronize()
+        check("CuPy stream", found.get().astype(float), wanted, 4e-3)
+
+    attempt(call)
+    attempt(current_stream)
+
+
+def check_provider() -> None:
+    """PyTorch's own attention by the plugin, and transformers where it is."""
+    import dlattn.torch  # noqa: F401
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def activated() -> None:
+        x = torch_tensors(CASES[1], torch.bfloat16, "cuda")
+        wanted = scaled_dot_product_attention(*(t.float() for t in x), is_causal=True)
+        x = [t.requires_grad_() for t in x]
+        torch.nn.attention.activate_flash_attention_impl("DLATTN")
+        try:
+            found = scaled_dot_product_attention(*x, is_causal=True)
+            name = type(found.grad_fn).__name__
+        finally:
+            torch.nn.attention.restore_flash_attention_impl()
+        assert "dlattn" in name, name
+        check("activated", found.detach().float().cpu(), wanted.cpu(), 3e-2)
+
+    def model() -> None:
+        import dlattn.transformers  # noqa: F401
+        import transformers
+
+        sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+        config = transformers.MistralConfig(**sizes, head_dim=64, sliding_window=16)
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            made = transformers.MistralForCausalLM._from_config(config, attn_implementation="eager")
+            tokens = torch.randint(97, (2, 40))
+            there = torch.ones(2, 40, dtype=torch.int64)
+            there[1, 30:] = 0
+        with torch.no_grad():
+            wanted = made(tokens, attention_mask=there).logits
+            made.set_attn_implementation("dlattn")
+            found = made(tokens, attention_mask=there).logits
+        where = there.bool()
+        check("transformers", found[where].cpu(), wanted[where].cpu(), 2e-3)
+
+    attempt(activated)
+    attempt(model)
+
+
+CHECKS = {
+    "jax": check_jax,
+    "torch": check_torch,
+    "compile": check_compile,
+    "cupy": check_cupy,
+    "provider": check_provider,
+}
+
 if __name__ == "__main__":
-    {"jax": check_jax, "torch": check_torch, "compile": check_compile}[sys.argv[1]]()
+    CHECKS[sys.argv[1]]()
     print(f"{failed} failed, {time.process_time():.0f} s of the CPU")
     raise SystemExit(min(failed, 100))

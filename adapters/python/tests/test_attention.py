@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import array_api_strict
@@ -539,3 +541,47 @@ def test_nothing_is_kept():
         with pytest.raises(dlattn.InvalidArgument):
             dlattn.attention(query, key, value, scale=float("nan"))
     assert [sys.getrefcount(x) for x in (query, key, value)] == counts
+
+
+class CupyArray:
+    """What dlattn asks of an array of CuPy, on a CPU."""
+
+    def __init__(self, x):
+        self.x, self.shape, self.dtype, self.size = x, x.shape, x.dtype, x.size
+        self.device = contextlib.nullcontext()
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+    def min(self):
+        return self.x.min()
+
+    def max(self):
+        return self.x.max()
+
+    def astype(self, dtype):
+        return CupyArray(self.x.astype(dtype))
+
+
+def test_cupy(monkeypatch):
+    """Makes the output and converts small arguments; CuPy itself is in gpu_check.py."""
+    cupy = types.ModuleType("cupy")
+    cupy.ndarray, CupyArray.__module__ = CupyArray, "cupy"
+    cupy.empty = lambda shape, dtype: CupyArray(np.empty(shape, dtype))
+    stream = types.SimpleNamespace(ptr=0)
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: stream)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    query, key, value = (np.random.default_rng(0).standard_normal((2, 2, 5, 8)) for _ in range(3))
+    lengths = np.array([5, 3])
+    found = dlattn.attention(
+        *map(CupyArray, (query, key, value)), key_lengths=CupyArray(lengths), causal=True
+    )
+    assert type(found) is CupyArray
+    wanted = dlattn.attention(query, key, value, key_lengths=lengths.astype(np.int32), causal=True)
+    assert np.array_equal(found.x, wanted)
+    with pytest.raises(ValueError, match="key_lengths: holds 4294967296"):
+        x = CupyArray(query)
+        dlattn.attention(x, x, x, key_lengths=CupyArray(np.array([2**32, 1])))

@@ -76,3 +76,12 @@ def test_other_library():
     core = Path(dlattn.__file__).with_name("_core.abi3.so")
     done = python(sys.executable, TRY, DLATTN_LIBRARY=str(core))
     assert f"{core}: has no dlattn_get_api" in done.stderr
+
+
+def test_import_takes_less_than_30_ms():
+    """Of the processor, so that other work on the machine does not count."""
+    code = (
+        "import time, sys; t = time.process_time(); import dlattn; print(time.process_time() - t)"
+    )
+    took = [float(python(sys.executable, code).stdout) for _ in range(5)]
+    assert min(took) < 0.030, took

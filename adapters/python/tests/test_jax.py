@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["DLATTN_NUM_THREADS"] = "4"  # so that XLA's threads are used on any machine
 
 import functools
+import subprocess
+import sys
 
 import dlattn
 import dlattn.jax
@@ -814,3 +816,37 @@ def test_arrays_cannot_be_written():
     query, key, value = (x.swapaxes(1, 2) for x in make())
     with pytest.raises(dlattn.InvalidArgument, match="JAX arrays cannot be written to"):
         dlattn.attention(query, key, value, out=query)
+
+
+ELSEWHERE = """
+import pathlib
+import dlattn.jax, jax, jax.numpy as jnp
+from jax import export
+
+shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in SHAPES]
+call = jax.jit(lambda *x: dlattn.jax.dot_product_attention(*x, is_causal=True))
+checks = [export.DisabledSafetyCheck.custom_call("dlattn_" + x) for x in ("forward", "backward")]
+program = export.export(call, disabled_checks=checks)(*shapes)
+pathlib.Path("program").write_bytes(program.serialize(vjp_order=1))
+"""
+
+
+@pytest.mark.parametrize("cpu", ["", "avx2 f16c"])
+def test_exported_elsewhere(cpu, tmp_path):
+    """In another process, whose kernels need less workspace than those of this machine."""
+    tensors = make(rows=70, keys=300, dim=64)
+    script = ELSEWHERE.replace("SHAPES", repr([x.shape for x in tensors]))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"DLATTN_CPU": cpu},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    program = export.deserialize(bytearray((tmp_path / "program").read_bytes()))
+    cotangent = normal(4, *tensors[0].shape)
+    wanted, pullback = jax.vjp(functools.partial(ours, is_causal=True), *tensors)
+    close(program.call(*tensors), wanted)
+    for a, b in zip(program.vjp().call(*tensors, cotangent), pullback(cotangent)):
+        close(a, b, 2e-5)

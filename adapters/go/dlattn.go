@@ -1,0 +1,137 @@
+// Package dlattn is attention by libdlattn.so.1, which is found and opened at run time: no cgo, no C compiler.
+//
+//	output, lse, err := dlattn.Attention(query, key, value, dlattn.Options{Causal: true, LSE: true})
+//
+// The library is searched where DLATTN_LIBRARY says and nowhere else, or beside the program, then where the system looks.
+package dlattn
+
+import (
+	"fmt"
+	"runtime"
+	"unsafe"
+)
+
+// Float16 and BFloat16 are the bits of numbers that Go has no type for.
+type (
+	Float16  uint16
+	BFloat16 uint16
+)
+
+// Element is what a tensor holds.
+type Element interface {
+	float32 | float64 | Float16 | BFloat16
+}
+
+// Tensor is row-major without gaps; for attention its axes are [batch, heads, length, head_dim].
+type Tensor[E Element] struct {
+	Data  []E
+	Shape []int
+}
+
+// Options of a call; the zero value is softmax(query key^T / sqrt(head_dim)) value over all keys.
+type Options struct {
+	Causal      bool
+	BottomRight bool    // causal and window: the last row meets the last key; otherwise row 0 meets key 0
+	Window      *[2]int // keys to the left and to the right that a row sees; -1 is unbounded
+	Scale       float64 // 0 is 1 / sqrt(head_dim)
+	Softcap     float64 // 0 is none
+	NumThreads  int     // 0 is as many as pay
+	Kernel      string  // the row to use; "" is the best
+	LSE         bool    // whether the log-sum-exp of each row is wanted, too
+}
+
+// Status is what the library answers. It is an error, for errors.Is.
+type Status int32
+
+// The statuses of dlattn.h.
+const (
+	InvalidArgument Status = 1 + iota
+	Unsupported
+	BufferTooSmall
+	OutOfMemory
+	DeviceUnavailable
+	DeviceError
+	VersionMismatch
+	InternalError
+)
+
+func (s Status) Error() string {
+	if api, err := load(); err == nil {
+		return api.statusName(int32(s))
+	}
+	return fmt.Sprintf("status %d", int32(s))
+}
+
+// Error is a refusal, in the library's own words.
+type Error struct {
+	Status  Status
+	Message string
+}
+
+func (e *Error) Error() string { return "dlattn: " + e.Message }
+
+// Unwrap gives the status.
+func (e *Error) Unwrap() error { return e.Status }
+
+// Version of the library that is in use.
+func Version() (string, error) {
+	api, err := load()
+	if err != nil {
+		return "", err
+	}
+	return api.version(), nil
+}
+
+// Attention is softmax(scale * query key^T) value over the keys that are visible. query is [B, H, Lq, D], key
+// [B, H_kv, Lk, D], value [B, H_kv, Lk, D_v], and H a multiple of H_kv; the output is [B, H, Lq, D_v] and the log-sum-exp, if
+// Options.LSE, [B, H, Lq]. It returns when the result is there, and may be called from many goroutines.
+func Attention[E Element](query, key, value Tensor[E], options Options) (output Tensor[E], lse Tensor[float32], err error) {
+	api, err := load()
+	if err != nil {
+		return output, lse, err
+	}
+	for _, t := range []struct {
+		name string
+		Tensor[E]
+	}{{"query", query}, {"key", key}, {"value", value}} {
+		if len(t.Shape) != 4 {
+			return output, lse, refused("%s: has %d axes, must have 4", t.name, len(t.Shape))
+		}
+		if len(t.Data) != count(t.Shape) {
+			return output, lse, refused("%s: has %d elements, %v has %d", t.name, len(t.Data), t.Shape, count(t.Shape))
+		}
+	}
+	made := Tensor[E]{Shape: append(append([]int{}, query.Shape[:3]...), value.Shape[3])}
+	made.Data = make([]E, count(made.Shape))
+	var pins runtime.Pinner
+	defer pins.Unpin()
+	desc, err := describe(&pins, options)
+	if err != nil {
+		return output, lse, err
+	}
+	slots := &tensors{query: pinned(&pins, query), key: pinned(&pins, key), value: pinned(&pins, value), output: pinned(&pins, made)}
+	slots.structSize = unsafe.Sizeof(*slots)
+	sums := Tensor[float32]{}
+	if options.LSE {
+		sums.Shape = made.Shape[:3:3]
+		sums.Data = make([]float32, count(sums.Shape))
+		slots.lse = pinned(&pins, sums)
+	}
+	pins.Pin(slots)
+	if err := api.run(&pins, desc, slots); err != nil {
+		return output, lse, err
+	}
+	return made, sums, nil
+}
+
+func refused(format string, arguments ...any) error {
+	return &Error{InvalidArgument, fmt.Sprintf(format, arguments...)}
+}
+
+func count(shape []int) int {
+	n := 1
+	for _, extent := range shape {
+		n *= extent
+	}
+	return n
+}

@@ -1,0 +1,123 @@
+/**
+ * Attention by libdlattn.so.1, without native code of one's own: koffi calls the plugin's C ABI.
+ *
+ *     import { attention, tensor } from "dlattn";
+ *     const { output, lse } = attention(tensor(q, [1, 8, 128, 64]), k, v, { causal: true, lse: true });
+ *
+ * The plugin is the one that DLATTN_LIBRARY names, else the one beside this file, else what the system finds.
+ */
+import { existsSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import koffi from "koffi";
+
+// The structs of abi/dlattn.h, field by field. A field left out of a literal below must be zero, so `zero` fills it.
+const fields = (type, names) => Object.fromEntries(names.split(" ").map((name) => [name, type]));
+const DLTensor = koffi.struct({
+    data: "void *", device_type: "int32", device_id: "int32", ndim: "int32", code: "uint8", bits: "uint8",
+    lanes: "uint16", shape: "int64 *", strides: "int64 *", byte_offset: "uint64",
+});
+const Desc = koffi.struct({
+    struct_size: "size_t", flags: "uint64", ...fields("double", "scale softcap"),
+    ...fields("int64", "window_left window_right"), ...fields("int32", "causal alignment"),
+    ...fields("int64", "max_seqlen_q max_seqlen_k"), kernel: "char *", ...fields("int32", "num_threads reserved0"),
+});
+const slots = "query key value output lse bias mask alibi_slopes sinks query_lengths key_lengths " +
+    "cu_seqlens_q cu_seqlens_k block_table";
+const Tensors = koffi.struct({ struct_size: "size_t", ...fields(koffi.pointer(DLTensor), slots) });
+const Exec = koffi.struct({
+    struct_size: "size_t", flags: "uint64", ...fields("void *", "stream workspace"), workspace_bytes: "size_t",
+    ...fields("void *", "parallel_for parallel_ctx"),
+});
+const Sku = koffi.struct({
+    struct_size: "size_t", ...fields("char *", "kernel backend arch math accumulator"), features: "uint64",
+    ...fields("size_t", "workspace_bytes workspace_alignment"),
+    ...fields("int32", "contiguous deterministic bit_stable tile_q tile_k num_splits num_threads reserved0"),
+});
+const functions = "version last_error status_name forward_query forward"; // the first slots; the table is append-only
+const Api = koffi.struct({
+    struct_size: "size_t", ...fields("uint32", "abi_major abi_minor"), ...fields("void *", functions),
+});
+const zero = (struct, values) => ({
+    ...Object.fromEntries(Object.entries(struct.members).map(([name, { type }]) =>
+        [name, type.primitive === "Pointer" || type.primitive === "String" ? null : 0])),
+    struct_size: koffi.sizeof(struct), ...values,
+});
+
+// The table of functions; koffi never closes the library.
+const beside = fileURLToPath(new URL("libdlattn.so.1", import.meta.url));
+const path = process.env.DLATTN_LIBRARY ?? (existsSync(beside) ? beside : "libdlattn.so.1");
+if (path.includes("/") && !existsSync(path)) throw new Error(`libdlattn was not found: ${path}`);
+const library = koffi.load(path);
+const table = library.func("dlattn_get_api", koffi.pointer(Api), ["uint32"])(1);
+if (!table) throw new Error("this library does not serve ABI 1");
+const api = koffi.decode(table, Api);
+if (Number(api.struct_size) < koffi.sizeof(Api)) throw new Error("this library's table of functions is cut short");
+const bind = (slot, result, parameters) => koffi.decode(slot, koffi.proto(result, parameters));
+const arguments_ = [koffi.pointer(Desc), koffi.pointer(Tensors)];
+const lastError = bind(api.last_error, "str", []);
+const select = bind(api.forward_query, "int32", [...arguments_, koffi.inout(koffi.pointer(Sku))]);
+const forward = bind(api.forward, "int32", [...arguments_, koffi.pointer(Exec)]);
+const check = (status) => { if (status !== 0) throw new Error(lastError()); };
+
+const KINDS = new Map([[Float32Array, 32], [Float64Array, 64]]);
+
+/** A typed array, Float32Array or Float64Array, as a tensor of this shape, row-major without gaps. */
+export function tensor(data, shape) {
+    const count = shape.reduce((a, b) => a * b, 1);
+    if (!KINDS.has(data?.constructor)) throw new TypeError("data: must be a Float32Array or a Float64Array");
+    if (data.length !== count) throw new RangeError(`data: has ${data.length} elements, [${shape}] has ${count}`);
+    return { data, shape };
+}
+
+// Null strides say "row-major, no gaps".
+const dlpack = ({ data, shape }) => zero(DLTensor, {
+    data, device_type: 1, ndim: shape.length, code: 2, bits: KINDS.get(data.constructor), lanes: 1,
+    shape: BigInt64Array.from(shape, BigInt),
+});
+const OPTIONS = new Set(["causal", "scale", "softcap", "window", "alignment", "numThreads", "kernel", "lse"]);
+const ALIGNMENTS = { topLeft: 0, bottomRight: 1 };
+const WINDOW = 1n; // DLATTN_WINDOW of dlattn.h
+
+function describe(options) {
+    for (const name of Object.keys(options)) {
+        if (!OPTIONS.has(name)) throw new TypeError(`${name}: attention has no such option, but ${[...OPTIONS].join(", ")}`);
+    }
+    const { causal = false, scale = 0, softcap = 0, window, alignment = "topLeft", numThreads = 0, kernel = null } = options;
+    if (!(alignment in ALIGNMENTS)) throw new TypeError(`alignment: is ${alignment}, must be topLeft or bottomRight`);
+    const [left, right] = window ?? [0, 0];
+    return zero(Desc, {
+        flags: window ? WINDOW : 0n, scale, softcap, window_left: left, window_right: right, causal: Number(causal),
+        alignment: ALIGNMENTS[alignment], num_threads: numThreads, kernel,
+    });
+}
+
+/**
+ * softmax(scale * query key^T) value over the keys that are visible.
+ *
+ * query: tensor of [B, H, Lq, D]; key [B, H_kv, Lk, D]; value [B, H_kv, Lk, D_v]. Options: causal, scale (default
+ * 1 / sqrt(D)), softcap, window [left, right] (-1 is unbounded), alignment "topLeft" or "bottomRight" of causal and window,
+ * numThreads, kernel, and lse: true for the log-sum-exp of each row. Returns { output, lse }, both tensors.
+ */
+export function attention(query, key, value, options = {}) {
+    const desc = describe(options);
+    const shape = [...query.shape.slice(0, -1), value.shape.at(-1)];
+    const made = (dims, Kind) => tensor(new Kind(dims.reduce((a, b) => a * b, 1)), dims);
+    const output = made(shape, query.data.constructor);
+    const lse = options.lse ? made(shape.slice(0, -1), Float32Array) : undefined;
+    const slots = { query: dlpack(query), key: dlpack(key), value: dlpack(value), output: dlpack(output) };
+    const tensors = zero(Tensors, lse ? { ...slots, lse: dlpack(lse) } : slots);
+    const sku = zero(Sku, {});
+    check(select(desc, tensors, sku));
+    const alignment = BigInt(sku.workspace_alignment); // a power of two
+    const memory = koffi.alloc("uint8", Number(sku.workspace_bytes) + Number(alignment));
+    try {
+        const workspace = (memory + alignment - 1n) & -alignment;
+        check(forward(desc, tensors, zero(Exec, { workspace, workspace_bytes: sku.workspace_bytes })));
+    } finally {
+        koffi.free(memory);
+    }
+    return { output, lse };
+}
+
+/** The version of the plugin that is in use. */
+export const version = bind(api.version, "str", [])();
