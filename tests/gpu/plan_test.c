@@ -335,6 +335,51 @@ Test(gpu_plan, refuses_more_blocks_than_a_grid_has) {
     }
 }
 
+static struct problem hopper_problem(uint64_t features) {
+    struct problem p = problem_of(DTYPE_BF16, 128, 128, features);
+    p.query = p.key = p.value = p.output = compact(p.heads_q, p.len_q, 128);
+    return p;
+}
+
+/* Every option runs on Hopper's own row; pages do where copies of eight keys fill them. */
+Test(gpu_plan, options_on_hopper) {
+    static const uint64_t features[] = {DLATTN_FEATURE_VARLEN,
+                                        DLATTN_FEATURE_SINKS,
+                                        DLATTN_FEATURE_ALIBI,
+                                        DLATTN_FEATURE_SOFTCAP,
+                                        DLATTN_FEATURE_MASK | DLATTN_FEATURE_SEGMENTS,
+                                        DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SOFTCAP};
+    for (size_t n = 0; n < sizeof features / sizeof features[0]; n++) {
+        const struct problem p = hopper_problem(features[n]);
+        cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_sm90") == 0, "0x%llx",
+                  (unsigned long long)features[n]);
+    }
+    struct problem p = hopper_problem(DLATTN_FEATURE_PAGED);
+    for (p.page_size = 1; p.page_size <= 64; p.page_size++) {
+        p.pages = p.max_pages = (p.len_k + p.page_size - 1) / p.page_size;
+        p.key = p.value = compact(2, p.page_size, 128);
+        cr_expect(strcmp(row_of(&machines[3], &p),
+                         p.page_size % 8 == 0 ? "cuda_fwd_sm90" : "cuda_fwd_sm80") == 0,
+                  "pages of %d", (int)p.page_size);
+    }
+}
+
+/* What depends on data has room in the workspace: the list of packed tiles, however many sequences there are, and a bit for each
+ * tile of rows and keys that a mask may hide. */
+Test(gpu_plan, hopper_has_room_for_what_it_finds_out) {
+    const struct caps caps = caps_of(&machines[3]);
+    struct problem p = hopper_problem(DLATTN_FEATURE_VARLEN);
+    struct plan plan;
+    p.batch = 1000;
+    p.total_q = p.total_k = p.len_q = p.len_k = 1 << 20;
+    cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+    cr_expect(eq(sz, plan.workspace_bytes, 16 + ((1 << 20) / 128 + 1000) * 8));
+    p = hopper_problem(DLATTN_FEATURE_MASK);
+    p.len_q = p.len_k = 8192;
+    cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+    cr_expect(eq(sz, plan.workspace_bytes, 64 * 2 * 2 * 4));
+}
+
 /* The heads that share a tile of cuda_fwd_sm90 are one axis of its tensor map, whose strides end at 2^40 bytes. */
 Test(gpu_plan, tensor_maps_reach_no_further_than_2_to_the_40) {
     const struct caps caps = caps_of(&machines[3]);

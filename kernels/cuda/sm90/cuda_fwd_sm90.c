@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-/* One image for each head dim. */
+/* One image for each head dim, which also has the kernels that run before it where tiles depend on data. */
 #define MODULE(D)                                                                                  \
     extern const unsigned char cuda_fwd_sm90_##D##_image[];                                        \
     static struct cuda_module module_##D = {.image = cuda_fwd_sm90_##D##_image};
@@ -13,26 +13,58 @@ MODULE(128)
 MODULE(192)
 MODULE(256)
 
-/* A kernel for each element type without softcap, then the same with it. */
-#define KERNELS(D, NAME, WARPGROUPS, BYTES)                                                        \
+/* What a kernel is compiled for, see Variant in tile.cuh; behind them what finds out about lists, and about masks and segments. Each for
+ * both element types. */
+enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, LIST, SEEN };
+
+#define KERNELS(D, NAME, ...)                                                                      \
     (struct cuda_kernel[]) {                                                                       \
-        KERNEL(D, NAME "_f16", WARPGROUPS, BYTES), KERNEL(D, NAME "_bf16", WARPGROUPS, BYTES),     \
-            KERNEL(D, NAME "_f16_softcap", WARPGROUPS, BYTES),                                     \
-            KERNEL(D, NAME "_bf16_softcap", WARPGROUPS, BYTES)                                     \
+        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                 \
+            TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),      \
+            TWO(D, NAME, "_any", __VA_ARGS__, 1), BEFORE(D, "list_", SM90_LIST_THREADS),           \
+            BEFORE(D, "seen_", SM90_SEEN_THREADS)                                                  \
     }
-#define KERNEL(D, NAME, WARPGROUPS, BYTES)                                                         \
-    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME, 128 * ((WARPGROUPS) + 1), BYTES)
+#define TWO(D, NAME, VARIANT, ...)                                                                 \
+    KERNEL(D, NAME "_f16" VARIANT, __VA_ARGS__), KERNEL(D, NAME "_bf16" VARIANT, __VA_ARGS__)
+#define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PLACED)                        \
+    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME, 128 * ((WARPGROUPS) + 1),                       \
+                SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PLACED))
+#define BEFORE(D, NAME, THREADS)                                                                   \
+    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, 0),                                 \
+        CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, 0)
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, ...)                                   \
     {.dim_qk = D,                                                                                  \
      .dim_v = DV,                                                                                  \
      .rows = 64 * (WARPGROUPS),                                                                    \
      .keys = KEYS,                                                                                 \
-     .kernels = KERNELS(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS, WARPGROUPS,                       \
-                        SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES))},
+     .kernels = KERNELS(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS, DV, KEYS, WARPGROUPS, STAGES,     \
+                        QUERY_STAGES)},
 #define SM90_D 0
 static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/tiles.inc"
 };
+
+/* ---- The plan ------------------------------------------------------------------------------------------------- */
+
+static bool has(const struct problem *p, uint64_t features) { return p->features & features; }
+
+/* Whether tiles see what mask and segments leave to them. */
+static bool is_seen(const struct problem *p) {
+    return has(p, DLATTN_FEATURE_MASK | DLATTN_FEATURE_SEGMENTS);
+}
+
+static enum kind variant_of(const struct problem *p) {
+    const uint64_t placed = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SINKS;
+    const bool alibi = has(p, DLATTN_FEATURE_ALIBI), softcap = has(p, DLATTN_FEATURE_SOFTCAP);
+    return is_seen(p) || (alibi && softcap) ? ANY_OPTION
+           : alibi                          ? ALIBI
+           : softcap                        ? SOFTCAP
+           : has(p, placed)                 ? PLACED
+                                            : PLAIN;
+}
+
+/* Whether tiles are listed on the device: they depend on lengths. */
+static bool is_listed(const struct problem *p) { return has(p, DLATTN_FEATURE_VARLEN); }
 
 static bool bounded(const struct problem *p) {
     return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
@@ -42,7 +74,8 @@ static bool bounded(const struct problem *p) {
  * warpgroup. */
 enum { MOST_PACK_LOG2 = 6, MOST_PACK = 1 << MOST_PACK_LOG2 };
 static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
-    const int64_t group = p->heads_q / p->heads_kv;
+    /* Each head has a mask of its own. */
+    const int64_t group = has(p, DLATTN_FEATURE_MASK) ? 1 : p->heads_q / p->heads_kv;
     int32_t best = 0;
     for (int32_t log2 = 1; log2 <= MOST_PACK_LOG2 && group % (1 << log2) == 0; log2++) {
         if (ceil_divide(p->len_q << log2, tile_q) < ceil_divide(p->len_q << best, tile_q)
@@ -52,11 +85,23 @@ static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
     return best;
 }
 
+/* Tiles of rows of all sequences, for each head of those that share none. Packed sequences have at most as many as this, wherever they
+ * end, unless they overlap. */
+static int64_t row_tiles(const struct problem *p, int32_t tile_q) {
+    const int32_t log2 = pack_log2(p, tile_q);
+    const int64_t of_longest = ceil_divide(p->len_q << log2, tile_q) * p->batch,
+                  of_all = (p->total_q << log2) / tile_q + p->batch;
+    return p->total_q > 0 && of_all < of_longest ? of_all : of_longest;
+}
+
+/* Those of all heads, as the blocks take them. */
+static int64_t tiles_of(const struct problem *p, int32_t tile_q) {
+    return row_tiles(p, tile_q) * (p->heads_q >> pack_log2(p, tile_q));
+}
+
 /* Query rows of the multiprocessor that has most of them. */
 static int64_t busiest_rows(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
-    const int32_t log2 = pack_log2(p, tile_q);
-    const int64_t heads = p->batch * (p->heads_q >> log2);
-    return ceil_divide(ceil_divide(p->len_q << log2, tile_q) * heads, multiprocessors) * tile_q;
+    return ceil_divide(tiles_of(p, tile_q), multiprocessors) * tile_q;
 }
 
 /* Tiles of three warpgroups take a sixth less time for a row than tiles of two, but need more rows to fill the
@@ -68,35 +113,101 @@ static bool has_many_rows(const struct problem *p, const struct caps *caps) {
            6 * busiest_rows(p, 128, caps->multiprocessors);
 }
 
+/* What tiles of rows see, see seen.cuh. Those of heads and sequences that see the same are one. */
+struct seen {
+    bool by_batch, by_head;
+    int64_t heads, tiles, rows, words;
+};
+
+static struct seen seen_of(const struct problem *p, int32_t tile_q, int32_t tile_k) {
+    const uint64_t of_batch =
+        DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_LENGTHS | DLATTN_FEATURE_VARLEN;
+    struct seen s = {.by_batch = has(p, of_batch) || p->mask.stride[0] != 0,
+                     .by_head = p->mask.stride[1] != 0};
+    s.heads = s.by_head ? p->heads_q : 1;
+    s.tiles = ceil_divide(p->len_q << pack_log2(p, tile_q), tile_q);
+    s.rows = is_listed(p) ? row_tiles(p, tile_q) : (s.by_batch ? p->batch : 1) * s.tiles;
+    s.words = ceil_divide(ceil_divide(p->len_k, tile_k), 32);
+    return s;
+}
+
+/* Bytes of each part of the workspace, in this order; the first is a multiple of 8. */
+struct parts {
+    size_t list, seen;
+};
+
+static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t tile_k) {
+    const struct seen s = seen_of(p, tile_q, tile_k);
+    return (struct parts){
+        .list = is_listed(p) ? sizeof(struct sm90_list) +
+                                   (size_t)row_tiles(p, tile_q) * sizeof(struct sm90_listed)
+                             : 0,
+        .seen = is_seen(p) ? (size_t)(s.heads * s.rows * 2 * s.words) * 4 : 0,
+    };
+}
+
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
     return t->rows <= 128 || has_many_rows(p, caps);
 }
 
-/* The rows of all tiles, as the blocks take them. */
-static int64_t tiles_of(const struct problem *p, int32_t tile_q) {
-    const int32_t log2 = pack_log2(p, tile_q);
-    return ceil_divide(p->len_q << log2, tile_q) * p->batch * (p->heads_q >> log2);
+/* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */
+static int32_t box_keys(const struct problem *p, int32_t keys) {
+    int64_t a = keys, b = p->page_size;
+    while (b > 0) {
+        const int64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return (int32_t)a;
+}
+
+/* Tensor maps take rows of eight to keep the swizzle. */
+static bool takes_pages(const struct problem *p) { return p->page_size % 8 == 0; }
+
+static bool takes_tensors(const struct problem *p) {
+    const bool packed_q = p->total_q > 0, packed_k = p->total_k > 0, pages = p->page_size > 0;
+    const int64_t q_batch = packed_q ? 1 : p->batch,
+                  k_batch = pages      ? p->pages
+                            : packed_k ? 1
+                                       : p->batch,
+                  k_rows = pages ? p->page_size : p->len_k;
+    return mappable(&p->query, q_batch, p->heads_q, p->len_q, MOST_PACK) &&
+           mappable(&p->output, q_batch, p->heads_q, p->len_q, MOST_PACK) &&
+           mappable(&p->key, k_batch, p->heads_kv, k_rows, 1) &&
+           mappable(&p->value, k_batch, p->heads_kv, k_rows, 1);
+}
+
+/* Whether blocks that find out what tiles see, of the shortest steps and fewest rows, make a grid. */
+static bool takes_seen(const struct problem *p) {
+    const struct seen s = seen_of(p, 128, 64);
+    return !is_seen(p) || s.words == 0 || s.rows <= INT32_MAX / s.heads / s.words;
+}
+
+static bool takes(const struct problem *p) {
+    return p->scale > 0 && p->dim_v % 8 == 0 && (p->len_k > 0 || p->page_size > 0) &&
+           p->len_k <= SM90_MAX_LENGTH &&
+           p->len_q * (p->heads_q / p->heads_kv) <= SM90_MAX_LENGTH && p->total_q <= INT32_MAX &&
+           p->total_k <= INT32_MAX && p->batch <= INT32_MAX / 2 && p->pages <= INT32_MAX &&
+           row_tiles(p, 64) * p->heads_q <= INT32_MAX && takes_pages(p) && takes_tensors(p) &&
+           takes_seen(p);
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
 
 bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    if (!(p->scale > 0) || p->dim_v % 8 != 0 || p->len_k == 0 || p->len_k > SM90_MAX_LENGTH ||
-        p->len_q * (p->heads_q / p->heads_kv) > SM90_MAX_LENGTH ||
-        ceil_divide(p->len_q, 64) * p->heads_q * p->batch > INT32_MAX ||
-        !mappable(&p->query, p->batch, p->heads_q, p->len_q, MOST_PACK) ||
-        !mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) ||
-        !mappable(&p->value, p->batch, p->heads_kv, p->len_k, 1) ||
-        !mappable(&p->output, p->batch, p->heads_q, p->len_q, MOST_PACK))
+    if (!takes(p))
         return false;
     const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, suits);
     if (chosen < 0)
         return false;
-    const int64_t all = tiles_of(p, tiles[chosen].rows);
     plan->variant = chosen;
     plan->tile_q = tiles[chosen].rows;
     plan->tile_k = tiles[chosen].keys;
+    const int64_t all = tiles_of(p, plan->tile_q);
+    const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
+    plan->workspace_bytes = parts.list + parts.seen;
+    plan->workspace_alignment = 8;
     return true;
 }
 
@@ -116,19 +227,28 @@ static struct sm90_divisor divisor(int64_t d) {
  * blocks work on at one time then spans few heads, whose keys and values stay in L2; and whole batches where it can, whose
  * heads lie side by side in device memory. Other masks take head by head. */
 static int64_t heads_per_group(const struct problem *p, const struct sm90_params *params,
-                               int32_t blocks) {
-    int64_t heads = bounded(p) ? blocks / params->tiles_per_head : 1;
+                               int32_t multiprocessors) {
+    int64_t heads = bounded(p) ? multiprocessors / params->tiles_per_head : 1;
     if (heads > params->heads)
         heads -= heads % params->heads;
     return heads < 1 ? 1 : heads < params->heads_total ? heads : params->heads_total;
 }
 
-static void fill_tiles(struct sm90_params *params, const struct problem *p,
-                       const struct plan *plan) {
-    const int32_t log2 = pack_log2(p, plan->tile_q), pack = 1 << log2;
+static void fill_heads(struct sm90_params *params, const struct problem *p, int32_t tile_q) {
+    const int32_t log2 = pack_log2(p, tile_q), pack = 1 << log2;
     params->pack_log2 = log2;
     params->heads = (int32_t)(p->heads_q / pack);
     params->heads_per_kv = (int32_t)(p->heads_q / p->heads_kv / pack);
+    params->by_heads = divisor(params->heads);
+    params->by_heads_per_kv = divisor(params->heads_per_kv);
+    params->batch = (int32_t)p->batch;
+    params->tile_q = tile_q;
+}
+
+/* The walk where it follows from the shape alone. */
+static void fill_walk(struct sm90_params *params, const struct problem *p,
+                      const struct plan *plan) {
+    const int64_t pack = INT64_C(1) << params->pack_log2;
     params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, plan->tile_q);
     params->heads_total = (int32_t)(p->batch * params->heads);
     params->tiles = params->tiles_per_head * params->heads_total;
@@ -139,33 +259,123 @@ static void fill_tiles(struct sm90_params *params, const struct problem *p,
     params->by_group_heads = divisor(params->heads_per_group);
     params->by_last_group_heads =
         divisor(params->heads_total - (params->groups - 1) * params->heads_per_group);
-    params->by_heads = divisor(params->heads);
-    params->by_heads_per_kv = divisor(params->heads_per_kv);
 }
 
 /* ---- The tensors ---------------------------------------------------------------------------------------------- */
 
-/* Q or O as [D, pack, Lq, H / pack, B], the query heads of one tile being neighbours, in boxes of `rows` rows. */
+/* Q or O as [D, pack, Lq, H / pack, B], the query heads of one tile being neighbours, in boxes of `rows` rows. Packed: [D, pack, Lq,
+ * end, H / pack] from Lq rows before the tensor on, see packed_row(). */
 static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p,
                         const struct sm90_params *params, const struct view *v, int64_t dim,
                         int64_t rows) {
     const int64_t pack = INT64_C(1) << params->pack_log2;
     const int64_t heads = pack < rows ? pack : rows;
     const int64_t *s = v->stride;
-    const uint64_t extent[] = {(uint64_t)dim, (uint64_t)pack, (uint64_t)p->len_q,
-                               (uint64_t)params->heads, (uint64_t)p->batch};
-    const uint64_t stride[] = {step(s[1]), step(s[2]), step(s[1] * pack), step(s[0])};
+    const bool packed = p->total_q > 0;
+    const uint64_t row = step(s[2]), all_heads = step(s[1] * pack);
+    const uint64_t outer = packed ? (uint64_t)p->total_q + 1 : (uint64_t)params->heads,
+                   last = packed ? (uint64_t)params->heads : (uint64_t)p->batch;
+    const uint64_t extent[] = {(uint64_t)dim, (uint64_t)pack, (uint64_t)p->len_q, outer, last};
+    const uint64_t stride[] = {step(s[1]), row, packed ? row : all_heads,
+                               packed ? all_heads : step(s[0])};
     const uint32_t box[] = {64, (uint32_t)heads, (uint32_t)(rows / heads), 1, 1};
-    return cuda_tensor_map(map, p->dtype, v->data, 5, extent, stride, box, 128);
+    const char *const origin = (const char *)v->data - (packed ? (uint64_t)p->len_q * row : 0);
+    return cuda_tensor_map(map, p->dtype, origin, 5, extent, stride, box, 128);
 }
 
-static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p, const struct view *v,
-                        int64_t dim, int32_t tile_k) {
-    const uint64_t extent[] = {(uint64_t)dim, (uint64_t)p->len_k, (uint64_t)p->heads_kv,
-                               (uint64_t)p->batch};
-    const uint64_t stride[] = {step(v->stride[2]), step(v->stride[1]), step(v->stride[0])};
-    const uint32_t box[] = {64, (uint32_t)tile_k, 1, 1};
-    return cuda_tensor_map(map, p->dtype, v->data, 4, extent, stride, box, 128);
+/* K or V as [D, Lk, H_kv, B], in boxes of box_keys rows; pages are [D, page_size, H_kv, pages]. Packed: [D, Lk, end, H_kv] from
+ * Lk rows before the tensor on. */
+static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p,
+                        const struct sm90_params *params, const struct view *v, int64_t dim) {
+    const bool packed = p->total_k > 0, pages = p->page_size > 0;
+    const uint64_t row = step(v->stride[2]), head = step(v->stride[1]),
+                   heads = (uint64_t)p->heads_kv,
+                   rows = (uint64_t)(pages ? p->page_size : p->len_k);
+    const uint64_t extent[] = {(uint64_t)dim, rows, packed ? (uint64_t)p->total_k + 1 : heads,
+                               packed ? heads : (uint64_t)(pages ? p->pages : p->batch)};
+    const uint64_t stride[] = {row, packed ? row : head, packed ? head : step(v->stride[0])};
+    const uint32_t box[] = {64, (uint32_t)params->box_keys, 1, 1};
+    const char *const origin = (const char *)v->data - (packed ? rows * row : 0);
+    return cuda_tensor_map(map, p->dtype, origin, 4, extent, stride, box, 128);
+}
+
+/* A cache of no pages has no keys to map: nobody copies any. */
+static int32_t fill_maps(struct sm90_params *params, const struct problem *p) {
+    int32_t status = map_rows(&params->query_map, p, params, &p->query, p->dim_qk, 64);
+    if (status == DLATTN_OK)
+        status = map_rows(&params->output_map, p, params, &p->output, p->dim_v, 16);
+    params->key_map = params->value_map = params->query_map;
+    if (status == DLATTN_OK && p->len_k > 0)
+        status = map_keys(&params->key_map, p, params, &p->key, p->dim_qk);
+    if (status == DLATTN_OK && p->len_k > 0)
+        status = map_keys(&params->value_map, p, params, &p->value, p->dim_v);
+    return status;
+}
+
+/* log2(e) * softcap * tanh(y), y = scale * q.k / softcap, for |y| <= 0.5: the polynomial of least relative error, 2^-20.8. */
+static void fill_cap(struct sm90_params *params, const struct problem *p) {
+    static const double tanh_by_y[] = {0.9999994557709385, -0.33326317935941324,
+                                       0.13190296603209212, -0.04440222612768409};
+    const double ratio = p->softcap > 0 ? p->scale / p->softcap : 0;
+    double factor = p->scale * 1.4426950408889634;
+    params->cap_limit = ratio > 0 ? (float)(0.5 / ratio) : 0;
+    for (int i = 0; i < 4; i++) {
+        params->cap_polynomial[i] = (float)(tanh_by_y[i] * factor);
+        if (!isfinite(params->cap_polynomial[i]))
+            params->cap_limit = -1;
+        factor *= ratio * ratio;
+    }
+}
+
+static struct sm90_by_score by_position(const struct problem *p, const struct view *v) {
+    const int64_t *s = v->stride;
+    const bool is_wide =
+        s[3] == 1 && (s[0] | s[1] | s[2] | p->len_k) % 8 == 0 && (uintptr_t)v->data % 8 == 0;
+    return (struct sm90_by_score){v->data, s[0], s[1], s[2], s[3], is_wide};
+}
+
+static void fill_workspace(struct sm90_params *params, const struct problem *p,
+                           const struct plan *plan, char *workspace) {
+    const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
+    const struct seen s = seen_of(p, plan->tile_q, plan->tile_k);
+    params->list = is_listed(p) ? (struct sm90_list *)workspace : NULL;
+    params->list_capacity = (int32_t)row_tiles(p, plan->tile_q);
+    params->seen = is_seen(p) ? (uint32_t *)(workspace + parts.list) : NULL;
+    params->seen_words = (int32_t)s.words;
+    params->seen_rows = (int32_t)s.rows;
+    params->seen_tiles = (int32_t)s.tiles;
+    params->seen_by_batch = s.by_batch;
+    params->seen_by_head = s.by_head;
+    params->tile_k = plan->tile_k;
+}
+
+/* What only other variants than PLAIN read. */
+static void fill_options(struct sm90_params *params, const struct problem *p,
+                         const struct plan *plan, void *workspace) {
+    params->packed_q =
+        (struct sm90_packing){p->cu_seqlens_q.data, p->cu_seqlens_q.stride[0], (int32_t)p->total_q};
+    params->packed_k =
+        (struct sm90_packing){p->cu_seqlens_k.data, p->cu_seqlens_k.stride[0], (int32_t)p->total_k};
+    fill_workspace(params, p, plan, workspace);
+    fill_cap(params, p);
+    params->mask = by_position(p, &p->mask);
+    params->query_segments = p->query_segments.data;
+    params->key_segments = p->key_segments.data;
+    params->query_segments_strides = strides(&p->query_segments);
+    params->key_segments_strides = strides(&p->key_segments);
+    params->sinks = p->sinks.data;
+    params->sinks_stride = p->sinks.stride[1];
+    params->alibi_slopes = p->alibi_slopes.data;
+    params->alibi_batch_stride = p->alibi_slopes.stride[0];
+    params->alibi_head_stride = p->alibi_slopes.stride[1];
+    params->block_table = p->page_size > 0 ? p->block_table.data : NULL;
+    params->table_batch_stride = p->block_table.stride[0];
+    params->table_page_stride = p->block_table.stride[1];
+    params->pages = (int32_t)p->pages;
+    params->page_size = (int32_t)p->page_size;
+    params->box_keys = p->page_size > 0 ? box_keys(p, plan->tile_k) : plan->tile_k;
+    params->boxes = plan->tile_k / params->box_keys;
+    params->by_page_size = divisor(p->page_size);
 }
 
 static void fill_problem(struct sm90_params *params, const struct problem *p) {
@@ -200,26 +410,33 @@ static void fill_problem(struct sm90_params *params, const struct problem *p) {
     };
 }
 
-static int32_t fill_maps(struct sm90_params *params, const struct problem *p, int32_t tile_k) {
-    int32_t status = map_rows(&params->query_map, p, params, &p->query, p->dim_qk, 64);
-    if (status == DLATTN_OK)
-        status = map_rows(&params->output_map, p, params, &p->output, p->dim_v, 16);
-    if (status == DLATTN_OK)
-        status = map_keys(&params->key_map, p, &p->key, p->dim_qk, tile_k);
-    if (status == DLATTN_OK)
-        status = map_keys(&params->value_map, p, &p->value, p->dim_v, tile_k);
-    return status;
-}
-
 int32_t cuda_fwd_sm90_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
+    struct cuda_kernel *const kernels = kernel_for(&tiles[plan->variant], p->dtype);
+    const struct seen seen = seen_of(p, plan->tile_q, plan->tile_k);
     struct sm90_params params;
     fill_problem(&params, p);
-    fill_tiles(&params, p, plan);
-    const int32_t status = fill_maps(&params, p, plan->tile_k);
-    if (status != DLATTN_OK)
-        return status;
-    struct cuda_kernel *const kernel = kernel_for(&tiles[plan->variant], p->dtype);
-    return cuda_launch(kernel + 2 * (p->softcap > 0), p->device_id, plan->blocks, exec->stream,
-                       &params);
+    fill_heads(&params, p, plan->tile_q);
+    if (!is_listed(p))
+        fill_walk(&params, p, plan);
+    fill_options(&params, p, plan, exec->workspace);
+    int32_t status = fill_maps(&params, p);
+    const struct {
+        enum kind kind;
+        int64_t blocks; /* 0: it is not needed */
+    } launches[] = {
+        {LIST, is_listed(p)},
+        {SEEN, is_seen(p) ? seen.heads * seen.rows * seen.words : 0},
+        {variant_of(p), plan->blocks},
+    };
+    bool first = true;
+    for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++) {
+        if (launches[i].blocks == 0)
+            continue;
+        status = (first ? cuda_launch
+                        : cuda_launch_early)(kernels + 2 * launches[i].kind, p->device_id,
+                                             (int32_t)launches[i].blocks, exec->stream, &params);
+        first = false;
+    }
+    return status;
 }

@@ -1,21 +1,39 @@
 // The instances of cuda_fwd_sm90 for the head dim SM90_D, named after what tiles.inc says of them.
 #include "kernels/cuda/sm90/fwd.cuh"
+#include "kernels/cuda/sm90/list.cuh"
+#include "kernels/cuda/sm90/seen.cuh"
 
-#define INSTANCE(name, E, SOFTCAP, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                  \
+#define INSTANCE(name, E, VARIANT, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                  \
     extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
         name(const __grid_constant__ sm90_params p) {                                              \
-        using Tile = sm90::Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SOFTCAP>;      \
-        static_assert(Tile::kSharedBytes ==                                                        \
-                          SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES),        \
+        using Config =                                                                             \
+            sm90::Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, sm90::VARIANT>;         \
+        static_assert(Config::kSharedBytes == SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES,   \
+                                                                QUERY_STAGES, Config::kPlaced),    \
                       "");                                                                         \
-        sm90::forward<Tile>(p);                                                                    \
+        sm90::forward<Config>(p);                                                                  \
     }
+#define INSTANCES(name, E, ...)                                                                    \
+    INSTANCE(name, E, PLAIN, __VA_ARGS__)                                                          \
+    INSTANCE(name##_placed, E, PLACED, __VA_ARGS__)                                                \
+    INSTANCE(name##_softcap, E, SOFTCAP, __VA_ARGS__)                                              \
+    INSTANCE(name##_alibi, E, ALIBI, __VA_ARGS__)                                                  \
+    INSTANCE(name##_any, E, ANY, __VA_ARGS__)
 #define TILE(D, DV, KEYS, WARPGROUPS, ...)                                                         \
     TILE_(cuda_fwd_sm90_##D##_##DV##_##KEYS##_##WARPGROUPS, D, DV, KEYS, WARPGROUPS, __VA_ARGS__)
 #define TILE_(name, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                            \
-    INSTANCE(name##_f16, __half, false, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)             \
-    INSTANCE(name##_bf16, __nv_bfloat16, false, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)     \
-    INSTANCE(name##_f16_softcap, __half, true, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)      \
-    INSTANCE(name##_bf16_softcap, __nv_bfloat16, true, D, DV, KEYS, WARPGROUPS, STAGES,            \
-             QUERY_STAGES)
+    INSTANCES(name##_f16, __half, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                   \
+    INSTANCES(name##_bf16, __nv_bfloat16, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)
 #include "kernels/cuda/sm90/tiles.inc"
+
+#define BEFORE(D) BEFORE_(D)
+#define BEFORE_(D)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(SM90_LIST_THREADS)                                \
+        cuda_fwd_sm90_list_##D(const __grid_constant__ sm90_params p) {                            \
+        sm90::list_tiles(p);                                                                       \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(SM90_SEEN_THREADS)                                \
+        cuda_fwd_sm90_seen_##D(const __grid_constant__ sm90_params p) {                            \
+        sm90::find_seen(p);                                                                        \
+    }
+BEFORE(SM90_D)

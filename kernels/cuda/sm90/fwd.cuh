@@ -26,8 +26,11 @@ struct Consumer {
     uint32_t weight[kScores / 2]; /* exp of the scores as pairs of E: the A operand of P V */
     float shift
         [2]; /* what is subtracted from the exponents of 2: a maximum of the row, -inf before its first key */
-    float sum[2]; /* of the weights, this thread's part */
-    bool fresh;   /* O holds nothing of this tile yet */
+    float sum[2];                    /* of the weights, this thread's part */
+    bool fresh;                      /* O holds nothing of this tile yet */
+    float slope[2];                  /* ALIBI: what a score loses for each key of distance */
+    uint32_t early[kScores / 4 + 4]; /* ANY: of the mask, see fetch() */
+    bool cut;                        /* ANY: mask or segments hide something of the tile */
 
     /* S = Q K^T */
     __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
@@ -55,27 +58,80 @@ struct Consumer {
         return inside / 8 * 2 + min(inside % 8, 2);
     }
 
-    /* Hides keys outside [low, high); `column` = first key of this thread. */
-    __device__ __forceinline__ void mask(int column, const int (&low)[2], const int (&high)[2]) {
+    /* One bit for each key of this thread in [low, high); `column` = its first key. */
+    static __device__ __forceinline__ uint32_t keys_between(int column, int low, int high) {
+        const int begin = keys_before(low - column), end = keys_before(high - column);
+        return ones(begin, max(end - begin, 0));
+    }
+
+    /* Hides the keys whose bit is 0. */
+    __device__ __forceinline__ void mask(const uint32_t (&visible)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int begin = keys_before(low[half] - column),
-                      end = keys_before(high[half] - column);
-            const uint32_t visible = ones(begin, max(end - begin, 0));
 #pragma unroll
             for (int i = 0; i < kScores / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s = visible >> i & 1 ? s : -INFINITY;
+                s = visible[half] >> i & 1 ? s : -INFINITY;
             }
         }
     }
 
-    /* x -> cap * tanh(scale * x / cap), exact to the last bits of f32: tanh(y) = 1 - 2 / (exp(2 y) + 1). */
-    __device__ __forceinline__ void cap(float scale, float cap) {
-        const float twice = 2.8853900817779268f * scale / cap;
+    /* Whether a score of the warp is beyond what the polynomial of the cap is for. */
+    __device__ __forceinline__ bool beyond_polynomial(const sm90_params &p) const {
+        float most[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < kScores; i++)
-            score[i] = cap - 2 * cap * reciprocal_approx(exp2_approx(score[i] * twice) + 1);
+            most[i % 4] = fmaxf(most[i % 4], fabsf(score[i]));
+        const float all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+        return __any_sync(~0u, all > p.cap_limit);
+    }
+
+    /* By what a score is to be multiplied to be capped, as a power of 2: exact to 2^-20 up to half of the cap. */
+    static __device__ __forceinline__ float cap_factor(const sm90_params &p, float x) {
+        const float square = x * x;
+        float y = p.cap_polynomial[3];
+#pragma unroll
+        for (int k = 2; k >= 0; k--)
+            y = fmaf(y, square, p.cap_polynomial[k]);
+        return y;
+    }
+
+    /* x -> cap * tanh(scale * x / cap), as exponents of 2. tanh(y) = 1 - 2 / (exp(2 y) + 1) is exact to the last bits of f32, but takes two
+     * more results of the special function unit. */
+    __device__ __forceinline__ void cap_beyond(const sm90_params &p) {
+        const float twice = 2.8853900817779268f * p.scale / p.softcap,
+                    most = 1.4426950408889634f * p.softcap;
+#pragma unroll
+        for (int i = 0; i < kScores; i++)
+            score[i] = most - 2 * most * reciprocal_approx(exp2_approx(score[i] * twice) + 1);
+    }
+    __device__ __forceinline__ void cap(const sm90_params &p) {
+        if (__builtin_expect(beyond_polynomial(p), false)) {
+            cap_beyond(p);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kScores; i++)
+            score[i] *= cap_factor(p, score[i]);
+    }
+
+    /* The same with exponentials(), in an instruction less. */
+    __device__ __forceinline__ void
+    capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&part)[2]) {
+        if (__builtin_expect(beyond_polynomial(p), false)) {
+            cap_beyond(p);
+            exponentials(1, offset, part);
+            return;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int i = 0; i < kScores / 2; i++) {
+                float &s = score[4 * (i / 2) + 2 * half + i % 2];
+                s = exp2_approx(fmaf(s, cap_factor(p, s), -offset[half]));
+                part[half] += s;
+            }
+        }
     }
 
     /* Moves the shift to the maximum of S where that grew by more than 2^8; `factor` is what older results scale by.
@@ -118,13 +174,26 @@ struct Consumer {
     __device__ __forceinline__ void limit(float (&part)[2], float (&factor)[2]) {
         constexpr float kLimit = 16384.f;
         factor[0] = factor[1] = 1.f;
-        if (__builtin_expect(!__any_sync(~0u, part[0] > kLimit || part[1] > kLimit), true))
+        bool outside = part[0] > kLimit || part[1] > kLimit;
+        if (C::kAlibi)
+            outside |= sum[0] + part[0] < kAlibiLeast || sum[1] + part[1] < kAlibiLeast;
+        if (__builtin_expect(!__any_sync(~0u, outside), true))
             return;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float most = fmaxf(part[half], __shfl_xor_sync(~0u, part[half], 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            if (most > kLimit && most < INFINITY) {
+            bool moves = most > kLimit && most < INFINITY;
+            if constexpr (C::kAlibi) {
+                float all = sum[half] + part[half];
+                all = fmaxf(all, __shfl_xor_sync(~0u, all, 1));
+                all = fmaxf(all, __shfl_xor_sync(~0u, all, 2));
+                if (all < kAlibiLeast && all > 0) {
+                    most = all;
+                    moves = true;
+                }
+            }
+            if (moves) {
                 const int exponent = min((__float_as_int(most) >> 23) - 127, 126);
                 factor[half] = __int_as_float((127 - exponent) << 23);
                 shift[half] += exponent;
@@ -159,6 +228,11 @@ struct Consumer {
         fresh = true;
     }
 
+    /* From a score, as shape_scores() leaves it, to an exponent of 2. */
+    static __device__ __forceinline__ float exponent_scale(const sm90_params &p) {
+        return C::kAny || C::kSoftcap ? 1.f : p.scale_log2;
+    }
+
     __device__ __forceinline__ void finite_shift(float (&offset)[2]) const {
         offset[0] = shift[0] == -INFINITY ? 0.f : shift[0];
         offset[1] = shift[1] == -INFINITY ? 0.f : shift[1];
@@ -169,46 +243,271 @@ struct Consumer {
         sum[0] = sum[1] = 0;
     }
 
-    template <bool kMasked>
-    __device__ __forceinline__ void shape_scores(const sm90_params &p, const Tile &t, int wg,
-                                                 int block) {
-        if (C::kSoftcap)
-            cap(p.scale, p.softcap);
-        if (!kMasked)
-            return;
-        const int row = t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-        int low[2], high[2];
-        row_bounds(p, t, row, low[0], high[0]);
-        row_bounds(p, t, row + 8, low[1], high[1]);
-        mask(block * C::kTileK + threadIdx.x % 4 * 2, low, high);
+    /* ---- ANY: options that change scores one by one ---- */
+
+    static __device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
+        return t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     }
 
-    __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s, const Tile &t,
-                                          int n, Pipeline<C> &pipe);
+    /* The mask of tile n, asked for while the tensor cores compute its scores. The four threads of a row read its chunks of eight
+     * keys in turn; keys behind the tensor's end are hidden, and get those of its last ones. */
+    static constexpr int kChunks = (C::kTileK / 8 + 3) / 4;
+    __device__ __forceinline__ void fetch(const sm90_params &p, const Tile<C> &t, int wg, int n) {
+        if (!p.mask.data || !cut)
+            return;
+        const int row = first_row_of_thread(t, wg), column = n * C::kTileK + threadIdx.x % 4 * 8,
+                  last = p.len_k - 1;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint8_t *const from = static_cast<const uint8_t *>(p.mask.data) +
+                                        t.batch * p.mask.batch + t.head * p.mask.head +
+                                        min(row + 8 * half, p.len_q - 1) * p.mask.row;
+            uint32_t *const to = early + 2 * kChunks * half;
+            if (p.mask.is_wide) {
+#pragma unroll
+                for (int m = 0; m < kChunks; m++) {
+                    const uint2 w = __ldg(
+                        reinterpret_cast<const uint2 *>(from + min(column + 32 * m, last - 7)));
+                    to[2 * m] = w.x;
+                    to[2 * m + 1] = w.y;
+                }
+            } else {
+#pragma unroll
+                for (int m = 0; m < 2 * kChunks; m++) {
+                    to[m] = 0;
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        to[m] |= __ldg(from +
+                                       min(column + m / 2 * 32 + m % 2 * 4 + i, last) * p.mask.key)
+                                 << 8 * i;
+                }
+            }
+        }
+    }
+
+    /* Whether tile n is cut, before anything of it is fetched: also where rows are behind the sequence's last. */
+    __device__ __forceinline__ void look(const sm90_params &p, const Tile<C> &t, int wg, int n) {
+        cut = (p.seen && !sees_all(p, t.seen, n)) ||
+              (t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len;
+    }
+
+    /* Of four bytes those that are not 0, as four bits. */
+    static __device__ __forceinline__ uint32_t bits_of(uint32_t bytes) {
+        const uint32_t top = ((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes;
+        return (top >> 7 & 0x01010101) * 0x10204080u >> 28;
+    }
+
+    /* Bits of this thread's keys from the chunks that the four threads of its row have read. */
+    static __device__ __forceinline__ uint32_t gather(const uint32_t *words) {
+        uint32_t chunks = 0, visible = 0;
+#pragma unroll
+        for (int m = 0; m < kChunks; m++)
+            chunks |= (bits_of(words[2 * m]) | bits_of(words[2 * m + 1]) << 4) << 8 * m;
+#pragma unroll
+        for (int lane = 0; lane < 4; lane++) {
+            const uint32_t of_lane = __shfl_sync(~0u, chunks, (threadIdx.x & 28) + lane);
+            visible |= (of_lane >> threadIdx.x % 4 * 2 & 0x03030303) << 2 * lane;
+        }
+        return visible;
+    }
+
+    /* Keeps the bits of keys that mask and segments leave to rows `row` and `row` + 8. */
+    __device__ __forceinline__ void hide(const sm90_params &p, const Tile<C> &t, int row, int n,
+                                         uint32_t (&visible)[2]) {
+        if (p.mask.data) {
+            visible[0] &= gather(early);
+            visible[1] &= gather(early + 2 * kChunks);
+        }
+        if (p.query_segments) {
+            const int first = query_segment(p, t, row), second = query_segment(p, t, row + 8);
+            uint32_t same[2] = {0, 0};
+#pragma unroll 4
+            for (int i = 0; i < kScores / 2; i++) {
+                const int j = n * C::kTileK + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2;
+                const int segment = key_segment(p, t, min(j, t.k_len - 1));
+                same[0] |= static_cast<uint32_t>(segment == first) << i;
+                same[1] |= static_cast<uint32_t>(segment == second) << i;
+            }
+            visible[0] &= same[0];
+            visible[1] &= same[1];
+        }
+    }
+
+    /* Each score x becomes change(x, half, i): of key i of the thread, counted as bits are. */
+    template <typename Change>
+    __device__ __forceinline__ void each_score(Change change) {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < kScores / 2; i++) {
+                float &s = score[4 * (i / 2) + 2 * half + i % 2];
+                s = change(s, half, i);
+            }
+    }
+
+    /* The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key. */
+    __device__ __forceinline__ void change_scores(const sm90_params &p, const Tile<C> &t, int row,
+                                                  int n) {
+        constexpr float kLog2e = 1.4426950408889634f;
+        if (p.softcap > 0)
+            cap(p);
+        else
+            each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
+        if (p.alibi_slopes) {
+            const int met = met_key(p, t, row) - n * C::kTileK - threadIdx.x % 4 * 2;
+            const float distance[2] = {
+                static_cast<float>(met),
+                static_cast<float>(met + met_key(p, t, row + 8) - met_key(p, t, row))};
+            const float slopes[2] = {slope_of<C>(p, t, row) * kLog2e,
+                                     slope_of<C>(p, t, row + 8) * kLog2e};
+            each_score([&](float x, int half, int i) {
+                return __fmaf_rz(-slopes[half], fabsf(distance[half] - (i / 2 * 8 + i % 2)), x);
+            });
+        }
+    }
+
+    /* ---- ALiBi: a key loses slope * distance ----
+     * Weights are relative to what a key at the distance `nearest()` of its tile would lose, which shrinks from tile to tile, and
+     * sums with it: so the shift stands still here, too, though scores grow towards the diagonal by 2^100 in a tile. Slopes below 0 are
+     * relative to no distance. */
+
+    /* The key that a row meets. */
+    static __device__ __forceinline__ int met_key(const sm90_params &p, const Tile<C> &t, int row) {
+        return (row >> p.pack_log2) + t.diagonal;
+    }
+
+    /* No visible key of tile n is nearer to key `met`, nor one of a tile before it. */
+    static __device__ __forceinline__ float nearest(const Tile<C> &t, int met, int n) {
+        return max(max(met - (n + 1) * C::kTileK + 1, t.first_block * C::kTileK - met), 0);
+    }
+
+    __device__ __forceinline__ void start_slopes(const sm90_params &p, const Tile<C> &t, int wg) {
+        const int row = first_row_of_thread(t, wg);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            slope[half] = slope_of<C>(p, t, row + 8 * half) / p.scale;
+    }
+
+    /* What scores of tile n lose. Where all keys are before those that rows meet, that is a line in the key's number, of which
+     * `offset` takes the part that a row has in common. */
+    __device__ __forceinline__ void lose_distance(const sm90_params &p, const Tile<C> &t, int wg,
+                                                  int n) {
+        const int row = first_row_of_thread(t, wg), column = n * C::kTileK + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int met = met_key(p, t, row + 8 * half);
+            const float distance = met - column,
+                        common = fmaxf(slope[half], 0.f) * nearest(t, met, n);
+#pragma unroll
+            for (int i = 0; i < kScores / 2; i++) {
+                float &s = score[4 * (i / 2) + 2 * half + i % 2];
+                s += fmaf(-slope[half], fabsf(distance - (i / 2 * 8 + i % 2)), common);
+            }
+        }
+    }
+    __device__ __forceinline__ void lose_distance_before() {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int i = 0; i < kScores / 2; i++) {
+                float &s = score[4 * (i / 2) + 2 * half + i % 2];
+                s = fmaf(slope[half], i / 2 * 8 + i % 2, s);
+            }
+        }
+    }
+    __device__ __forceinline__ void offset_before(const sm90_params &p, const Tile<C> &t, int wg,
+                                                  int n, float (&offset)[2]) const {
+        const int row = first_row_of_thread(t, wg), last = (n + 1) * C::kTileK - 1,
+                  column = n * C::kTileK + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            offset[half] += p.scale_log2 *
+                            fmaf(slope[half], last - column,
+                                 fminf(slope[half], 0.f) * (met_key(p, t, row + 8 * half) - last));
+    }
+
+    /* What sums up to tile n - 1 are to be multiplied by in tile n. */
+    __device__ __forceinline__ void approach(const sm90_params &p, const Tile<C> &t, int wg, int n,
+                                             float (&factor)[2]) const {
+        const int row = first_row_of_thread(t, wg);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int met = met_key(p, t, row + 8 * half);
+            factor[half] = exp2_approx(p.scale_log2 * fmaxf(slope[half], 0.f) *
+                                       (nearest(t, met, n) - nearest(t, met, n - 1)));
+        }
+    }
+
+    /* The shift of rows whose last tile is done, relative to no distance. */
+    __device__ __forceinline__ void arrive(const sm90_params &p, const Tile<C> &t, int wg) {
+        const int row = first_row_of_thread(t, wg);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            shift[half] -= p.scale_log2 * fmaxf(slope[half], 0.f) *
+                           nearest(t, met_key(p, t, row + 8 * half), t.end_block - 1);
+    }
+
+    template <bool kMasked, bool kTrack>
+    __device__ __forceinline__ void shape_scores(const sm90_params &p, const Tile<C> &t, int wg,
+                                                 int block) {
+        const int row = first_row_of_thread(t, wg);
+        if (C::kSoftcap && (kMasked || kTrack))
+            cap(p); /* else capped_exponentials() does */
+        if constexpr (C::kAlibi) {
+            if (kMasked)
+                lose_distance(p, t, wg, block);
+            else
+                lose_distance_before();
+        }
+        if constexpr (C::kAny) {
+            change_scores(p, t, row, block);
+            if (block >= t.first_whole && block < t.end_whole && !cut)
+                return;
+        }
+        if constexpr (kMasked) {
+            uint32_t visible[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int low, high;
+                row_bounds(p, t, row + 8 * half, low, high);
+                visible[half] = keys_between(block * C::kTileK + threadIdx.x % 4 * 2, low, high);
+            }
+            if constexpr (C::kAny) {
+                if (cut)
+                    hide(p, t, row, block, visible);
+            }
+            mask(visible);
+        }
+    }
+
+    __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
+                                          const Tile<C> &t, int n, Pipeline<C> &pipe);
     template <bool kMasked, bool kNewTile, bool kTrack>
-    __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile &t,
-                                         int n, Pipeline<C> &pipe, const Place &finished);
-    __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s, const Place &t,
-                                         Pipeline<C> &pipe);
+    __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
+                                         int n, Pipeline<C> &pipe, const Place<C> &finished);
+    __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
+                                         const Place<C> &t, Pipeline<C> &pipe);
 };
 
 /* S and weights of the first key tile of all, n. */
 template <class C>
 __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const Shared<C> &s,
-                                                   const Tile &t, int n, Pipeline<C> &pipe) {
+                                                   const Tile<C> &t, int n, Pipeline<C> &pipe) {
     clear_output();
     clear_sums();
+    if constexpr (C::kAny)
+        fetch(p, t, pipe.wg, n);
     mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
     wgmma_fence();
     start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
     wgmma_wait<0>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
-    shape_scores<true>(p, t, pipe.wg, n);
+    shape_scores<true, true>(p, t, pipe.wg, n);
     float factor[2], offset[2];
-    track_maximum(p.scale_log2, factor);
+    track_maximum(exponent_scale(p), factor);
     finite_shift(offset);
-    exponentials(p.scale_log2, offset, sum);
+    exponentials(exponent_scale(p), offset, sum);
     round_weights();
 }
 
@@ -217,8 +516,8 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
 template <class C>
 template <bool kMasked, bool kNewTile, bool kTrack>
 __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
-                                                  const Tile &t, int n, Pipeline<C> &pipe,
-                                                  const Place &finished) {
+                                                  const Tile<C> &t, int n, Pipeline<C> &pipe,
+                                                  const Place<C> &finished) {
     mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
     wait_turn<C>(pipe.wg);
     pin(output);
@@ -230,18 +529,30 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     start_outputs(s.value(pipe.values.stage));
     fresh = kNewTile;
     pass_turn<C>(pipe.wg);
+    if constexpr (C::kAny)
+        fetch(p, t, pipe.wg, n);
     wgmma_wait<1>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
     const float finished_shift[2] = {shift[0], shift[1]}, finished_sum[2] = {sum[0], sum[1]};
     if (kNewTile)
         clear_sums();
-    shape_scores<kMasked>(p, t, pipe.wg, n);
-    float factor[2], offset[2], part[2] = {0, 0};
+    shape_scores<kMasked, kTrack>(p, t, pipe.wg, n);
+    float factor[2], offset[2], part[2] = {0, 0}, nearer[2];
+    if constexpr (C::kAlibi && !kNewTile) {
+        approach(p, t, pipe.wg, n, nearer);
+        sum[0] *= nearer[0];
+        sum[1] *= nearer[1];
+    }
     if (kTrack)
-        track_maximum(p.scale_log2, factor);
+        track_maximum(exponent_scale(p), factor);
     finite_shift(offset);
-    exponentials(p.scale_log2, offset, part);
+    if constexpr (C::kAlibi && !kMasked)
+        offset_before(p, t, pipe.wg, n, offset);
+    if constexpr (C::kSoftcap && !kMasked && !kTrack)
+        capped_exponentials(p, offset, part);
+    else
+        exponentials(exponent_scale(p), offset, part);
     pin(score);
     hold(s.base, (sum[0] + part[0]) + (sum[1] + part[1]));
     wgmma_wait<0>();
@@ -252,6 +563,10 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
         limit(part, factor);
     sum[0] += part[0];
     sum[1] += part[1];
+    if constexpr (C::kAlibi && !kNewTile) {
+        factor[0] *= nearer[0];
+        factor[1] *= nearer[1];
+    }
     if (!kNewTile)
         rescale_output(factor);
     round_weights();
@@ -262,7 +577,7 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
 /* O of the last key tile of all. */
 template <class C>
 __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Shared<C> &s,
-                                                  const Place &t, Pipeline<C> &pipe) {
+                                                  const Place<C> &t, Pipeline<C> &pipe) {
     mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
     pin(output);
     pin(weight);
@@ -277,14 +592,14 @@ template <class C>
 __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s, int wg) {
     Pipeline<C> pipe(s, wg);
     Consumer<C> rows;
-    Place previous; /* the tile whose output is unfinished */
+    Place<C> previous; /* the tile whose output is unfinished */
     previous.index = -1;
     int skipped = 0; /* key tiles behind its own, whose values are still to pass over */
     if (wg == C::kWarpgroups - 1)
         pass_turn<C>(wg);
     for (;;) {
         mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
-        const Tile t = *s.tile(pipe.queries.stage, wg);
+        const Tile<C> t = *s.tile(pipe.queries.stage, wg);
         if (t.index < 0)
             break;
         if (!t.sees_keys()) {
@@ -293,6 +608,10 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             continue;
         }
         int n = t.first_block;
+        if constexpr (C::kAlibi)
+            rows.start_slopes(p, t, wg);
+        if constexpr (C::kAny)
+            rows.look(p, t, wg, n);
         if (previous.index < 0)
             rows.first(p, s, t, n, pipe);
         else if (C::kFirstUnmasked && n >= t.first_whole && n < t.end_whole)
@@ -300,14 +619,19 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
         else
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
         pipe.skip_values(skipped);
-        for (n++; n < t.end_block; n++) {
-            if (n < t.first_untracked)
+        for (n = next_block<C>(p, t, n); n < t.end_block; n = next_block<C>(p, t, n)) {
+            if constexpr (C::kAny) {
+                rows.look(p, t, wg, n);
+                rows.template step<true, false, true>(p, s, t, n, pipe, t);
+            } else if (n < t.first_untracked)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             else if (n < t.end_whole)
                 rows.template step<false, false, false>(p, s, t, n, pipe, t);
             else
                 rows.template step<true, false, false>(p, s, t, n, pipe, t);
         }
+        if constexpr (C::kAlibi)
+            rows.arrive(p, t, wg);
         skipped = t.skipped;
         pipe.skip_keys(skipped);
         previous = t;
@@ -323,7 +647,7 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
     extern __shared__ char raw[];
     const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
     const Shared<C> s{base,
-                      reinterpret_cast<Tile *>(raw + (base - shared_address(raw) + C::kTiles))};
+                      reinterpret_cast<Tile<C> *>(raw + (base - shared_address(raw) + C::kTiles))};
     const int warpgroup = uniform(threadIdx.x / 128);
     if (threadIdx.x == 0) {
         tma_prefetch_map(&p.query_map);
@@ -332,13 +656,21 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
         tma_prefetch_map(&p.output_map);
         init_barriers<C>(s);
     }
+    if (C::kPlaced && (p.list || p.seen))
+        wait_for_workspace();
     __syncthreads();
     if (warpgroup == 0) {
         registers_decrease<C::kProducerRegisters>();
         const int warp = uniform(threadIdx.x / 32);
-        if (warp == 0)
+        if constexpr (C::kPlaced) {
+            if (warp == 0)
+                produce_blocks<C, false>(p, s);
+            else if (warp == 2)
+                produce_blocks<C, true>(p, s);
+        } else if (warp == 0) {
             produce_keys<C>(p, s);
-        else if (warp == 1)
+        }
+        if (warp == 1)
             produce_queries<C>(p, s);
     } else {
         registers_increase<C::kConsumerRegisters>();

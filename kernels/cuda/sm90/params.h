@@ -16,6 +16,31 @@ struct sm90_divisor {
     uint32_t multiplier, shift;
 };
 
+/* Sequences packed one behind the other, number b from row cu_seqlens[b] on. */
+struct sm90_packing {
+    const int32_t *cu_seqlens; /* NULL: they are not */
+    int64_t stride;
+    int32_t total; /* rows */
+};
+
+/* [B, H, Lq, Lk], stride 0 where an axis is broadcast. */
+struct sm90_by_score {
+    const void *data; /* NULL: none */
+    int64_t batch, head, row, key;
+    int32_t is_wide; /* any eight keys are neighbours, and aligned as one */
+};
+
+/* The order in which blocks claim tiles of rows, in the workspace: those with the most keys first. */
+struct sm90_listed {
+    int32_t sequence;
+    int32_t first; /* of the sequence's tiles in the list: they stand together */
+};
+struct sm90_list {
+    int32_t next;  /* that no block has claimed yet, counted for each head */
+    int32_t tiles; /* of all sequences */
+    struct sm90_listed of[1 /* tiles */];
+};
+
 struct sm90_params {
     struct cuda_tensor_map
         query_map; /* [D, pack, Lq, H / pack, B], box {64, pack, 64 / pack, 1, 1} */
@@ -58,7 +83,40 @@ struct sm90_params {
     struct sm90_divisor by_tiles_per_head;
     struct sm90_divisor by_group_tiles; /* heads_per_group * tiles_per_head */
     struct sm90_divisor by_group_heads, by_last_group_heads, by_heads, by_heads_per_kv;
+
+    /* What PLAIN kernels do not read. With packed rows the maps of query and output are [D, pack, Lq, end, H / pack], with
+     * packed keys those of key and value are [D, Lk, end, H_kv]: see packed_row(). */
+    struct sm90_packing packed_q, packed_k;
+    struct sm90_list *list; /* NULL: the walk follows from the shape alone */
+    int32_t list_capacity;
+    int32_t batch, tile_q;
+    /* Where |q.k| is at most cap_limit, the capped score is q.k times a polynomial of (q.k)^2, as a power of 2. */
+    float cap_limit;
+    float cap_polynomial[4];
+    struct sm90_by_score mask;
+    const int32_t *query_segments, *key_segments;
+    struct sm90_strides query_segments_strides, key_segments_strides; /* head: 0 */
+    uint32_t *
+        seen; /* in the workspace, for mask and segments: [heads, tiles of rows, some or all, words]; NULL: there are none */
+    int32_t seen_words;                  /* of 32 key tiles */
+    int32_t seen_rows;                   /* tiles of rows of one head */
+    int32_t seen_tiles;                  /* of the longest sequence */
+    int32_t seen_by_batch, seen_by_head; /* 0: all of them see the same */
+    int32_t tile_k;
+    const float *sinks; /* NULL: none */
+    int64_t sinks_stride;
+    const float *alibi_slopes;
+    int64_t alibi_batch_stride, alibi_head_stride;
+    /* With pages key and value are [pages, H_kv, page_size, D], and the maps [D, page_size, H_kv, pages]. */
+    const int32_t *block_table; /* NULL: no pages */
+    int64_t table_batch_stride, table_page_stride;
+    int32_t pages, page_size;
+    int32_t box_keys,
+        boxes; /* keys that one copy brings, and how many fill a tile; without pages all and 1 */
+    struct sm90_divisor by_page_size;
 };
+
+enum { SM90_LIST_THREADS = 1024, SM90_SEEN_THREADS = 256 };
 
 #define SM90_UNBOUNDED (1 << 30)
 #define SM90_MAX_LENGTH                                                                            \

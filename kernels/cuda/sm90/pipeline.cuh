@@ -33,9 +33,12 @@ struct Ring {
 template <class C>
 struct Shared {
     uint32_t base;
-    Tile *tiles; /* what the producer tells the consumers */
-    __device__ __forceinline__ Tile *tile(int stage, int wg) const {
+    Tile<C> *tiles; /* what the producer tells the consumers */
+    __device__ __forceinline__ Tile<C> *tile(int stage, int wg) const {
         return tiles + stage * C::kWarpgroups + wg;
+    }
+    __device__ __forceinline__ Tile<C> *claimed_tile(int stage) const {
+        return tile(C::kQueryStages, stage);
     }
     __device__ __forceinline__ uint32_t query(int stage, int wg) const {
         return base + C::kQuery + (stage * C::kWarpgroups + wg) * C::kQueryBytes;
@@ -60,6 +63,9 @@ struct Shared {
     __device__ __forceinline__ Ring<C::kStages> value_ring() const {
         return {rings() + 16 * C::kStages, rings() + 24 * C::kStages};
     }
+    __device__ __forceinline__ Ring<C::kClaimedTiles> claimed_ring() const {
+        return {rings() + 32 * C::kStages, rings() + 32 * C::kStages + 8 * C::kClaimedTiles};
+    }
 };
 
 template <class C>
@@ -76,16 +82,48 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
         mbarrier_init(s.value_ring().full + 8 * i, 1);
         mbarrier_init(s.value_ring().empty + 8 * i, kWarps);
     }
+    for (int i = 0; i < C::kClaimedTiles; i++) {
+        mbarrier_init(s.claimed_ring().full + 8 * i, 1);
+        mbarrier_init(s.claimed_ring().empty + 8 * i, 64); /* two producers read it */
+    }
     mbarrier_init_fence();
 }
 
-/* ---- Producers: two warps, whose first lane does what is done once ---- */
+/* ---- Producers: two or three warps, whose first lane does what is done once ---- */
+
+/* Row `row` of a packed sequence that has `rows` from row `start` on is (length - rows + row, start + rows): both axes have the
+ * stride of a row, the origin lies `length` rows before the tensor's, and behind the sequence the first coordinate is past its
+ * extent, so that zeros arrive and nothing is written, whatever the tensor holds there. A box must not begin there: one
+ * that lies wholly outside faults where the origin is nobody's memory. */
+struct PackedRow {
+    int inner, outer;
+};
+__device__ __forceinline__ PackedRow packed_row(int length, int start, int rows, int row) {
+    return {length - rows + row, start + rows};
+}
+
+/* Coordinates 2 to 4 of a row in the maps of query and output. */
+struct RowCoordinates {
+    int c2, c3, c4;
+};
+template <class C>
+__device__ __forceinline__ RowCoordinates row_coordinates(const sm90_params &p, const Place<C> &t,
+                                                          int row) {
+    row >>= p.pack_log2;
+    if constexpr (C::kPlaced) {
+        const PackedRow r = packed_row(p.len_q, t.q_start, t.q_rows, min(row, t.q_rows - 1));
+        if (p.packed_q.cu_seqlens)
+            return {r.inner, r.outer, t.head};
+    }
+    return {row, t.head, t.batch};
+}
 
 /* Tells a warpgroup of a tile, with its queries. */
 template <class C>
 __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
-                                         const Ring<C::kQueryStages> &ring, const Tile &t, int wg) {
-    const Tile of_warpgroup = tile_of<C>(p, t, wg);
+                                         const Ring<C::kQueryStages> &ring, const Tile<C> &t,
+                                         int wg) {
+    const Tile<C> of_warpgroup = tile_of<C>(p, t, wg);
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x % 32 != 0)
         return;
@@ -94,47 +132,125 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
         mbarrier_arrive(ring.full_barrier());
         return;
     }
+    const RowCoordinates at = row_coordinates<C>(p, t, t.first_row + 64 * wg);
     mbarrier_expect_bytes(ring.full_barrier(), C::kQueryBytes);
     for (int c = 0; c < C::kColumnsQk; c++)
         tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
-                    evict_first(), 64 * c, 0, (t.first_row + 64 * wg) >> p.pack_log2, t.head,
-                    t.batch);
+                    evict_first(), 64 * c, 0, at.c2, at.c3, at.c4);
 }
 
-/* Tells the warpgroups of the tiles of this block, each as soon as there is room for its queries, and that there are
- * no more. */
+/* The tile of this block that follows the one with this index, or its first: claimed where sequences differ, whose order depends on
+ * the lengths; else every gridDim-th. */
 template <class C>
-__device__ __forceinline__ void produce_queries(const sm90_params &p, const Shared<C> &s) {
-    Ring<C::kQueryStages> queries = s.query_ring(0);
-    for (Tile t = tile_at<C>(p, first_tile(p));; t = tile_at<C>(p, t.index + gridDim.x)) {
+__device__ __forceinline__ Tile<C> next_tile(const sm90_params &p, int index, bool first) {
+    if constexpr (C::kPlaced) {
+        if (p.list)
+            return tile_at<C>(p, uniform(threadIdx.x % 32 == 0 ? atomicAdd(&p.list->next, 1) : 0));
+    }
+    return tile_at<C>(p, first ? first_tile(p) : index + gridDim.x);
+}
+
+/* Tells the other producers of a tile. */
+template <class C>
+__device__ __forceinline__ void share_claim(const Shared<C> &s, Ring<C::kClaimedTiles> &ring,
+                                            const Tile<C> &t) {
+    mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+    if (threadIdx.x % 32 == 0) {
+        *s.claimed_tile(ring.stage) = t;
+        mbarrier_arrive(ring.full_barrier());
+    }
+    ring.advance();
+}
+
+/* The tile that the producer of queries has claimed. */
+template <class C>
+__device__ __forceinline__ Tile<C> receive_claim(const Shared<C> &s, Ring<C::kClaimedTiles> &ring) {
+    mbarrier_wait(ring.full_barrier(), ring.phase);
+    const Tile<C> t = *s.claimed_tile(ring.stage);
+    mbarrier_arrive(ring.empty_barrier());
+    ring.advance();
+    return t;
+}
+
+template <class C>
+__device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
+                                         const Ring<C::kQueryStages> &queries, const Tile<C> &t) {
 #pragma unroll 1
-        for (int wg = 0; wg < C::kWarpgroups; wg++) {
-            Ring<C::kQueryStages> ring = s.query_ring(wg);
-            ring.stage = queries.stage;
-            ring.phase = queries.phase;
-            announce<C>(p, s, ring, t, wg);
-        }
-        if (t.index < 0)
-            return;
-        queries.advance();
+    for (int wg = 0; wg < C::kWarpgroups; wg++) {
+        Ring<C::kQueryStages> ring = s.query_ring(wg);
+        ring.stage = queries.stage;
+        ring.phase = queries.phase;
+        announce<C>(p, s, ring, t, wg);
     }
 }
 
-/* A key tile of a head. */
+/* Tells the warpgroups of the tiles of this block, each as soon as there is room for its queries, and that there are
+ * no more. Where tiles are claimed, the other producers hear of one while the queries of the one before still wait. */
+template <class C>
+__device__ __forceinline__ void produce_queries(const sm90_params &p, const Shared<C> &s) {
+    Ring<C::kQueryStages> queries = s.query_ring(0);
+    Tile<C> t = next_tile<C>(p, 0, true);
+    if constexpr (C::kPlaced) {
+        Ring<C::kClaimedTiles> claims = s.claimed_ring();
+        share_claim<C>(s, claims, t);
+        while (t.index >= 0) {
+            const Tile<C> next = next_tile<C>(p, t.index, false);
+            share_claim<C>(s, claims, next);
+            announce<C>(p, s, queries, t);
+            queries.advance();
+            t = next;
+        }
+        announce<C>(p, s, queries, t);
+    } else {
+        for (;; t = next_tile<C>(p, t.index, false)) {
+            announce<C>(p, s, queries, t);
+            if (t.index < 0)
+                return;
+            queries.advance();
+        }
+    }
+}
+
+/* A key tile of a head, or what this lane brings of it: rows from `row` on at coordinates 2 and 3 of the maps. */
 struct Block {
-    int head, batch, index; /* index -1: none */
+    int row, c2, c3; /* row -1: none */
 };
+
+/* Key tile n. Of pages each lane brings a box of p.box_keys of them; past the last key the row is behind its page, so that zeros
+ * arrive. */
+template <class C>
+__device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t, int n) {
+    const int row = n * C::kTileK;
+    if constexpr (C::kPlaced) {
+        if (p.block_table) {
+            const int key = row + threadIdx.x % 32 * p.box_keys;
+            if (key >= t.k_len)
+                return {p.page_size, t.kv_head, 0};
+            const PageRow at = page_row(p, t.batch, key);
+            return {at.row, t.kv_head, at.page};
+        }
+        const PackedRow r = packed_row(p.len_k, t.k_start, t.k_len, row);
+        if (p.packed_k.cu_seqlens)
+            return {r.inner, r.outer, t.kv_head};
+    }
+    return {row, t.kv_head, t.batch};
+}
 
 /* K or V of a key tile into the next free buffer of the ring. */
 template <class C, int kColumns>
-__device__ __forceinline__ void load_block(const cuda_tensor_map &map, uint32_t dst,
-                                           Ring<C::kStages> &ring, const Block &block) {
+__device__ __forceinline__ void load_block(const sm90_params &p, const cuda_tensor_map &map,
+                                           uint32_t dst, Ring<C::kStages> &ring,
+                                           const Block &block) {
+    const int lane = threadIdx.x % 32;
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-    if (threadIdx.x % 32 == 0) {
+    if (lane == 0)
         mbarrier_expect_bytes(ring.full_barrier(), kColumns * C::kKeyColumn);
+    if (lane < (C::kPlaced ? p.boxes : 1)) {
+        if (C::kPlaced)
+            dst += lane * p.box_keys * 128;
         for (int c = 0; c < kColumns; c++)
             tma_load_4d(dst + c * C::kKeyColumn, &map, ring.full_barrier(), evict_last(), 64 * c,
-                        block.index * C::kTileK, block.head, block.batch);
+                        block.row, block.c2, block.c3);
     }
     ring.advance();
 }
@@ -143,21 +259,40 @@ __device__ __forceinline__ void load_block(const cuda_tensor_map &map, uint32_t 
 template <class C>
 __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<C> &s) {
     Ring<C::kStages> keys = s.key_ring(), values = s.value_ring();
-    Block before{0, 0, -1}; /* whose V is still to come */
+    Block before{-1, 0, 0}; /* whose V is still to come */
     const auto load_value = [&] {
-        if (before.index >= 0)
-            load_block<C, C::kColumnsV>(p.value_map, s.value(values.stage), values, before);
+        if (before.row >= 0)
+            load_block<C, C::kColumnsV>(p, p.value_map, s.value(values.stage), values, before);
     };
     for (int index = first_tile(p); index < p.tiles; index += gridDim.x) {
-        const Tile t = tile_at<C>(p, index);
+        const Tile<C> t = tile_at<C>(p, index);
         for (int n = t.first_block; n < t.end_block; n++) {
-            const Block block{t.kv_head, t.batch, n};
-            load_block<C, C::kColumnsQk>(p.key_map, s.key(keys.stage), keys, block);
+            const Block block = block_of<C>(p, t, n);
+            load_block<C, C::kColumnsQk>(p, p.key_map, s.key(keys.stage), keys, block);
             load_value();
             before = block;
         }
     }
     load_value();
+}
+
+/* With options keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
+ * for a buffer. */
+template <class C, bool kValues>
+__device__ __forceinline__ void produce_blocks(const sm90_params &p, const Shared<C> &s) {
+    constexpr int kColumns = kValues ? C::kColumnsV : C::kColumnsQk;
+    Ring<C::kStages> ring = kValues ? s.value_ring() : s.key_ring();
+    Ring<C::kClaimedTiles> claims = s.claimed_ring();
+    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+        Block block = block_of<C>(p, t, t.first_block);
+        for (int n = t.first_block, following; n < t.end_block; n = following) {
+            following = next_block<C>(p, t, n);
+            const Block next = block_of<C>(p, t, following);
+            load_block<C, kColumns>(p, kValues ? p.value_map : p.key_map,
+                                    kValues ? s.value(ring.stage) : s.key(ring.stage), ring, block);
+            block = next;
+        }
+    }
 }
 
 /* ---- Consumers: where a warpgroup stands, and whose turn it is ---- */

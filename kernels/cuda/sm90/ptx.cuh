@@ -188,6 +188,20 @@ __device__ __forceinline__ uint32_t ones(int begin, int count) {
     return r;
 }
 
+/* Element 0 or 1 of two E in a register. */
+template <typename E>
+__device__ __forceinline__ float unpack(uint32_t pair, int which);
+
+template <>
+__device__ __forceinline__ float unpack<__nv_bfloat16>(uint32_t pair, int which) {
+    return __uint_as_float(which ? pair & 0xffff0000 : pair << 16);
+}
+
+template <>
+__device__ __forceinline__ float unpack<__half>(uint32_t pair, int which) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(which ? pair >> 16 : pair)));
+}
+
 /* ---- wgmma ---- */
 
 __device__ __forceinline__ void wgmma_fence() {

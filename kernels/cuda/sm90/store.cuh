@@ -5,93 +5,213 @@
 
 #include "kernels/cuda/sm90/pipeline.cuh"
 
+#include <float.h>
+
 namespace sm90 {
 
 /* A shift is a maximum times scale_log2 and rounded. What it lost, all weights of the row have in common, so it cancels while
  * they stay in range. From here on it has no fraction left, and exact_row() computes the row. */
 constexpr float kExactFrom = 1 << 24;
 
-__device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_strides &strides,
-                                              const Place &t, int row) {
-    const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
-    return t.batch * strides.batch + head * strides.head + (row >> p.pack_log2) * strides.row;
+/* With ALiBi, where the shift is a guess: sums below this are brought back, and rows whose sum is lost are computed by exact_row(). */
+constexpr float kAlibiLeast = 0x1p-12f, kAlibiLost = 0x1p-80f;
+
+/* Whether the exponents of a row are of no use, its weights being relative to 2^shift. Those of ANY lose nothing, up to the end of
+ * the range. Rows without a weight have no exponents. */
+template <class C>
+__device__ __forceinline__ bool is_far(const sm90_params &p, float shift, float total) {
+    if (C::kPlaced && total == 0)
+        return false;
+    return !(fabsf(shift) < (C::kAny ? FLT_MAX : kExactFrom));
 }
 
-template <typename E>
-__device__ __forceinline__ void store_lse(const sm90_params &p, const Place &t, int row, float x) {
+template <class C>
+__device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_strides &strides,
+                                              const Place<C> &t, int row) {
+    const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
+    int64_t of_tensor = row >> p.pack_log2;
+    if constexpr (C::kPlaced)
+        of_tensor += t.q_start;
+    return t.batch * strides.batch + head * strides.head + of_tensor * strides.row;
+}
+
+/* Whether row `row` of the tile is one of the output's. */
+template <class C>
+__device__ __forceinline__ bool is_row(const sm90_params &p, const Place<C> &t, int row) {
+    if constexpr (C::kPlaced)
+        return row >> p.pack_log2 < t.q_rows;
+    return row >> p.pack_log2 < p.len_q;
+}
+
+template <class C>
+__device__ __forceinline__ void store_lse(const sm90_params &p, const Place<C> &t, int row,
+                                          float x) {
     if (!p.lse)
         return;
-    const int64_t at = row_offset(p, p.lse_strides, t, row);
+    const int64_t at = row_offset<C>(p, p.lse_strides, t, row);
     if (p.lse_is_element)
-        static_cast<E *>(p.lse)[at] = E(x);
+        static_cast<typename C::Element *>(p.lse)[at] = typename C::Element(x);
     else
         static_cast<float *>(p.lse)[at] = x;
+}
+
+/* -inf: none. */
+template <class C>
+__device__ __forceinline__ float sink_of(const sm90_params &p, const Place<C> &t, int row) {
+    if (!C::kPlaced || !p.sinks)
+        return -INFINITY;
+    const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
+    return __ldg(p.sinks + head * p.sinks_stride);
+}
+
+template <class C>
+__device__ __forceinline__ float slope_of(const sm90_params &p, const Place<C> &t, int row) {
+    const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
+    return __ldg(p.alibi_slopes + t.batch * p.alibi_batch_stride + head * p.alibi_head_stride);
+}
+
+/* Where the rows of one tensor of keys are that a tile sees. */
+template <class C>
+struct KeyRows {
+    using E = typename C::Element;
+    const E *head;
+    int64_t stride;
+
+    __device__ __forceinline__ KeyRows(const sm90_params &p, const void *tensor,
+                                       const sm90_strides &strides, const Tile<C> &t)
+        : head(static_cast<const E *>(tensor) + t.batch * strides.batch + t.kv_head * strides.head),
+          stride(strides.row) {
+        if constexpr (C::kPlaced)
+            head += p.block_table ? -t.batch * strides.batch : t.k_start * stride;
+    }
+    __device__ __forceinline__ const E *row(const sm90_params &p, const sm90_strides &strides,
+                                            const Tile<C> &t, int j) const {
+        if constexpr (C::kPlaced) {
+            if (p.block_table) {
+                const PageRow at = page_row(p, t.batch, j);
+                return head + at.page * strides.batch + at.row * stride;
+            }
+        }
+        return head + j * stride;
+    }
+};
+
+template <class C>
+__device__ __forceinline__ float empty_lse(const sm90_params &p, const Place<C> &t, int row) {
+    const float sink = sink_of<C>(p, t, row);
+    return sink > -INFINITY ? sink : p.empty_lse;
+}
+
+template <class C>
+__device__ __forceinline__ int query_segment(const sm90_params &p, const Tile<C> &t, int row) {
+    const int i = min(row >> p.pack_log2, t.q_rows - 1) + t.q_start;
+    return __ldg(p.query_segments + t.batch * p.query_segments_strides.batch +
+                 i * p.query_segments_strides.row);
+}
+template <class C>
+__device__ __forceinline__ int key_segment(const sm90_params &p, const Tile<C> &t, int j) {
+    return __ldg(p.key_segments + t.batch * p.key_segments_strides.batch +
+                 (t.k_start + j) * p.key_segments_strides.row);
+}
+
+/* What the options make of a scaled score; where rows have a mask, heads share no tile. */
+template <class C>
+__device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, int row, int j,
+                                       float score) {
+    const int64_t batch = t.batch, head = t.head;
+    if (p.mask.data &&
+        !static_cast<const uint8_t *>(p.mask.data)[batch * p.mask.batch + head * p.mask.head +
+                                                   row * p.mask.row + j * p.mask.key])
+        return -INFINITY;
+    if (p.query_segments && query_segment(p, t, row) != key_segment(p, t, j))
+        return -INFINITY;
+    if (p.softcap > 0)
+        score = p.softcap * tanhf(score / p.softcap);
+    if (p.alibi_slopes)
+        score -= slope_of<C>(p, t, row) * abs((row >> p.pack_log2) + t.diagonal - j);
+    return score;
 }
 
 /* One row by one warp, key by key, reading only the keys that it sees. A NaN or Inf in the value of a hidden key
  * spoils a tile's products (0 * NaN), so rows that came out non-finite are computed here
  * again; so are those whose weights overflowed, those whose shift is past kExactFrom, and those that see no key. */
 template <class C>
-__device__ __forceinline__ void exact_row(const sm90_params &p, const Tile &t, int row) {
+__device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t, int row) {
     using E = typename C::Element;
     constexpr int kQk = (C::kDimQk + 31) / 32, kV = (C::kDimV + 31) / 32;
     const int lane = threadIdx.x & 31;
+    const float scale_log2 = C::kPlaced ? 1.4426950408889634f : p.scale_log2,
+                scale = C::kPlaced ? 1 : p.scale;
     int low, high;
     row_bounds(p, t, row, low, high);
-    const E *query = static_cast<const E *>(p.query) + row_offset(p, p.query_strides, t, row);
-    const E *key = static_cast<const E *>(p.key) + t.batch * p.key_strides.batch +
-                   t.kv_head * p.key_strides.head;
-    const E *value = static_cast<const E *>(p.value) + t.batch * p.value_strides.batch +
-                     t.kv_head * p.value_strides.head;
-    float maximum = -INFINITY, sum = 0, output[kV] = {};
+    const E *query = static_cast<const E *>(p.query) + row_offset<C>(p, p.query_strides, t, row);
+    const KeyRows<C> keys(p, p.key, p.key_strides, t), values(p, p.value, p.value_strides, t);
+    float maximum = sink_of<C>(p, t, row), sum = maximum > -INFINITY, output[kV] = {};
     for (int j = low; j < high; j++) {
+        const E *const key = keys.row(p, p.key_strides, t, j), *const value = values.row(
+                                                                   p, p.value_strides, t, j);
         float score = 0;
         for (int i = 0; i < kQk; i++)
             if (32 * i + lane < p.dim_qk)
-                score +=
-                    float(query[32 * i + lane]) * float(key[j * p.key_strides.row + 32 * i + lane]);
+                score += float(query[32 * i + lane]) * float(key[32 * i + lane]);
         for (int i = 16; i > 0; i /= 2)
             score += __shfl_xor_sync(~0u, score, i);
-        if (C::kSoftcap)
-            score = p.softcap * tanhf(score * p.scale / p.softcap);
+        if constexpr (C::kPlaced)
+            score = logit(p, t, row, j, score * p.scale);
         if (score == -INFINITY)
             continue;
         const float m = fmaxf(maximum, score);
-        const float factor = exp2f((maximum - m) * p.scale_log2),
-                    weight = exp2f((score - m) * p.scale_log2);
+        const float factor = exp2f((maximum - m) * scale_log2),
+                    weight = exp2f((score - m) * scale_log2);
         sum = sum * factor + weight;
         for (int i = 0; i < kV; i++)
             if (32 * i + lane < p.dim_v)
-                output[i] = output[i] * factor +
-                            weight * float(value[j * p.value_strides.row + 32 * i + lane]);
+                output[i] = output[i] * factor + weight * float(value[32 * i + lane]);
         maximum = m;
     }
-    E *out = static_cast<E *>(p.output) + row_offset(p, p.output_strides, t, row);
+    E *out = static_cast<E *>(p.output) + row_offset<C>(p, p.output_strides, t, row);
     for (int i = 0; i < kV; i++)
         if (32 * i + lane < p.dim_v)
             out[32 * i + lane] = E(sum == 0 ? 0.f : output[i] / sum);
     if (lane == 0)
-        store_lse<E>(p, t, row,
-                     sum == 0 ? p.empty_lse : maximum * (C::kSoftcap ? 1 : p.scale) + logf(sum));
+        store_lse<C>(p, t, row, sum == 0 ? p.empty_lse : maximum * scale + logf(sum));
+}
+
+/* Adds a row's sink to the sum of its weights, which are relative to 2^shift; what the output is to be multiplied by. */
+__device__ __forceinline__ float add_sink(float sink, float &shift, float &total) {
+    const float exponent = sink * 1.4426950408889634f, higher = fmaxf(shift, exponent);
+    if (!(exponent > -INFINITY))
+        return reciprocal_approx(total);
+    const float factor = exp2_approx(shift - higher);
+    total = total * factor + exp2_approx(exponent - higher);
+    shift = higher;
+    return factor * reciprocal_approx(total);
 }
 
 /* Normalises and stores the 64 rows of a warpgroup, and their lse. Registers are laid out as in Consumer. Each warp
  * writes its 16 rows to shared memory, 64 columns at a time and swizzled by 16 bytes as TMA reads them. */
 template <class C>
 __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C> &s, int wg,
-                                           const Place &t, const float (&output)[C::kDimV / 2],
-                                           const float (&shift)[2], const float (&sum)[2]) {
+                                           const Place<C> &t, const float (&output)[C::kDimV / 2],
+                                           const float (&row_shift)[2], const float (&sum)[2]) {
     using E = typename C::Element;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int first_row = t.first_row + 64 * wg + 16 * warp;
-    float total[2], normalise[2];
+    float total[2], normalise[2], shift[2] = {row_shift[0], row_shift[1]};
     uint32_t poison[2] = {0, 0}; /* +0 or -0 in both halves while all is finite */
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         total[half] = sum[half];
         total[half] += __shfl_xor_sync(~0u, total[half], 1);
         total[half] += __shfl_xor_sync(~0u, total[half], 2);
+        if (C::kAlibi && total[half] < kAlibiLost && shift[half] > -INFINITY)
+            total[half] = NAN;
         normalise[half] = reciprocal_approx(total[half]);
+        if (C::kPlaced && total[half] == 0)
+            normalise[half] = 0;
+        if (C::kPlaced && p.sinks)
+            normalise[half] = add_sink(sink_of<C>(p, t, first_row + 8 * half + lane / 4),
+                                       shift[half], total[half]);
     }
     const uint32_t row_of_lane =
         s.output(wg, warp) + 128 * (lane & 15) + ((lane >> 4 ^ (lane & 7)) << 4);
@@ -115,10 +235,10 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
         }
         async_proxy_fence();
         __syncwarp();
-        if (lane == 0) {
+        if (lane == 0 && (!C::kPlaced || is_row<C>(p, t, first_row))) {
+            const RowCoordinates at = row_coordinates<C>(p, t, first_row);
             tma_store_5d(&p.output_map, s.output(wg, warp) + slot, 64 * column,
-                         first_row & ((1 << p.pack_log2) - 1), first_row >> p.pack_log2, t.head,
-                         t.batch);
+                         first_row & ((1 << p.pack_log2) - 1), at.c2, at.c3, at.c4);
             bulk_commit();
         }
     }
@@ -126,22 +246,25 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = first_row + 8 * half + lane / 4;
-        const bool inside = row >> p.pack_log2 < p.len_q;
+        const bool inside = is_row<C>(p, t, row);
         /* Rows that see no key, or whose scores are all -inf, have no shift: -inf. */
         spoilt_threads[half] =
             __ballot_sync(~0u, inside && (poison[half] & 0x7fff7fff || !(total[half] < INFINITY) ||
-                                          !(fabsf(shift[half]) < kExactFrom)));
+                                          is_far<C>(p, shift[half], total[half])));
     }
     if (p.lse && (lane & 2) == 0) {
         const int half = lane & 1, row = first_row + 8 * half + lane / 4;
         const bool spoilt = (half ? spoilt_threads[1] : spoilt_threads[0]) >> (lane & ~3) & 15;
-        if (row >> p.pack_log2 < p.len_q && !spoilt)
-            store_lse<E>(p, t, row,
-                         ((half ? shift[1] : shift[0]) + log2_approx(half ? total[1] : total[0])) *
-                             0.69314718055994531f);
+        const bool empty = C::kPlaced && (half ? total[1] : total[0]) == 0;
+        if (is_row<C>(p, t, row) && !spoilt)
+            store_lse<C>(
+                p, t, row,
+                empty ? p.empty_lse
+                      : ((half ? shift[1] : shift[0]) + log2_approx(half ? total[1] : total[0])) *
+                            0.69314718055994531f);
     }
     if (__builtin_expect(spoilt_threads[0] | spoilt_threads[1], 0)) {
-        const Tile tile = tile_at<C>(p, t.index);
+        const Tile<C> tile = tile_at<C>(p, t.index);
         if (lane == 0)
             bulk_wait_written();
         __syncwarp();
@@ -153,17 +276,17 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
 
 /* Rows of a tile that sees no key. */
 template <class C>
-__device__ __forceinline__ void store_empty(const sm90_params &p, const Tile &t, int wg) {
+__device__ __forceinline__ void store_empty(const sm90_params &p, const Tile<C> &t, int wg) {
     using E = typename C::Element;
     for (int i = threadIdx.x / 16 % 8; i < 64; i += 8) {
         const int row = t.first_row + 64 * wg + i;
-        if (row >> p.pack_log2 >= p.len_q)
+        if (!is_row<C>(p, t, row))
             break;
-        E *out = static_cast<E *>(p.output) + row_offset(p, p.output_strides, t, row);
+        E *out = static_cast<E *>(p.output) + row_offset<C>(p, p.output_strides, t, row);
         for (int column = 8 * (threadIdx.x % 16); column < p.dim_v; column += 128)
             *reinterpret_cast<uint4 *>(out + column) = make_uint4(0, 0, 0, 0);
         if (threadIdx.x % 16 == 0)
-            store_lse<E>(p, t, row, p.empty_lse);
+            store_lse<C>(p, t, row, empty_lse<C>(p, t, row));
     }
 }
 

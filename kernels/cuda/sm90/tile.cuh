@@ -7,16 +7,22 @@
 #include "kernels/cuda/sm90/params.h"
 #include "kernels/cuda/sm90/ptx.cuh"
 
+#include <type_traits>
+
 namespace sm90 {
 
+/* What a kernel is compiled for. All but PLAIN also take rows and keys that lie anywhere (packed sequences, pages) and sinks. */
+enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY };
+
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
-          bool Softcap>
+          Variant Of>
 struct Config {
     using Element = E;
     static constexpr int kDimQk = DimQk, kDimV = DimV; /* narrower tensors are zero filled */
     static constexpr int kTileK = TileK, kWarpgroups = Warpgroups;
     static constexpr int kStages = Stages, kQueryStages = QueryStages;
-    static constexpr bool kSoftcap = Softcap;
+    static constexpr bool kPlaced = Of != PLAIN, kSoftcap = Of == SOFTCAP, kAlibi = Of == ALIBI,
+                          kAny = Of == ANY;
 
     static constexpr int kTileQ = 64 * kWarpgroups;
     static constexpr int kThreads = 128 * (kWarpgroups + 1);
@@ -25,8 +31,8 @@ struct Config {
     static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
     static_assert(kWarpgroups == 2 || kWarpgroups == 3, "");
     /* Has the first step of a tile that needs no mask code of its own? Where GEMMs hide the mask, code costs more: it
-     * comes from device memory. */
-    static constexpr bool kFirstUnmasked = kDimQk < 128;
+     * comes from device memory. Not with options: their code is longer. */
+    static constexpr bool kFirstUnmasked = kDimQk < 128 && !kAlibi && !kAny;
 
     /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
     static constexpr int kColumnsQk = (kDimQk + 63) / 64, kColumnsV = (kDimV + 63) / 64;
@@ -39,22 +45,37 @@ struct Config {
     /* On its way out a warp's output takes slots of 16 rows x 64 columns. */
     static constexpr int kOutputSlots = kColumnsV < 2 ? kColumnsV : 2, kSlotBytes = 16 * 128;
     static constexpr int kTiles = kOutput + kWarpgroups * 4 * kOutputSlots * kSlotBytes;
-    static constexpr int kBarriers = kTiles + 64 * kQueryStages * kWarpgroups;
+    static constexpr int kTileBytes = kPlaced ? 128 : 64;
+    static constexpr int kClaimedTiles = kPlaced ? 2 : 0; /* by one producer, for the other */
+    static constexpr int kBarriers =
+        kTiles + kTileBytes * (kQueryStages * kWarpgroups + kClaimedTiles);
     static constexpr int kSharedBytes =
-        kBarriers + 8 * (2 * kQueryStages * kWarpgroups + 4 * kStages) + 1024; /* 1024 to align */
+        kBarriers + 8 * (2 * kQueryStages * kWarpgroups + 4 * kStages + 2 * kClaimedTiles) +
+        1024; /* 1024 to align */
 
     static_assert(kTileK % 16 == 0 && kTileK <= 128 && kDimQk % 16 == 0 && kDimV % 32 == 0, "");
     static_assert(kSharedBytes <= 227 * 1024, "");
 };
 
 /* Where the rows of a tile are. */
-struct Place {
+struct DensePlace {
     int index;     /* in the walk; -1: there are no more */
     int first_row; /* packed */
     int head, batch;
 };
 
-struct alignas(64) Tile : Place {
+struct AnyPlace : DensePlace {
+    int q_start,
+        q_rows; /* of the sequence: its first row in a packed tensor, and its rows; all are written */
+    int k_start;
+    int seen; /* its row of p.seen */
+};
+
+template <class C>
+using Place = std::conditional_t<C::kPlaced, AnyPlace, DensePlace>;
+
+template <class C>
+struct alignas(64) Tile : Place<C> {
     int kv_head;
     int q_len, k_len, diagonal;
     int first_block, end_block; /* key tiles to visit */
@@ -72,10 +93,105 @@ __device__ __forceinline__ int sequence_length(const int32_t *lengths, int64_t s
     return lengths ? min(max(__ldg(lengths + batch * stride), 0), extent) : extent;
 }
 
+/* Where a sequence begins in a packed tensor and how many rows it has there, `most` at most; all of one that is not packed. Whatever
+ * the tensor of integers holds, the rows are inside. */
+__device__ __forceinline__ void sequence_rows(const sm90_packing &p, int batch, int most,
+                                              int &start, int &rows) {
+    start = 0;
+    rows = most;
+    if (!p.cu_seqlens)
+        return;
+    const int32_t *const ends = p.cu_seqlens + batch * p.stride;
+    start = min(max(__ldg(ends), 0), p.total);
+    rows = min(max(min(__ldg(ends + p.stride), p.total), start) - start, most);
+}
+
+/* One sequence of the batch. */
+struct Span {
+    int q_start, k_start; /* first row in packed tensors, else 0 */
+    int q_rows;           /* that are its own */
+    int q_len, k_len;     /* that take part */
+
+    __device__ __forceinline__ Span(const sm90_params &p, int batch) {
+        int k_rows;
+        sequence_rows(p.packed_q, batch, p.len_q, q_start, q_rows);
+        sequence_rows(p.packed_k, batch, p.len_k, k_start, k_rows);
+        q_len = sequence_length(p.query_lengths, p.query_lengths_stride, batch, q_rows);
+        k_len = sequence_length(p.key_lengths, p.key_lengths_stride, batch, k_rows);
+    }
+};
+
+/* ---- ANY: which key tiles a tile of rows sees something of, or all -------------------------------------------------
+ * Two bitmaps for each tile of rows, found from mask and segments beforehand: see find_seen(). */
+
+__device__ __forceinline__ const uint32_t *seen_some(const sm90_params &p, int seen) {
+    return p.seen + static_cast<int64_t>(seen) * 2 * p.seen_words;
+}
+__device__ __forceinline__ bool sees_all(const sm90_params &p, int seen, int n) {
+    return seen_some(p, seen)[p.seen_words + n / 32] >> n % 32 & 1;
+}
+
+/* The row of p.seen of a tile of rows: packed sequences share none. */
+__device__ __forceinline__ int seen_row(const sm90_params &p, const Span &s, int batch, int head,
+                                        int first_row) {
+    const int64_t start = static_cast<int64_t>(s.q_start) << p.pack_log2;
+    const int first = p.packed_q.cu_seqlens ? static_cast<int>(start / p.tile_q) + batch
+                      : p.seen_by_batch     ? batch * p.seen_tiles
+                                            : 0;
+    return (p.seen_by_head ? head * p.seen_rows : 0) + first + first_row / p.tile_q;
+}
+
+/* The first key tile from n on, or `end`. */
+__device__ __forceinline__ int next_seen(const uint32_t *some, int n, int end) {
+    while (n < end) {
+        const uint32_t word = some[n / 32] >> n % 32;
+        if (word)
+            return min(n + __ffs(word) - 1, end);
+        n = (n | 31) + 1;
+    }
+    return end;
+}
+
+/* How many of [n, end). */
+__device__ __forceinline__ int count_seen(const uint32_t *some, int n, int end) {
+    int count = 0;
+    for (n = next_seen(some, n, end); n < end; n = next_seen(some, n + 1, end))
+        count++;
+    return count;
+}
+
+/* Behind the last of [first, end), or `first`. */
+__device__ __forceinline__ int end_seen(const uint32_t *some, int first, int end) {
+    while (end > first && !(some[(end - 1) / 32] >> (end - 1) % 32 & 1))
+        end--;
+    return end;
+}
+
+/* The key tile that follows n. */
+template <class C>
+__device__ __forceinline__ int next_block(const sm90_params &p, const Tile<C> &t, int n) {
+    if constexpr (C::kAny) {
+        if (p.seen)
+            return next_seen(seen_some(p, t.seen), n + 1, t.end_block);
+    }
+    return n + 1;
+}
+
 /* x / d for 0 <= x < 2^31. */
 __device__ __forceinline__ int divide(int x, const sm90_divisor &d) {
     return static_cast<int>(__umulhi(static_cast<uint32_t>(x), d.multiplier) >> d.shift) +
            (d.multiplier ? 0 : x);
+}
+
+/* Where key j of a sequence is: always a page that exists, whatever the table holds. */
+struct PageRow {
+    int page, row;
+};
+__device__ __forceinline__ PageRow page_row(const sm90_params &p, int batch, int j) {
+    const int column = divide(j, p.by_page_size);
+    const int page =
+        __ldg(p.block_table + batch * p.table_batch_stride + column * p.table_page_stride);
+    return {min(max(page, 0), p.pages - 1), j - column * p.page_size};
 }
 
 /* The first tile of a block, which then takes every gridDim-th. Neighbours among the blocks, which are near each other
@@ -86,12 +202,11 @@ __device__ __forceinline__ int first_tile(const sm90_params &p) {
     return head < p.heads_per_group ? step * p.heads_per_group + head : block;
 }
 
-/* Tile `wanted` of the walk, or none if that is past the end. Heads come in groups whose keys and values fit into L2
+/* Where tile `wanted` of the walk is, or none if that is past the end. Heads come in groups whose keys and values fit into L2
  * together; the tiles of a group are ordered by row, downwards and upwards in turn so that equally heavy causal tiles
  * meet where groups do, and the last group ends with its lightest. Blocks that take every gridDim-th tile then get equal work within a percent or so. */
 template <class C>
-__device__ __forceinline__ Tile tile_at(const sm90_params &p, int wanted) {
-    Tile t;
+__device__ __forceinline__ void place(const sm90_params &p, int wanted, Tile<C> &t) {
     const int index = min(wanted, p.tiles - 1);
     const int group = divide(index, p.by_group_tiles);
     const int in_group = index - group * p.heads_per_group * p.tiles_per_head;
@@ -104,9 +219,53 @@ __device__ __forceinline__ Tile tile_at(const sm90_params &p, int wanted) {
     t.first_row = (upwards ? step : p.tiles_per_head - 1 - step) * C::kTileQ;
     t.batch = divide(head, p.by_heads);
     t.head = head - t.batch * p.heads;
+}
+
+/* The same where sequences differ: one after the other as list_tiles() has put them, of each one head after the other, of each head
+ * the last rows first. */
+template <class C>
+__device__ __forceinline__ void place_listed(const sm90_params &p, int wanted, Tile<C> &t) {
+    const sm90_list &list = *p.list;
+    const bool any = wanted < list.tiles * p.heads;
+    const sm90_listed at = any ? list.of[divide(wanted, p.by_heads)] : sm90_listed{0, 0};
+    int start, rows;
+    sequence_rows(p.packed_q, at.sequence, p.len_q, start, rows);
+    const int tiles = max(((rows << p.pack_log2) + C::kTileQ - 1) / C::kTileQ, 1);
+    const int in_sequence = any ? wanted - at.first * p.heads : 0;
+    t.index = any ? wanted : -1;
+    t.head = in_sequence / tiles;
+    t.first_row = (tiles - 1 - (in_sequence - t.head * tiles)) * C::kTileQ;
+    t.batch = at.sequence;
+}
+
+/* Waits for the kernel before this one in the stream, which fills the workspace and which this one may have overtaken. */
+__device__ __forceinline__ void wait_for_workspace() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/* Tile `wanted` of the walk. */
+template <class C>
+__device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
+    Tile<C> t;
+    if constexpr (C::kPlaced) {
+        if (p.list)
+            place_listed<C>(p, wanted, t);
+        else
+            place<C>(p, wanted, t);
+        const Span s(p, t.batch);
+        t.q_start = s.q_start;
+        t.k_start = s.k_start;
+        t.q_rows = s.q_rows;
+        t.q_len = s.q_len;
+        t.k_len = s.k_len;
+        if (C::kAny && p.seen)
+            t.seen = seen_row(p, s, t.batch, t.head, t.first_row);
+    } else {
+        place<C>(p, wanted, t);
+        t.q_len = sequence_length(p.query_lengths, p.query_lengths_stride, t.batch, p.len_q);
+        t.k_len = sequence_length(p.key_lengths, p.key_lengths_stride, t.batch, p.len_k);
+    }
     t.kv_head = divide(t.head, p.by_heads_per_kv);
-    t.q_len = sequence_length(p.query_lengths, p.query_lengths_stride, t.batch, p.len_q);
-    t.k_len = sequence_length(p.key_lengths, p.key_lengths_stride, t.batch, p.len_k);
     t.diagonal = p.bottom_right ? t.k_len - t.q_len : 0;
 
     const int first = t.first_row >> p.pack_log2;
@@ -116,23 +275,40 @@ __device__ __forceinline__ Tile tile_at(const sm90_params &p, int wanted) {
     const bool any = t.index >= 0 && first < t.q_len && lowest < highest;
     t.first_block = lowest / C::kTileK;
     t.end_block = any ? (highest + C::kTileK - 1) / C::kTileK : t.first_block;
+    if constexpr (C::kAny) {
+        if (p.seen && any) {
+            const uint32_t *const some = seen_some(p, t.seen);
+            t.first_block = next_seen(some, t.first_block, t.end_block);
+            t.end_block = end_seen(some, t.first_block, t.end_block);
+        }
+    }
     return t;
 }
 
 /* Tile t as a warpgroup sees it: it visits at least one key tile, and passes over the last ones, which only rows of
  * others see. */
 template <class C>
-__device__ __forceinline__ Tile tile_of(const sm90_params &p, Tile t, int wg) {
+__device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int wg) {
     if (!t.sees_keys())
         return t;
     const int first = (t.first_row + 64 * wg) >> p.pack_log2;
     const int last = min((t.first_row + 64 * wg + 63) >> p.pack_log2, t.q_len - 1);
     const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
-    const int end_block = max((highest + C::kTileK - 1) / C::kTileK, t.first_block + 1);
+    int end_block = max((highest + C::kTileK - 1) / C::kTileK, t.first_block + 1);
+    if constexpr (C::kAny) {
+        if (p.seen)
+            end_block = end_seen(seen_some(p, t.seen), t.first_block + 1, end_block);
+    }
     t.skipped = t.end_block - end_block;
+    if constexpr (C::kAny) {
+        if (p.seen)
+            t.skipped = count_seen(seen_some(p, t.seen), end_block, t.end_block);
+    }
     t.end_block = end_block;
     const int all_lowest = max(last + t.diagonal - p.window_left, 0);
-    const int all_highest = max(min(first + t.diagonal + p.window_right + 1, t.k_len), 0);
+    /* With ALiBi keys after the one that a row meets have code of their own, that of masked ones. */
+    const int right = C::kAlibi ? min(p.window_right, 0) : p.window_right;
+    const int all_highest = max(min(first + t.diagonal + right + 1, t.k_len), 0);
     t.first_whole = (all_lowest + C::kTileK - 1) / C::kTileK;
     t.end_whole = all_highest / C::kTileK;
     t.first_untracked = all_lowest / C::kTileK + 1;
@@ -140,8 +316,9 @@ __device__ __forceinline__ Tile tile_of(const sm90_params &p, Tile t, int wg) {
 }
 
 /* Keys [low, high) that a packed row sees. */
-__device__ __forceinline__ void row_bounds(const sm90_params &p, const Tile &t, int row, int &low,
-                                           int &high) {
+template <class C>
+__device__ __forceinline__ void row_bounds(const sm90_params &p, const Tile<C> &t, int row,
+                                           int &low, int &high) {
     const int i = row >> p.pack_log2;
     low = max(i + t.diagonal - p.window_left, 0);
     high = i < t.q_len ? min(i + t.diagonal + p.window_right + 1, t.k_len) : 0;
