@@ -80,7 +80,7 @@ def main():
     for case in (*forward_cases(), *decode_cases()):
         calls, times = time_case(libraries, case, given.rounds, other.max)
         ratio = times["old"][0] / times["new"][0]
-        op, dtype, q, k, v, causal = case
+        op, dtype, q, k, *_, causal = case
         ratios[op].append(ratio)
         print(f"{op} {dtype} {list(q.shape)} {list(k.shape)} causal {int(causal)}: {ratio:.3f}")
         lines += csv_lines(case, calls, times)
