@@ -12,49 +12,111 @@
 #include "kernels/cuda/simt/bwd_sizes.h"
 #include "kernels/cuda/simt/tile.cuh"
 
-// A query head, and what pairs of a row and a key are in it. A score is the bare product q k, or with BWD_LOGITS the logit; a
-// weight is `exponential` of (score - top) * slope - log.
+// A query head. A score is the bare product q k, or with BWD_LOGITS the logit; a weight is `exponential` of (score - top) * slope, over
+// the sum of them, whose logarithm is kept.
 template <typename T>
-struct SimtHead : BwdHead<T> {
-    __device__ __forceinline__ bool is_seen(int i, int j) const {
-        const bwd_params &p = this->p;
-        return i < this->seq.q_len && this->in_window(i, j) &&
-               (!p.query_segments.data || this->same_segment(i, j)) && this->unmasked(i, j);
-    }
+using SimtHead = BwdHead<T>;
 
-    // The score of a product, -inf if the row does not see the key, and the derivative of the logit before bias and ALiBi.
-    __device__ __forceinline__ T score(T dot, int i, int j, T &derivative) const {
-        const fwd_params &f = this->p.f;
-        derivative = 1;
-        if (!is_seen(i, j))
-            return -CUDART_INF;
-        if (!(this->p.flags & BWD_LOGITS))
-            return dot;
-        T x = dot * (T)f.scale;
-        if (f.softcap > 0) {
-            const T cap = (T)f.softcap, e = exponential(-2 * PER_LOGIT<T> * fabs(x) / cap),
-                    r = 1 / (1 + e);
-            derivative = 4 * e * r * r;
-            x = cap * tanh(x / cap);
-        }
-        if (f.bias.data)
-            x += this->bias(i, j);
-        return x - this->alibi_slope() * this->distance(i, j);
-    }
-};
+// The exponential of score * slope. In f64 what rounding the product has taken counts, too: a gradient may consist of weights near
+// e^-500 alone, which a last digit of 500 moves by 500 digits.
+__device__ __forceinline__ float weight_of(float score, float slope) {
+    return exponential(score * slope);
+}
+__device__ __forceinline__ double weight_of(double score, double slope) {
+    const double exponent = score * slope, weight = exponential(exponent);
+    return fma(weight, fma(score, slope, -exponent), weight);
+}
 
 template <typename T>
 struct RowStat {
-    T top, log, delta;
+    T top, inverse, delta;
 
     __device__ __forceinline__ RowStat(const bwd_params &p, const BwdSequence &seq, int h, int i)
-        : top(0), log(0), delta(0) {
+        : top(0), inverse(0), delta(0) {
         if (i < seq.q_len) {
             const T *const stats = stats_of<T>(p, seq, h) + i;
             top = stats[0];
-            log = stats[stats_plane(p)];
+            inverse = exponential(-stats[stats_plane(p)]);
             delta = stats[2 * stats_plane(p)];
         }
+    }
+};
+
+// A thread's R x C pairs of a row and a key. OWN_KEYS: its R are keys, and its C rows, 16 apart; else the other way round. The options
+// go over all pairs one after the other, so that a call without them runs through little code.
+template <typename T, int R, int C, bool OWN_KEYS>
+struct SimtPairs {
+    const SimtHead<T> &head;
+    int own, step; // the first of either
+
+    __device__ __forceinline__ int row(int i, int c) const {
+        return OWN_KEYS ? step + 16 * c : own + i;
+    }
+    __device__ __forceinline__ int key(int i, int c) const {
+        return OWN_KEYS ? own + i : step + 16 * c;
+    }
+
+    template <typename Body>
+    __device__ __forceinline__ void each(Body body) const {
+#pragma unroll
+        for (int n = 0; n < R * C; ++n) // neighbours are of one query row
+            if (OWN_KEYS)
+                body(n % R, n / R);
+            else
+                body(n / C, n % C);
+    }
+
+    // -inf where the row, or the key, does not exist or the window hides one from the other.
+    __device__ __forceinline__ void hide(T (&score)[R][C]) const {
+        each([&](int i, int c) {
+            if (row(i, c) >= head.seq.q_len || !head.in_window(row(i, c), key(i, c)))
+                score[i][c] = -CUDART_INF;
+        });
+    }
+
+    // Products to scores, and the derivatives of what is capped.
+    __device__ __forceinline__ void options(T (&score)[R][C], T (&derivative)[R][C]) const {
+        const bwd_params &p = head.p;
+        const T scale = (T)p.f.scale, cap = (T)p.f.softcap;
+        each([&](int i, int c) { score[i][c] *= scale; });
+        if (cap > 0)
+            each([&](int i, int c) {
+                const T e = exponential(-2 * PER_LOGIT<T> * fabs(score[i][c]) / cap),
+                        r = 1 / (1 + e);
+                derivative[i][c] = 4 * e * r * r;
+                score[i][c] = cap * tanh(score[i][c] / cap);
+            });
+        // Rows and keys that do not exist have neither bias nor mask; they are hidden already.
+        const auto seen = [&](int i, int c) { return score[i][c] != -CUDART_INF; };
+        hide(score);
+        if (p.f.bias.data)
+            each([&](int i, int c) {
+                if (seen(i, c))
+                    score[i][c] += head.bias(row(i, c), key(i, c));
+            });
+        if (p.f.alibi_slopes.data) {
+            const T slope = head.alibi_slope();
+            each([&](int i, int c) { score[i][c] -= slope * head.distance(row(i, c), key(i, c)); });
+        }
+        if (p.query_segments.data)
+            each([&](int i, int c) {
+                if (seen(i, c) && !head.same_segment(row(i, c), key(i, c)))
+                    score[i][c] = -CUDART_INF;
+            });
+        if (p.f.mask.data || p.block_mask.data)
+            each([&](int i, int c) {
+                if (seen(i, c) && !head.unmasked(row(i, c), key(i, c)))
+                    score[i][c] = -CUDART_INF;
+            });
+    }
+
+    // Scores from products; what is hidden has -inf.
+    __device__ __forceinline__ void scores(T (&score)[R][C], T (&derivative)[R][C]) const {
+        each([&](int i, int c) { derivative[i][c] = 1; });
+        if (head.p.flags & BWD_LOGITS)
+            options(score, derivative);
+        else
+            hide(score);
     }
 };
 
@@ -112,32 +174,34 @@ struct SimtBwd : SimtTile<T, D, R, C> {
         __syncthreads();
     }
 
-    // From the products of query and key, and of d_output and value. TRANSPOSED, for a block that owns keys: the weights of
-    // values, and the gradients of products. Else the derivatives of logits, and the gradients of logits. What is hidden has
-    // -0, see is_masked(). `own` and `step`: this thread's first row of either. True if something is hidden.
-    template <bool TRANSPOSED>
-    __device__ __forceinline__ static bool gradients(const Head &head, int own, int step,
+    // From the products of query and key, and of d_output and value. OWN_KEYS: the weights of values, and the gradients of products.
+    // Else the derivatives of logits, and the gradients of logits. What is hidden has -0, see is_masked(). True if something is.
+    template <bool OWN_KEYS>
+    __device__ __forceinline__ static bool gradients(const SimtPairs<T, R, C, OWN_KEYS> &pairs,
                                                      T (&score)[R][C], T (&d)[R][C]) {
+        const Head &head = pairs.head;
         const bwd_params &p = head.p;
         const T slope = exponent_per_score<T>(p), keep = T(1 / (1 - p.dropout_probability));
-        bool hidden = false;
-#pragma unroll
-        for (int n = 0; n < R * C; ++n) {
-            // Neighbours in this order are of one query row.
-            const int i = TRANSPOSED ? n % R : n / C, c = TRANSPOSED ? n / R : n % C;
-            const int row = TRANSPOSED ? step + 16 * c : own + i,
-                      key = TRANSPOSED ? own + i : step + 16 * c;
-            const RowStat<T> stat(p, head.seq, head.h, row);
-            T cap;
-            const T s = head.score(score[i][c], row, key, cap);
-            const bool seen = s != -CUDART_INF,
-                       kept = seen && !(p.flags & BWD_DROPOUT && head.dropped(row, key));
-            const T weight = exponential((s - stat.top) * slope - stat.log);
+        T derivative[R][C];
+        pairs.scores(score, derivative);
+        uint32_t dropped = 0; // a bit for each pair
+        if (p.flags & BWD_DROPOUT)
+            pairs.each([&](int i, int c) {
+                if (head.dropped(pairs.row(i, c), pairs.key(i, c)))
+                    dropped |= 1u << (i * C + c);
+            });
+        bool hidden = dropped != 0;
+        pairs.each([&](int i, int c) {
+            const RowStat<T> stat(p, head.seq, head.h, pairs.row(i, c));
+            const bool seen = score[i][c] != -CUDART_INF, kept = !(dropped >> (i * C + c) & 1);
+            const T weight = weight_of(score[i][c] - stat.top, slope) * stat.inverse;
             const T gradient = weight * ((kept ? d[i][c] * keep : 0) - stat.delta);
-            d[i][c] = seen ? (TRANSPOSED ? gradient * cap : gradient) + 0 : -T(0);
-            score[i][c] = !TRANSPOSED ? cap : kept ? weight * keep + 0 : -T(0);
-            hidden |= !kept;
-        }
+            d[i][c] = seen ? (OWN_KEYS ? gradient * derivative[i][c] : gradient) + 0 : -T(0);
+            score[i][c] = !OWN_KEYS      ? (seen ? derivative[i][c] : T(1))
+                          : seen && kept ? weight * keep + 0
+                                         : -T(0);
+            hidden |= !seen;
+        });
         return hidden;
     }
 
@@ -256,17 +320,15 @@ __device__ __forceinline__ void sweep(const SimtHead<T> &head, int block_row, T 
     for (int key = first; key < end; key += S::STEP) {
         S::load_keys(keys, head, key, S::STEP);
         S::loaded();
-        T s[R][C], derivative;
+        T s[R][C], derivative[R][C];
         S::multiply(s, shared + S::y() * S::PITCH, keys);
+        SimtPairs<T, R, C, false>{head, block_row + S::y(), key + S::x()}.scores(s, derivative);
 #pragma unroll
         for (int i = 0; i < R; ++i) {
             T most = top[i];
 #pragma unroll
-            for (int c = 0; c < C; ++c) {
-                s[i][c] =
-                    head.score(s[i][c], block_row + S::y() + i, key + S::x() + 16 * c, derivative);
+            for (int c = 0; c < C; ++c)
                 most = fmax(most, s[i][c]);
-            }
             const T base = most == -CUDART_INF ? T(0) : most;
             total[i] *= exponential((top[i] - base) * slope);
 #pragma unroll
@@ -385,7 +447,8 @@ __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
             T s[R][C], d[R][C];
             S::multiply(s, keys + S::y() * S::PITCH, queries);
             S::multiply(d, values + S::y() * S::PITCH, d_output);
-            const bool hidden = S::template gradients<true>(head, key + S::y(), row + S::x(), s, d);
+            const bool hidden =
+                S::template gradients<true>({head, key + S::y(), row + S::x()}, s, d);
             S::add(d_value, s, weights, d_output, hidden);
             S::add(d_key, d, weights, queries, hidden);
             __syncthreads();
@@ -429,7 +492,7 @@ __device__ __forceinline__ void bwd_rows(const bwd_params &p) {
         T s[R][C], d[R][C];
         S::multiply(s, queries + S::y() * S::PITCH, keys);
         S::multiply(d, d_output + S::y() * S::PITCH, values);
-        const bool hidden = S::template gradients<false>(head, row + S::y(), key + S::x(), s, d);
+        const bool hidden = S::template gradients<false>({head, row + S::y(), key + S::x()}, s, d);
 #pragma unroll
         for (int n = 0; n < R * C; ++n) {
             T &gradient = d[n / C][n % C];
@@ -486,7 +549,7 @@ __device__ __forceinline__ void bwd_bias(const bwd_params &p) {
                     T s[R][C], d[R][C];
                     S::multiply(s, queries + S::y() * S::PITCH, keys);
                     S::multiply(d, d_output + S::y() * S::PITCH, values);
-                    S::template gradients<false>(head, row + S::y(), key + S::x(), s, d);
+                    S::template gradients<false>({head, row + S::y(), key + S::x()}, s, d);
 #pragma unroll
                     for (int n = 0; n < R * C; ++n)
                         sum[n / C][n % C] += d[n / C][n % C];
