@@ -232,13 +232,14 @@ Test(gpu_plan, packed_keys_leave_the_query_its_workspace) {
     cr_expect(eq(sz, packed.workspace_bytes, dense.workspace_bytes));
 }
 
-/* Hopper's gradients: the narrowest tile that covers both head dims; above 128 there are no sums in memory, and from 257 on no
- * tile. */
+/* Hopper's gradients: the narrowest tile that covers both head dims. Above 128, and at 128 while few rows see a key, there are no sums
+ * in memory; from 257 on there is no tile. */
 Test(gpu_plan, wide_gradients) {
     static const struct {
-        int64_t dim_qk, dim_v;
+        int64_t dim_qk, dim_v, len;
         int32_t tile_k; /* 0: declined */
-    } cases[] = {{128, 128, 128}, {136, 64, 64}, {192, 128, 64}, {64, 256, 64}, {264, 64, 0}};
+    } cases[] = {{128, 128, 513, 128}, {128, 128, 512, 64}, {136, 64, 513, 64}, {192, 128, 513, 64},
+                 {64, 256, 513, 64},   {264, 64, 513, 0},   {64, 64, 100, 128}};
     const struct caps caps = {.sm = 90, .shared_memory_bytes = 232448, .multiprocessors = 132};
     size_t narrow = 0;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -247,8 +248,10 @@ Test(gpu_plan, wide_gradients) {
         struct plan plan = {.tile_k = 0};
         p.operation = BACKWARD;
         p.kernel = "cuda_bwd_sm90";
-        p.query = p.key = compact(2, 300, cases[i].dim_qk);
-        p.value = p.d_output = compact(2, 300, cases[i].dim_v);
+        p.len_q = p.len_k = cases[i].len;
+        p.window_left = p.window_right = UNBOUNDED;
+        p.query = p.key = compact(2, cases[i].len, cases[i].dim_qk);
+        p.value = p.d_output = compact(2, cases[i].len, cases[i].dim_v);
         p.d_output.dtype = DTYPE_BF16;
         p.lse.dtype = DTYPE_F32;
         const int32_t status = plan_choose(&plan, &p, &caps);
@@ -256,7 +259,7 @@ Test(gpu_plan, wide_gradients) {
         cr_expect(eq(int, plan.tile_k, cases[i].tile_k), "D %d", (int)p.dim_qk);
         if (i == 0)
             narrow = plan.workspace_bytes;
-        else if (cases[i].tile_k > 0)
+        else if (cases[i].tile_k == 64)
             cr_expect(lt(sz, plan.workspace_bytes, narrow / 4), "D %d", (int)p.dim_qk);
     }
 }

@@ -109,7 +109,8 @@ static void loop_empty(struct loop *loop) {
     }
 }
 
-/* Gradients of wide heads, for which a GPU has kernels of their own: every feature, and rows and keys around their tiles. */
+/* Gradients of wide heads, for which a GPU has kernels of their own: every feature, and rows and keys around their tiles. Then of heads
+ * that are wide only while few rows see a key, which here are many. */
 static void loop_wide(struct loop *loop) {
     static const struct shape shapes[] = {
         {1, 4, 2, 70, 70, 160, 160}, {1, 2, 1, 37, 75, 192, 128}, {2, 2, 1, 19, 66, 256, 256}};
@@ -118,6 +119,10 @@ static void loop_wide(struct loop *loop) {
     for (int64_t n = 0; n < 9; n++) {
         const struct shape s = {1, 2, 1, 127 + n % 3, 63 + n / 3, 200, 136 + 8 * n};
         check(loop, &s, features_named(n % 2 ? "lengths_causal" : "causal_lse"));
+    }
+    for (int i = 0; i < feature_set_count; i += 4) {
+        const struct shape s = {1, 4, 2, 1100, 66, 128, i % 8 ? 128 : 104};
+        check(loop, &s, &feature_sets[i]);
     }
 }
 

@@ -672,7 +672,6 @@ template <class C>
 __device__ __forceinline__ void backward(const sm90_bwd_params &p) {
     using E = typename C::Element;
     extern __shared__ char raw[];
-    __shared__ int number;
     const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
     const BwdShared<C> s{base, raw + (base - shared_address(raw))};
     const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
@@ -680,12 +679,12 @@ __device__ __forceinline__ void backward(const sm90_bwd_params &p) {
         return Buffers{base + n * kErrandBytes<C::kDim>, s.memory + n * kErrandBytes<C::kDim>};
     };
     wait_for_predecessor();
-    if (threadIdx.x == 0)
-        number = atomicAdd(p.next + SM90_BWD_NEXT_BLOCK, 1);
-    run_first_errands<E, C::kDim>(p, buffers(warp));
-    __syncthreads();
     /* Of the blocks that have come so far at least one, and the right share, run errands; once there are two, one multiplies. */
-    if (number * p.errand_blocks % gridDim.x < p.errand_blocks) {
+    const bool runs_errands =
+        threadIdx.x == 0 &&
+        atomicAdd(p.next + SM90_BWD_NEXT_BLOCK, 1) * p.errand_blocks % gridDim.x < p.errand_blocks;
+    run_first_errands<E, C::kDim>(p, buffers(warp));
+    if (__syncthreads_or(runs_errands)) {
         run_errands<E, C::kDim>(p, buffers(warp));
         return;
     }

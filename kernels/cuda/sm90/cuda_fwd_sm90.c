@@ -21,17 +21,18 @@ enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, LIST, SEEN };
     (struct cuda_kernel[]) {                                                                       \
         TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                 \
             TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),      \
-            TWO(D, NAME, "_any", __VA_ARGS__, 1), BEFORE(D, "list_", SM90_LIST_THREADS),           \
-            BEFORE(D, "seen_", SM90_SEEN_THREADS)                                                  \
+            TWO(D, NAME, "_any", __VA_ARGS__, 1),                                                  \
+            BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                \
+            BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)                                 \
     }
 #define TWO(D, NAME, VARIANT, ...)                                                                 \
     KERNEL(D, NAME "_f16" VARIANT, __VA_ARGS__), KERNEL(D, NAME "_bf16" VARIANT, __VA_ARGS__)
 #define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PLACED)                        \
     CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME, 128 * ((WARPGROUPS) + 1),                       \
                 SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PLACED))
-#define BEFORE(D, NAME, THREADS)                                                                   \
-    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, 0),                                 \
-        CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, 0)
+#define BEFORE(D, NAME, THREADS, BYTES)                                                            \
+    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES),                             \
+        CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES)
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, ...)                                   \
     {.dim_qk = D,                                                                                  \
      .dim_v = DV,                                                                                  \
@@ -147,7 +148,7 @@ static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t ti
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
-    return t->rows <= 128 || has_many_rows(p, caps);
+    return t->rows <= 128 || (variant_of(p) == PLAIN && has_many_rows(p, caps));
 }
 
 /* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */

@@ -32,7 +32,10 @@ __device__ __forceinline__ int class_of(int keys) {
 /* Sequences with the most keys first, within a class in any order: it decides which block does what when, and no result. */
 __device__ __forceinline__ void list_tiles(const sm90_params &p) {
     /* Sequences that overlap have more tiles than the list, and more than an int counts. */
-    __shared__ unsigned long long count[kClasses], first[kClasses];
+    extern __shared__ char raw[];
+    auto *const count = reinterpret_cast<unsigned long long *>(raw), *const first =
+                                                                         count + kClasses;
+    static_assert(2 * kClasses * sizeof *count == SM90_LIST_BYTES, "");
     const unsigned long long capacity = p.list_capacity;
     const int thread = threadIdx.x, lane = thread % 32;
     for (int i = thread; i < kClasses; i += blockDim.x)

@@ -116,7 +116,8 @@ struct sm90_params {
     struct sm90_divisor by_page_size;
 };
 
-enum { SM90_LIST_THREADS = 1024, SM90_SEEN_THREADS = 256 };
+enum { SM90_LIST_THREADS = 1024, SM90_LIST_BYTES = 2048 };
+enum { SM90_SEEN_THREADS = 256, SM90_SEEN_BYTES = 8 };
 
 #define SM90_UNBOUNDED (1 << 30)
 #define SM90_MAX_LENGTH                                                                            \

@@ -60,7 +60,9 @@ __device__ __forceinline__ Sight look_at_mask(const sm90_params &p, const uint8_
 
 /* One block for each tile of rows and 32 tiles of keys. */
 __device__ __forceinline__ void find_seen(const sm90_params &p) {
-    __shared__ uint32_t some, all;
+    extern __shared__ char raw[];
+    uint32_t &some = reinterpret_cast<uint32_t *>(raw)[0],
+             &all = reinterpret_cast<uint32_t *>(raw)[1];
     if (p.list)
         wait_for_workspace();
     const int word = blockIdx.x % p.seen_words, rest = blockIdx.x / p.seen_words,
