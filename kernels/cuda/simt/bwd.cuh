@@ -1,4 +1,4 @@
-// Gradients of attention in f32 and f64 on the CUDA cores: products and sums in the element type. See docs/cuda-backward.md.
+// Gradients of attention in f32 on the CUDA cores: products and sums in the element type. See docs/cuda-backward.md.
 //
 // As in cuda_bwd_sm80 no block adds to what another block adds to, so the bits of a gradient are those of its one block:
 //   stats   of each row delta, and what its weights are relative to
@@ -16,16 +16,6 @@
 // the sum of them, whose logarithm is kept.
 template <typename T>
 using SimtHead = BwdHead<T>;
-
-// The exponential of score * slope. In f64 what rounding the product has taken counts, too: a gradient may consist of weights near
-// e^-500 alone, which a last digit of 500 moves by 500 digits.
-__device__ __forceinline__ float weight_of(float score, float slope) {
-    return exponential(score * slope);
-}
-__device__ __forceinline__ double weight_of(double score, double slope) {
-    const double exponent = score * slope, weight = exponential(exponent);
-    return fma(weight, fma(score, slope, -exponent), weight);
-}
 
 template <typename T>
 struct RowStat {
@@ -194,7 +184,7 @@ struct SimtBwd : SimtTile<T, D, R, C> {
         pairs.each([&](int i, int c) {
             const RowStat<T> stat(p, head.seq, head.h, pairs.row(i, c));
             const bool seen = score[i][c] != -CUDART_INF, kept = !(dropped >> (i * C + c) & 1);
-            const T weight = weight_of(score[i][c] - stat.top, slope) * stat.inverse;
+            const T weight = exponential((score[i][c] - stat.top) * slope) * stat.inverse;
             const T gradient = weight * ((kept ? d[i][c] * keep : 0) - stat.delta);
             d[i][c] = seen ? (OWN_KEYS ? gradient * derivative[i][c] : gradient) + 0 : -T(0);
             score[i][c] = !OWN_KEYS      ? (seen ? derivative[i][c] : T(1))
