@@ -204,6 +204,7 @@ struct SimtBwd : SimtTile<T, D, R, C> {
 #pragma unroll
             for (int c = 0; c < C; ++c)
                 memory[i * Tile::WEIGHTS_PITCH + x() + 16 * c] = weight[i][c];
+        __syncwarp();
         if (__any_sync(~0u, hidden))
             Tile::template add<true>(sum, memory, step);
         else
