@@ -24,8 +24,8 @@
 #define TILE(D, DV, KEYS, WARPGROUPS, ...)                                                         \
     TILE_(cuda_fwd_sm90_##D##_##DV##_##KEYS##_##WARPGROUPS, D, DV, KEYS, WARPGROUPS, __VA_ARGS__)
 #define TILE_(name, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                            \
-    INSTANCES_##USE(name##_f16, __half, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                   \
-    INSTANCES_##USE(name##_bf16, __nv_bfloat16, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)
+    INSTANCES_##USE(name##_f16, __half, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)             \
+        INSTANCES_##USE(name##_bf16, __nv_bfloat16, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)
 #include "kernels/cuda/sm90/tiles.inc"
 
 #define BEFORE(D) BEFORE_(D)
