@@ -175,7 +175,7 @@ void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q
         .flags = bwd_flags(p),
         .dropout_probability = p->dropout_probability,
         .keep = (float)(1 / (1 - p->dropout_probability)),
-        .dropped_upto = (uint32_t)(ceil(p->dropout_probability * 0x1p32) - 1),
+        .dropped_upto = (uint32_t)fmax(ceil(p->dropout_probability * 0x1p32) - 1, 0),
         .seed = {(uint32_t)p->dropout_seed,
                  (uint32_t)(p->dropout_seed >> 32) ^ (uint32_t)(p->dropout_offset >> 32)},
         .offset = (uint32_t)p->dropout_offset,
