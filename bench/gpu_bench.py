@@ -298,6 +298,41 @@ def measure_ceilings(count):
     return rounds({"gemm": lambda: a @ a, "copy": lambda: other.copy_(big)}, count)
 
 
+def common_columns():
+    """The library and what the lines of one run have in common; DLATTN_COMMIT is for a copy of the
+    tree without git."""
+    library = Library(os.environ.get("DLATTN_LIBRARY", "bazel-bin/libdlattn.so.1"))
+    commit = (
+        os.environ.get("DLATTN_COMMIT")
+        or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+    )
+    return library, {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "device": torch.cuda.get_device_name().replace(" ", "-"),
+        "threads": 0,
+    }
+
+
+def ceiling_rows(count, wanted=("gemm", "copy")):
+    """What a large product and a large copy reach."""
+    for op, (median, spread) in measure_ceilings(count).items():
+        row = {
+            "op": op,
+            "impl": "torch",
+            "median_us": f"{median:.2f}",
+            "spread_pct": f"{spread:.1f}",
+        }
+        if op == "gemm":
+            sizes = {"dtype": "bf16", "Lq": 8192, "Lk": 8192, "D": 8192}
+            row |= sizes | {"tflops": f"{2 * 8192**3 / median / 1e6:.1f}"}
+        else:
+            row["gbs"] = f"{2 * COPY_BYTES / median / 1e3:.1f}"
+        if op in wanted:
+            print(op, row.get("tflops", row.get("gbs")), flush=True)
+            yield row
+
+
 def case_rows(op, dtype, q, k, v, causal, found, times, read=0):
     """What the CSV has of each implementation beside the common columns; `read` bytes are GB/s."""
     batch, heads, length_q, dim = q.shape
@@ -446,38 +481,14 @@ def main():
         help="rows to time beside the first choice",
     )
     options = options.parse_args()
-    library = Library(os.environ.get("DLATTN_LIBRARY", "bazel-bin/libdlattn.so.1"))
-    device = torch.cuda.get_device_name().replace(" ", "-")
-    date = datetime.date.today().isoformat()
-    commit = (
-        os.environ.get("DLATTN_COMMIT")
-        or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
-    )
-    path = options.out or f"bench/results/{date}-{device}-forward.csv"
+    library, common = common_columns()
+    path = options.out or f"bench/results/{common['date']}-{common['device']}-forward.csv"
     dims = head_dims(options.dims)
     kernels = [None] + [k.encode() for k in options.kernels.split(",") if k]
     with open(path, "w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, restval="")
         out.writeheader()
-        common = {"date": date, "commit": commit, "device": device, "threads": 0}
-
-        ceilings = measure_ceilings(options.rounds)
-        for op, (median, spread) in ceilings.items():
-            row = dict(
-                common, op=op, impl="torch", median_us=f"{median:.2f}", spread_pct=f"{spread:.1f}"
-            )
-            if op == "gemm":
-                row.update(
-                    dtype="bf16",
-                    Lq=8192,
-                    Lk=8192,
-                    D=8192,
-                    tflops=f"{2 * 8192**3 / median / 1e6:.1f}",
-                )
-            else:
-                row.update(gbs=f"{2 * COPY_BYTES / median / 1e3:.1f}")
-            out.writerow(row)
-            print(op, row.get("tflops", row.get("gbs")))
+        out.writerows(common | row for row in ceiling_rows(options.rounds))
 
         directions = {"fwd": forward_rows, "bwd": backward_rows}
         for rows in itertools.chain.from_iterable(

@@ -11,14 +11,11 @@ window, of documents and of packed sequences; a random mask counts as none.
 
 import argparse
 import csv
-import datetime
-import os
 import random
-import subprocess
 
 import torch
 import torch.nn.functional as functional
-from gpu_bench import CODES, COLUMNS, Call, Desc, Library, measure_ceilings, rounds
+from gpu_bench import CODES, COLUMNS, Call, Desc, ceiling_rows, common_columns, rounds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CODES[torch.int32] = (0, 32)
@@ -264,24 +261,12 @@ def main():
     options.add_argument("--only", default=",".join(GROUPS))
     options.add_argument("--no-flex", action="store_true")
     options = options.parse_args()
-    library = Library(os.environ.get("DLATTN_LIBRARY", "bazel-bin/libdlattn.so.1"))
-    device = torch.cuda.get_device_name().replace(" ", "-")
-    date = datetime.date.today().isoformat()
-    commit = (
-        os.environ.get("DLATTN_COMMIT")
-        or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
-    )
-    common = {"date": date, "commit": commit, "device": device, "threads": 0}
-    with open(options.out or f"bench/results/{date}-{device}-options.csv", "w", newline="") as file:
+    library, common = common_columns()
+    path = options.out or f"bench/results/{common['date']}-{common['device']}-options.csv"
+    with open(path, "w", newline="") as file:
         out = csv.DictWriter(file, COLUMNS, restval="")
         out.writeheader()
-        gemm, spread = measure_ceilings(options.rounds)["gemm"]
-        rate = f"{2 * 8192**3 / gemm / 1e6:.1f}"
-        print("gemm", rate)
-        out.writerow(
-            dict(common, op="gemm", dtype="bf16", Lq=8192, Lk=8192, D=8192, impl="torch")
-            | {"median_us": f"{gemm:.2f}", "spread_pct": f"{spread:.1f}", "tflops": rate}
-        )
+        out.writerows(common | row for row in ceiling_rows(options.rounds, ("gemm",)))
         for dim in map(int, options.dims.split(",")):
             for group in options.only.split(","):
                 for case in GROUPS[group](dim, not options.no_flex):

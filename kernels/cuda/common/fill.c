@@ -211,13 +211,8 @@ static struct blocks blocks_of(const struct plan *plan, const struct problem *p,
     };
 }
 
-/* Of statistics and slope sums: what elements are computed in. */
-static int64_t number_bytes(const struct problem *p) {
-    return p->dtype == DTYPE_F64 ? sizeof(double) : sizeof(float);
-}
-
 static int64_t stats_bytes(const struct problem *p) {
-    return 3 * p->heads_q * bwd_stats_rows(p) * number_bytes(p);
+    return 3 * p->heads_q * bwd_stats_rows(p) * (int64_t)sizeof(float);
 }
 
 bool bwd_plan(struct plan *plan, const struct problem *p, const struct bwd_row *row) {
@@ -229,7 +224,7 @@ bool bwd_plan(struct plan *plan, const struct problem *p, const struct bwd_row *
                     "lengths of the longest sequences, make them fewer";
         return false;
     }
-    plan->workspace_bytes = (size_t)(stats_bytes(p) + blocks.rows * number_bytes(p));
+    plan->workspace_bytes = (size_t)(stats_bytes(p) + blocks.rows * (int64_t)sizeof(float));
     return true;
 }
 

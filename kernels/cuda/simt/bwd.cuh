@@ -123,41 +123,35 @@ struct SimtBwd : SimtTile<T, D, R, C> {
     __device__ __forceinline__ static int y() { return threadIdx.x / 16 * R; }
     __device__ __forceinline__ static int x() { return threadIdx.x % 16; }
 
-    // Rows of a tensor from element `at` on; `f32`: it holds floats.
+    // Rows of a tensor from element `at` on.
     __device__ static void load(T *to, const fwd_view &v, int64_t at, int tile_rows, int count,
-                                int dim, bool chunks, bool f32) {
+                                int dim, bool chunks) {
         const int64_t row = v.stride[2], inner = v.stride[3];
-        if (sizeof(T) > 4 && f32)
-            for (int n = threadIdx.x; n < tile_rows * D; n += Tile::THREADS) {
-                const int r = n / D, d = n % D;
-                to[r * PITCH + d] =
-                    r < count && d < dim ? ((const float *)v.data)[at + r * row + d * inner] : T(0);
-            }
-        else
-            Tile::load(
-                to, [&](int r) { return (const T *)v.data + at + r * row; }, inner, tile_rows,
-                count, dim, chunks);
+        Tile::load(
+            to, [&](int r) { return (const T *)v.data + at + r * row; }, inner, tile_rows, count,
+            dim, chunks);
     }
+
     using Head = SimtHead<T>;
     __device__ static void load_queries(T *to, const Head &head, int row, int rows) {
         const fwd_params &f = head.p.f;
         load(to, f.query, head.row(f.query, row), rows, head.seq.q_len - row, f.dim_qk,
-             f.flags & FWD_ALIGNED_QUERY, false);
+             f.flags & FWD_ALIGNED_QUERY);
     }
     __device__ static void load_d_output(T *to, const Head &head, int row, int rows) {
         const bwd_params &p = head.p;
         load(to, p.d_output, head.row(p.d_output, row), rows, head.seq.q_len - row, p.f.dim_v,
-             p.flags & BWD_ALIGNED_D_OUTPUT, p.flags & BWD_D_OUTPUT_F32);
+             p.flags & BWD_ALIGNED_D_OUTPUT);
     }
     __device__ static void load_keys(T *to, const Head &head, int key, int keys) {
         const fwd_params &f = head.p.f;
         load(to, f.key, head.key(f.key, key), keys, head.seq.k_len - key, f.dim_qk,
-             f.flags & FWD_ALIGNED_KEY, false);
+             f.flags & FWD_ALIGNED_KEY);
     }
     __device__ static void load_values(T *to, const Head &head, int key, int keys) {
         const fwd_params &f = head.p.f;
         load(to, f.value, head.key(f.value, key), keys, head.seq.k_len - key, f.dim_v,
-             f.flags & FWD_ALIGNED_VALUE, false);
+             f.flags & FWD_ALIGNED_VALUE);
     }
     __device__ __forceinline__ static void loaded() {
         copy_wait<0>();

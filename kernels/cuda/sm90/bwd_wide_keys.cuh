@@ -32,9 +32,8 @@ struct WideKeysConfig {
 };
 
 template <class C>
-struct WideKeysShared {
-    uint32_t base;
-    char *memory; /* the same place */
+struct WideKeysShared : WideShared<C> {
+    using WideShared<C>::base, WideShared<C>::memory, WideShared<C>::barrier;
 
     __device__ __forceinline__ uint32_t query(int stage) const {
         return base + C::kQuery + stage * C::kQkBytes;
@@ -52,11 +51,6 @@ struct WideKeysShared {
         return reinterpret_cast<const float2 *>(memory + C::kStats + stage * kWideStatsBytes) +
                which * kWideTile / 2 + threadIdx.x % 4;
     }
-    __device__ __forceinline__ WideTask *task() const {
-        return reinterpret_cast<WideTask *>(memory + C::kTask);
-    }
-    __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * i; }
-    __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
     __device__ __forceinline__ Ring<C::kStages> query_ring() const {
         return {barrier(2), barrier(2 + C::kStages)};
     }

@@ -29,9 +29,8 @@ struct WideRowsConfig {
 };
 
 template <class C>
-struct WideRowsShared {
-    uint32_t base;
-    char *memory; /* the same place */
+struct WideRowsShared : WideShared<C> {
+    using WideShared<C>::base, WideShared<C>::barrier;
 
     __device__ __forceinline__ uint32_t query(int wg) const {
         return base + C::kQuery + wg * C::kQkBytes;
@@ -45,11 +44,6 @@ struct WideRowsShared {
     __device__ __forceinline__ uint32_t value(int stage) const {
         return base + C::kValue + stage * C::kVBytes;
     }
-    __device__ __forceinline__ WideTask *task() const {
-        return reinterpret_cast<WideTask *>(memory + C::kTask);
-    }
-    __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * i; }
-    __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
     __device__ __forceinline__ Ring<1> query_ring() const { return {barrier(2), barrier(3)}; }
     __device__ __forceinline__ Ring<1> d_output_ring() const { return {barrier(4), barrier(5)}; }
     __device__ __forceinline__ Ring<C::kKeyStages> key_ring() const {

@@ -28,6 +28,19 @@ struct alignas(64) WideTask {
     Sequence s;
 };
 
+/* Shared memory of a block whose layout C says; the first ring brings its task. */
+template <class C>
+struct WideShared {
+    uint32_t base;
+    char *memory; /* the same place */
+
+    __device__ __forceinline__ WideTask *task() const {
+        return reinterpret_cast<WideTask *>(memory + C::kTask);
+    }
+    __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * i; }
+    __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
+};
+
 /* What rows have of the tile, -lse first. */
 __device__ __forceinline__ const float *wide_stats(const sm90_bwd_params &p, int head, int tile) {
     return stats_of(p, head, tile) + SM90_BWD_LSE * kWideTile;

@@ -17,7 +17,10 @@ MODULE(256)
  * both element types. */
 enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, LIST, SEEN };
 
-#define KERNELS(D, NAME, ...)                                                                      \
+/* By USE of tiles.inc: MANY_ROWS is for PLAIN alone. */
+#define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
+    (struct cuda_kernel[]) { TWO(D, NAME, "", __VA_ARGS__, 0) }
+#define KERNELS_ANY(D, NAME, ...)                                                                  \
     (struct cuda_kernel[]) {                                                                       \
         TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                 \
             TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),      \
@@ -33,13 +36,13 @@ enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, LIST, SEEN };
 #define BEFORE(D, NAME, THREADS, BYTES)                                                            \
     CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES),                             \
         CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES)
-#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, ...)                                   \
+#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
     {.dim_qk = D,                                                                                  \
      .dim_v = DV,                                                                                  \
      .rows = 64 * (WARPGROUPS),                                                                    \
      .keys = KEYS,                                                                                 \
-     .kernels = KERNELS(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS, DV, KEYS, WARPGROUPS, STAGES,     \
-                        QUERY_STAGES)},
+     .kernels = KERNELS_##USE(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS, DV, KEYS, WARPGROUPS,       \
+                              STAGES, QUERY_STAGES)},
 #define SM90_D 0
 static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/tiles.inc"
