@@ -1,8 +1,11 @@
 import dlattn.Attention;
 import dlattn.Options;
 import dlattn.Tensor;
+import java.io.FileDescriptor;
+import java.io.FileOutputStream;
 import java.io.IOException;
 import java.lang.foreign.Arena;
+import java.lang.foreign.ValueLayout;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.util.Arrays;
@@ -26,9 +29,11 @@ public final class AttentionExample {
             for (int i = 0; i < 3; i++)
                 x[i] = Tensor.of(arena, Arrays.copyOfRange(numbers, i * count, (i + 1) * count), shape);
             final var result = Attention.run(arena, x[0], x[1], x[2], new Options().withCausal().withLse());
-            for (Tensor t : new Tensor[] {result.output(), result.lse()})
-                System.out.write(t.data().toArray(java.lang.foreign.ValueLayout.JAVA_BYTE));
+            // System.out keeps its errors to itself.
+            try (var out = new FileOutputStream(FileDescriptor.out)) {
+                for (Tensor t : new Tensor[] {result.output(), result.lse()})
+                    out.write(t.data().toArray(ValueLayout.JAVA_BYTE));
+            }
         }
-        System.out.flush();
     }
 }
