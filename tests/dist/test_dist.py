@@ -135,6 +135,45 @@ def test_sdk(sdk, expected):
     assert b"cpu_fwd_ref" in run(sdk / "bin/dlattn-info")
 
 
+OLD_LIBRARIES = ROOT / ".deps/old-glibc/lib/x86_64-linux-gnu"
+OLD_LOADER = OLD_LIBRARIES / "ld-linux-x86-64.so.2"
+
+
+def test_wheel_on_an_old_system(tmp_path):
+    """Its loader finds every symbol of each library in the file that it is to be in; Python's own come from elsewhere."""
+    with zipfile.ZipFile(one("*.whl")) as archive:
+        archive.extractall(tmp_path)
+    libraries = sorted(x for x in tmp_path.rglob("*.so*") if x.is_file())
+    assert len(libraries) >= 4
+    elsewhere = re.compile(r"undefined symbol: (_?Py|TVMFFI)|libtvm_ffi\.so => not found")
+    trace = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_BIND_NOW": "1", "LD_WARN": "1"}
+    for library in libraries:
+        done = subprocess.run(
+            (OLD_LOADER, "--library-path", OLD_LIBRARIES, library),
+            capture_output=True,
+            env=os.environ | trace,
+        )
+        said = (done.stdout + done.stderr).decode().splitlines()
+        assert any(str(OLD_LIBRARIES / "libc.so.6") in line for line in said), said
+        wrong = [x for x in said if re.search("not found|not defined|undefined", x)]
+        assert not [x for x in wrong if not elsewhere.search(x)], library
+
+
+def test_sdk_on_an_old_system(sdk, expected):
+    """Another libm, whose logarithm may end in another bit."""
+    old = (OLD_LOADER, "--library-path", f"{OLD_LIBRARIES}:{sdk / 'lib'}")
+    assert b"cpu_fwd_ref" in run(*old, sdk / "bin/dlattn-info")
+    program = sdk.parent / "attention"
+    libraries = [OLD_LIBRARIES / x for x in ("libc.so.6", "libm.so.6", "libdl.so.2")]
+    linked = ("-fuse-ld=lld", "-Wl,--allow-shlib-undefined", *libraries)
+    source = sdk / "share/dlattn/attention.c"
+    run("clang-19", f"-I{sdk / 'include'}", source, *linked, "-o", program)
+    found = run(*old, program, *SHAPE, data=QKV)
+    count = len(expected) // 4
+    numbers = zip(struct.unpack(f"{count}f", found), struct.unpack(f"{count}f", expected))
+    assert all(abs(x - y) < 1e-6 for x, y in numbers)
+
+
 def test_sdk_linked(sdk):
     """-ldlattn, and a version that a program asks for."""
     (sdk.parent / "main.c").write_text(
