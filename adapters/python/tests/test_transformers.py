@@ -43,7 +43,7 @@ DECODERS = {
 EVERY = [*DECODERS, "bert", "t5"]
 
 
-def models(family, dtype=torch.float32):
+def models(family, dtype=torch.float32, **changed):
     """(a model with eager attention, the same with ours)."""
     if family == "bert":
         sizes = {n: x for n, x in SIZES.items() if n not in ("head_dim", "num_key_value_heads")}
@@ -58,6 +58,8 @@ def models(family, dtype=torch.float32):
         name, sizes = DECODERS[family]
         config = getattr(transformers, name + "Config")(**sizes)
         kind = getattr(transformers, name + ("LMHeadModel" if name == "GPT2" else "ForCausalLM"))
+    for name, x in changed.items():
+        setattr(config, name, x)
     torch.manual_seed(0)
     eager = kind._from_config(config, attn_implementation="eager").eval()
     for name, x in eager.named_parameters():  # so that every position and every sink matters
@@ -123,6 +125,30 @@ def test_greedy_tokens(family, cache):
         theirs, found = (model.generate(**made, **how) for model in models(family))
         assert found.tolist() == theirs.tolist()
         assert len(set(found[0, 1:].tolist())) > 3, "tokens that say nothing"
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_quantised_cache(family, backend):
+    """Of one layer, where both attend to the very same keys, none rounded after another's bit."""
+    made = inputs(family, "left")
+    options = {"nbits": 4, "q_group_size": 16, "residual_length": 2} if backend == "quanto" else {}
+    eager, ours = models(family, num_hidden_layers=1)
+
+    def logits(model, cache):
+        for columns in (slice(0, 9), slice(9, 10), slice(10, 11)):
+            there = made["attention_mask"][:, : columns.stop]
+            part = model(made["input_ids"][:, columns], attention_mask=there, past_key_values=cache)
+            cache = part.past_key_values
+        return part.logits
+
+    theirs, found = (
+        logits(x, transformers.QuantizedCache(backend, x.config, **options)) for x in (eager, ours)
+    )
+    bound = 2e-5 * theirs.abs().max()
+    assert (found - theirs).abs().max() <= bound
+    assert (logits(ours, None) - found).abs().max() > 10 * bound
 
 
 @torch.no_grad()
