@@ -23,6 +23,8 @@ whole_attention = dlattn.torch.attention
 sdpa = torch.nn.functional.scaled_dot_product_attention
 WAYS = ("all_gather", "ring", "ulysses", "ring_ulysses")
 LAYOUTS = ("contiguous", "zigzag")
+WEIGHTS = ("bias", "alibi_slopes", "sinks")
+RESULTS = ("output", "lse", "d_query", "d_key", "d_value")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -47,13 +49,14 @@ def make(rows, keys, *, heads=4, heads_kv=2, dim=8, dim_v=8, dtype=torch.float32
     )
 
 
-def results(attention, tensors, cotangents):
-    """Output, log-sum-exp and gradients of the three tensors."""
+def results(attention, tensors, cotangents, **options):
+    """Output, log-sum-exp and gradients of the three tensors, and of the options that have one."""
     tensors = [x.detach().clone().requires_grad_() for x in tensors]
-    output, lse = attention(*tensors)
+    leaves = {n: options[n].detach().clone().requires_grad_() for n in WEIGHTS if n in options}
+    output, lse = attention(*tensors, **(options | leaves))
     seen = torch.where(lse.isfinite(), lse, 0)
     torch.autograd.backward((output, seen), (cotangents[0], cotangents[1].to(lse.dtype)))
-    return [output.detach(), lse.detach(), *(x.grad for x in tensors)]
+    return [output.detach(), lse.detach(), *(x.grad for x in (*tensors, *leaves.values()))]
 
 
 def degree_of(way):
@@ -64,24 +67,38 @@ def compare(way, layout, options, expected_options=None, tolerance=2e-5, **shape
     """Each rank's results with its part of those of the whole."""
     shard = functools.partial(context_parallel.shard, layout=layout)
     tensors, cotangents = make(**shape)
-    one = functools.partial(whole_attention, return_lse=True, **(expected_options or options))
+    one = functools.partial(whole_attention, return_lse=True)
     many = functools.partial(
         context_parallel.attention,
         return_lse=True,
         way=way,
         layout=layout,
         ulysses_degree=degree_of(way),
-        **{n: shard(x, axis=1) if n.endswith("segments") else x for n, x in options.items()},
     )
-    expected = [shard(x) for x in results(one, tensors, cotangents)]
+    expected = results(one, tensors, cotangents, **(expected_options or options))
     parts = [shard(x) for x in tensors], [shard(x) for x in cotangents]
-    found = results(many, *parts)
-    for name, a, b in zip(("output", "lse", "d_query", "d_key", "d_value"), found, expected):
-        torch.testing.assert_close(
-            a.double(), b.double(), rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    again = results(many, *parts)
+    options = {name: shard_option(name, x, shard) for name, x in options.items()}
+    found, again = (results(many, *parts, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(found, again)), "other bits on the second run"
+    names = (*RESULTS, *(name for name in WEIGHTS if name in options))
+    for name, a, b in zip(names, found, expected):
+        if name in RESULTS or (name == "bias" and b.shape[2] > 1):
+            b = shard(b)
+        else:  # what all ranks have alike: each has a share
+            dist.all_reduce(a)
+        largest = 1 if name in RESULTS else max(1, b.abs().max().item())  # sums of many pairs
+        torch.testing.assert_close(
+            *(x.double() for x in (a, b)),
+            rtol=0,
+            atol=tolerance * largest,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+def shard_option(name, x, shard):
+    if name.endswith("segments"):
+        return shard(x, axis=1)
+    return shard(x) if name in ("bias", "mask") and x.shape[2] > 1 else x
 
 
 OPTIONS = {
@@ -101,6 +118,45 @@ def test_options_and_gradients(group, options, way):
     options, rows, keys = options
     for layout in LAYOUTS:
         group.call(compare, way, layout, options, rows=rows, keys=keys)
+
+
+def tensor_options():
+    """By name: (options, rows, keys)."""
+    torch.manual_seed(1)
+    mask = torch.rand(2, 1, 32, 32) < 0.3
+    mask[:, :, 3] = mask[:, :, 20] = False  # rows that see no key
+    sinks = {"sinks": torch.randn(4)}
+    slopes = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])}
+    causal = {"causal": True}
+    from_the_end = {"causal": True, "alignment": "bottom_right"}
+    return {
+        "bias": ({"bias": torch.randn(2, 4, 32, 32), "causal": True, "softcap": 3.0}, 32, 32),
+        "bias_of_all_heads": ({"bias": torch.randn(1, 1, 32, 32)}, 32, 32),
+        "bias_of_keys": ({"bias": torch.randn(2, 4, 1, 48), **from_the_end}, 16, 48),
+        "bias_of_rows": ({"bias": torch.randn(1, 4, 32, 1), "window": (9, 3), **sinks}, 32, 32),
+        "mask": ({"mask": mask, **causal, **sinks}, 32, 32),
+        "mask_of_keys": ({"mask": mask[:1, :, 5:6].to(torch.uint8)}, 32, 32),
+        "alibi": ({**slopes, **causal}, 32, 32),
+        "alibi_of_batch": ({"alibi_slopes": torch.rand(2, 4), "window": (9, 7), **sinks}, 32, 32),
+        "alibi_from_the_end": ({**slopes, **from_the_end}, 16, 48),
+        "sinks": ({**sinks, **from_the_end}, 48, 16),
+        "all": (
+            {"bias": torch.randn(1, 4, 32, 32), "mask": mask, **slopes, **sinks, **segments()[0]},
+            32,
+            32,
+        ),
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tensor_options_and_gradients(group, way):
+    for name, (options, rows, keys) in tensor_options().items():
+        for layout in LAYOUTS:
+            one = options
+            if name == "all":
+                one = {n: x for n, x in options.items() if not n.endswith("segments")}
+                one = one | segments()[1] | {"mask": options["mask"] & segments()[1]["mask"]}
+            group.call(compare, way, layout, options, one, rows=rows, keys=keys)
 
 
 def segments():
@@ -419,7 +475,7 @@ def refuse_shard():
     one = [torch.zeros(4)]
     with pytest.raises(dlattn.InvalidArgument, match="there are 1 buffers"), replace(buffers=one):
         pass
-    with replace(), pytest.raises(dlattn.Unsupported, match="attn_mask, dropout_p"):
+    with replace(), pytest.raises(dlattn.Unsupported, match="dropout_p: is 0.5"):
         sdpa(*(torch.zeros(1, 1, 4, 8) for _ in range(3)), dropout_p=0.5)
 
 
