@@ -171,8 +171,8 @@ def cut(rows: range, keys: range, seen: Band) -> Call | None:
 
 def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
     """What a rank that holds these rows computes once it has these keys: one call if one window
-    over all of them shows each row what it sees, else one for each pair of ranges; with ALiBi, which
-    tells distances in one from those in another, too."""
+    over all of them shows each row what it sees, else one for each pair of ranges, which ALiBi's
+    distances always ask for."""
     pairs, exact = [], []
     for of_rows, row_places in zip(rows, places_of(rows)):
         for of_keys, key_places in zip(keys, places_of(keys)):
