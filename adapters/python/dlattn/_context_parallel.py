@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from . import InvalidArgument, Unsupported, kernels
@@ -297,6 +297,47 @@ class Cover:
         )
         self.missing = [rest for rest in outside if rest]
         return [gap for gap in inside if gap]
+
+
+# ---- What is given
+
+Axes = tuple[tuple[int, bool], ...]  # extents, and whether 1 stands for them
+
+
+def check_shapes(
+    shapes: Mapping[str, Sequence[int]],
+    batch: int,
+    heads: int,
+    rows: int,
+    keys: int,
+    ranks: int,
+) -> None:
+    """Of the options that are tensors, on a rank that has so many rows and keys."""
+    pairs = ((batch, True), (heads, True), (rows, True), (keys * ranks, True))
+    of_heads = ((heads, False),)
+    known: dict[str, tuple[Axes, ...]] = {
+        "bias": (pairs,),
+        "mask": (pairs,),
+        "alibi_slopes": (of_heads, ((batch, False), *of_heads)),
+        "sinks": (of_heads,),
+        "query_segments": (((batch, False), (rows, False)),),
+        "key_segments": (((batch, False), (keys, False)),),
+    }
+    for name, shape in shapes.items():
+        if any(_fits(shape, axes) for axes in known[name]):
+            continue
+        wanted = " or ".join(
+            f"[{', '.join(f'{n}|1' if or_one else f'{n}' for n, or_one in axes)}]"
+            for axes in known[name]
+        )
+        why = ": the rank's rows and all keys" if name in ("bias", "mask") else ""
+        raise InvalidArgument(f"{name}: shape is {list(shape)}, must be {wanted}{why}")
+
+
+def _fits(shape: Sequence[int], axes: Axes) -> bool:
+    if len(shape) != len(axes):
+        return False
+    return all(n == full or (or_one and n == 1) for n, (full, or_one) in zip(shape, axes))
 
 
 # ---- Which way

@@ -37,6 +37,7 @@ from ._context_parallel import (
     Way,
     band,
     check_layout,
+    check_shapes,
     choose,
     depth,
     far_lse,
@@ -51,6 +52,7 @@ from .torch import (
     _arguments,
     _as_float,
     _autocast,
+    _check_kinds,
     _is_any_autocast_enabled,
     _is_causal_bias,
     _is_compiling,
@@ -130,6 +132,7 @@ def attention(
         return _of_dtensors(query, key, value, given)
     group = _group_of(group)
     try:
+        _check_kinds(bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)
         if _is_any_autocast_enabled():
             query, key, value, bias = _autocast(query, key, value, bias)
         tensors = _Tensors(
@@ -417,34 +420,26 @@ def _check(tensors: _Tensors, group: dist.ProcessGroup) -> None:
 
 
 def _check_options(tensors: _Tensors, group: dist.ProcessGroup) -> None:
-    query = tensors.query
-    (batch, heads, rows), keys = query.shape[:3], tensors.key.shape[ROWS]
-    pairs = [{1, batch}, {1, heads}, {1, rows}, {1, keys * group.size()}]
-    floats, integers = {torch.float32, query.dtype}, {torch.int32}
-    wanted: dict[str, tuple[set[torch.dtype], list[list[set[int]]]]] = {
-        "bias": (floats, [pairs]),
-        "mask": ({torch.bool, torch.uint8}, [pairs]),
-        "alibi_slopes": ({torch.float32}, [[{heads}], [{batch}, {heads}]]),
-        "sinks": ({torch.float32}, [[{heads}]]),
-        "query_segments": (integers, [[{batch}, {rows}]]),
-        "key_segments": (integers, [[{batch}, {keys}]]),
+    query, given = tensors.query, {}
+    dtypes = {
+        "bias": (torch.float32, query.dtype),
+        "mask": (torch.bool, torch.uint8),
+        "alibi_slopes": (torch.float32,),
+        "sinks": (torch.float32,),
+        "query_segments": (torch.int32,),
+        "key_segments": (torch.int32,),
     }
-    for name, (dtypes, shapes) in wanted.items():
+    for name, wanted in dtypes.items():
         x = getattr(tensors, name)
         if x is None:
             continue
         if not isinstance(x, Tensor) or x.device != query.device:
             raise InvalidArgument(f"{name}: must be a torch.Tensor on {query.device}")
-        fits = (len(x.shape) == len(s) and all(map(set.__contains__, s, x.shape)) for s in shapes)
-        if x.dtype not in dtypes or not any(fits):
-            kinds = " or ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-            axes = " or ".join(
-                f"[{', '.join('|'.join(map(str, sorted(n))) for n in s)}]" for s in shapes
-            )
-            raise InvalidArgument(
-                f"{name}: is {x.dtype} {list(x.shape)}, must be {kinds} {axes}"
-                + (": the rank's rows and all keys" if shapes[0] is pairs else "")
-            )
+        if x.dtype not in wanted:
+            kinds = " or ".join(str(dtype) for dtype in dict.fromkeys(wanted))
+            raise InvalidArgument(f"{name}: is {x.dtype}, must be {kinds}")
+        given[name] = x.shape
+    check_shapes(given, *query.shape[:3], tensors.key.shape[ROWS], group.size())
 
 
 def _length(name: str, given: int | None, most: int) -> int:
