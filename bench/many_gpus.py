@@ -1,4 +1,4 @@
-"""Attention over several GPUs beside one GPU on the same work, and beside PyTorch's own.
+"""Attention over several GPUs beside one GPU on the same work, PyTorch's own and ring-flash-attn.
 
     torchrun --nproc-per-node N bench/many_gpus.py OUT.csv [--lengths 32768,131072] [--seconds S]
 
@@ -11,8 +11,9 @@ time out; that is printed apart. The figures are medians; share is the time of o
 / (gpus * time). FLOPs are counted as in gpu_bench.py.
 
 PyTorch's context_parallel runs with its cuDNN and flash kernels; it takes no fewer key heads than
-query heads, so it gets them repeated. From 200,000 rows on there is one round, forward and causal
-alone. What is beyond ``--seconds`` is left out.
+query heads, so it gets them repeated. ring-flash-attn (PyPI, with flash-attn) runs where it can be
+imported and gives what one GPU gives, by its zigzag function under a causal mask. From 200,000 rows
+on there is one round, forward and causal alone. What is beyond ``--seconds`` is left out.
 """
 
 import argparse
@@ -51,9 +52,9 @@ def make(rows, keys, heads, heads_kv, dtype=torch.bfloat16):
     return [torch.randn(1, *shape, DIM, device="cuda", dtype=dtype) for shape in shapes]
 
 
-def results(attention, query, key, value, d_output):
+def results(attention, query, key, value, d_output, **options):
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    output, lse = attention(*leaves)
+    output, lse = attention(*leaves, **options)
     output.backward(d_output)
     return [output.detach(), lse, *(x.grad for x in leaves)]
 
@@ -62,33 +63,90 @@ def error(found, exact):
     return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
+def options_checked(rows):
+    """For 8 heads; one rank's rows of bias and mask are ``shard`` of these."""
+    pairs = torch.randn(1, 1, rows, rows, device="cuda")
+    of_heads = torch.linspace(0, 1, 8, device="cuda")
+    causal = {"causal": True}
+    return (
+        *({}, causal, {"window": (700, 0)}, {**causal, "softcap": 20.0}),
+        *({"bias": pairs}, {"mask": pairs > 0, "sinks": of_heads}),
+        {"alibi_slopes": of_heads, **causal},
+    )
+
+
 def check():
     """No way's error beside float32 may be more than half above that of one GPU."""
-    n, bad = dist.get_world_size(), 0
-    cases = ({}, {"causal": True}, {"window": (700, 0)}, {"causal": True, "softcap": 20.0})
-    for options, layout in itertools.product(cases, ("contiguous", "zigzag")):
-        tensors = make(1024 * n, 1024 * n, 8, 2)
+    n, counted, bad = dist.get_world_size(), 0, 0
+    tensors = make(1024 * n, 1024 * n, 8, 2)
+    one = functools.partial(dlattn.torch.attention, return_lse=True)
+    for options, layout in itertools.product(options_checked(1024 * n), ("contiguous", "zigzag")):
         shard = functools.partial(context_parallel.shard, layout=layout)
-        one = functools.partial(dlattn.torch.attention, return_lse=True, **options)
-        exact = results(one, *(x.float() for x in tensors))
-        single = [error(a, b) for a, b in zip(results(one, *tensors), exact)]
+        exact = results(one, *(x.float() for x in tensors), **options)
+        single = [error(a, b) for a, b in zip(results(one, *tensors, **options), exact)]
+        ours = {k: shard(x) if k in ("bias", "mask") else x for k, x in options.items()}
         for way in WAYS:
             many = functools.partial(
-                context_parallel.attention, way=way, layout=layout, return_lse=True, **options
+                context_parallel.attention, way=way, layout=layout, return_lse=True
             )
-            found, again = (results(many, *map(shard, tensors)) for _ in range(2))
+            try:
+                found, again = (results(many, *map(shard, tensors), **ours) for _ in range(2))
+            except dlattn.Unsupported as refusal:
+                say(f"{way} {layout} {list(options)}: {refusal}")
+                continue
             errors = [error(a, shard(b)) for a, b in zip(found, exact)]
             same = all(torch.equal(a, b) for a, b in zip(found, again))
             right = all(e <= 1.5 * of_one + 1e-6 for e, of_one in zip(errors, single))
+            counted += 1
             bad += not (right and same)
             if not (right and same):
                 figures = " ".join(f"{e:.1e}/{s:.1e}" for e, s in zip(errors, single))
                 print(
-                    f"WRONG on rank {dist.get_rank()}: {way} {layout} {options} same bits {same}",
+                    f"WRONG on rank {dist.get_rank()}: {way} {layout} {list(options)} "
+                    f"same bits {same}",
                     figures,
                 )
-    say(f"checked {len(cases) * 2 * len(WAYS)} cases, {bad} wrong")
+    say(f"checked {counted} cases, {bad} wrong")
     return bad
+
+
+# ---- ring-flash-attn
+
+
+def heads_last(x):
+    """As flash-attn has them: [B, L, H, D]."""
+    return x.transpose(1, 2).contiguous()
+
+
+def find_ring_flash_attn():
+    """Its functions, by whether they are causal; none where they are not there or not right."""
+    try:
+        from ring_flash_attn import ring_flash_attn_func, zigzag_ring_flash_attn_func
+    except ImportError as problem:
+        say(f"left out: ring-flash-attn, which cannot be imported ({problem})")
+        return {}
+    found = {}
+    for causal, function in (False, ring_flash_attn_func), (True, zigzag_ring_flash_attn_func):
+        theirs = functools.partial(function, causal=causal)
+        wrong = error_of_peer(theirs, causal)
+        if wrong < 0.02:
+            found[causal] = theirs
+        else:
+            say(f"left out: {function.__name__}, whose error beside one GPU is {wrong:.1e}")
+    return found
+
+
+def error_of_peer(attention, causal):
+    """The largest on any rank."""
+    n = dist.get_world_size()
+    tensors = make(1024 * n, 1024 * n, 8, 2)[:3]
+    layout = "zigzag" if causal else "contiguous"
+    shard = functools.partial(context_parallel.shard, layout=layout)
+    output = attention(*(heads_last(shard(x)) for x in tensors)).transpose(1, 2)
+    exact = shard(dlattn.torch.attention(*(x.float() for x in tensors), causal=causal))
+    found = torch.tensor([error(output, exact)], device="cuda")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
 
 
 # ---- How fast?
@@ -137,7 +195,7 @@ def around(mesh, length, causal):
     return context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0])
 
 
-def implementations(length, causal, mesh):
+def implementations(length, causal, mesh, rings):
     """(name, number of GPUs, attention, tensors, mesh of PyTorch's context)"""
     n = dist.get_world_size()
     whole = make(length, length, HEADS, HEADS_KV)
@@ -148,6 +206,8 @@ def implementations(length, causal, mesh):
     for way in WAYS:
         many = functools.partial(context_parallel.attention, way=way, layout=layout, causal=causal)
         yield f"dlattn {way}", n, many, parts, None
+    if causal in rings:
+        yield "ring-flash-attn", n, rings[causal], [heads_last(x) for x in parts], None
     if length >= HUGE:
         return
     repeated = [x.repeat_interleave(HEADS // x.shape[1], 1) for x in parts]
@@ -171,10 +231,10 @@ def rounds(length, cases):
     return {name: found[name][1:] or found[name] for name in cases}
 
 
-def time_case(length, causal, backward, mesh, write):
+def time_case(length, causal, backward, mesh, rings, write):
     """Writes a line for each implementation; the first is what others are a share of."""
     cases, gpus = {}, {}
-    for name, count, attention, tensors, theirs in implementations(length, causal, mesh):
+    for name, count, attention, tensors, theirs in implementations(length, causal, mesh, rings):
         context = functools.partial(around, theirs, length, causal)
         cases[name] = step_of(attention, tensors, backward), context
         gpus[name] = count
@@ -216,6 +276,7 @@ def main():
     if check():
         raise SystemExit("wrong results are not timed")
     host_cost()
+    rings = find_ring_flash_attn()
     with open(options.out if dist.get_rank() == 0 else os.devnull, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -232,7 +293,7 @@ def main():
                 if left.item() < 0 or (length >= HUGE and (backward or not causal)):
                     say(f"left out: {length} causal={causal} backward={backward}")
                     continue
-                time_case(length, causal, backward, mesh, write)
+                time_case(length, causal, backward, mesh, rings, write)
     dist.destroy_process_group()
 
 

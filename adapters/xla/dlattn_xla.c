@@ -74,7 +74,7 @@ static int describe(const xla_call *call, uint32_t traits) {
 /* Everything of a call but its tensors; what the call does not say is 0. */
 struct attributes {
     int64_t slots, heads_axis, flags, window_left, window_right, causal, alignment;
-    int64_t max_seqlen_q, max_seqlen_k, num_threads;
+    int64_t max_seqlen_q, max_seqlen_k, diagonal_offset, num_threads;
     double scale, softcap;
 };
 
@@ -94,6 +94,7 @@ static const struct known {
     {FIELD(alignment), 0, INT32_MIN, INT32_MAX},
     {FIELD(max_seqlen_q), 0, INT64_MIN, INT64_MAX},
     {FIELD(max_seqlen_k), 0, INT64_MIN, INT64_MAX},
+    {FIELD(diagonal_offset), 0, INT64_MIN, INT64_MAX},
     {FIELD(num_threads), 0, INT32_MIN, INT32_MAX},
     {FIELD(scale), 1, 0, 0},
     {FIELD(softcap), 1, 0, 0},
@@ -211,6 +212,7 @@ static dlattn_forward_desc desc_of(const struct attributes *a) {
         .max_seqlen_q = a->max_seqlen_q,
         .max_seqlen_k = a->max_seqlen_k,
         .num_threads = (int32_t)a->num_threads,
+        .diagonal_offset = a->diagonal_offset,
     };
 }
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ._errors import InvalidArgument
+from . import InvalidArgument, Unsupported, kernels
+from ._options import ALIGNMENTS
 
 Layout = Literal["contiguous", "zigzag"]
 Way = Literal["auto", "all_gather", "ring", "ulysses", "ring_ulysses"]
 LAYOUTS = ("contiguous", "zigzag")
 WAYS = ("auto", "all_gather", "ring", "ulysses", "ring_ulysses")
+
+DIAGONAL_OFFSET = 0x80000  # of dlattn.h, among the features of a kernel
 
 Shard = tuple[range, ...]  # the rows of the whole sequence that a rank holds, in its order
 
@@ -30,10 +33,12 @@ class Band(NamedTuple):
     last: float
     rows: float = math.inf
     keys: float = math.inf
+    diagonal: int | None = None  # the j - i from which ALiBi counts distances; None without it
 
     def moved(self, by: int) -> Band:
         """For rows and keys that are counted from elsewhere, and all there."""
-        return Band(self.first + by, self.last + by)
+        diagonal = None if self.diagonal is None else self.diagonal + by
+        return Band(self.first + by, self.last + by, diagonal=diagonal)
 
 
 class Call(NamedTuple):
@@ -43,6 +48,15 @@ class Call(NamedTuple):
     keys: range
     left: int | None = None
     right: int | None = None
+    diagonal: int = 0  # the j - i from which the window counts, and ALiBi
+
+    @property
+    def placed(self) -> tuple[int, int]:
+        """The plugin's (alignment, diagonal_offset). The latter, which few kernels take, is 0 where
+        the diagonal begins at the first key or ends at the last."""
+        if self.diagonal and self.diagonal == len(self.keys) - len(self.rows):
+            return ALIGNMENTS["bottom_right"], 0
+        return ALIGNMENTS["top_left"], self.diagonal
 
 
 # ---- Who holds what
@@ -115,13 +129,22 @@ def places_of(shard: Shard) -> list[range]:
 # ---- Which calls
 
 
-def band(causal: bool, left: int, right: int, bottom_right: bool, rows: int, keys: int) -> Band:
+def band(
+    causal: bool,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    rows: int,
+    keys: int,
+    has_alibi: bool = False,
+) -> Band:
     """Of causal and a window, whose sides are -1 where nothing bounds them, over a sequence of so
     many rows and keys."""
     last = math.inf if right < 0 else right
     if causal:
         last = min(last, 0)
-    seen = Band(-math.inf if left < 0 else -left, last)
+    diagonal = 0 if has_alibi else None
+    seen = Band(-math.inf if left < 0 else -left, last, diagonal=diagonal)
     return seen.moved(keys - rows if bottom_right else 0)._replace(rows=rows, keys=keys)
 
 
@@ -136,17 +159,20 @@ def cut(rows: range, keys: range, seen: Band) -> Call | None:
         return None
     rows, keys = range(int(first_row), int(end_row)), range(int(first_key), int(end_key))
     here = seen.moved(rows.start - keys.start)
+    diagonal = here.diagonal or 0
     return Call(
         rows,
         keys,
-        int(-here.first) if -here.first < len(rows) - 1 else None,
-        int(here.last) if here.last < len(keys) - 1 else None,
+        int(diagonal - here.first) if -here.first < len(rows) - 1 else None,
+        int(here.last - diagonal) if here.last < len(keys) - 1 else None,
+        diagonal,
     )
 
 
 def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
     """What a rank that holds these rows computes once it has these keys: one call if one window
-    over all of them shows each row what it sees, else one for each pair of ranges."""
+    over all of them shows each row what it sees, else one for each pair of ranges, which ALiBi's
+    distances always ask for."""
     pairs, exact = [], []
     for of_rows, row_places in zip(rows, places_of(rows)):
         for of_keys, key_places in zip(keys, places_of(keys)):
@@ -159,8 +185,8 @@ def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
             pairs.append((row_places, key_places, seen.moved(to_keys - to_rows)))
             exact.append(found)
     busy = [call for call in exact if call is not None]
-    if not busy:
-        return ()
+    if not busy or seen.diagonal is not None:
+        return tuple(busy)
     box_rows, box_keys = (
         range(min(part.start for part in parts), max(part.stop for part in parts))
         for parts in ([call.rows for call in busy], [call.keys for call in busy])
@@ -188,7 +214,31 @@ class Plan(NamedTuple):
     gathers: bool  # keys come at once, in the order of the sequence
     of_rows: tuple[Shard, ...]  # by rank
     of_keys: tuple[Shard, ...]
+    by_keys: tuple[Shard, ...]  # by position
     steps: tuple[tuple[tuple[Call, ...], ...], ...]  # by step and position
+
+    def keys_at(self, position: int, step: int) -> Shard:
+        """The keys that a position then has, which are its columns of a bias or a mask."""
+        return union(self.of_keys) if self.gathers else self.by_keys[position - step]
+
+    def check_placed(self, backend: str) -> None:
+        """Refuses calls whose diagonal no kernel of the backend can have where it is."""
+        if _takes_offsets(backend):
+            return
+        if any(call.placed[1] for step in self.steps for calls in step for call in calls):
+            raise Unsupported(
+                f"alibi_slopes: no kernel of {backend} counts distances between rows and keys from "
+                "elsewhere (diagonal_offset), as parts of the keys need it; way='ulysses' needs "
+                "none, and neither does 'all_gather' under a causal mask"
+            )
+
+
+@functools.cache
+def _takes_offsets(backend: str) -> bool:
+    return any(
+        k.operation == "forward" and k.backend == backend and k.features & DIAGONAL_OFFSET
+        for k in kernels()
+    )
 
 
 @functools.cache
@@ -211,7 +261,9 @@ def plan(
         ]
     while len(steps) > 1 and not any(steps[-1]):
         steps.pop()
-    return Plan(ranks, degree, gathers, tuple(of_rows), tuple(of_keys), tuple(steps))
+    return Plan(
+        *(ranks, degree, gathers, tuple(of_rows), tuple(of_keys), tuple(by_keys), tuple(steps))
+    )
 
 
 def depth(parts: Iterable[range]) -> int:
@@ -247,6 +299,47 @@ class Cover:
         return [gap for gap in inside if gap]
 
 
+# ---- What is given
+
+Axes = tuple[tuple[int, bool], ...]  # extents, and whether 1 stands for them
+
+
+def check_shapes(
+    shapes: Mapping[str, Sequence[int]],
+    batch: int,
+    heads: int,
+    rows: int,
+    keys: int,
+    ranks: int,
+) -> None:
+    """Of the options that are tensors, on a rank that has so many rows and keys."""
+    pairs = ((batch, True), (heads, True), (rows, True), (keys * ranks, True))
+    of_heads = ((heads, False),)
+    known: dict[str, tuple[Axes, ...]] = {
+        "bias": (pairs,),
+        "mask": (pairs,),
+        "alibi_slopes": (of_heads, ((batch, False), *of_heads)),
+        "sinks": (of_heads,),
+        "query_segments": (((batch, False), (rows, False)),),
+        "key_segments": (((batch, False), (keys, False)),),
+    }
+    for name, shape in shapes.items():
+        if any(_fits(shape, axes) for axes in known[name]):
+            continue
+        wanted = " or ".join(
+            f"[{', '.join(f'{n}|1' if or_one else f'{n}' for n, or_one in axes)}]"
+            for axes in known[name]
+        )
+        why = ": the rank's rows and all keys" if name in ("bias", "mask") else ""
+        raise InvalidArgument(f"{name}: shape is {list(shape)}, must be {wanted}{why}")
+
+
+def _fits(shape: Sequence[int], axes: Axes) -> bool:
+    if len(shape) != len(axes):
+        return False
+    return all(n == full or (or_one and n == 1) for n, (full, or_one) in zip(shape, axes))
+
+
 # ---- Which way
 
 
@@ -262,6 +355,7 @@ class Sizes(NamedTuple):
     rows: int
     keys: int
     free_bytes: float = math.inf
+    has_alibi: bool = False
 
 
 class Chosen(NamedTuple):
@@ -308,7 +402,11 @@ def _inner_degree(sizes: Sizes) -> int:
 
 
 def _best(sizes: Sizes) -> Chosen:
-    """Within a host what moves fewer bytes; beyond it a ring, whose steps hide them."""
+    """Within a host what moves fewer bytes; beyond it a ring, whose steps hide them. With ALiBi
+    what every kernel can do."""
+    if sizes.has_alibi:
+        shared = can_share_heads(sizes, sizes.ranks)
+        return Chosen(sizes.ranks, False) if shared else Chosen(1, True)
     if sizes.ranks > sizes.ranks_of_host:
         return Chosen(_inner_degree(sizes), False)
     gathered = (sizes.ranks - 1) * sizes.keys * sizes.heads_kv * sizes.key_bytes

@@ -184,7 +184,8 @@ def visible_from(
 ) -> tuple[jax.Array, jax.Array]:
     """``visible_keys`` for rows [first, first + chunk)."""
     row = (first + jnp.arange(chunk))[None, None, :, None]
-    return visible_keys(options, tensors, row, jnp.arange(keys)[None, None, None], rows, keys)
+    key = jnp.arange(keys)[None, None, None]
+    return visible_keys(options, tensors, row, key, rows, keys, options.diagonal_offset)
 
 
 def _finite(x: jax.Array) -> jax.Array:

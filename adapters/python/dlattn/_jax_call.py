@@ -65,6 +65,7 @@ class Options(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     heads_axis: int = 1  # 1: [B, H, L, D], 2: [B, L, H, D]
+    diagonal_offset: int = 0
 
 
 WINDOW_FLAG, EXACT_SCALE_FLAG = 1, 2
@@ -133,10 +134,12 @@ def plan(
     device = (1, 0) if platform == "cpu" else (2, 0)
     specs = {n: None if x is None else _spec(n, x, options, device) for n, x in slots.items()}
     by_name = {n: x for n, x in specs.items() if _goes_by_name(n) and x is not None}
+    if options.diagonal_offset:
+        by_name["diagonal_offset"] = options.diagonal_offset
     tensors = [x for n, x in specs.items() if not _goes_by_name(n)]
 
     def arguments(num_threads: int) -> tuple[Any, ...]:
-        return (*tensors, *options[:-1], None, num_threads, None, None)
+        return (*tensors, *options[:-2], None, num_threads, None, None)
 
     if is_wanted is not None and not is_wanted(*arguments(0), **by_name):
         return None

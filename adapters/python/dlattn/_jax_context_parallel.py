@@ -15,6 +15,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from . import InvalidArgument
 from ._context_parallel import (
@@ -26,6 +27,7 @@ from ._context_parallel import (
     Way,
     band,
     check_layout,
+    check_shapes,
     choose,
     depth,
     far_lse,
@@ -34,14 +36,24 @@ from ._context_parallel import (
     plan,
     shards,
 )
-from ._jax_call import Options, Tensors, by_platform, call, vary, varying_axes, wide_type
-from ._jax_native import Upstream, call_on
+from ._jax_call import (
+    Options,
+    Tensors,
+    by_platform,
+    call,
+    platforms,
+    vary,
+    varying_axes,
+    wide_type,
+)
+from ._jax_native import DIFFERENTIABLE, Upstream, call_on, zeros
 from ._options import Alignment, Window, alignment_code, window_sides
+from .jax import KNOWS_WHAT_IS_WANTED, _bias, _floats, _mask
 
 __all__ = ["arrange", "attention", "restore"]
 
 ROWS = 2  # the axis of rows in [B, H, L, D]
-WANTED = ("query", "key", "value")
+MAIN = ("query", "key", "value")  # which always have gradients
 
 
 # ---- What a caller sees
@@ -61,6 +73,10 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: Window | None = None,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     query_length: int | None = None,
     key_length: int | None = None,
     query_segments: jax.Array | None = None,
@@ -75,16 +91,26 @@ def attention(
     in the whole, in queries and keys alike. With ``layout="zigzag"`` the whole is first put in
     order by ``arrange``: under a causal mask all devices then have the same work.
 
+    bias and mask: ``[B|1, H|1, Lq / n|1, Lk|1]``, the device's rows (``arrange`` of the whole) and
+    all keys in the order of the sequence; alibi_slopes and sinks whole. shard_map itself sums the
+    gradients of what all devices have alike.
+
     Other arguments, and what they mean, are those of ``dlattn.torch.context_parallel.attention``.
     Returns the device's rows of the output; with ``return_lse`` also their log-sum-exp. Both have
     first-order gradients in reverse mode.
     """
     n = lax.axis_size(axis_name)
     check_layout(layout)
-    given = Tensors(query, key, value, query_segments=query_segments, key_segments=key_segments)
+    given = Tensors(
+        *(query, key, value, _bias(bias, query), _mask(mask)),
+        _floats("alibi_slopes", alibi_slopes, wide_type(query)),
+        _floats("sinks", sinks, wide_type(query)),
+        query_segments=query_segments,
+        key_segments=key_segments,
+    )
     if cu_seqlens is not None:
         given = _of_packed(given, cu_seqlens, axis_name, layout)
-    _check(given)
+    _check(given, n)
     left, right = window_sides(window)
     rows, keys = (x.shape[ROWS] * n for x in given[:2])
     chosen = choose(way, ulysses_degree, _sizes(given, n))
@@ -148,7 +174,7 @@ def _of_packed(given: Tensors, cu_seqlens: Any, axis_name: str, layout: str) -> 
     """Packed sequences are one with a segment for each."""
     if given.query_segments is not None or given.key_segments is not None:
         raise InvalidArgument("cu_seqlens: goes without query_segments and key_segments")
-    for name, x in zip(WANTED, given):
+    for name, x in zip(MAIN, given):
         if x.ndim != 3:
             raise InvalidArgument(f"{name}: has {x.ndim} axes, must have 3 with cu_seqlens")
         if x.shape[0] != given.query.shape[0]:
@@ -161,12 +187,13 @@ def _of_packed(given: Tensors, cu_seqlens: Any, axis_name: str, layout: str) -> 
     ends = jnp.asarray(cu_seqlens)[1:]
     segments = jnp.searchsorted(ends, jnp.concatenate(places), side="right").astype(jnp.int32)
     query, key, value = (x.swapaxes(0, 1)[None] for x in given[:3])
-    return Tensors(query, key, value, query_segments=segments[None], key_segments=segments[None])
+    of_rows = {"query_segments": segments[None], "key_segments": segments[None]}
+    return given._replace(query=query, key=key, value=value, **of_rows)
 
 
-def _check(given: Tensors) -> None:
+def _check(given: Tensors, n: int) -> None:
     query, key, value = given[:3]
-    for name, x in zip(WANTED, given):
+    for name, x in zip(MAIN, given):
         if x.ndim != 4:
             raise InvalidArgument(f"{name}: has {x.ndim} axes, must have 4, [B, H, L, D]")
     if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
@@ -176,6 +203,10 @@ def _check(given: Tensors) -> None:
         )
     if (given.query_segments is None) != (given.key_segments is None):
         raise InvalidArgument("query_segments, key_segments: one goes with the other")
+    options = {name: x.shape for name, x in given._asdict().items() if x is not None}
+    for name in MAIN:
+        options.pop(name)
+    check_shapes(options, *query.shape[:3], key.shape[ROWS], n)
 
 
 def _length(name: str, given: int | None, most: int) -> int:
@@ -191,7 +222,10 @@ def _sizes(given: Tensors, n: int) -> Sizes:
     (batch, heads, rows, dim), dim_v = query.shape, value.shape[3]
     pair_bytes = batch * (dim + dim_v) * query.dtype.itemsize
     of_host = jax.local_device_count()
-    return Sizes(n, of_host, heads, key.shape[1], pair_bytes, pair_bytes, rows, key.shape[2])
+    return Sizes(
+        *(n, of_host, heads, key.shape[1], pair_bytes, pair_bytes, rows, key.shape[2]),
+        has_alibi=given.alibi_slopes is not None,
+    )
 
 
 # ---- Rows for heads and back; JAX differentiates it
@@ -207,20 +241,33 @@ def _exchanged(options: _Options, given: Tensors) -> tuple[jax.Array, jax.Array]
     if key.shape[1] % m:  # then each device has one head of them, as others do
         key, value = (jnp.repeat(x, m // key.shape[1], axis=1) for x in (key, value))
     query, key, value = (_to_heads(options, x) for x in (query, key, value))
-    segments = {
-        name: None if x is None else _to_heads(options, _repeated(x, m))[:, 0, :, 0]
-        for name, x in (
-            ("query_segments", given.query_segments),
-            ("key_segments", given.key_segments),
-        )
+    others = {
+        name: _of_heads(options, name, x, given.query)
+        for name, x in given._asdict().items()
+        if x is not None and name not in MAIN
     }
-    output, lse = _spread(options, Tensors(query, key, value, **segments))
+    output, lse = _spread(options, Tensors(query, key, value, **others))
     return _to_rows(options, output), _to_rows(options, lse[..., None])[..., 0]
 
 
-def _repeated(segments: jax.Array, m: int) -> jax.Array:
-    """As heads that are alike: each device needs those of all rows."""
-    return jnp.broadcast_to(segments[:, None, :, None], (len(segments), m, segments.shape[1], 1))
+def _of_heads(options: _Options, name: str, x: jax.Array, query: jax.Array) -> jax.Array:
+    """What of an option goes with the device's heads."""
+    m, is_of_pairs = options.ulysses, name in ("bias", "mask")
+    if name.endswith("segments"):
+        return _to_heads(options, _repeated(x[:, None, :, None], m))[:, 0, :, 0]
+    if is_of_pairs and x.shape[ROWS] == query.shape[ROWS]:
+        return _to_heads(options, x if x.shape[1] > 1 else _repeated(x, m))
+    axis = 1 if is_of_pairs else x.ndim - 1
+    if x.shape[axis] == 1:
+        return x
+    heads = query.shape[1] // m
+    first = lax.axis_index(options.axis_name) % m * heads
+    return lax.dynamic_slice_in_dim(x, first, heads, axis)
+
+
+def _repeated(x: jax.Array, m: int) -> jax.Array:
+    """Each device needs the only head of all rows."""
+    return jnp.broadcast_to(x, (x.shape[0], m, *x.shape[2:]))
 
 
 def _to_heads(options: _Options, x: jax.Array) -> jax.Array:
@@ -266,13 +313,26 @@ def _plan(options: _Options, given: Tensors) -> Plan:
     rows, keys = (x.shape[ROWS] // m for x in given[:2])  # of a device
     seen = band(
         *(o.causal, o.window_left, o.window_right, o.alignment == 1),
-        *(options.query_length, options.key_length),
+        *(options.query_length, options.key_length, given.alibi_slopes is not None),
     )
-    return plan(options.layout, n, m, options.gathers, rows, keys, seen)
+    the = plan(options.layout, n, m, options.gathers, rows, keys, seen)
+    for platform in platforms():
+        the.check_placed(platform)
+    return the
+
+
+class _Keys(NamedTuple):
+    """Of one step, in their order on the device that they come from."""
+
+    key: jax.Array
+    value: jax.Array
+    segments: jax.Array | None
+    bias: jax.Array | None  # the columns of these keys
+    mask: jax.Array | None
 
 
 def _keys(options: _Options, the: Plan, given: Tensors) -> Any:
-    """(key, value, segments) of each step; the next ones are on their way meanwhile."""
+    """The keys of each step; the next ones are on their way meanwhile."""
     here = given.key, given.value, given.key_segments
     if options.gathers:
         here = jax.tree.map(functools.partial(_gathered, options, in_order(the.of_keys)), here)
@@ -280,8 +340,46 @@ def _keys(options: _Options, the: Plan, given: Tensors) -> Any:
         coming = here
         if step + 1 < len(the.steps):
             coming = _moved(options, here, 1)
-        yield here
+        pairs = (_columns(options, the, step, x) for x in (given.bias, given.mask))
+        yield _Keys(*here, *pairs)
         here = coming
+
+
+def _columns(options: _Options, the: Plan, step: int, x: jax.Array | None) -> jax.Array | None:
+    """Those of a bias or a mask that the keys of a step have, in the keys' order."""
+    pieces = _pieces(options, the, step)
+    if x is None or x.shape[3] == 1 or not pieces:
+        return x
+    parts = [lax.dynamic_slice_in_dim(x, start, length, 3) for start, length in pieces]
+    return jnp.concatenate(parts, 3)
+
+
+def _put_columns(
+    options: _Options, the: Plan, step: int, total: jax.Array, part: jax.Array
+) -> jax.Array:
+    """``total`` with what a step has in these columns."""
+    pieces = _pieces(options, the, step)
+    if total.shape[3] == 1 or not pieces:
+        return total + part
+    at = 0
+    for start, length in pieces:
+        piece = lax.slice_in_dim(part, at, at + length, axis=3)
+        total = lax.dynamic_update_slice_in_dim(total, piece, start, 3)
+        at += length
+    return total
+
+
+def _pieces(options: _Options, the: Plan, step: int) -> list[tuple[jax.Array, int]]:
+    """Where the keys of a step lie in the sequence, (start, length) of each range; none if they are
+    the whole of it."""
+    m, positions = options.ulysses, the.ranks // options.ulysses
+    if the.gathers or positions == 1:
+        return []
+    by_position = [in_order(the.of_keys[p * m : (p + 1) * m]) for p in range(positions)]
+    starts = jnp.array([[piece.rows.start for piece in pieces] for pieces in by_position])
+    position = lax.axis_index(options.axis_name) // m
+    mine = starts[(position - step) % positions]
+    return [(start, len(piece.rows)) for start, piece in zip(mine, by_position[0])]
 
 
 def _gathered(options: _Options, order: Sequence[Piece], x: jax.Array) -> jax.Array:
@@ -300,7 +398,7 @@ def _moved(options: _Options, tree: Any, by: int) -> Any:
 
 def _by_position(
     options: _Options, step: Sequence[tuple[Call, ...]], run: Callable[..., Any], *given: Any
-):
+) -> Any:
     """``run(calls, *given)`` with the calls of the position: a branch for each that differs."""
     kinds = list(dict.fromkeys(step))
     if len(kinds) == 1:
@@ -310,19 +408,34 @@ def _by_position(
     return lax.switch(kind, [functools.partial(run, calls) for calls in kinds], *given)
 
 
-def _part(options: _Options, call: Call, given: Tensors, keys: Any) -> tuple[Options, Tensors]:
+def _part(
+    options: _Options, call: Call, given: Tensors, keys: _Keys, sinks: jax.Array | None = None
+) -> tuple[Options, Tensors]:
     """The plugin's call."""
-    key, value, key_segments = keys
     sides = (-1 if side is None else side for side in (call.left, call.right))
     o = options.attention
+    alignment, offset = call.placed
     tensors = Tensors(
         _rows(given.query, call.rows),
-        _rows(key, call.keys),
-        _rows(value, call.keys),
+        _rows(keys.key, call.keys),
+        _rows(keys.value, call.keys),
+        *(x if x is None else x[_at("bias", x, call)] for x in (keys.bias, keys.mask)),
+        *(given.alibi_slopes, sinks),
         query_segments=_rows(given.query_segments, call.rows, 1),
-        key_segments=_rows(key_segments, call.keys, 1),
+        key_segments=_rows(keys.segments, call.keys, 1),
     )
-    return Options(o.scale, o.softcap, *sides, False, 0), tensors
+    return Options(o.scale, o.softcap, *sides, False, alignment, diagonal_offset=offset), tensors
+
+
+def _at(name: str, x: jax.Array, call: Call) -> tuple[slice, ...]:
+    """Where in a tensor, or in its gradient, the part of a call is."""
+    if name not in (*MAIN, "bias"):
+        return (slice(None),)
+    rows, keys = (slice(part.start, part.stop) for part in (call.rows, call.keys))
+    if name != "bias":
+        return slice(None), slice(None), rows if name == "query" else keys
+    of_axes = zip(x.shape[2:], (rows, keys))
+    return slice(None), slice(None), *(slice(None) if n == 1 else at for n, at in of_axes)
 
 
 def _rows(x: jax.Array | None, part: range, axis: int = ROWS) -> Any:
@@ -335,7 +448,8 @@ def _spread(options: _Options, given: Tensors) -> tuple[jax.Array, jax.Array]:
     the, query = _plan(options, given), given.query
     wide = wide_type(query)
     shape = (*query.shape[:3], given.value.shape[3])
-    merged = jnp.zeros(shape, wide), jnp.full(shape[:3], -jnp.inf, wide)
+    lse = -jnp.inf if given.sinks is None else given.sinks[:, None]  # a part that has no value
+    merged = jnp.zeros(shape, wide), jnp.broadcast_to(jnp.asarray(lse, wide), shape[:3])
     merged = vary(merged, varying_axes(given))
 
     def run(calls: tuple[Call, ...], merged: Any, given: Tensors, keys: Any) -> Any:
@@ -368,25 +482,37 @@ def _weight(lse: jax.Array, both: jax.Array) -> jax.Array:
 # ---- Gradients
 
 
-def _forward(options: _Options, given: Tensors) -> Any:
+def _forward(options: _Options, primals: Any) -> Any:
+    given = jax.tree.map(lambda x: x.value, primals)
     results = _spread(options, given)
-    return results, (given, results)
+    present = [name for name in DIFFERENTIABLE if getattr(primals, name) is not None]
+    wanted = [n for n in present if getattr(primals, n).perturbed or not KNOWS_WHAT_IS_WANTED]
+    return results, (given, dict.fromkeys(wanted, ()), results)  # names go as structure
 
 
 def _backward(options: _Options, saved: Any, cotangents: Any) -> tuple[Tensors]:
-    given, results = saved
+    given, wanted, results = saved
+    wanted = tuple(name for name in DIFFERENTIABLE if name in MAIN or name in wanted)
     the = _plan(options, given)
     position_calls = (
         [call for step in the.steps for call in step[p]] for p in range(len(the.steps[0]))
     )
     is_shared = any(depth(call.rows for call in calls) > 1 for calls in position_calls)
-    upstream = Upstream(*results, *cotangents)
-    run = functools.partial(_step_gradients, options, is_shared)
-    d_query: Any = 0
+    upstream = Upstream(
+        *results, *(zeros(x.aval, given) if isinstance(x, SymbolicZero) else x for x in cotangents)
+    )
+    of_calls = tuple(name for name in wanted if name != "sinks")
+    run = functools.partial(_step_gradients, options, is_shared, of_calls)
+    sums: dict[str, Any] = {name: _zeros_for(getattr(given, name), upstream) for name in of_calls}
     travelling: Any = None
     for step, (calls, keys) in enumerate(zip(the.steps, _keys(options, the, given))):
-        added, *of_keys = _by_position(options, calls, run, given, upstream, keys)
-        d_query = d_query + added
+        added = _by_position(options, calls, run, given, upstream, keys)
+        for name in of_calls:
+            if name == "bias":
+                sums[name] = _put_columns(options, the, step, sums[name], added[name])
+            elif name not in ("key", "value"):
+                sums[name] = sums[name] + added[name]
+        of_keys = [added["key"], added["value"]]
         if step:  # on with the keys
             travelling = _moved(options, travelling, 1)
             of_keys = [before + more for before, more in zip(travelling, of_keys)]
@@ -395,45 +521,68 @@ def _backward(options: _Options, saved: Any, cotangents: Any) -> tuple[Tensors]:
         travelling = _moved(options, travelling, 1 - len(the.steps))
     if options.gathers:
         travelling = [_sum_home(options, the, x) for x in travelling]
-    found = (g.astype(x.dtype) for g, x in zip((d_query, *travelling), given))
-    return (Tensors(*found),)
+    sums["key"], sums["value"] = travelling
+    if "sinks" in wanted:
+        sums["sinks"] = _sink_gradient(given.sinks, upstream)
+    found = {name: sums[name].astype(getattr(given, name).dtype) for name in wanted}
+    return (Tensors(**dict.fromkeys(Tensors._fields) | found),)
+
+
+def _zeros_for(x: jax.Array, upstream: Upstream) -> jax.Array:
+    """In the type of sums."""
+    axes = varying_axes((x, upstream))
+    return vary(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), axes)
+
+
+def _sink_gradient(sinks: jax.Array, upstream: Upstream) -> jax.Array:
+    """A sink is a part of the row's keys that has output 0."""
+    output, lse, d_output, d_lse = upstream
+    weight = _weight(sinks[:, None], lse)
+    of_output = jnp.sum(d_output.astype(lse.dtype) * output, axis=-1)
+    # Whatever comes to a row that sees no key reaches nothing.
+    of_output = jnp.where((output != 0).any(-1), of_output, 0)
+    return jnp.sum(jnp.where(weight == 0, 0, weight * (d_lse - of_output)), axis=(0, 2))
 
 
 def _step_gradients(
     options: _Options,
     is_shared: bool,
+    wanted: tuple[str, ...],
     calls: tuple[Call, ...],
     given: Tensors,
     upstream: Upstream,
-    keys: Any,
-) -> tuple[jax.Array, ...]:
+    keys: _Keys,
+) -> dict[str, jax.Array]:
     """Of all rows and of the keys of one step."""
-    wide = wide_type(given.query)
-    sums = tuple(jnp.zeros(x.shape, wide) for x in (given.query, *keys[:2]))
-    sums = vary(sums, varying_axes((given, upstream, keys)))
+    of_step = given._replace(key=keys.key, value=keys.value, bias=keys.bias)
+    sums = {name: _zeros_for(getattr(of_step, name), upstream) for name in wanted}
     for one in calls:
-        terms = _call_gradients(options, is_shared, one, given, upstream, keys)
-        parts = (one.rows, one.keys, one.keys)
-        sums = tuple(
-            total.at[:, :, part.start : part.stop].add(term)
-            for total, term, part in zip(sums, terms, parts)
-        )
+        terms = _call_gradients(options, is_shared, wanted, one, given, upstream, keys)
+        for name, term in zip(wanted, terms):
+            sums[name] = sums[name].at[_at(name, sums[name], one)].add(term)
     return sums
 
 
 def _call_gradients(
-    options: _Options, is_shared: bool, one: Call, given: Tensors, upstream: Upstream, keys: Any
+    options: _Options,
+    is_shared: bool,
+    wanted: tuple[str, ...],
+    one: Call,
+    given: Tensors,
+    upstream: Upstream,
+    keys: _Keys,
 ) -> tuple[jax.Array, ...]:
-    """In the type of sums. With the log-sum-exp of all keys the weights of a part of them are those
-    of the whole, where a kernel takes it; else the part by itself is differentiated."""
-    o, tensors = _part(options, one, given, keys)
+    """In the type of sums. With the log-sum-exp of all keys, and of the sink, the weights of a part
+    of them are those of the whole, where a kernel takes it; else the part by itself is
+    differentiated."""
+    o, tensors = _part(options, one, given, keys, None if is_shared else given.sinks)
     upstream = Upstream(*(_rows(x, one.rows) for x in upstream))
     leaves, structure = jax.tree.flatten((tensors, upstream))
-    wide, is_half = wide_type(given.query), given.query.dtype.itemsize == 2
+    is_half = given.query.dtype.itemsize == 2
 
     def on(platform: str) -> Callable[..., tuple[jax.Array, ...]]:
         def whole(tensors: Tensors, upstream: Upstream) -> tuple[jax.Array, ...]:
-            return call_on(platform, o, WANTED, tensors, upstream, wide)
+            return call_on(platform, o, wanted, tensors, upstream, is_wide=True)
 
         def part(tensors: Tensors, upstream: Upstream) -> tuple[jax.Array, ...]:
             return whole(tensors, _of_part(o, tensors, upstream))
@@ -475,4 +624,4 @@ def _sum_home(options: _Options, the: Plan, x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, x)
 
 
-_spread.defvjp(_forward, _backward)
+_spread.defvjp(_forward, _backward, symbolic_zeros=True)

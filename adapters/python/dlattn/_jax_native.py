@@ -113,16 +113,15 @@ def _plan(
     tensors: Tensors,
     upstream: Upstream,
     platform: str,
-    dtype: Any = None,
+    is_wide: bool = False,
 ) -> _Call | None:
-    """None where JAX's operators had better compute it. dtype: of the gradients, if it is not that
-    of the tensors."""
+    """None where JAX's operators had better compute it."""
     given = dict(zip(Tensors._fields, in_float32(tensors)))
     inputs = ("query", "key", "value", "output", "lse")
     slots = {**given, **upstream._asdict()}
     slots = {name: slots[name] for name in (*inputs, *Tensors._fields[3:], "d_output", "d_lse")}
     results = {
-        f"d_{name}": jax.ShapeDtypeStruct(given[name].shape, dtype or given[name].dtype)
+        f"d_{name}": jax.ShapeDtypeStruct(given[name].shape, _type(given[name], is_wide))
         for name in wanted
     }
     must = tensors.cu_seqlens_q is not None
@@ -131,6 +130,11 @@ def _plan(
         return None
     arguments = {name: x for name, x in slots.items() if x is not None}
     return _Call(arguments, results, *found)
+
+
+def _type(x: Any, is_wide: bool) -> Any:
+    """Of a tensor's gradient: the tensor's own, or that of sums."""
+    return jnp.promote_types(x.dtype, jnp.float32) if is_wide else x.dtype
 
 
 def _call(
@@ -153,16 +157,16 @@ def call_on(
     wanted: tuple[str, ...],
     tensors: Tensors,
     upstream: Upstream,
-    dtype: Any = None,
+    is_wide: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """The gradients on one platform, in that type or those of the tensors."""
-    call = _plan(options, wanted, tensors, upstream, platform, dtype)
+    """The gradients on one platform, in the types of the tensors or of sums."""
+    call = _plan(options, wanted, tensors, upstream, platform, is_wide)
     if call is None:
         found = _chunked(options, wanted, tensors, (upstream.d_output, upstream.d_lse))
     else:
         found = _run(options, call)
     given = (getattr(tensors, name) for name in wanted)
-    found = tuple(g.astype(dtype or x.dtype) for g, x in zip(found, given))
+    found = tuple(g.astype(_type(x, is_wide)) for g, x in zip(found, given))
     return vary(found, varying_axes(tensors))
 
 

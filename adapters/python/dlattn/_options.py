@@ -47,18 +47,20 @@ def block_sides(block_size: Any) -> tuple[int, int]:
     return rows, keys
 
 
-def visible_keys(options: Any, tensors: Any, row: Any, key: Any, rows: int, keys: int) -> Any:
+def visible_keys(
+    options: Any, tensors: Any, row: Any, key: Any, rows: int, keys: int, diagonal: int = 0
+) -> Any:
     """(how far each ``key`` is from each ``row``, if lengths, causal and window let it be seen).
 
     Both of the axes ``[B|1, 1, rows, keys]``, against which the indices ``row`` and ``key``
     broadcast; of PyTorch's tensors and JAX's arrays alike. ``rows`` and ``keys``: how many there
-    are without lengths.
+    are without lengths; ``diagonal`` is added to the offset of the alignment.
     """
     row_end, key_end = (
         extent if lengths is None else lengths[:, None, None, None]
         for lengths, extent in ((tensors.query_lengths, rows), (tensors.key_lengths, keys))
     )
-    distance = key - row - (key_end - row_end if options.alignment else 0)
+    distance = key - row - (key_end - row_end if options.alignment else 0) - diagonal
     visible = (key < key_end) & (row < row_end)
     if options.causal:
         visible = visible & (distance <= 0)

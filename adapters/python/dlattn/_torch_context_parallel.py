@@ -31,10 +31,13 @@ from ._context_parallel import (
     Cover,
     Layout,
     Piece,
+    Plan,
+    Shard,
     Sizes,
     Way,
     band,
     check_layout,
+    check_shapes,
     choose,
     depth,
     far_lse,
@@ -44,14 +47,19 @@ from ._context_parallel import (
     shards,
 )
 from ._options import Alignment, Window, alignment_code, window_sides
-from ._torch_math import Options, Tensors
+from ._torch_math import DIFFERENTIABLE, Options, Tensors
 from .torch import (
     _arguments,
+    _as_float,
     _autocast,
+    _check_kinds,
     _is_any_autocast_enabled,
+    _is_causal_bias,
     _is_compiling,
     _lse,
+    _names,
     _output,
+    _padded,
     _stream,
 )
 
@@ -77,6 +85,10 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: Window | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     query_length: int | None = None,
     key_length: int | None = None,
     query_segments: Tensor | None = None,
@@ -97,11 +109,17 @@ def attention(
             "auto", which goes by sizes and by how many ranks are of one host.
     layout: "contiguous", or "zigzag": the first and the last of 2 n ranges for the first rank, and
             so on, which gives all ranks the same work under a causal mask.
+    bias, mask: ``[B|1, H|1, Lq / n|1, Lk|1]``, the rank's rows (``shard`` of the whole) and all
+            keys, in the order of the sequence whatever the layout.
+    alibi_slopes, sinks: whole on every rank. Of what all ranks have alike, a bias of one row
+            included, each gets its share of the gradient; the sum over the ranks, as of every
+            other weight, is left to the caller.
     query_length, key_length: rows and keys of the whole sequence from there on are padding.
     query_segments, key_segments: int32 ``[B, Lq / n]``, ``[B, Lk / n]``: a key is visible only to
             rows of its own number.
 
-    Other options as in ``dlattn.torch.attention``; alignment and window mean the whole sequence.
+    Other options as in ``dlattn.torch.attention``; alignment, window and ALiBi's distances mean the
+    whole sequence.
     check:  before anything moves the ranks compare shapes, types and options; one that differs, or
             does not come, is an error on all, which names it. Without, a call saves half a
             millisecond of the host's time, and ranks that differ may wait for ever.
@@ -114,11 +132,17 @@ def attention(
         return _of_dtensors(query, key, value, given)
     group = _group_of(group)
     try:
+        _check_kinds(bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)
         if _is_any_autocast_enabled():
-            query, key, value = _autocast(query, key, value)
-        tensors = _Tensors(query, key, value, query_segments, key_segments)
+            query, key, value, bias = _autocast(query, key, value, bias)
+        tensors = _Tensors(
+            *(query, key, value),
+            None if bias is None else _padded(_as_float(bias, query.dtype), 4),
+            None if mask is None else _padded(mask, 4),
+            *(_as_float(alibi_slopes), _as_float(sinks), query_segments, key_segments),
+        )
         tensors = _with_four_axes(tensors, cu_seqlens, group, layout)
-        _check(tensors)
+        _check(tensors, group)
         left, right = window_sides(window)
         chosen = choose(way, ulysses_degree, _sizes(tensors, group))
         check_layout(layout)
@@ -129,13 +153,15 @@ def attention(
         ]
         options = _Options(
             *(scale, float(softcap), left, right, causal, alignment_code(alignment)),
-            *(*lengths, layout, chosen.ulysses, chosen.gathers, check, group.group_name),
+            *(*lengths, layout, chosen.ulysses, chosen.gathers, _wanted(tensors)),
+            group.group_name,
         )
     except Error as error:
         if check and not _is_compiling():
-            _agree(group, (("error", f"{type(error).__name__}: {error}"),))
+            _agree(group, _error(error))
         raise
-    output, lse = _exchanged(tensors, options)
+    agreed = torch.ops.dlattn.context_agree(*tensors, *options) if check else None
+    output, lse = _exchanged(tensors, options, agreed, group)
     if cu_seqlens is not None:
         output, lse = output[0].transpose(0, 1), lse[0]
     return (output, lse.float()) if return_lse else output
@@ -183,8 +209,9 @@ def replace_sdpa(
 
     buffers: tensors that depend on the sequence (tokens, positions, labels), whole on every rank;
     within, each holds the rank's part along its ``buffer_seq_dims``, and afterwards the whole
-    again, unless it is among ``no_restore_buffers``. options: those of ``attention``, such as
-    ``way``.
+    again, unless it is among ``no_restore_buffers``. An ``attn_mask`` has the rank's rows and all
+    keys, as a buffer whose ``buffer_seq_dims`` are those of the rows. options: those of
+    ``attention``, such as ``way``.
     """
     if len(buffers) != len(buffer_seq_dims):
         raise InvalidArgument(
@@ -230,25 +257,35 @@ class _Replaced(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if attn_mask is not None or dropout_p:
-            raise Unsupported("attn_mask, dropout_p: are not there over many ranks")
+        if dropout_p:
+            raise Unsupported(f"dropout_p: is {dropout_p}, is not there over many ranks")
+        if _is_causal_bias(attn_mask):
+            raise Unsupported("attn_mask: is a CausalBias; is_causal is there over many ranks")
         if not enable_gqa and query.shape[1] != key.shape[1]:
             raise InvalidArgument(
                 f"key: has {key.shape[1]} heads, query {query.shape[1]}; enable_gqa=True allows it"
             )
-        return self.attention(query, key, value, causal=is_causal, scale=scale)
+        options: dict[str, Any] = {"causal": is_causal, "scale": scale}
+        if attn_mask is not None:
+            options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+        return self.attention(query, key, value, **options)
 
 
 # ---- What is given
 
 
 _LENGTHS = ("query_length", "key_length")
+_SEGMENTS = ("query_segments", "key_segments")
 
 
 class _Tensors(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
     query_segments: Tensor | None = None
     key_segments: Tensor | None = None
 
@@ -267,8 +304,15 @@ class _Options(NamedTuple):
     layout: str
     ulysses: int
     gathers: bool
-    check: bool  # whether the ranks agree
+    wanted: int  # bits of DIFFERENTIABLE: what has a gradient
     group_name: str
+
+
+def _wanted(tensors: _Tensors) -> int:
+    if not torch.is_grad_enabled():
+        return 0
+    given = (getattr(tensors, name) for name in DIFFERENTIABLE)
+    return sum(1 << i for i, x in enumerate(given) if x is not None and x.requires_grad)
 
 
 def _group_of(group: Any) -> dist.ProcessGroup:
@@ -303,11 +347,26 @@ def _of_dtensors(query: Any, key: Any, value: Any, options: dict[str, Any]) -> A
             "which is the group"
         )
     options["group"] = mesh.get_group(axes[0])
+    for name in _Tensors._fields[3:]:
+        options[name] = _local(options[name], placements)
     results = attention(*(x.to_local() for x in (query, key, value)), **options)
     if not options["return_lse"]:
         return DTensor.from_local(results, mesh, placements)
     of_lse = [Shard(2) if p.is_shard(ROWS) else p for p in placements]
     return tuple(DTensor.from_local(x, mesh, p) for x, p in zip(results, (placements, of_lse)))
+
+
+def _local(x: Any, placements: Sequence[Any]) -> Any:
+    """Of what is alike where the query is sharded, each rank has a share of the gradient."""
+    if not _is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Partial
+
+    of_gradient = [
+        Partial() if p.is_replicate() and not of_query.is_replicate() else p
+        for p, of_query in zip(x.placements, placements)
+    ]
+    return x.to_local(grad_placements=of_gradient)
 
 
 def _with_four_axes(
@@ -329,10 +388,12 @@ def _with_four_axes(
     ends = cu_seqlens[1:].to(query.device)
     segments = torch.bucketize(torch.cat(places), ends, right=True, out_int32=True)[None]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return _Tensors(query, key, value, segments, segments)
+    return tensors._replace(
+        query=query, key=key, value=value, query_segments=segments, key_segments=segments
+    )
 
 
-def _check(tensors: _Tensors) -> None:
+def _check(tensors: _Tensors, group: dist.ProcessGroup) -> None:
     """What the plugin would refuse on one rank must be refused before anything moves."""
     query, key, value = tensors[:3]
     for name, x in zip(("query", "key", "value"), tensors):
@@ -353,15 +414,32 @@ def _check(tensors: _Tensors) -> None:
         raise InvalidArgument(
             f"query: has {query.shape[1]} heads, must be a multiple of key's {key.shape[1]}"
         )
-    given = [x is not None for x in tensors[3:]]
-    if any(given) and not all(given):
+    if (tensors.query_segments is None) != (tensors.key_segments is None):
         raise InvalidArgument("query_segments, key_segments: one goes with the other")
-    for name, x, of in zip(_Tensors._fields[3:], tensors[3:], (query, key)):
-        wanted = (of.shape[0], of.shape[ROWS])
-        if x is not None and (x.shape != wanted or x.dtype != torch.int32):
-            raise InvalidArgument(
-                f"{name}: is {x.dtype} {list(x.shape)}, must be int32 {list(wanted)}"
-            )
+    _check_options(tensors, group)
+
+
+def _check_options(tensors: _Tensors, group: dist.ProcessGroup) -> None:
+    query, given = tensors.query, {}
+    dtypes = {
+        "bias": (torch.float32, query.dtype),
+        "mask": (torch.bool, torch.uint8),
+        "alibi_slopes": (torch.float32,),
+        "sinks": (torch.float32,),
+        "query_segments": (torch.int32,),
+        "key_segments": (torch.int32,),
+    }
+    for name, wanted in dtypes.items():
+        x = getattr(tensors, name)
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.device != query.device:
+            raise InvalidArgument(f"{name}: must be a torch.Tensor on {query.device}")
+        if x.dtype not in wanted:
+            kinds = " or ".join(str(dtype) for dtype in dict.fromkeys(wanted))
+            raise InvalidArgument(f"{name}: is {x.dtype}, must be {kinds}")
+        given[name] = x.shape
+    check_shapes(given, *query.shape[:3], tensors.key.shape[ROWS], group.size())
 
 
 def _length(name: str, given: int | None, most: int) -> int:
@@ -389,6 +467,7 @@ def _sizes(tensors: _Tensors, group: dist.ProcessGroup) -> Sizes:
         pair_bytes,
         rows,
         key.shape[2],
+        has_alibi=tensors.alibi_slopes is not None,
         **memory,
     )
 
@@ -442,7 +521,49 @@ def _description(tensors: _Tensors, options: _Options) -> list[tuple[str, Any]]:
         (name, None if x is None else f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
         for name, x in tensors._asdict().items()
     )
-    return [*of_tensors, *((n, x) for n, x in options._asdict().items() if n != "group_name")]
+    of_options = options._asdict() | {"wanted": _names(options.wanted)}
+    return [*of_tensors, *((n, x) for n, x in of_options.items() if n != "group_name")]
+
+
+def _error(error: Error) -> list[tuple[str, Any]]:
+    return [("error", f"{type(error).__name__}: {error}")]
+
+
+def _agreement(*inputs: Any) -> Tensor:
+    """Nothing, which what moves something takes: so a compiler keeps the order."""
+    tensors = _Tensors(*(x if x is None else x.detach() for x in inputs[:_COUNT]))
+    options = _Options(*inputs[_COUNT:])
+    group = _resolve_process_group(options.group_name)
+    refusal = _refusal(tensors, options, group)
+    _agree(group, _description(tensors, options) if refusal is None else _error(refusal))
+    if refusal is not None:
+        raise refusal
+    return _agreement_fake(*inputs)
+
+
+def _refusal(tensors: _Tensors, options: _Options, group: dist.ProcessGroup) -> Error | None:
+    """What the plugin says to such calls, of which this rank may have none."""
+    t, o = tensors, options
+    rows, keys = (x.shape[ROWS] for x in t[:2])
+    if t.query.numel() == 0 or keys == 0:
+        return None
+    call = Call(range(rows), range(keys))
+    pairs = (_part(x, call) for x in (t.bias, t.mask))
+    given = Tensors(*t[:3], *pairs, t.alibi_slopes, t.sinks)
+    results = _forward_fake(None, *tensors)
+    sides = o.window_left, o.window_right
+    asked = Options(o.scale, o.softcap, *sides, o.causal, o.alignment, 0, 0)
+    more = {n: x for n, x in zip(_SEGMENTS, t[-2:]) if x is not None}
+    try:
+        _plan(options, rows, keys, t, group).check_placed(t.query.device.type)
+        _core.query(*_arguments(given, asked, *results), **more)
+    except Error as error:
+        return error
+    return None
+
+
+def _agreement_fake(*inputs: Any) -> Tensor:
+    return inputs[0].new_empty(0, dtype=torch.uint8)
 
 
 # ---- Collectives. What they move is bytes to them.
@@ -517,43 +638,43 @@ def _wait(works: Any) -> None:
 
 
 _library = torch.library.Library("dlattn", "FRAGMENT")
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? query_segments, Tensor? key_segments"
+_COUNT = len(_Tensors._fields)
+_INPUTS = ", ".join(f"Tensor{'?' if i > 2 else ''} {x}" for i, x in enumerate(_Tensors._fields))
 _OPTIONS = (
     "float? scale, float softcap, int window_left, int window_right, bool causal, int alignment, "
-    "SymInt query_length, SymInt key_length, str layout, int ulysses, bool gathers, bool check, "
+    "SymInt query_length, SymInt key_length, str layout, int ulysses, bool gathers, int wanted, "
     "str group_name"
 )
-_COUNT = len(_Tensors._fields)
-_library.define(f"context_forward({_INPUTS}, {_OPTIONS}) -> (Tensor output, Tensor lse)")
+_FORWARD = f"Tensor? agreed, {_INPUTS}, {_OPTIONS}"
+_library.define(f"context_agree({_INPUTS}, {_OPTIONS}) -> Tensor")
+_library.define(f"context_forward({_FORWARD}) -> (Tensor output, Tensor lse)")
 _library.define(
     f"context_backward(Tensor d_output, Tensor d_lse, Tensor output, Tensor lse, {_INPUTS}, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"{_OPTIONS}) -> ({', '.join('Tensor' for _ in DIFFERENTIABLE)})"
 )
-_library.define(f"context_exchange(Tensor[] tensors, bool back, {_OPTIONS}) -> Tensor[]")
+_library.define(
+    f"context_exchange(Tensor[] tensors, Tensor? agreed, bool back, {_OPTIONS}) -> Tensor[]"
+)
 
 
 # ---- Rows for heads and back: an operator of its own, so that autograd keeps what it gives
 
 
-def _exchange(tensors: Sequence[Tensor], back: bool, *inputs: Any) -> list[Tensor]:
+def _exchange(
+    tensors: Sequence[Tensor], agreed: Tensor | None, back: bool, *inputs: Any
+) -> list[Tensor]:
     """[B, H, L, D] -> [B, H / m, m L, D] in the order of the sequence, or ``back``, of m
     consecutive ranks."""
     options = _Options(*inputs)
     group = _resolve_process_group(options.group_name)
-    if options.check and not back:
-        given = [*tensors, None, None] if len(tensors) == 3 else tensors
-        _agree(group, _description(_Tensors(*given), options))
     return [(_to_rows if back else _to_heads)(x.detach(), options, group) for x in tensors]
 
 
 def _to_heads(x: Tensor, options: _Options, group: dist.ProcessGroup) -> Tensor:
     m, rank = options.ulysses, group.rank()
-    order = _order(x.shape[_axis(x)], m, options, group)
-    if x.dim() == 2:  # segments, which each rank needs of all rows
-        parts = x.expand(m, *x.shape)
-    else:
-        parts = x.unflatten(1, (m, x.shape[1] // m)).movedim(1, 0)
-    return _joined(_all_to_all(parts.contiguous(), group, rank - rank % m), order, _axis(x))
+    order = _order(x.shape[ROWS], m, options, group)
+    parts = x.unflatten(1, (m, x.shape[1] // m)).movedim(1, 0).contiguous()
+    return _joined(_all_to_all(parts, group, rank - rank % m), order, ROWS)
 
 
 def _to_rows(x: Tensor, options: _Options, group: dist.ProcessGroup) -> Tensor:
@@ -588,12 +709,12 @@ def _parted(x: Tensor, order: Sequence[Piece], m: int) -> Tensor:
     return torch.stack([torch.cat([x for _, x in pieces], ROWS) for pieces in by_rank])
 
 
-def _exchange_fake(tensors: Sequence[Tensor], back: bool, *inputs: Any) -> list[Tensor]:
+def _exchange_fake(
+    tensors: Sequence[Tensor], agreed: Tensor | None, back: bool, *inputs: Any
+) -> list[Tensor]:
     m = _Options(*inputs).ulysses
 
     def shape(x: Tensor) -> list[Any]:
-        if x.dim() == 2:
-            return [x.shape[0], x.shape[1] * m]
         batch, heads, rows, dim = x.shape
         return [batch, heads * m, rows // m, dim] if back else [batch, heads // m, rows * m, dim]
 
@@ -601,29 +722,51 @@ def _exchange_fake(tensors: Sequence[Tensor], back: bool, *inputs: Any) -> list[
 
 
 def _keep_exchange(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    _, ctx.back, *ctx.options = inputs
+    tensors, _, ctx.back, *ctx.options = inputs
+    # A bias comes behind query, key and value; what comes behind it has no gradient.
+    has_bias = _Options(*ctx.options).wanted >> DIFFERENTIABLE.index("bias") & 1
+    ctx.count = 3 + (has_bias and len(tensors) > 3 and tensors[3].is_floating_point())
 
 
 def _exchange_gradient(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Segments have none."""
     found = torch.ops.dlattn.context_exchange(
-        list(gradients[:3]), not ctx.back, *_Options(*ctx.options)._replace(check=False)
+        list(gradients[: ctx.count]), None, not ctx.back, *ctx.options
     )
-    return (found + [None] * (len(gradients) - len(found)), None, *(None for _ in ctx.options))
+    found = found + [None] * (len(gradients) - len(found))
+    return found, None, None, *(None for _ in ctx.options)
 
 
-def _exchanged(tensors: _Tensors, options: _Options) -> tuple[Tensor, Tensor]:
+def _exchanged(
+    tensors: _Tensors, options: _Options, agreed: Tensor | None, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """(output, lse), heads being shared by so many ranks as the options say."""
     operators, m = torch.ops.dlattn, options.ulysses
     if m == 1:
-        return operators.context_forward(*tensors, *options)
-    query, key, value, *segments = tensors
+        return operators.context_forward(agreed, *tensors, *options)
+    key, value = tensors.key, tensors.value
     if key.shape[1] % m:  # then each rank has one head of them, as others do
         key, value = (x.repeat_interleave(m // key.shape[1], 1) for x in (key, value))
-    given = [x for x in (query, key, value, *segments) if x is not None]
-    given = operators.context_exchange(given, False, *options)
-    output, lse = operators.context_forward(*_Tensors(*given), *options._replace(check=False))
-    output, lse = operators.context_exchange([output, lse[..., None]], True, *options)
+    heads = tensors.query.shape[1] // m
+    moved, here = {"query": tensors.query, "key": key, "value": value}, {}
+    first = group.rank() % m * heads
+    for name, x in zip(_Tensors._fields[3:], tensors[3:]):
+        if x is None:
+            continue
+        if name.endswith("segments"):
+            moved[name] = x[:, None, :, None].expand(-1, m, -1, -1)  # of all rows for each rank
+        elif name in ("bias", "mask") and x.shape[ROWS] == tensors.query.shape[ROWS]:
+            moved[name] = x if x.shape[1] > 1 else x.expand(-1, m, -1, -1)
+        else:
+            axis = 1 if name in ("bias", "mask") else x.dim() - 1
+            here[name] = x if x.shape[axis] == 1 else x.narrow(axis, first, heads)
+    found = operators.context_exchange(list(moved.values()), agreed, False, *options)
+    of_heads = dict(zip(moved, found)) | here
+    for name in _SEGMENTS:
+        if name in of_heads:
+            of_heads[name] = of_heads[name][:, 0, :, 0]
+    results = operators.context_forward(None, *_Tensors(**of_heads), *options)
+    output, lse = results[0], results[1][..., None]
+    output, lse = operators.context_exchange([output, lse], None, True, *options)
     return output, lse[..., 0]
 
 
@@ -677,12 +820,20 @@ class _Sums:
 
 
 class _Merged(_Sums):
-    """Output and log-sum-exp of rows over the keys so far."""
+    """Output and log-sum-exp of rows over the keys so far, and over the sink: of a row's first call
+    or, if it has none that is the first, by itself."""
+
+    def __init__(self, *totals: Tensor, dtype: torch.dtype, sinks: Tensor | None) -> None:
+        super().__init__(*totals, dtype=dtype)
+        self.sinks = sinks
 
     def clear(self, part: range) -> None:
         output, lse = _rows(self.totals, part)
         output.zero_()
-        lse.fill_(-torch.inf)
+        if self.sinks is None:
+            lse.fill_(-torch.inf)
+        else:
+            lse.copy_(self.sinks[:, None])
 
     def add(self, output: Tensor, lse: Tensor, term: Tensor, of_term: Tensor) -> None:
         if _merges(output.device.type):
@@ -711,6 +862,25 @@ def _rows(tensors: Sequence[Tensor], part: range) -> list[Tensor]:
 # ---- The operators
 
 
+def _plan(o: _Options, rows: int, keys: int, t: _Tensors, group: dist.ProcessGroup) -> Plan:
+    """For so many rows and keys of a rank."""
+    seen = band(
+        *(o.causal, o.window_left, o.window_right, o.alignment == 1),
+        *(o.query_length, o.key_length, t.alibi_slopes is not None),
+    )
+    return plan(o.layout, group.size(), o.ulysses, o.gathers, rows, keys, seen)
+
+
+class _Keys(NamedTuple):
+    """Of one step, in their order on the rank that they come from."""
+
+    key: Tensor
+    value: Tensor
+    segments: Tensor | None
+    bias: Tensor | None  # the columns of these keys
+    mask: Tensor | None
+
+
 class _Job:
     """What forward and backward have in common: the rank's tensors, its plan, and its keys' way."""
 
@@ -720,53 +890,91 @@ class _Job:
         self.group = _resolve_process_group(o.group_name)
         self.ring = _Ring(self.group, o.ulysses)
         rows, keys = (x.shape[ROWS] // o.ulysses for x in t[:2])  # of a rank
-        seen = band(
-            *(o.causal, o.window_left, o.window_right, o.alignment == 1),
-            *(o.query_length, o.key_length),
-        )
-        self.plan = plan(o.layout, self.group.size(), o.ulysses, o.gathers, rows, keys, seen)
+        self.plan = _plan(o, rows, keys, t, self.group)
         self.steps = [step[self.ring.position] for step in self.plan.steps]
         self.calls = [call for step in self.steps for call in step]
 
-    def arrivals(self) -> Iterator[tuple[Sequence[Tensor], tuple[Call, ...]]]:
-        """(key, value and, if there are segments, those) and the calls of each step."""
-        given = [x for x in (*self.tensors[1:3], self.tensors.key_segments) if x is not None]
+    def columns(self, step: int) -> Shard:
+        return self.plan.keys_at(self.ring.position, step)
+
+    def arrivals(self) -> Iterator[tuple[_Keys, tuple[Call, ...]]]:
+        """The keys and the calls of each step."""
+        t = self.tensors
+        given = [x for x in (*t[1:3], t.key_segments) if x is not None]
         if self.options.gathers:
             order = in_order(self.plan.of_keys)
             given = [_joined(_all_gather(x, self.group), order, _axis(x)) for x in given]
-        yield from zip(self.ring.around(given, len(self.steps)), self.steps)
+        for step, here in enumerate(self.ring.around(given, len(self.steps))):
+            key, value, segments = (*here, None)[:3]
+            columns = (_columns(x, self.columns(step)) for x in (t.bias, t.mask))
+            yield _Keys(key, value, segments, *columns), self.steps[step]
 
-    def run(self, call: Call, query: Tensor, keys: Sequence[Tensor], *results: Tensor, **more: Any):
+    def run(
+        self,
+        call: Call,
+        query: Tensor,
+        keys: _Keys,
+        *results: Tensor,
+        sinks: Tensor | None,
+        **more: Any,
+    ) -> None:
         """The plugin's call, of the rows that the call names."""
-        o, query_segments = self.options, self.tensors.query_segments
+        arguments, of_call = self.arguments(call, query, keys, *results, sinks=sinks)
+        _core.forward(*arguments, **of_call, **more)
+
+    def arguments(
+        self, call: Call, query: Tensor, keys: _Keys, *results: Tensor, sinks: Tensor | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        o, t, more = self.options, self.tensors, {}
         key, value = _rows(keys[:2], call.keys)
-        if query_segments is not None:
-            more["query_segments"] = query_segments[:, call.rows.start : call.rows.stop]
-            more["key_segments"] = keys[2][:, call.keys.start : call.keys.stop]
+        if t.query_segments is not None:
+            more["query_segments"] = t.query_segments[:, call.rows.start : call.rows.stop]
+            more["key_segments"] = keys.segments[:, call.keys.start : call.keys.stop]
         sides = (-1 if side is None else side for side in (call.left, call.right))
-        options = Options(o.scale, o.softcap, *sides, False, 0, 0, 0)
-        given = _arguments(Tensors(query, key, value), options, *results, stream=_stream(query))
-        _core.forward(*given, **more)
+        alignment, offset = call.placed
+        if offset:
+            more["diagonal_offset"] = offset
+        options = Options(o.scale, o.softcap, *sides, False, alignment, 0, 0)
+        pairs = (_part(x, call) for x in (keys.bias, keys.mask))
+        tensors = Tensors(query, key, value, *pairs, t.alibi_slopes, sinks)
+        return _arguments(tensors, options, *results, stream=_stream(query)), more
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _columns(x: Tensor | None, keys: Shard) -> Tensor | None:
+    """Those of a bias or a mask that some keys have, in the keys' order."""
+    if x is None or x.shape[3] == 1:
+        return x
+    parts = [x[..., part.start : part.stop] for part in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+
+
+def _part(x: Tensor | None, call: Call) -> Tensor | None:
+    """A bias's or a mask's of one call."""
+    if x is None:
+        return None
+    if x.shape[ROWS] > 1:
+        x = x[:, :, call.rows.start : call.rows.stop]
+    return x if x.shape[3] == 1 else x[..., call.keys.start : call.keys.stop]
+
+
+def _forward(agreed: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
     job = _Job(inputs)
-    if job.options.check:
-        _agree(job.group, _description(job.tensors, job.options))
-    query = job.tensors.query
-    output, lse = _forward_fake(*inputs)
+    query, sinks = job.tensors.query, job.tensors.sinks
+    output, lse = _forward_fake(agreed, *inputs)
     if depth(call.rows for call in job.calls) > 2:  # each merge would round
         output = torch.empty_like(output, dtype=lse.dtype)
-    merged = _Merged(output, lse, dtype=query.dtype)
+    merged = _Merged(output, lse, dtype=query.dtype, sinks=sinks)
     for keys, calls in job.arrivals():
         for call in calls:
-            job.run(call, *_rows([query], call.rows), keys, *merged.place(call.rows))
+            results = merged.place(call.rows)
+            of_call = sinks if merged.is_first else None
+            job.run(call, *_rows([query], call.rows), keys, *results, sinks=of_call)
             merged.settle()
     output, lse = merged.finish()
     return output.to(query.dtype), lse
 
 
-def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(agreed: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
     query, value = inputs[0], inputs[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     return _output(query, value), _lse(query, False, wide)
@@ -774,7 +982,7 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(
     d_output: Tensor, d_lse: Tensor, output: Tensor, lse: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     job = _Job(inputs)
     query, key, value = job.tensors[:3]
     upstream = [x.detach().contiguous() for x in (output, lse, d_output, d_lse)]
@@ -782,14 +990,18 @@ def _backward(
     of_parts = is_shared and not _takes_lse_of_all(query, lse, job.options.scale)
     d_query = _Sums(_wide_like(query) if is_shared else torch.empty_like(query), dtype=query.dtype)
     d_query.dtype = d_query.totals[0].dtype
+    of_options = _OptionSums(job)
     travelling, works = None, []
     for step, (keys, calls) in enumerate(job.arrivals()):
         found = [_sum_for(job, x) for x in keys[:2]]
+        of_options.begin(step)
         for call in calls:
             targets = [d_query.place(call.rows), *(x.place(call.keys) for x in found)]
-            _call_backward(job, call, keys, upstream, of_parts, [x[0] for x in targets])
-            for sums in (d_query, *found):
+            targets = dict(zip(_GRADIENTS, (x[0] for x in targets))) | of_options.place(call)
+            _call_backward(job, call, keys, upstream, is_shared, of_parts, targets)
+            for sums in (d_query, *found, of_options):
                 sums.settle()
+        of_options.end()
         totals = [sums.finish()[0] for sums in found]
         if step:
             _wait(works)
@@ -804,8 +1016,92 @@ def _backward(
     _wait(works)
     if job.options.gathers:
         travelling = [_sum_home(x, job) for x in travelling]
-    d_key, d_value = travelling
-    return d_query.finish()[0].to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype)
+    d_main = d_query.finish()[0], *travelling
+    d_options = *of_options.finish(), _sink_gradient(job, *upstream)
+    return (
+        *(g.to(x.dtype) for g, x in zip(d_main, (query, key, value))),
+        *(query.new_empty(0) if g is None else g for g in d_options),
+    )
+
+
+_GRADIENTS = [f"d_{name}" for name in DIFFERENTIABLE]
+
+
+class _OptionSums:
+    """The gradients of bias and slopes, of those that are wanted: each call adds its part."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job, t, names = job, job.tensors, _names(job.options.wanted)
+        self.bias, self.slopes = (
+            torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+            if name in names
+            else None
+            for name, x, dtype in (
+                ("bias", t.bias, _bias_dtype(t.bias)),
+                ("alibi_slopes", t.alibi_slopes, torch.float32),
+            )
+        )
+
+    def begin(self, step: int) -> None:
+        self.keys = self.job.columns(step)
+        self.columns = _columns(self.bias, self.keys)
+
+    def place(self, call: Call) -> dict[str, Tensor]:
+        """Where a call writes; calls share no pair of a row and a key, but they may share what
+        stands for many pairs."""
+        self.sums: list[tuple[Tensor, Tensor]] = []
+        found = {}
+        if self.columns is not None:
+            part = found["d_bias"] = _part(self.columns, call)
+            if _is_of_many(self.bias):
+                found["d_bias"] = torch.empty_like(part, memory_format=torch.contiguous_format)
+                self.sums.append((part, found["d_bias"]))
+        if self.slopes is not None:
+            found["d_alibi_slopes"] = torch.empty_like(self.slopes)
+            self.sums.append((self.slopes, found["d_alibi_slopes"]))
+        return found
+
+    def settle(self) -> None:
+        for total, term in self.sums:
+            total += term
+
+    def end(self) -> None:
+        if self.columns is None or self.columns.shape[3] == 1 or len(self.keys) == 1:
+            return  # written in place
+        for keys, places in zip(self.keys, places_of(self.keys)):
+            part = self.columns[..., places.start : places.stop]
+            self.bias[..., keys.start : keys.stop] = part
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        bias = self.bias if self.bias is None else self.bias.to(self.job.tensors.bias.dtype)
+        return bias, self.slopes
+
+
+def _is_of_many(bias: Tensor) -> bool:
+    """Whether an element stands for many rows or keys."""
+    return 1 in bias.shape[2:]
+
+
+def _bias_dtype(bias: Tensor | None) -> torch.dtype | None:
+    """Of sums."""
+    if bias is None or not _is_of_many(bias):
+        return None
+    return torch.promote_types(bias.dtype, torch.float32)
+
+
+def _sink_gradient(
+    job: _Job, output: Tensor, lse: Tensor, d_output: Tensor, d_lse: Tensor
+) -> Tensor | None:
+    """A sink is a part of the row's keys that has output 0."""
+    if "sinks" not in _names(job.options.wanted):
+        return None
+    sinks = job.tensors.sinks
+    weight = _weight(sinks[:, None], lse)
+    of_output = (d_output.to(lse.dtype) * output).sum(-1)
+    # Whatever comes to a row that sees no key reaches nothing.
+    of_output = torch.where((output != 0).any(-1), of_output, 0)
+    found = torch.where(weight == 0, 0, weight * (d_lse - of_output))
+    return found.sum((0, 2)).to(sinks.dtype)
 
 
 def _wide_like(x: Tensor) -> Tensor:
@@ -837,10 +1133,11 @@ def _takes_lse_of_all(query: Tensor, lse: Tensor, scale: float | None) -> bool:
 def _call_backward(
     job: _Job,
     call: Call,
-    keys: Sequence[Tensor],
+    keys: _Keys,
     upstream: Sequence[Tensor],
+    is_shared: bool,
     of_parts: bool,
-    targets: Sequence[Tensor],
+    targets: dict[str, Tensor],
 ) -> None:
     """The gradients by one call's rows and keys.
 
@@ -852,23 +1149,28 @@ def _call_backward(
     output, lse, d_output, d_lse = _rows(upstream, call.rows)
     if of_parts:
         of_call = torch.empty_like(output), torch.empty_like(lse)
-        job.run(call, query, keys, *of_call)
+        job.run(call, query, keys, *of_call, sinks=None)
         weight = _weight(of_call[1], lse)
         wide = d_output.to(lse.dtype)
         d_lse = weight * (d_lse + (wide * (of_call[0].to(lse.dtype) - output)).sum(-1))
         d_output = wide * weight[..., None]
         output, lse = of_call
-    names = ("d_query", "d_key", "d_value")
-    more = {"d_output": d_output, "d_lse": d_lse, **dict(zip(names, targets))}
-    job.run(call, query, keys, output, lse, **more)
+    sinks = None if is_shared else job.tensors.sinks  # else it is in the log-sum-exp of all
+    more = {"d_output": d_output, "d_lse": d_lse, **targets}
+    job.run(call, query, keys, output, lse, sinks=sinks, **more)
 
 
-def _backward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = inputs[4:7]
-    return tuple(torch.empty_like(x) for x in (query, key, value))
+def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    tensors, options = _Tensors(*inputs[4 : 4 + _COUNT]), _Options(*inputs[4 + _COUNT :])
+    wanted = {*DIFFERENTIABLE[:3], *_names(options.wanted)}
+    return tuple(
+        torch.empty_like(getattr(tensors, name)) if name in wanted else inputs[0].new_empty(0)
+        for name in DIFFERENTIABLE
+    )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, *inputs = inputs
     ctx.save_for_backward(*inputs[:_COUNT], *output)
     ctx.options = inputs[_COUNT:]
 
@@ -876,11 +1178,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradient(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
     *tensors, output, lse = ctx.saved_tensors
     given = (d_output, d_lse, output, lse, *tensors, *ctx.options)
-    found = torch.ops.dlattn.context_backward(*given)
-    return *found, None, None, *(None for _ in ctx.options)
+    found = dict(zip(DIFFERENTIABLE, torch.ops.dlattn.context_backward(*given)))
+    wanted = {*DIFFERENTIABLE[:3], *_names(_Options(*ctx.options).wanted)}
+    of_tensors = (found[name] if name in wanted else None for name in _Tensors._fields)
+    return None, *of_tensors, *(None for _ in ctx.options)
 
 
 for _name, _function, _fake in (
+    ("context_agree", _agreement, _agreement_fake),
     ("context_exchange", _exchange, _exchange_fake),
     ("context_forward", _forward, _forward_fake),
     ("context_backward", _backward, _backward_fake),

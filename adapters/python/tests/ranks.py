@@ -65,7 +65,7 @@ def _serve(pipe: Any, rank: int, count: int, port: int) -> None:
         function, args, kwargs = pipe.recv()
         try:
             pipe.send((False, function(*args, **kwargs)))
-        except Exception:
+        except BaseException:  # pytest's failures are no Exception
             pipe.send((True, traceback.format_exc()))
 
 

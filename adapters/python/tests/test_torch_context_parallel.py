@@ -5,6 +5,8 @@ What needs several GPUs is in bench/many_gpus.py, which checks before it times.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import itertools
 
@@ -17,12 +19,14 @@ import torch.distributed as dist  # noqa: E402
 from dlattn.torch import context_parallel  # noqa: E402
 from ranks import ranks  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.tensor import Shard, distribute_tensor  # noqa: E402
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: E402
 
 whole_attention = dlattn.torch.attention
 sdpa = torch.nn.functional.scaled_dot_product_attention
 WAYS = ("all_gather", "ring", "ulysses", "ring_ulysses")
 LAYOUTS = ("contiguous", "zigzag")
+WEIGHTS = ("bias", "alibi_slopes", "sinks")
+RESULTS = ("output", "lse", "d_query", "d_key", "d_value")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -47,13 +51,14 @@ def make(rows, keys, *, heads=4, heads_kv=2, dim=8, dim_v=8, dtype=torch.float32
     )
 
 
-def results(attention, tensors, cotangents):
-    """Output, log-sum-exp and gradients of the three tensors."""
+def results(attention, tensors, cotangents, **options):
+    """Output, log-sum-exp and gradients of the three tensors, and of the options that have one."""
     tensors = [x.detach().clone().requires_grad_() for x in tensors]
-    output, lse = attention(*tensors)
+    leaves = {n: options[n].detach().clone().requires_grad_() for n in WEIGHTS if n in options}
+    output, lse = attention(*tensors, **(options | leaves))
     seen = torch.where(lse.isfinite(), lse, 0)
     torch.autograd.backward((output, seen), (cotangents[0], cotangents[1].to(lse.dtype)))
-    return [output.detach(), lse.detach(), *(x.grad for x in tensors)]
+    return [output.detach(), lse.detach(), *(x.grad for x in (*tensors, *leaves.values()))]
 
 
 def degree_of(way):
@@ -64,24 +69,38 @@ def compare(way, layout, options, expected_options=None, tolerance=2e-5, **shape
     """Each rank's results with its part of those of the whole."""
     shard = functools.partial(context_parallel.shard, layout=layout)
     tensors, cotangents = make(**shape)
-    one = functools.partial(whole_attention, return_lse=True, **(expected_options or options))
+    one = functools.partial(whole_attention, return_lse=True)
     many = functools.partial(
         context_parallel.attention,
         return_lse=True,
         way=way,
         layout=layout,
         ulysses_degree=degree_of(way),
-        **{n: shard(x, axis=1) if n.endswith("segments") else x for n, x in options.items()},
     )
-    expected = [shard(x) for x in results(one, tensors, cotangents)]
+    expected = results(one, tensors, cotangents, **(expected_options or options))
     parts = [shard(x) for x in tensors], [shard(x) for x in cotangents]
-    found = results(many, *parts)
-    for name, a, b in zip(("output", "lse", "d_query", "d_key", "d_value"), found, expected):
-        torch.testing.assert_close(
-            a.double(), b.double(), rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    again = results(many, *parts)
+    options = {name: shard_option(name, x, shard) for name, x in options.items()}
+    found, again = (results(many, *parts, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(found, again)), "other bits on the second run"
+    names = (*RESULTS, *(name for name in WEIGHTS if name in options))
+    for name, a, b in zip(names, found, expected):
+        if name in RESULTS or (name == "bias" and b.shape[2] > 1):
+            b = shard(b)
+        else:  # what all ranks have alike: each has a share
+            dist.all_reduce(a)
+        largest = 1 if name in RESULTS else max(1, b.abs().max().item())  # sums of many pairs
+        torch.testing.assert_close(
+            *(x.double() for x in (a, b)),
+            rtol=0,
+            atol=tolerance * largest,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+def shard_option(name, x, shard):
+    if name.endswith("segments"):
+        return shard(x, axis=1)
+    return shard(x) if name in ("bias", "mask") and x.shape[2] > 1 else x
 
 
 OPTIONS = {
@@ -101,6 +120,45 @@ def test_options_and_gradients(group, options, way):
     options, rows, keys = options
     for layout in LAYOUTS:
         group.call(compare, way, layout, options, rows=rows, keys=keys)
+
+
+def tensor_options():
+    """By name: (options, rows, keys)."""
+    torch.manual_seed(1)
+    mask = torch.rand(2, 1, 32, 32) < 0.3
+    mask[:, :, 3] = mask[:, :, 20] = False  # rows that see no key
+    sinks = {"sinks": torch.randn(4)}
+    slopes = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])}
+    causal = {"causal": True}
+    from_the_end = {"causal": True, "alignment": "bottom_right"}
+    return {
+        "bias": ({"bias": torch.randn(2, 4, 32, 32), "causal": True, "softcap": 3.0}, 32, 32),
+        "bias_of_all_heads": ({"bias": torch.randn(1, 1, 32, 32)}, 32, 32),
+        "bias_of_keys": ({"bias": torch.randn(2, 4, 1, 48), **from_the_end}, 16, 48),
+        "bias_of_rows": ({"bias": torch.randn(1, 4, 32, 1), "window": (9, 3), **sinks}, 32, 32),
+        "mask": ({"mask": mask, **causal, **sinks}, 32, 32),
+        "mask_of_keys": ({"mask": mask[:1, :, 5:6].to(torch.uint8)}, 32, 32),
+        "alibi": ({**slopes, **causal}, 32, 32),
+        "alibi_of_batch": ({"alibi_slopes": torch.rand(2, 4), "window": (9, 7), **sinks}, 32, 32),
+        "alibi_from_the_end": ({**slopes, **from_the_end}, 16, 48),
+        "sinks": ({**sinks, **from_the_end}, 48, 16),
+        "all": (
+            {"bias": torch.randn(1, 4, 32, 32), "mask": mask, **slopes, **sinks, **segments()[0]},
+            32,
+            32,
+        ),
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tensor_options_and_gradients(group, way):
+    for name, (options, rows, keys) in tensor_options().items():
+        for layout in LAYOUTS:
+            one = options
+            if name == "all":
+                one = {n: x for n, x in options.items() if not n.endswith("segments")}
+                one = one | segments()[1] | {"mask": options["mask"] & segments()[1]["mask"]}
+            group.call(compare, way, layout, options, one, rows=rows, keys=keys)
 
 
 def segments():
@@ -142,7 +200,8 @@ def packed(way, layout):
     tensors = [x[0].transpose(0, 1).contiguous() for x in tensors]
     cotangents = cotangents[0][0].transpose(0, 1), cotangents[1][0]
     lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-    options = {"causal": True, "return_lse": True}
+    of_heads = {"sinks": torch.arange(4.0), "alibi_slopes": torch.arange(4.0) / 4}
+    options = {"causal": True, "return_lse": True, **of_heads}
     one = functools.partial(whole_attention, **options, **lengths)
     many = functools.partial(
         context_parallel.attention,
@@ -203,6 +262,37 @@ def test_padding(group, way, lengths):
         group.call(padding, way, layout, *lengths)
 
 
+def idle(way):
+    """Nobody sees more than the first 4 rows and keys."""
+    from dlattn import _torch_context_parallel as ours
+
+    tensors, cotangents = make(16, 16)
+    parts = (
+        [context_parallel.shard(x) for x in tensors],
+        [context_parallel.shard(x) for x in cotangents],
+    )
+    called, forward = [], ours._core.forward
+    ours._core.forward = lambda *args, **more: (called.append(1), forward(*args, **more))
+    try:
+        many = functools.partial(
+            context_parallel.attention, way=way, query_length=4, key_length=4, return_lse=True
+        )
+        output, lse, *_, d_sinks = results(many, *parts, sinks=torch.arange(4.0))
+    finally:
+        ours._core.forward = forward
+    if dist.get_rank():
+        assert not called and (output == 0).all()
+        assert (lse == torch.arange(4.0)[:, None]).all()
+        torch.testing.assert_close(d_sinks, parts[1][1].sum((0, 2)))
+    else:
+        assert called
+
+
+@pytest.mark.parametrize("way", ["all_gather", "ring"])
+def test_ranks_whose_rows_see_no_key_compute_nothing(group, way):
+    group.call(idle, way)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_dtypes_and_shapes(pair, way):
     causal = {"causal": True}
@@ -212,6 +302,8 @@ def test_dtypes_and_shapes(pair, way):
     half = {"tolerance": 0.03, "rows": 16, "keys": 16}
     pair.call(compare, way, "zigzag", causal, dtype=torch.bfloat16, **half)
     pair.call(compare, way, "zigzag", causal, dtype=torch.float16, **half)
+    options = {"bias": torch.randn(1, 4, 1, 16).bfloat16(), "sinks": torch.zeros(4), **causal}
+    pair.call(compare, way, "zigzag", options, dtype=torch.bfloat16, **half)
     pair.call(compare, way, "contiguous", causal, rows=16, keys=16, dim=12, dim_v=5)
     pair.call(compare, way, "contiguous", causal, rows=16, keys=16, heads_kv=1)
     pair.call(compare, way, "contiguous", causal, rows=0, keys=16)
@@ -234,6 +326,34 @@ def hidden_nan(way, layout):
 def test_nan_stays_where_it_is_seen(pair, way):
     for layout in LAYOUTS:
         pair.call(hidden_nan, way, layout)
+        pair.call(masked_nan, way, layout)
+
+
+def masked_nan(way, layout):
+    """A mask leaves key 5, which is NaN, to row 12; row 7 sees nothing, and what comes to it is
+    NaN."""
+    tensors, cotangents = make(16, 16)
+    tensors[1][:, :, 5] = tensors[2][:, :, 5] = cotangents[0][:, :, 7] = torch.nan
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    mask[:, :, :, 5] = mask[:, :, 7] = False
+    mask[:, :, 12, 5] = True
+    shard = functools.partial(context_parallel.shard, layout=layout)
+    unshard = functools.partial(context_parallel.unshard, layout=layout)
+    options = {"way": way, "layout": layout, "ulysses_degree": degree_of(way)}
+    many = functools.partial(context_parallel.attention, return_lse=True, **options)
+    given = {"mask": shard(mask), "bias": torch.zeros(1, 4, 16 // dist.get_world_size(), 16)}
+    parts = [shard(x) for x in tensors], [shard(x) for x in cotangents]
+    *found, d_bias = results(many, *parts, **given)
+    output, lse, d_query, *of_keys = (unshard(x) for x in found)
+    for x in (output, lse, d_query, unshard(d_bias)):
+        rows = x.isnan().flatten(3).any(3) if x.dim() == 4 else x.isnan()
+        assert rows[:, :, 12].all() and not rows[:, :, [i for i in range(16) if i != 12]].any()
+    for x in of_keys:  # the rest of row 12 is spoiled by key 5
+        assert x.isnan().any(3)[:, :, 5].all()
+    hidden = shard(mask & (torch.arange(16) != 5))
+    output, lse, *gradients = results(many, *parts, sinks=torch.zeros(4), mask=hidden)
+    assert all(x.isfinite().all() for x in (output, lse, gradients[0], gradients[-1]))
+    assert (unshard(output)[:, :, 7] == 0).all() and (unshard(lse)[:, :, 7] == 0).all()
 
 
 def shard_and_back(layout):
@@ -255,12 +375,14 @@ def test_shard_and_unshard(group):
 def compiled():
     (query, key, value), cotangents = make(16, 16)
     parts = [context_parallel.shard(x) for x in (query, key, value)]
-    options = {"causal": True, "return_lse": True, "way": "ring"}
-    eager = functools.partial(context_parallel.attention, **options)
-    program = torch.compile(eager, backend="aot_eager", fullgraph=True)
     cotangents = [context_parallel.shard(x) for x in cotangents]
-    for a, b in zip(results(program, parts, cotangents), results(eager, parts, cotangents)):
-        assert torch.equal(a, b)
+    tensors = {"bias": context_parallel.shard(torch.randn(1, 4, 16, 16)), "sinks": torch.ones(4)}
+    for way, more in ("ring", {}), ("ulysses", tensors):
+        options = {"causal": True, "return_lse": True, "way": way}
+        eager = functools.partial(context_parallel.attention, **options)
+        program = torch.compile(eager, backend="aot_eager", fullgraph=True)
+        found, expected = (results(f, parts, cotangents, **more) for f in (program, eager))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_compiles_without_a_break(pair):
@@ -272,14 +394,17 @@ def of_dtensors():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "rows"))
     tensors, cotangents = make(16, 16)
     placements = [Shard(0), Shard(2)]
+    more = {"bias": torch.randn(1, 1, 16, 16), "sinks": torch.randn(4)}
     one = functools.partial(whole_attention, causal=True, return_lse=True)
-    expected = results(one, tensors, cotangents)
+    expected = results(one, tensors, cotangents, **more)
     leaves = [distribute_tensor(x, mesh, placements).requires_grad_() for x in tensors]
     options = {"causal": True, "return_lse": True}
-    output, lse = context_parallel.attention(*leaves, **options)
+    of_options = {"bias": [Replicate(), Shard(2)], "sinks": [Replicate(), Replicate()]}
+    weights = [distribute_tensor(more[n], mesh, p).requires_grad_() for n, p in of_options.items()]
+    output, lse = context_parallel.attention(*leaves, **options, **dict(zip(of_options, weights)))
     cotangents = [distribute_tensor(x, mesh, placements) for x in cotangents]
     torch.autograd.backward((output, lse), cotangents)
-    for a, b in zip((output, lse, *(x.grad for x in leaves)), expected):
+    for a, b in zip((output, lse, *(x.grad for x in (*leaves, *weights))), expected):
         torch.testing.assert_close(a.full_tensor(), b, rtol=0, atol=2e-5)
 
 
@@ -292,21 +417,26 @@ def replaced():
     torch.manual_seed(0)
     x, labels = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
     weights = torch.randn(3, 8, 8, requires_grad=True)
+    masks = torch.rand(16, 16) < 0.5, torch.randn(2, 1, 16, 16)
 
-    def loss():
+    def loss(**options):
         q, k, v = (x @ w for w in weights)
         heads = (y.unflatten(2, (2, 4)).transpose(1, 2) for y in (q, k, v))
-        output = sdpa(*heads, is_causal=True).transpose(1, 2).flatten(2)
+        output = sdpa(*heads, **options).transpose(1, 2).flatten(2)
         return (output - labels).square().sum()
 
-    expected = torch.autograd.grad(loss(), weights)[0]
+    options = ({"is_causal": True}, *({"attn_mask": mask} for mask in masks))
+    masks[0][:, 0] = True  # else PyTorch's rows that see nothing are NaN
+    expected = [torch.autograd.grad(loss(**o), weights)[0] for o in options]
     before = x.clone()
-    with context_parallel.replace_sdpa(buffers=[x, labels], buffer_seq_dims=[1, 1]):
+    buffers = {"buffers": [x, labels, *masks], "buffer_seq_dims": [1, 1, 0, 2]}
+    with context_parallel.replace_sdpa(**buffers):
         assert x.shape[1] == 16 // dist.get_world_size()
-        found = torch.autograd.grad(loss(), weights)[0]
+        found = [torch.autograd.grad(loss(**o), weights)[0] for o in options]
     assert torch.equal(x, before)
-    dist.all_reduce(found)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(found, expected):
+        dist.all_reduce(a)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_replaces_the_attention_of_pytorch(group):
@@ -327,6 +457,41 @@ def test_the_rule():
     assert choose("auto", None, full) == Chosen(1, False)  # keys do not fit
     assert choose("auto", None, sizes._replace(ranks=32)) == Chosen(8, False)  # over hosts
     assert choose("ring_ulysses", 4, sizes._replace(ranks=8)) == Chosen(4, False)
+    alibi = sizes._replace(has_alibi=True)
+    assert choose("auto", None, alibi._replace(ranks=32)) == Chosen(32, False)
+    assert choose("auto", None, alibi._replace(heads=7, heads_kv=7)) == Chosen(1, True)
+
+
+def alibi_without_offsets():
+    """As on a GPU: what has one diagonal from the first key, or to the last, needs no other."""
+    from dlattn import _context_parallel as ours
+
+    takes_offsets, ours._takes_offsets = ours._takes_offsets, lambda backend: False
+    try:
+        slopes = {"alibi_slopes": torch.arange(1.0, 5) / 8}
+        causal = {**slopes, "causal": True}
+        for options, way, layout in (
+            (slopes, "ulysses", "contiguous"),
+            (slopes, "auto", "zigzag"),
+            (causal, "all_gather", "zigzag"),
+            ({**causal, "window": (9, None)}, "all_gather", "contiguous"),
+        ):
+            compare(way, layout, options, rows=32, keys=32)
+        refused_by = "no kernel of cpu counts distances.*way='ulysses' needs none"
+        refused = [{"way": "ring", **causal}]
+        if dist.get_world_size() > 2:  # else the ends of the keys are those of a rank's rows
+            refused += [
+                {"way": "all_gather", **slopes},
+                {"way": "ring_ulysses", "ulysses_degree": 2, **causal},
+            ]
+        for options in refused:
+            refuse_alike(refused_by, error=dlattn.Unsupported, **options)
+    finally:
+        ours._takes_offsets = takes_offsets
+
+
+def test_alibi_where_kernels_take_no_offset(group):
+    group.call(alibi_without_offsets)
 
 
 # ---- What is refused, on every rank alike
@@ -363,6 +528,22 @@ def other_way(parts, options):
     return parts, {**options, "way": "ulysses"}
 
 
+def with_sinks(parts, options):
+    return parts, {**options, "sinks": torch.zeros(4)}
+
+
+def with_one_head_of_bias(parts, options):
+    return parts, {**options, "bias": options["bias"][:, :1]}
+
+
+def with_gradients(parts, options):
+    return [x.requires_grad_() for x in parts], options
+
+
+def with_too_wide_a_mask(parts, options):
+    return parts, {**options, "mask": torch.ones(1, 1, 8, 17, dtype=torch.bool)}
+
+
 @pytest.mark.parametrize("way", ["ring", "ulysses"])
 @pytest.mark.parametrize(
     ("change", "pattern"),
@@ -374,14 +555,61 @@ def other_way(parts, options):
             r"rank 1 has InvalidArgument: key: is torch.float32 on cpu, query is torch.float64",
         ),
         (causally, "causal is True on rank 1, False on rank 0"),
+        (with_sinks, r"sinks is float32 \[4\] on rank 1, None on rank 0"),
+        (
+            with_one_head_of_bias,
+            r"bias is float32 \[1, 1, 8, 16\] on rank 1, float32 \[1, 4, 8, 16\] on rank 0",
+        ),
+        (with_gradients, r"wanted is \['query', 'key', 'value'\] on rank 1, \[\] on rank 0"),
+        (
+            with_too_wide_a_mask,
+            r"rank 1 has InvalidArgument: mask: shape is \[1, 1, 8, 17\], must be "
+            r"\[2\|1, 4\|1, 8\|1, 16\|1\]: the rank's rows and all keys",
+        ),
     ],
 )
 def test_a_rank_that_differs_is_an_error_on_all(pair, change, pattern, way):
-    pair.call(refused, change, 1, pattern, way)
+    more = {"bias": torch.zeros(1, 4, 8, 16)} if change is with_one_head_of_bias else {}
+    pair.call(refused, change, 1, pattern, way, **more)
 
 
 def test_another_way_is_an_error_on_all(pair):
     pair.call(refused, other_way, 1, "ulysses is 2 on rank 1, 1 on rank 0")
+
+
+def absent():
+    from dlattn import _torch_context_parallel as ours
+
+    name = dist.group.WORLD.group_name
+    store = dist.distributed_c10d._world.pg_map[dist.group.WORLD][1]
+    before = store.timeout
+    store.set_timeout(datetime.timedelta(seconds=1))
+    try:
+        if dist.get_rank():
+            ours._calls[name] += 1  # as if it had been made
+            return
+        with pytest.raises(dlattn.Error, match=r"ranks \[1\] have not made this call"):
+            context_parallel.attention(*(context_parallel.shard(x) for x in make(16, 16)[0]))
+    finally:
+        store.set_timeout(before)
+
+
+def test_a_rank_that_does_not_come_is_named(pair):
+    pair.call(absent)
+
+
+def unknown_to_the_plugin():
+    """Rank 1, which would have no call to make, hears of it, too."""
+    for check in True, False:
+        parts = [context_parallel.shard(x.to(torch.int32)) for x in make(16, 16)[0]]
+        with contextlib.ExitStack() as stack:
+            if check or dist.get_rank() == 0:
+                stack.enter_context(pytest.raises(dlattn.Unsupported, match="dtype"))
+            context_parallel.attention(*parts, query_length=8, way="all_gather", check=check)
+
+
+def test_what_the_plugin_refuses_is_refused_on_all(pair):
+    pair.call(unknown_to_the_plugin)
 
 
 def refuse_alike(
@@ -405,6 +633,11 @@ def refuse_alike(
         ({"ulysses_degree": 3, "way": "ring_ulysses"}, "is 3, must divide the 2 ranks"),
         ({"key_length": 17}, "key_length: is 17, must be from 0 to 16"),
         ({"window": (1, 2, 3)}, "window: is"),
+        ({"sinks": torch.zeros(5)}, r"sinks: shape is \[5\], must be \[4\]"),
+        ({"alibi_slopes": torch.zeros(1, 1, 4)}, r"must be \[4\] or \[2, 4\]"),
+        ({"bias": torch.zeros(16, 16)}, r"bias: shape is \[1, 1, 16, 16\], must be \[2|1, 4|1, 8|"),
+        ({"mask": torch.zeros(8, 16)}, "mask: is torch.float32, must be torch.bool or torch.uint8"),
+        ({"bias": 1.0, "way": "ulysses"}, "bias: is a builtins.float, must be a torch.Tensor"),
         ({"query_segments": torch.zeros(2, 8, dtype=torch.int32)}, "one goes with the other"),
     ],
 )
@@ -419,7 +652,7 @@ def refuse_shard():
     one = [torch.zeros(4)]
     with pytest.raises(dlattn.InvalidArgument, match="there are 1 buffers"), replace(buffers=one):
         pass
-    with replace(), pytest.raises(dlattn.Unsupported, match="attn_mask, dropout_p"):
+    with replace(), pytest.raises(dlattn.Unsupported, match="dropout_p: is 0"):
         sdpa(*(torch.zeros(1, 1, 4, 8) for _ in range(3)), dropout_p=0.5)
 
 
