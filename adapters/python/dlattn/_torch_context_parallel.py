@@ -231,7 +231,7 @@ class _Replaced(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if attn_mask is not None or dropout_p:
-            raise Unsupported("attn_mask, dropout_p: are not there over many ranks")
+            raise Unsupported("attn_mask, dropout_p: are not supported over many ranks")
         if not enable_gqa and query.shape[1] != key.shape[1]:
             raise InvalidArgument(
                 f"key: has {key.shape[1]} heads, query {query.shape[1]}; enable_gqa=True allows it"
@@ -317,7 +317,7 @@ def _with_four_axes(
     if cu_seqlens is None:
         return tensors
     if tensors.query_segments is not None or tensors.key_segments is not None:
-        raise InvalidArgument("cu_seqlens: goes without query_segments and key_segments")
+        raise InvalidArgument("cu_seqlens: cannot be combined with query_segments or key_segments")
     query, key, value = tensors[:3]
     for name, x in zip(("query", "key", "value"), tensors):
         if x.dim() != 3:
@@ -355,7 +355,7 @@ def _check(tensors: _Tensors) -> None:
         )
     given = [x is not None for x in tensors[3:]]
     if any(given) and not all(given):
-        raise InvalidArgument("query_segments, key_segments: one goes with the other")
+        raise InvalidArgument("query_segments, key_segments: must be given together")
     for name, x, of in zip(_Tensors._fields[3:], tensors[3:], (query, key)):
         wanted = (of.shape[0], of.shape[ROWS])
         if x is not None and (x.shape != wanted or x.dtype != torch.int32):

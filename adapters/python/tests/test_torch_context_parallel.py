@@ -401,11 +401,11 @@ def refuse_alike(
             {"layout": "zigzag", "rows": 6},
             r"zigzag needs shards of one even length, they have \[3, 3\]",
         ),
-        ({"ulysses_degree": 2}, "ulysses_degree: is 2, goes with way='ring_ulysses'"),
+        ({"ulysses_degree": 2}, "ulysses_degree: is 2, needs way='ring_ulysses'"),
         ({"ulysses_degree": 3, "way": "ring_ulysses"}, "is 3, must divide the 2 ranks"),
         ({"key_length": 17}, "key_length: is 17, must be from 0 to 16"),
         ({"window": (1, 2, 3)}, "window: is"),
-        ({"query_segments": torch.zeros(2, 8, dtype=torch.int32)}, "one goes with the other"),
+        ({"query_segments": torch.zeros(2, 8, dtype=torch.int32)}, "must be given together"),
     ],
 )
 def test_bad_arguments(pair, options, pattern):
