@@ -157,7 +157,9 @@ def flash_attn_with_kvcache(
     ``cache_batch_idx``, or with ``block_table`` ``(pages, page_size, heads, head_dim)``.
     """
     if rotary_cos is not None or rotary_sin is not None:
-        raise Unsupported("rotary_cos, rotary_sin: are not supported; rotate q and k before the call")
+        raise Unsupported(
+            "rotary_cos, rotary_sin: are not supported; rotate q and k before the call"
+        )
     if cache_leftpad is not None and (block_table is not None or cache_batch_idx is not None):
         raise Unsupported("cache_leftpad: cannot be combined with block_table or cache_batch_idx")
     if block_table is not None and cache_batch_idx is not None:

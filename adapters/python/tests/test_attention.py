@@ -272,7 +272,13 @@ def test_select():
 
 REFUSED = {
     "head_dim": (make()[0], make(dim=8)[1], make()[2], {}, "key.*head_dim.* 8.* 16"),
-    "heads": (make()[0], make(heads_kv=3)[1], make(heads_kv=3)[2], {}, "has 3 heads, must divide.* 4"),
+    "heads": (
+        make()[0],
+        make(heads_kv=3)[1],
+        make(heads_kv=3)[2],
+        {},
+        "has 3 heads, must divide.* 4",
+    ),
     "axes": (make()[0], make()[1][0], make()[2], {}, "key: has 3 axes, must have 4"),
     "dtypes": (
         make()[0],

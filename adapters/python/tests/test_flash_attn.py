@@ -199,7 +199,9 @@ def test_cache_without_lengths_and_with_padding_on_the_left():
 def test_refusals():
     q, k, v = make()
     lengths = torch.tensor([5, 8], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="rotary_cos, rotary_sin: are not supported; rotate"):
+    with pytest.raises(
+        NotImplementedError, match="rotary_cos, rotary_sin: are not supported; rotate"
+    ):
         flash_attn.flash_attn_with_kvcache(q, k, v, rotary_cos=q)
     with pytest.raises(ValueError, match=r"q: shape is \[7, 4, 16\], must be \(batch, length, hea"):
         flash_attn.flash_attn_func(q[0], k, v)

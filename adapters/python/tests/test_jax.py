@@ -730,7 +730,10 @@ def refusals():
     yield "key_value_seq_lengths: axis 0", lambda: ours(*main, key_value_seq_lengths=[1, 2, 3])
     yield "key: has 2 axes, must have 4, or 3", lambda: ours(query, key[0, 0], value)
     yield r"value: axis 1 \(\w+\) is 8, must be 9 as in key", lambda: ours(query, key, value[:, :8])
-    yield r"value: axis 2 \(\w+\) is 1, must be 2 as in key", lambda: ours(query, key, value[:, :, :1])
+    yield (
+        r"value: axis 2 \(\w+\) is 1, must be 2 as in key",
+        lambda: ours(query, key, value[:, :, :1]),
+    )
     yield "key: dtype is f", lambda: ours(query.astype(jnp.bfloat16), key, value)
     yield "key: is not an array", lambda: ours(query, "key", value)
     yield "value: is a masked array", lambda: ours(query, key, np.ma.array(value, mask=value > 0))
