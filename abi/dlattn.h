@@ -140,7 +140,7 @@ typedef struct dlattn_forward_desc {
  *   value_scale    float32 [1] or [B|1, H_kv|1],      with block_table [pages|1, H_kv|1]; optional; likewise
  *
  * A stride-0 head axis on both key and value is multi-query attention, whatever the head count says.
- * Output and lse share no element with each other or with an input; they may lie in turns with them in one buffer.
+ * Output and lse share no element with each other or with an input; they may interleave with them in one buffer.
  * Entries of block_table for pages in which no row sees a key may be anything.
  * Integer tensors and scales in host memory are checked before anything is written. On a GPU their values cannot be seen
  * from the host: lengths are clamped to the extents, rows and keys outside them are neither read nor written.

@@ -22,7 +22,7 @@ struct dlattn_plan {
 
 /* ---- Structs that may be older or newer than this library ------------------------------------ */
 
-/* Bytes of each struct in the version that it came with: the least that a caller may hand over, for ever. */
+/* Bytes of each struct in the version that it came with: the least that a caller may hand over, forever. */
 enum {
     DESC_1_0 = 88,
     TENSORS_1_0 = 120,

@@ -304,7 +304,7 @@ static int add_steps(struct step *steps, int n, const struct tensor *t) {
     return n;
 }
 
-/* Whether some choice of steps sums up to `distance`. Strides that nest, as those of all usual layouts do, leave one or
+/* Whether some choice of steps adds up to `distance`. Strides that nest, as those of all usual layouts do, leave one or
  * two choices at each step; `tries` bounds the work for the others, which count as sharing. */
 static bool reachable(const struct step *steps, int n, int64_t distance, int *tries) {
     int64_t rest = 0;
@@ -323,8 +323,8 @@ static bool reachable(const struct step *steps, int n, int64_t distance, int *tr
     return false;
 }
 
-/* Whether two tensors have a byte in common: they may lie in turns in one buffer. Element i of `a` and j of `b` begin at
- * the same byte if the offset of i, and the way of j to the end of b, sum up to the distance between a's begin and b's end. */
+/* Whether two tensors have a byte in common: they may interleave in one buffer. Element i of `a` and j of `b` begin at
+ * the same byte if the offset of i, and the way of j to the end of b, add up to the distance between a's begin and b's end. */
 bool tensor_overlap(const struct tensor *a, const struct tensor *b) {
     enum { MOST_TRIES = 1000 };
     const struct reach x = reach_of(a), y = reach_of(b);
