@@ -48,14 +48,14 @@ extern "C" {
 
 enum {
     DLATTN_OK = 0,
-    DLATTN_INVALID_ARGUMENT = 1, /* the call contradicts itself or this header */
-    DLATTN_UNSUPPORTED = 2,      /* a legal call that no kernel of this library covers on that device */
-    DLATTN_BUFFER_TOO_SMALL = 3, /* the workspace is absent or too small; last_error() says the bytes needed */
-    DLATTN_OUT_OF_MEMORY = 4,
+    DLATTN_INVALID_ARGUMENT = 1,   /* the call contradicts itself or this header */
+    DLATTN_UNSUPPORTED = 2,        /* a legal call that no kernel of this library covers on that device */
+    DLATTN_BUFFER_TOO_SMALL = 3,   /* the workspace is absent or too small; last_error() says the bytes needed */
+    DLATTN_OUT_OF_MEMORY = 4,      /* of the host, by plan_create() */
     DLATTN_DEVICE_UNAVAILABLE = 5, /* no driver, no such device */
     DLATTN_DEVICE_ERROR = 6,       /* the driver refused; last_error() carries its text */
     DLATTN_VERSION_MISMATCH = 7,   /* a managed tensor of another DLPack major version */
-    DLATTN_INTERNAL = 8
+    DLATTN_INTERNAL = 8            /* a fault of the library */
 };
 
 /* ---- What to compute ---------------------------------------------------------------------------------- */
@@ -68,7 +68,7 @@ enum {
 /* To either, dlattn_forward_desc.diagonal_offset is added. */
 
 /* dlattn_forward_desc.flags */
-#define DLATTN_WINDOW UINT64_C(1)        /* window_left and window_right are given; without it they are 0 or -1 */
+#define DLATTN_WINDOW UINT64_C(1)        /* window_left and window_right count; without it both must be 0 or -1 */
 #define DLATTN_EXACT_SCALE UINT64_C(2)   /* `scale` is taken as it is, even 0 */
 #define DLATTN_EMPTY_LSE_INF UINT64_C(4) /* a row that sees no key gets lse +inf (FlashAttention 2), not -inf */
 #define DLATTN_ANY_ORDER                                                                                               \
@@ -92,7 +92,7 @@ typedef struct dlattn_forward_desc {
 
     /* ABI 1.1 */
     double
-        dropout_probability; /* in [0, 1): each weight becomes 0 with it, the others are divided by 1 - it; lse is without */
+        dropout_probability; /* in [0, 1): the chance of a weight to become 0; others are divided by 1 - that; lse has none */
     uint64_t
         dropout_seed; /* which weights: see docs/numerics.md, the same for forward and backward, whatever runs it */
     uint64_t dropout_offset; /* another stream of the same seed */
@@ -140,7 +140,7 @@ typedef struct dlattn_forward_desc {
  *   value_scale    float32 [1] or [B|1, H_kv|1],      with block_table [pages|1, H_kv|1]; optional; likewise
  *
  * A stride-0 head axis on both key and value is multi-query attention, whatever the head count says.
- * Output and lse share no element with each other or with an input; they may lie in turns with them in one buffer.
+ * Output and lse share no element with each other or with an input; they may interleave with them in one buffer.
  * Entries of block_table for pages in which no row sees a key may be anything.
  * Integer tensors and scales in host memory are checked before anything is written. On a GPU their values cannot be seen
  * from the host: lengths are clamped to the extents, rows and keys outside them are neither read nor written.
@@ -224,10 +224,10 @@ typedef struct dlattn_gradients {
 } dlattn_gradients;
 
 /*
- * ABI 1.1. What merge() makes one of: results over disjoint parts of the keys of the same rows.
+ * ABI 1.1. What merge() combines: results over disjoint parts of the keys of the same rows.
  *     m_i = max_n lse_ni,  lse_i = m_i + ln sum_n exp(lse_ni - m_i),  output_i = sum_n exp(lse_ni - lse_i) output_ni
  * A part with lse -inf has no weight, whatever its output holds; a row without any other gets output 0 and lse -inf. A sink
- * belongs into one of the parts.
+ * belongs to exactly one of the parts.
  *
  *   outputs[n]  E  [B, H, Lq, D_v]  or packed [total_q, H, D_v];   lses[n]  float32 or E  [B, H, Lq]  or packed [H, total_q]
  *   output      E                                                  lse      float32 or E, optional
@@ -416,8 +416,8 @@ typedef struct dlattn_api {
     int32_t (*forward)(const dlattn_forward_desc *desc, const dlattn_tensors *tensors, const dlattn_exec *exec);
     /* forward() on managed tensors, which stay the caller's unless DLATTN_TAKE_OWNERSHIP (then a GPU call
      * synchronises the stream before it runs the deleters). A NULL deleter is skipped. When `tensors` or `exec`
-     * itself cannot be read (NULL, too small, an unknown tail) the tensors stay the caller's; a desc that cannot be read
-     * keeps nothing back. */
+     * itself cannot be read (NULL, too small, an unknown tail) the tensors stay the caller's; if only
+     * desc cannot be read, the deleters run all the same. */
     int32_t (*forward_managed)(const dlattn_forward_desc *desc, const dlattn_managed_tensors *tensors,
                                const dlattn_exec *exec);
     int32_t (*forward_versioned)(const dlattn_forward_desc *desc, const dlattn_versioned_tensors *tensors,

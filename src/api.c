@@ -22,7 +22,7 @@ struct dlattn_plan {
 
 /* ---- Structs that may be older or newer than this library ------------------------------------ */
 
-/* Bytes of each struct in the version that it came with: the least that a caller may hand over, for ever. */
+/* Bytes of each struct in the version that it came with: the least that a caller may hand over, forever. */
 enum {
     DESC_1_0 = 88,
     TENSORS_1_0 = 120,
@@ -104,8 +104,8 @@ static int32_t read_exec(dlattn_exec *own, const dlattn_exec *exec) {
     int32_t status = copy_in(own, sizeof *own, EXEC_1_0, exec, "exec");
     if (status == DLATTN_OK && own->flags & ~(DLATTN_TAKE_OWNERSHIP | DLATTN_WORKSPACE_IS_ZERO))
         return fail(DLATTN_UNSUPPORTED,
-                    "exec.flags: 0x%llx has bits that this library does not know",
-                    (unsigned long long)own->flags);
+                    "exec.flags: 0x%llx has bits that this library (ABI %d.%d) does not know",
+                    (unsigned long long)own->flags, DLATTN_ABI_MAJOR, DLATTN_ABI_MINOR);
     return status;
 }
 
@@ -445,10 +445,11 @@ static int32_t run_plan(const dlattn_plan *plan, const dlattn_tensors *tensors,
     const bool aligned = (p.features & ~plan->choice.kernel->features) == 0;
     const struct plan *choice = aligned ? &plan->choice : &plan->unaligned;
     if (p.features & ~choice->kernel->features)
-        return fail(DLATTN_UNSUPPORTED,
-                    "plan: kernel %s takes bases that are multiples of 16 bytes alone, and these "
-                    "tensors' are not",
-                    choice->kernel->name);
+        return fail(
+            DLATTN_UNSUPPORTED,
+            "plan: kernel %s needs data pointers that are multiples of 16 bytes, and those of "
+            "these tensors are not",
+            choice->kernel->name);
     return launch(choice, &p, exec);
 }
 

@@ -278,7 +278,7 @@ int32_t cuda_enter(int32_t device, bool *entered) {
             return DLATTN_OK;
     }
     context = atomic_load_explicit(&d->primary, memory_order_acquire);
-    if (!context) { /* kept as long as the process: a race costs one more reference */
+    if (!context) { /* kept for the life of the process: a race costs one more reference */
         TRY(cuDevicePrimaryCtxRetain, &context, d->handle);
         atomic_store_explicit(&d->primary, context, memory_order_release);
     }

@@ -37,7 +37,7 @@ struct plan {
     int32_t blocks;  /* CUDA: of the grid; launch asks the driver for nothing */
     size_t workspace_bytes;
     size_t workspace_alignment;
-    const char *why; /* a row that declines may say what stands against it, for a message */
+    const char *why; /* a row that declines may give its reason here, for the message */
 };
 
 /* Where a call runs. */

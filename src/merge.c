@@ -49,7 +49,7 @@ static bool same_memory(const struct tensor *a, const struct tensor *b) {
            memcmp(a->stride, b->stride, sizeof a->stride) == 0;
 }
 
-/* In place is the one way in which what is written may be what is read. */
+/* In place is the only way in which an output may be an input. */
 static int32_t check_apart(const struct tensor *written, const struct tensor *read, bool in_place) {
     if (!written->dl || !read->dl || !tensor_overlap(written, read) ||
         (in_place && same_memory(written, read)))

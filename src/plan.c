@@ -89,7 +89,7 @@ static int32_t refuse(const struct problem *p, const struct kernel *nearest, enu
         return fail(DLATTN_UNSUPPORTED, "this build has no kernel for %s on %s",
                     operation_name(p->operation), device);
     case OTHER_ROW:
-        return fail(DLATTN_INVALID_ARGUMENT, "kernel: there is no row \"%s\" for %s", p->kernel,
+        return fail(DLATTN_INVALID_ARGUMENT, "kernel: there is no kernel \"%s\" for %s", p->kernel,
                     device);
     case NEEDS_MACHINE:
         return fail(DLATTN_UNSUPPORTED, "no kernel for %s: %s needs %s", device, nearest->name,

@@ -103,7 +103,8 @@ static int32_t read_desc(struct problem *p, const dlattn_forward_desc *d) {
         return fail(DLATTN_INVALID_ARGUMENT, "reserved0 and reserved1: are %d and %d, must be 0",
                     d->reserved0, d->reserved1);
     if (d->max_seqlen_q < 0 || d->max_seqlen_k < 0)
-        return fail(DLATTN_INVALID_ARGUMENT, "max_seqlen: %lld and %lld must be at least 0",
+        return fail(DLATTN_INVALID_ARGUMENT,
+                    "max_seqlen_q and max_seqlen_k: are %lld and %lld, must be at least 0",
                     (long long)d->max_seqlen_q, (long long)d->max_seqlen_k);
     p->scale = d->scale;
     p->softcap = d->softcap;
@@ -144,8 +145,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int32_t check_together(const dlattn_tensors *in, const dlattn_forward_desc *d) {
     if (in->block_table && in->cu_seqlens_k)
-        return fail(DLATTN_INVALID_ARGUMENT,
-                    "block_table: paged keys are not packed, leave cu_seqlens_k out");
+        return fail(DLATTN_INVALID_ARGUMENT, "block_table: cannot be combined with cu_seqlens_k");
     if (in->block_table && !in->key_lengths)
         return fail(DLATTN_INVALID_ARGUMENT, "key_lengths: is absent, block_table needs it");
     if (!in->query_segments != !in->key_segments)
@@ -184,7 +184,7 @@ static int32_t read_main(struct problem *p, const struct tensor *t, struct forms
                     "query and value: head_dim is %lld and %lld, must be at least 1",
                     (long long)p->dim_qk, (long long)p->dim_v);
     if (p->heads_kv == 0 ? p->heads_q != 0 : p->heads_q % p->heads_kv != 0)
-        return fail(DLATTN_INVALID_ARGUMENT, "key: %lld heads do not divide the query's %lld",
+        return fail(DLATTN_INVALID_ARGUMENT, "key: has %lld heads, must divide the query's %lld",
                     (long long)p->heads_kv, (long long)p->heads_q);
     return DLATTN_OK;
 }
@@ -203,7 +203,7 @@ static int32_t read_pages(struct problem *p, const struct tensor *t, struct form
     p->len_k = p->page_size * p->max_pages;
     if (p->len_k > INT32_MAX)
         return fail(DLATTN_INVALID_ARGUMENT,
-                    "block_table: %lld pages of %lld keys are more than the %d of an int32",
+                    "block_table: %lld pages of %lld keys exceed the limit of %d keys",
                     (long long)p->max_pages, (long long)p->page_size, INT32_MAX);
     extents_set(e, 'K', p->len_k, "block_table");
     return DLATTN_OK;
@@ -282,9 +282,9 @@ static int32_t read_gradient(struct problem *p, const struct slot *slot, const s
                     dtype_text(t->dtype, text), of->name, dtype_full_name(like->dtype));
     for (int axis = 0; axis < of->dl->ndim; axis++) {
         if (t->dl->shape[axis] != of->dl->shape[axis])
-            return fail(DLATTN_INVALID_ARGUMENT, "%s: axis %d is %lld, %s makes it %lld", t->name,
-                        axis, (long long)t->dl->shape[axis], of->name,
-                        (long long)of->dl->shape[axis]);
+            return fail(DLATTN_INVALID_ARGUMENT, "%s: axis %d is %lld, must be %lld as in %s",
+                        t->name, axis, (long long)t->dl->shape[axis],
+                        (long long)of->dl->shape[axis], of->name);
     }
     return DLATTN_OK;
 }
@@ -307,7 +307,7 @@ static int32_t read_gradients(struct problem *p, const struct tensor *t, struct 
         wanted |= slot->written;
     }
     if (!wanted)
-        return fail(DLATTN_INVALID_ARGUMENT, "gradients: none is asked for");
+        return fail(DLATTN_INVALID_ARGUMENT, "gradients: all are absent, must have at least one");
     if (!t[SLOT_lse].dl)
         return fail(DLATTN_INVALID_ARGUMENT, "lse: is absent, backward needs it");
     if (p->features & (DLATTN_FEATURE_PAGED | DLATTN_FEATURE_MIXED_DTYPES | DLATTN_FEATURE_SCALES))

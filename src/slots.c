@@ -138,10 +138,11 @@ int32_t slot_read(struct problem *p, const struct slot *slot, const struct tenso
 static int32_t check_apart(const struct problem *p, const struct tensor *t, uint64_t output) {
     EACH_SLOT(i, p->present) {
         if (i != output && tensor_overlap(&t[output], &t[i]))
-            return fail(DLATTN_INVALID_ARGUMENT,
-                        "%s: shares memory with %s; what a call writes must be apart from all else "
-                        "that it is given",
-                        t[output].name, t[i].name);
+            return fail(
+                DLATTN_INVALID_ARGUMENT,
+                "%s: shares memory with %s; an output may not overlap another tensor of the "
+                "call",
+                t[output].name, t[i].name);
     }
     return DLATTN_OK;
 }
@@ -199,32 +200,54 @@ static int32_t check_same_tensor(const struct slot *slot, const struct problem *
         return fail(DLATTN_INVALID_ARGUMENT,
                     "plan: was made for another problem, %s is %s now, not %s", slot->name,
                     dtype_full_name(b->dtype), dtype_full_name(a->dtype));
-    if (memcmp(a->stride, b->stride, sizeof a->stride) != 0)
-        return fail(DLATTN_INVALID_ARGUMENT,
-                    "plan: was made for another problem, %s strides differ", slot->name);
+    for (int axis = 0; axis < 4; axis++) {
+        static const char *const axes[] = {"the batch", "heads", "rows", "the last axis"};
+        if (a->stride[axis] != b->stride[axis])
+            return fail(DLATTN_INVALID_ARGUMENT,
+                        "plan: was made for another problem, %s's stride along %s is %lld now, not "
+                        "%lld",
+                        slot->name, axes[axis], (long long)b->stride[axis],
+                        (long long)a->stride[axis]);
+    }
     return DLATTN_OK;
 }
 
-#define FIELD(name) {#name, offsetof(struct problem, name), sizeof(((struct problem *)0)->name)}
+static int32_t check_same_device(const struct problem *planned, const struct problem *p) {
+    if (planned->backend != p->backend)
+        return fail(DLATTN_INVALID_ARGUMENT, "plan: was made for tensors %s, and these are %s",
+                    planned->backend == BACKEND_CPU ? "on the CPU" : "on a GPU",
+                    p->backend == BACKEND_CPU ? "on the CPU" : "on a GPU");
+    if (planned->device_id != p->device_id)
+        return fail(DLATTN_INVALID_ARGUMENT,
+                    "plan: was made for device %d, and these tensors are on %d", planned->device_id,
+                    p->device_id);
+    return DLATTN_OK;
+}
+
+#define FIELD(name) {#name, offsetof(struct problem, name)}
 
 int32_t problem_check_same(const struct problem *planned, const struct problem *p) {
     static const struct {
         const char *name;
-        size_t offset, size;
+        size_t offset; /* of an int64_t */
     } fields[] = {
-        FIELD(backend),  FIELD(device_id), FIELD(dtype),     FIELD(batch),  FIELD(heads_q),
-        FIELD(heads_kv), FIELD(len_q),     FIELD(len_k),     FIELD(dim_qk), FIELD(dim_v),
-        FIELD(total_q),  FIELD(total_k),   FIELD(page_size), FIELD(pages),  FIELD(max_pages),
+        FIELD(batch),   FIELD(heads_q),   FIELD(heads_kv), FIELD(len_q),
+        FIELD(len_k),   FIELD(dim_qk),    FIELD(dim_v),    FIELD(total_q),
+        FIELD(total_k), FIELD(page_size), FIELD(pages),    FIELD(max_pages),
     };
     const struct slot *slots;
     slots_of(p, &slots);
+    TRY(check_same_device(planned, p));
     EACH_SLOT(i, planned->present | p->present)
     TRY(check_same_tensor(&slots[i], planned, p, UINT64_C(1) << i));
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
-        if (memcmp((const char *)planned + fields[i].offset, (const char *)p + fields[i].offset,
-                   fields[i].size) != 0)
-            return fail(DLATTN_INVALID_ARGUMENT, "plan: was made for another problem, %s differs",
-                        fields[i].name);
+        int64_t was, is;
+        memcpy(&was, (const char *)planned + fields[i].offset, sizeof was);
+        memcpy(&is, (const char *)p + fields[i].offset, sizeof is);
+        if (was != is)
+            return fail(DLATTN_INVALID_ARGUMENT,
+                        "plan: was made for another problem, %s is %lld now, not %lld",
+                        fields[i].name, (long long)is, (long long)was);
     }
     return DLATTN_OK;
 }

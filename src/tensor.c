@@ -162,9 +162,9 @@ static int32_t read_extent(const struct tensor *t, int axis, char letter, struct
         extents_set(e, known, extent, t->name);
         return DLATTN_OK;
     }
-    return fail(DLATTN_INVALID_ARGUMENT, "%s: axis %d (%s) is %lld, %s makes it %lld%s", t->name,
-                axis, axes_of[(int)known].name, (long long)extent, e->from[(int)known],
-                (long long)want, may_be_one ? " or 1" : "");
+    return fail(DLATTN_INVALID_ARGUMENT, "%s: axis %d (%s) is %lld, must be %lld as in %s%s",
+                t->name, axis, axes_of[(int)known].name, (long long)extent, (long long)want,
+                e->from[(int)known], may_be_one ? ", or 1" : "");
 }
 
 int32_t tensor_read(const struct tensor *t, const char *axes, struct extents *e, struct view *v) {
@@ -212,7 +212,7 @@ int32_t tensor_override_dtype(struct tensor *t, DLDataType holds) {
     if (t->dtype.code != kDLUInt || t->dtype.bits != 8 || holds.lanes != 1 ||
         !dtype_of(holds, &dtype) || !dtype_is_float8(dtype))
         return fail(DLATTN_INVALID_ARGUMENT,
-                    "%s: is %s and said to hold %s; a uint8 tensor may hold float8_e4m3fn or "
+                    "%s: dtype is %s, said to hold %s; a uint8 tensor may hold float8_e4m3fn or "
                     "float8_e5m2",
                     t->name, dtype_text(t->dtype, own), dtype_text(holds, said));
     t->dtype = holds;
@@ -261,8 +261,8 @@ int32_t tensor_check_alignment(const struct tensor *t) {
     if (t->empty || address % (uintptr_t)t->bytes == 0)
         return DLATTN_OK;
     return fail(DLATTN_INVALID_ARGUMENT,
-                "%s: its first element is at %p, which is not a multiple of its %lld bytes; a GPU "
-                "cannot read that",
+                "%s: its first element is at %p, which is not a multiple of an element's %lld "
+                "bytes; a GPU cannot read that",
                 t->name, (void *)address, (long long)t->bytes);
 }
 
@@ -304,7 +304,7 @@ static int add_steps(struct step *steps, int n, const struct tensor *t) {
     return n;
 }
 
-/* Whether some choice of steps sums up to `distance`. Strides that nest, as those of all usual layouts do, leave one or
+/* Whether some choice of steps adds up to `distance`. Strides that nest, as those of all usual layouts do, leave one or
  * two choices at each step; `tries` bounds the work for the others, which count as sharing. */
 static bool reachable(const struct step *steps, int n, int64_t distance, int *tries) {
     int64_t rest = 0;
@@ -323,8 +323,8 @@ static bool reachable(const struct step *steps, int n, int64_t distance, int *tr
     return false;
 }
 
-/* Whether two tensors have a byte in common: they may lie in turns in one buffer. Element i of `a` and j of `b` begin at
- * the same byte if the offset of i, and the way of j to the end of b, sum up to the distance between a's begin and b's end. */
+/* Whether two tensors have a byte in common: they may interleave in one buffer. Element i of `a` and j of `b` begin at
+ * the same byte if the offset of i, and the way of j to the end of b, add up to the distance between a's begin and b's end. */
 bool tensor_overlap(const struct tensor *a, const struct tensor *b) {
     enum { MOST_TRIES = 1000 };
     const struct reach x = reach_of(a), y = reach_of(b);

@@ -42,7 +42,7 @@ int32_t tensor_check_device(const struct problem *p, const struct tensor *t,
 
 /* An output: no two of its elements share memory. */
 int32_t tensor_check_writable(const struct tensor *t);
-/* Whether two tensors have a byte in common; they may lie in turns in one buffer. */
+/* Whether two tensors have a byte in common; they may interleave in one buffer. */
 bool tensor_overlap(const struct tensor *a, const struct tensor *b);
 /* A GPU faults on an element that is not aligned to its own size, and the fault ends the whole context. */
 int32_t tensor_check_alignment(const struct tensor *t);

@@ -142,11 +142,11 @@ func TestRefusals(t *testing.T) {
 		status  Status
 		says    string
 	}{
-		{numbers[float32](1, 1, 3, 5, 8), numbers[float32](1, 1, 3, 5, 8), Options{}, InvalidArgument, "3 heads do not divide the query's 4"},
+		{numbers[float32](1, 1, 3, 5, 8), numbers[float32](1, 1, 3, 5, 8), Options{}, InvalidArgument, "has 3 heads, must divide the query's 4"},
 		{q, numbers[float32](1, 5, 8), Options{}, InvalidArgument, "value: has 2 axes, must have 4"},
 		{q, Tensor[float32]{Shape: q.Shape}, Options{}, InvalidArgument, "value: has 0 elements, [1 4 5 8] has 160"},
 		{q, q, Options{NumThreads: -1}, InvalidArgument, "NumThreads: is -1"},
-		{q, q, Options{Kernel: "no_such_row"}, InvalidArgument, `there is no row "no_such_row"`},
+		{q, q, Options{Kernel: "no_such_row"}, InvalidArgument, `there is no kernel "no_such_row"`},
 	} {
 		_, _, err := Attention(q, c.k, c.v, c.options)
 		if !errors.Is(err, c.status) || !strings.Contains(err.Error(), c.says) {

@@ -80,7 +80,7 @@ const WINDOW = 1n; // DLATTN_WINDOW of dlattn.h
 
 function describe(options) {
     for (const name of Object.keys(options)) {
-        if (!OPTIONS.has(name)) throw new TypeError(`${name}: attention has no such option, but ${[...OPTIONS].join(", ")}`);
+        if (!OPTIONS.has(name)) throw new TypeError(`${name}: is no option of attention, which has ${[...OPTIONS].join(", ")}`);
     }
     const { causal = false, scale = 0, softcap = 0, window, alignment = "topLeft", numThreads = 0, kernel = null } = options;
     if (!(alignment in ALIGNMENTS)) throw new TypeError(`alignment: is ${alignment}, must be topLeft or bottomRight`);

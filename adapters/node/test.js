@@ -61,7 +61,7 @@ test("refusals", () => {
     assert.match(version, /^\d+\.\d+\.\d+$/);
     assert.throws(() => tensor(new Float32Array(3), [1, 1, 2, 2]), /data: has 3 elements, \[1,1,2,2\] has 4/);
     assert.throws(() => tensor([1, 2], [1, 1, 1, 2]), /data: must be a Float32Array or a Float64Array/);
-    assert.throws(() => attention(q, k, v, { casual: true }), /casual: attention has no such option/);
+    assert.throws(() => attention(q, k, v, { casual: true }), /casual: is no option of attention/);
     assert.throws(() => attention(q, k, v, { alignment: "left" }), /alignment: is left, must be topLeft or/);
-    assert.throws(() => attention(q, make([2, 3, 7, 8], 2), v), /value: axis 1 \(heads\) is 2, key makes it 3/);
+    assert.throws(() => attention(q, make([2, 3, 7, 8], 2), v), /value: axis 1 \(heads\) is 2, must be 3 as in key/);
 });

@@ -230,7 +230,7 @@ static PyObject *export_capsule(PyObject *object, int position, PyObject *stream
     PyObject *method = PyObject_GetAttr(object, str_dlpack);
     if (!method) {
         PyErr_Clear();
-        refuse(position, "is of %S, must be an array that speaks DLPack", Py_TYPE(object));
+        refuse(position, "is of %S, must be an array that supports DLPack", Py_TYPE(object));
         return NULL;
     }
     PyObject *none = PyTuple_New(0);

@@ -285,7 +285,7 @@ static int read_call(const TVMFFIAny *args, int32_t count, bool backward, struct
             if (read_pair(&args[i++], call) != OK)
                 return RAISED;
         } else if (slot == form->count) {
-            return raise_error("TypeError", "there is an argument after %s",
+            return raise_error("TypeError", "unexpected argument after %s",
                                form->slots[slot - 1].name);
         } else if (read_tensor(&args[i],
                                (const DLTensor **)((char *)call + form->slots[slot].offset)) ||

@@ -132,7 +132,7 @@ def test_workspace(dlattn):
         ({"options": ["mask", 1]}, TypeError, "mask: must be a tensor"),
         ({"options": ["scale", "large"]}, TypeError, "scale: must be a number"),
         ({"options": ["casual", True]}, ValueError, 'no option "casual"; it has causal, '),
-        ({"options": ["kernel", "none such"]}, ValueError, 'no row "none such"'),
+        ({"options": ["kernel", "none such"]}, ValueError, 'no kernel "none such"'),
         ({"options": ["scale", float("inf")]}, ValueError, "scale"),
         ({"value": np.zeros((1, 2, 11, 24), np.float32)}, ValueError, "value: axis 0"),
         ({"query": np.zeros((2, 4, 9, 16), np.int32)}, RuntimeError, "query: dtype"),
@@ -219,7 +219,7 @@ def test_backward_of_what_is_wanted(dlattn):
     alone = gradients()[1]
     dlattn.dlattn_backward(*main, None, alone, None)
     np.testing.assert_array_equal(alone, d_key)
-    with pytest.raises(ValueError, match="gradients: none is asked for"):
+    with pytest.raises(ValueError, match="gradients: all are absent"):
         dlattn.dlattn_backward(*main, None, None, None)
     with pytest.raises(TypeError, match="d_value: is missing; the arguments are d_output, query"):
         dlattn.dlattn_backward(*main, d_query, d_key)

@@ -9,9 +9,9 @@
 #include <math.h>
 #include <stdatomic.h>
 
-/* Of a query row: its weights are exp(s - most) / total. */
+/* Of a query row: its weights are exp(s - top) / total. */
 struct stats {
-    double most, total, delta;
+    double top, total, delta;
 };
 
 enum { ROW_STATS, QUERY_ROWS, KEYS, BIAS_ROWS, SLOPES, SINKS, PHASES };
@@ -77,7 +77,7 @@ static struct pair pair_of(const struct call *c, const struct query_row *r, int6
     if (s == -INFINITY)
         return pair;
     pair.seen = true;
-    pair.weight = exp(s - stats->most) / stats->total;
+    pair.weight = exp(s - stats->top) / stats->total;
     pair.d_logit = pair.weight * ((keep == 0 ? 0 : keep * dot_values(r, j)) - stats->delta);
     return pair;
 }
@@ -100,18 +100,18 @@ static void find_stats(const struct call *c, const struct query_row *r) {
     struct stats *stats = stats_of(c, r);
     double slope, sum = 0;
     int64_t lo, hi;
-    *stats = (struct stats){.most = sink_of(r)};
+    *stats = (struct stats){.top = sink_of(r)};
     visible_keys(p, &r->s, r->i, &lo, &hi);
     for (int64_t j = lo; j < hi; j++)
-        stats->most = fmax(stats->most, logit(r, j, &slope));
-    stats->total = stats->most == sink_of(r) && isfinite(stats->most) ? 1 : 0;
+        stats->top = fmax(stats->top, logit(r, j, &slope));
+    stats->total = stats->top == sink_of(r) && isfinite(stats->top) ? 1 : 0;
     if (sink_of(r) != -INFINITY)
-        stats->total = exp(sink_of(r) - stats->most);
+        stats->total = exp(sink_of(r) - stats->top);
     for (int64_t j = lo; j < hi; j++) {
         const double s = logit(r, j, &slope), keep = kept(r, j);
         if (s == -INFINITY)
             continue;
-        const double weight = exp(s - stats->most);
+        const double weight = exp(s - stats->top);
         stats->total += weight;
         sum += keep == 0 ? 0 : weight * keep * dot_values(r, j);
     }
@@ -223,7 +223,7 @@ static void find_d_sink(const struct call *c, int64_t h) {
         const struct query_row r = row_at(c, n / p->len_q, h, n % p->len_q);
         const struct stats *stats = stats_of(c, &r);
         if (r.i < r.s.q_rows && sink_of(&r) != -INFINITY)
-            sum -= exp(sink_of(&r) - stats->most) / stats->total * stats->delta;
+            sum -= exp(sink_of(&r) - stats->top) / stats->total * stats->delta;
     }
     store_element(p->d_sinks.data, p->d_sinks.dtype, h * p->d_sinks.stride[1], sum);
 }

@@ -19,16 +19,16 @@ struct call {
 
 /* What a row has gathered. */
 struct sums {
-    double most, total;
+    double top, total;
     double *values; /* [dim_v] */
     bool empty;     /* no key seen */
 };
 
-static void raise_most(struct sums *sums, double most, int64_t dim_v) {
-    if (!(most > sums->most)) /* NaN stays out */
+static void raise_top(struct sums *sums, double top, int64_t dim_v) {
+    if (!(top > sums->top)) /* NaN stays out */
         return;
-    const double factor = sums->most == -INFINITY ? 0 : exp(sums->most - most);
-    sums->most = most;
+    const double factor = sums->top == -INFINITY ? 0 : exp(sums->top - top);
+    sums->top = top;
     sums->total *= factor;
     for (int64_t d = 0; d < dim_v; d++)
         sums->values[d] *= factor;
@@ -39,16 +39,16 @@ static void raise_most(struct sums *sums, double most, int64_t dim_v) {
 static void add_keys(const struct query_row *r, struct sums *sums, double *scores, int64_t first,
                      int64_t end) {
     const struct problem *p = r->p;
-    double most = -INFINITY, slope;
+    double top = -INFINITY, slope;
     for (int64_t j = first; j < end; j++) {
         scores[j - first] = logit(r, j, &slope);
-        most = fmax(most, scores[j - first]);
+        top = fmax(top, scores[j - first]);
     }
-    raise_most(sums, most, p->dim_v);
+    raise_top(sums, top, p->dim_v);
     for (int64_t j = first; j < end; j++) {
         if (scores[j - first] == -INFINITY)
             continue;
-        const double weight = exp(scores[j - first] - sums->most), keep = kept(r, j);
+        const double weight = exp(scores[j - first] - sums->top), keep = kept(r, j);
         const double factor = weight * keep * key_scale_at(r, &p->value_scale, j);
         sums->empty = false;
         sums->total += weight;
@@ -65,7 +65,7 @@ static void store_row(const struct query_row *r, const struct sums *sums) {
                       sums->empty ? 0 : sums->values[d] / sums->total);
     if (p->lse.data) {
         const double none = p->empty_lse_inf ? INFINITY : -INFINITY;
-        const double lse = sums->total == 0 ? none : sums->most + log(sums->total);
+        const double lse = sums->total == 0 ? none : sums->top + log(sums->total);
         store_element(p->lse.data, p->lse.dtype, query_at(r, &p->lse), lse);
     }
 }

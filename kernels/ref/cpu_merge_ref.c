@@ -28,14 +28,14 @@ static double merged(const struct problem *p, double lse, int64_t b, int64_t h, 
 }
 
 static void merge_row(const struct problem *p, int64_t b, int64_t h, int64_t l) {
-    double most = -INFINITY, total = 0;
+    double top = -INFINITY, total = 0;
     for (int64_t n = 0; n < p->partials->count; n++)
-        most = fmax(most, lse_of(p, n, b, h, l));
+        top = fmax(top, lse_of(p, n, b, h, l));
     for (int64_t n = 0; n < p->partials->count; n++) {
         const double of_part = lse_of(p, n, b, h, l);
-        total += of_part == -INFINITY ? 0 : exp(of_part - most);
+        total += of_part == -INFINITY ? 0 : exp(of_part - top);
     }
-    const double lse = total == 0 ? -INFINITY : most + log(total);
+    const double lse = total == 0 ? -INFINITY : top + log(total);
     for (int64_t d = 0; d < p->dim_v; d++)
         store_element(p->output.data, p->output.dtype,
                       row_of(&p->output, b, h, l) + d * p->output.stride[3],

@@ -498,10 +498,10 @@ Test(bad_input, plan_of_another_problem) {
         enum slot slot;
         int axis;
         const char *says;
-    } others[] = {{QUERY, 2, "query strides"},
-                  {KEY, 1, "key strides"},
-                  {VALUE, 0, "value strides"},
-                  {OUTPUT, 1, "output strides"}};
+    } others[] = {{QUERY, 2, "query's stride along rows is 4128 now, not 16"},
+                  {KEY, 1, "key's stride along heads is 4448 now, not 160"},
+                  {VALUE, 0, "value's stride along the batch is 4864 now, not 320"},
+                  {OUTPUT, 1, "output's stride along heads is 4320 now, not 96"}};
     const dlattn_api *api = test_api();
     for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
         struct attempt planned, other;
@@ -556,7 +556,7 @@ Test(bad_input, elements_across_their_alignment_on_a_gpu) {
         on_gpu(&a);
         a.call.tensor[tensors[i].slot].dl.byte_offset += 2;
         EXPECT_REFUSED(api->forward(&a.desc.s, &a.tensors.s, &a.exec.s), DLATTN_INVALID_ARGUMENT,
-                       "not a multiple of its 4 bytes");
+                       "not a multiple of an element's 4 bytes");
         EXPECT_REFUSED(api->forward(&a.desc.s, &a.tensors.s, &a.exec.s), DLATTN_INVALID_ARGUMENT,
                        slot_name(tensors[i].slot));
         cr_expect(untouched(&a));

@@ -210,7 +210,7 @@ static void prepare_append(struct attempt *a) {
         set_float(&a->key_scale, 1, INFINITY))
 
 #define BAD_BACKWARD                                                                               \
-    BAD(no_gradients, INVALID_ARGUMENT, ("gradients", "none"),                                     \
+    BAD(no_gradients, INVALID_ARGUMENT, ("gradients", "all are absent"),                           \
         (a->gradients.d_query = a->gradients.d_key = a->gradients.d_value = a->gradients.d_bias =  \
              NULL,                                                                                 \
          a->gradients.d_alibi_slopes = a->gradients.d_sinks = NULL))                               \

@@ -20,7 +20,7 @@ static void each_row(void (*visit)(const char *row, enum element element)) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
         cr_assert(eq(int, api->kernel_info(n, &info), DLATTN_OK));
         if (strcmp(info.operation, "backward") != 0 || strcmp(info.backend, "cpu") != 0 ||
-            strstr(info.name, "ref"))
+            info.flags & DLATTN_KERNEL_REFERENCE)
             continue;
         if (info.available)
             visit(info.name, element_is_listed(info.dtypes, F32)   ? F32

@@ -56,7 +56,7 @@ def test_merge_of_nothing():
 def test_merge_refuses_another_shape():
     a, lse = np.zeros((1, 1, 2, 3)), np.zeros((1, 1, 2))
     with pytest.raises(
-        RuntimeError, match=r"outputs\[1\]: axis 2 \(length\) is 4, output makes it 2"
+        RuntimeError, match=r"outputs\[1\]: axis 2 \(length\) is 4, must be 2 as in output"
     ):
         plugin.merge([a, np.zeros((1, 1, 4, 3))], [lse, lse], a.copy(), lse.copy())
 

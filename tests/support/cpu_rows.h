@@ -16,9 +16,10 @@ struct cpu_rows {
     int count, ran[32]; /* calls that a row took */
 };
 
-/* Of them those that take one of the elements, a set of bits: 1 << F32. */
+/* Of them those that take one of the elements, a set of bits: 1 << F32; that of DLATTN_TEST_ROW alone where it is set. */
 static inline void find_cpu_rows_of(struct cpu_rows *rows, unsigned elements) {
     const dlattn_api *api = test_api();
+    const char *const only = getenv("DLATTN_TEST_ROW");
     *rows = (struct cpu_rows){.count = 0};
     for (int32_t row = 0; row < api->kernel_count(); row++) {
         dlattn_kernel_info info = {.struct_size = sizeof info};
@@ -27,6 +28,8 @@ static inline void find_cpu_rows_of(struct cpu_rows *rows, unsigned elements) {
         for (enum element e = F64; e <= BF16; e++)
             taken |= elements >> e & 1 && element_is_listed(info.dtypes, e);
         if (!taken || strcmp(info.backend, "cpu") != 0 || strcmp(info.operation, "forward") != 0)
+            continue;
+        if (only && only[0] && strcmp(info.name, only) != 0)
             continue;
         if (info.available)
             rows->info[rows->count++] = info;

@@ -111,11 +111,11 @@ public final class AttentionTest {
             check(result.lse() == null && result.output().doubles()[1] == 2, "row 0 is not its value");
         });
         test("version", arena -> check(Attention.version().matches("\\d+\\.\\d+\\.\\d+"), Attention.version()));
-        refused("heads", DlattnException.class, "3 heads do not divide the query's 4", arena -> {
+        refused("heads", DlattnException.class, "has 3 heads, must divide the query's 4", arena -> {
             final Tensor three = floats(arena, 2, 1, 3, 5, 8);
             Attention.run(arena, floats(arena, 1, 1, 4, 5, 8), three, three, new Options());
         });
-        refused("kernel", DlattnException.class, "there is no row \"no_such_row\"", arena -> {
+        refused("kernel", DlattnException.class, "there is no kernel \"no_such_row\"", arena -> {
             final Tensor x = floats(arena, 1, 1, 4, 5, 8);
             Attention.run(arena, x, x, x, new Options().withKernel("no_such_row"));
         });

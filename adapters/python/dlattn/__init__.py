@@ -438,7 +438,7 @@ def _without_defaults(o: dict[str, Any]) -> dict[str, Any]:
     defaults = attention.__kwdefaults__
     for name in later:
         if o[name] is not None and (defaults[name] is None or o[name] != defaults[name]):
-            raise Unsupported(f"{name}: is not there yet for arrays of {type(o['query'])}")
+            raise Unsupported(f"{name}: is not supported yet for arrays of {type(o['query'])}")
     return {name: x for name, x in o.items() if name not in later}
 
 
@@ -519,7 +519,7 @@ def _jax_attention(
             "out, lse: JAX arrays cannot be written to; dlattn.jax.attention returns both"
         )
     if kernel is not None or num_threads or stream is not None:
-        raise InvalidArgument("kernel, num_threads, stream: are XLA's to choose")
+        raise InvalidArgument("kernel, num_threads, stream: are chosen by XLA")
     return jax.attention(**options)
 
 

@@ -371,7 +371,7 @@ def choose(way: str, ulysses_degree: int | None, sizes: Sizes) -> Chosen:
     if way not in WAYS:
         raise InvalidArgument(f"way: is {way!r}, must be one of {', '.join(map(repr, WAYS))}")
     if ulysses_degree is not None and way != "ring_ulysses":
-        raise InvalidArgument(f"ulysses_degree: is {ulysses_degree}, goes with way='ring_ulysses'")
+        raise InvalidArgument(f"ulysses_degree: is {ulysses_degree}, needs way='ring_ulysses'")
     if way == "auto":
         return _best(sizes)
     degree = {"ulysses": n, "ring_ulysses": ulysses_degree or _inner_degree(sizes)}.get(way, 1)

@@ -173,7 +173,7 @@ class _Options(NamedTuple):
 def _of_packed(given: Tensors, cu_seqlens: Any, axis_name: str, layout: str) -> Tensors:
     """Packed sequences are one with a segment for each."""
     if given.query_segments is not None or given.key_segments is not None:
-        raise InvalidArgument("cu_seqlens: goes without query_segments and key_segments")
+        raise InvalidArgument("cu_seqlens: cannot be combined with query_segments or key_segments")
     for name, x in zip(MAIN, given):
         if x.ndim != 3:
             raise InvalidArgument(f"{name}: has {x.ndim} axes, must have 3 with cu_seqlens")
@@ -202,7 +202,7 @@ def _check(given: Tensors, n: int) -> None:
             "heads and keys must agree"
         )
     if (given.query_segments is None) != (given.key_segments is None):
-        raise InvalidArgument("query_segments, key_segments: one goes with the other")
+        raise InvalidArgument("query_segments, key_segments: must be given together")
     options = {name: x.shape for name, x in given._asdict().items() if x is not None}
     for name in MAIN:
         options.pop(name)

@@ -258,9 +258,9 @@ class _Replaced(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if dropout_p:
-            raise Unsupported(f"dropout_p: is {dropout_p}, is not there over many ranks")
+            raise Unsupported(f"dropout_p: is {dropout_p}, is not supported over many ranks")
         if _is_causal_bias(attn_mask):
-            raise Unsupported("attn_mask: is a CausalBias; is_causal is there over many ranks")
+            raise Unsupported("attn_mask: is a CausalBias; is_causal is supported over many ranks")
         if not enable_gqa and query.shape[1] != key.shape[1]:
             raise InvalidArgument(
                 f"key: has {key.shape[1]} heads, query {query.shape[1]}; enable_gqa=True allows it"
@@ -376,7 +376,7 @@ def _with_four_axes(
     if cu_seqlens is None:
         return tensors
     if tensors.query_segments is not None or tensors.key_segments is not None:
-        raise InvalidArgument("cu_seqlens: goes without query_segments and key_segments")
+        raise InvalidArgument("cu_seqlens: cannot be combined with query_segments or key_segments")
     query, key, value = tensors[:3]
     for name, x in zip(("query", "key", "value"), tensors):
         if x.dim() != 3:
@@ -415,7 +415,7 @@ def _check(tensors: _Tensors, group: dist.ProcessGroup) -> None:
             f"query: has {query.shape[1]} heads, must be a multiple of key's {key.shape[1]}"
         )
     if (tensors.query_segments is None) != (tensors.key_segments is None):
-        raise InvalidArgument("query_segments, key_segments: one goes with the other")
+        raise InvalidArgument("query_segments, key_segments: must be given together")
     _check_options(tensors, group)
 
 

@@ -157,13 +157,15 @@ def flash_attn_with_kvcache(
     ``cache_batch_idx``, or with ``block_table`` ``(pages, page_size, heads, head_dim)``.
     """
     if rotary_cos is not None or rotary_sin is not None:
-        raise Unsupported("rotary_cos, rotary_sin: are not there; rotate q and k before the call")
+        raise Unsupported(
+            "rotary_cos, rotary_sin: are not supported; rotate q and k before the call"
+        )
     if cache_leftpad is not None and (block_table is not None or cache_batch_idx is not None):
-        raise Unsupported("cache_leftpad: does not go with block_table or cache_batch_idx")
+        raise Unsupported("cache_leftpad: cannot be combined with block_table or cache_batch_idx")
     if block_table is not None and cache_batch_idx is not None:
-        raise InvalidArgument("cache_batch_idx: does not go with block_table")
+        raise InvalidArgument("cache_batch_idx: cannot be combined with block_table")
     if (k is None) != (v is None):
-        raise InvalidArgument("k, v: one is given, the other not")
+        raise InvalidArgument("k, v: must be given together")
     if k is not None and cache_seqlens is None:
         raise InvalidArgument("cache_seqlens: is None, must say where k and v go")
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):

@@ -175,7 +175,9 @@ def _arrays(**given: Any) -> list[jax.Array]:
 
 def _array(name: str, x: Any) -> jax.Array:
     if isinstance(x, np.ma.MaskedArray):
-        raise InvalidArgument(f"{name}: is a masked array, whose mask would be lost; give it apart")
+        raise InvalidArgument(
+            f"{name}: is a masked array, whose mask would be lost; pass it as mask"
+        )
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:

@@ -288,7 +288,7 @@ def attention(
                 torch.autograd.graph.increment_version(x)
     elif out is not None or lse is not None or kernel or num_threads or stream is not None:
         raise InvalidArgument(
-            "out, lse, kernel, num_threads, stream: go with plain tensors, "
+            "out, lse, kernel, num_threads, stream: need plain tensors, "
             "no gradient, no mode or transform and no compilation"
         )
     elif forward_ad._current_level >= 0:  # tensors may have tangents

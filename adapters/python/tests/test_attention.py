@@ -272,7 +272,13 @@ def test_select():
 
 REFUSED = {
     "head_dim": (make()[0], make(dim=8)[1], make()[2], {}, "key.*head_dim.* 8.* 16"),
-    "heads": (make()[0], make(heads_kv=3)[1], make(heads_kv=3)[2], {}, "3 heads do not divide.* 4"),
+    "heads": (
+        make()[0],
+        make(heads_kv=3)[1],
+        make(heads_kv=3)[2],
+        {},
+        "has 3 heads, must divide.* 4",
+    ),
     "axes": (make()[0], make()[1][0], make()[2], {}, "key: has 3 axes, must have 4"),
     "dtypes": (
         make()[0],
@@ -338,7 +344,7 @@ REFUSED = {
         "query: dtype is float8_e4m3b11fnuz, its producer refuses",
     ),
     "stream": (*make(), {"stream": 1}, "query: .* its producer refuses.* stream"),
-    "out_shape": (*make(), {"out": make(rows=6)[0]}, "output: axis 2 .* is 6, .* makes it 7"),
+    "out_shape": (*make(), {"out": make(rows=6)[0]}, "output: axis 2 .* is 6, must be 7 as in"),
     "out_broadcast": (
         *make(),
         {
@@ -349,7 +355,7 @@ REFUSED = {
         "output: axis . has stride 0",
     ),
     "lse_dtype": (*make(), {"lse": np.zeros((2, 4, 7), np.float64)}, "lse: dtype"),
-    "kernel": (*make(), {"kernel": "nonesuch"}, 'no row "nonesuch"'),
+    "kernel": (*make(), {"kernel": "nonesuch"}, 'no kernel "nonesuch"'),
 }
 
 

@@ -199,14 +199,16 @@ def test_cache_without_lengths_and_with_padding_on_the_left():
 def test_refusals():
     q, k, v = make()
     lengths = torch.tensor([5, 8], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="rotary_cos, rotary_sin: are not there; rotate"):
+    with pytest.raises(
+        NotImplementedError, match="rotary_cos, rotary_sin: are not supported; rotate"
+    ):
         flash_attn.flash_attn_with_kvcache(q, k, v, rotary_cos=q)
     with pytest.raises(ValueError, match=r"q: shape is \[7, 4, 16\], must be \(batch, length, hea"):
         flash_attn.flash_attn_func(q[0], k, v)
     with pytest.raises(ValueError, match=r"qkv: shape is .*must be \(batch, length, 3, heads"):
         flash_attn.flash_attn_qkvpacked_func(torch.zeros(2, 7, 2, 4, 16))
     with pytest.raises(
-        ValueError, match="key: 9 heads do not divide the query's 7"
+        ValueError, match="key: has 9 heads, must divide the query's 7"
     ):  # (batch, heads, length, head_dim)
         flash_attn.flash_attn_func(*(x.transpose(1, 2) for x in make()))
     with pytest.raises(

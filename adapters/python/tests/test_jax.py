@@ -729,8 +729,11 @@ def refusals():
     yield "query_seq_lengths: axis 0", lambda: ours(*main, query_seq_lengths=[1, 2, 3])
     yield "key_value_seq_lengths: axis 0", lambda: ours(*main, key_value_seq_lengths=[1, 2, 3])
     yield "key: has 2 axes, must have 4, or 3", lambda: ours(query, key[0, 0], value)
-    yield r"value: axis 1 \(\w+\) is 8, key makes it 9", lambda: ours(query, key, value[:, :8])
-    yield r"value: axis 2 \(\w+\) is 1, key makes it 2", lambda: ours(query, key, value[:, :, :1])
+    yield r"value: axis 1 \(\w+\) is 8, must be 9 as in key", lambda: ours(query, key, value[:, :8])
+    yield (
+        r"value: axis 2 \(\w+\) is 1, must be 2 as in key",
+        lambda: ours(query, key, value[:, :, :1]),
+    )
     yield "key: dtype is f", lambda: ours(query.astype(jnp.bfloat16), key, value)
     yield "key: is not an array", lambda: ours(query, "key", value)
     yield "value: is a masked array", lambda: ours(query, key, np.ma.array(value, mask=value > 0))
@@ -797,9 +800,9 @@ def test_other_attributes_are_refused(attributes, message):
 
 def test_wrong_shapes_raise_while_tracing():
     query, key, value = make()
-    with pytest.raises(ValueError, match=r"key: axis 3 \(head_dim\) is 8, query makes it 16"):
+    with pytest.raises(ValueError, match=r"key: axis 3 \(head_dim\) is 8, must be 16 as in query"):
         jax.jit(ours)(query, key[..., :8], value)
-    with pytest.raises(ValueError, match="3 heads do not divide the query's 4"):
+    with pytest.raises(ValueError, match="has 3 heads, must divide the query's 4"):
         ours(query, normal(1, 2, 9, 3, 16), normal(1, 2, 9, 3, 16))
     with pytest.raises(NotImplementedError, match="query: dtype"):
         ours(*(x.astype(jnp.int8) for x in (query, key, value)))

@@ -313,7 +313,7 @@ def test_arrange_and_restore():
         ({"layout": "striped"}, "layout: is 'striped'"),
         ({"way": "ulysses", "heads_kv": 3, "heads": 6}, "shares 6 query and 3 key heads between 4"),
         ({"key_length": 33}, "key_length: is 33, must be from 0 to 32"),
-        ({"keys": 16, "query_segments": np.zeros((2, 8), np.int32)}, "one goes with the other"),
+        ({"keys": 16, "query_segments": np.zeros((2, 8), np.int32)}, "must be given together"),
         ({"sinks": np.zeros(5)}, r"sinks: shape is \[5\], must be \[4\]"),
         (
             {"bias": np.zeros((8, 8))},

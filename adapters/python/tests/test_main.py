@@ -81,4 +81,4 @@ def test_refusals(capsys, arguments, says):
 
 def test_what_the_plugin_refuses(capsys):
     assert main(["--q", "1,3,4,8", "--kv", "1,2,4,8"]) == 1
-    assert "2 heads do not divide the query's 3" in capsys.readouterr().err
+    assert "has 2 heads, must divide the query's 3" in capsys.readouterr().err

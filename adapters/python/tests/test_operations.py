@@ -59,7 +59,9 @@ def test_backward_of_what_is_wanted():
     assert one.query is None and one.key is None and (one.value == every.value).all()
     with pytest.raises(dlattn.InvalidArgument, match="wanted: 'bias'"):
         dlattn.attention_backward(d_output, q, k, v, output, lse, wanted=("bias",))
-    with pytest.raises(dlattn.InvalidArgument, match="d_output: axis 2 is 2, output makes it 3"):
+    with pytest.raises(
+        dlattn.InvalidArgument, match="d_output: axis 2 is 2, must be 3 as in output"
+    ):
         dlattn.attention_backward(d_output[:, :, :2], q, k, v, output, lse)
 
 

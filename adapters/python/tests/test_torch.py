@@ -865,7 +865,7 @@ def test_refusals():
     for p in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"dropout_p: is {p}, must be at least 0 and less"):
             ours(query, key, value, dropout_p=p)
-    with pytest.raises(ValueError, match=r"key: axis 3 \(head_dim\) is 8, query makes it 16"):
+    with pytest.raises(ValueError, match=r"key: axis 3 \(head_dim\) is 8, must be 16 as in query"):
         ours(query, key[..., :8], value)
     with pytest.raises(ValueError, match="key: dtype is float64, query's is float32"):
         ours(query, key.double(), value)

@@ -629,7 +629,7 @@ def refuse_alike(
             {"layout": "zigzag", "rows": 6},
             r"zigzag needs shards of one even length, they have \[3, 3\]",
         ),
-        ({"ulysses_degree": 2}, "ulysses_degree: is 2, goes with way='ring_ulysses'"),
+        ({"ulysses_degree": 2}, "ulysses_degree: is 2, needs way='ring_ulysses'"),
         ({"ulysses_degree": 3, "way": "ring_ulysses"}, "is 3, must divide the 2 ranks"),
         ({"key_length": 17}, "key_length: is 17, must be from 0 to 16"),
         ({"window": (1, 2, 3)}, "window: is"),
@@ -638,7 +638,7 @@ def refuse_alike(
         ({"bias": torch.zeros(16, 16)}, r"bias: shape is \[1, 1, 16, 16\], must be \[2|1, 4|1, 8|"),
         ({"mask": torch.zeros(8, 16)}, "mask: is torch.float32, must be torch.bool or torch.uint8"),
         ({"bias": 1.0, "way": "ulysses"}, "bias: is a builtins.float, must be a torch.Tensor"),
-        ({"query_segments": torch.zeros(2, 8, dtype=torch.int32)}, "one goes with the other"),
+        ({"query_segments": torch.zeros(2, 8, dtype=torch.int32)}, "must be given together"),
     ],
 )
 def test_bad_arguments(pair, options, pattern):

@@ -308,7 +308,7 @@ fn refusals() -> Result<()> {
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
         let says = message(attention(&q, &k, &v.i(0..1)?, &Options::default()));
         assert!(
-            says.contains("value: axis 0 (batch) is 1, query makes it 2"),
+            says.contains("value: axis 0 (batch) is 1, must be 2 as in query"),
             "{says}"
         );
         let says = message(attention(
@@ -330,7 +330,7 @@ fn refusals() -> Result<()> {
             ..Options::default()
         };
         let says = message(attention(&q, &k, &v, &options));
-        assert!(says.contains("there is no row \"none such\""), "{says}");
+        assert!(says.contains("there is no kernel \"none such\""), "{says}");
     }
     Ok(())
 }

@@ -50,7 +50,7 @@ impl Options {
         let kernel = match &self.kernel {
             Some(name) => Some(CString::new(name.as_str()).map_err(|_| Error::Call {
                 status: Status::InvalidArgument,
-                message: format!("kernel: there is no row {name:?}"),
+                message: format!("kernel: there is no kernel {name:?}"),
             })?),
             None => None,
         };

@@ -295,7 +295,7 @@ fn refusals() {
         };
         let error = library().forward(&options, &mut tensors).unwrap_err();
         assert!(
-            error.to_string().starts_with("kernel: there is no row"),
+            error.to_string().starts_with("kernel: there is no kernel"),
             "{error}"
         );
     }
