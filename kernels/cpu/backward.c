@@ -20,6 +20,8 @@ enum {
     KEPT_TILES = 256, /* whose weights a worker keeps; those of further ones are computed twice */
     BIAS_TILES = 8,   /* of a task of the second pass */
     MOST_TILE_K = 64,
+    FETCH_BYTES = 1024, /* that are asked for at a time */
+    FETCHED_KEYS = 512, /* whose gradients are asked for beforehand */
 };
 #define LARGEST_LSE                                                                                \
     0x1p10f /* that rounding leaves accurate enough for one walk: to 2^-14 of the weights */
@@ -72,7 +74,9 @@ struct scratch {
     bool *touched;
     float *rows; /* one block, row-major: on the way in or out */
     char *dense_rows;
-    float *bias; /* sums of a task of the second pass, [key][lane] */
+    float *bias;       /* sums of a task of the second pass, [key][lane] */
+    char **d_query;    /* the rows of a set */
+    struct fetch next; /* gradients that are written soon */
 };
 
 /* ---- Layout of the workspace ------------------------------------------------------------------- */
@@ -148,8 +152,10 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     w->keep = carve(&at, p->dropout_probability > 0 ? tile : 0);
     w->extra = carve(&at, extra ? tile : 0);
     w->packed = carve(&at, body->packed_bytes);
-    w->key = carve(&at, is_packed(&p->key, p->dim_qk) ? key_row * round_up(p->dim_qk, body->step) : 0);
-    w->value = carve(&at, is_packed(&p->value, p->dim_v) ? key_row * round_up(p->dim_v, body->step) : 0);
+    w->key =
+        carve(&at, is_packed(&p->key, p->dim_qk) ? key_row * round_up(p->dim_qk, body->step) : 0);
+    w->value =
+        carve(&at, is_packed(&p->value, p->dim_v) ? key_row * round_up(p->dim_v, body->step) : 0);
     w->dense_key = carve(&at, copy_bytes(p, &p->key, keys, p->dim_qk));
     w->dense_value = carve(&at, copy_bytes(p, &p->value, keys, p->dim_v));
     w->finite = carve(&at, tiles_of(body, p));
@@ -158,6 +164,8 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     w->rows = carve(&at, lanes * most(most(dim_qk, dim_v), body->tile_k + 16) * 4);
     w->dense_rows = carve(&at, lanes * most(p->dim_qk, p->dim_v) * 4);
     w->bias = carve(&at, p->features & DLATTN_FEATURE_BIAS ? BIAS_TILES * tile : 0);
+    w->d_query = carve(&at, body->blocks * lanes * (int64_t)sizeof *w->d_query);
+    w->next = (struct fetch){.end = 0};
     for (int32_t n = 0; n < body->blocks; n++)
         lay_out_block(base ? &w->blocks[n] : NULL, &at, body, p);
     return at - (uintptr_t)base;
@@ -331,6 +339,7 @@ static struct backward_tile tile_at(const struct call *c, const struct keys *k, 
         .max = w->max + slot * lanes,
         .cap_slopes = p->softcap > 0 ? w->cap_slopes + words : NULL,
         .packed = w->packed,
+        .next = &w->next,
     };
 }
 
@@ -507,6 +516,7 @@ struct set {
     const struct keys *k;
     const struct run_sums *sums;
     int64_t run;
+    bool last; /* of the task */
     int32_t blocks;
     int64_t first, tiles; /* of the keys that some row sees */
 };
@@ -556,17 +566,56 @@ static void add_tile(const struct call *c, const struct set *set, int64_t i, int
     c->body->accumulate(b, &tile, &to, seen, kept);
 }
 
+static int64_t pace_of(int64_t row_bytes) { return most(1, FETCH_BYTES / most(1, row_bytes)); }
+
+/* Gradients of keys and values, which the task writes after its last set: what is not in a cache by then is waited for. */
+static struct fetch fetch_d_keys(const struct call *c, const struct set *set) {
+    const struct problem *p = c->p;
+    const struct task *t = set->t;
+    const struct view *k = &p->d_key, *v = &p->d_value;
+    const int64_t bytes = dtype_bytes(p->dtype), head = t->first_head / t->heads;
+    struct fetch f = {.end = set->last && c->runs == 1 ? least(t->s.k_rows, FETCHED_KEYS) : 0};
+    if (k->data && is_dense(k, p->dim_qk)) {
+        f.keys = (struct rows){.data = element_at(k, k->dtype, t->b, head, t->s.k_start),
+                               .stride = k->stride[2] * bytes};
+        f.key_bytes = p->dim_qk * bytes;
+    }
+    if (v->data && is_dense(v, p->dim_v)) {
+        f.values = (struct rows){.data = element_at(v, v->dtype, t->b, head, t->s.k_start),
+                                 .stride = v->stride[2] * bytes};
+        f.value_bytes = p->dim_v * bytes;
+    }
+    f.pace = pace_of(f.key_bytes + f.value_bytes);
+    return f;
+}
+
+/* The same of the set's queries. */
+static struct fetch fetch_d_queries(const struct call *c, const struct set *set,
+                                    struct scratch *w) {
+    const struct view *v = &c->p->d_query;
+    const int64_t first = w->blocks[0].first_row, bytes = c->p->dim_qk * dtype_bytes(v->dtype);
+    struct fetch f = {.key_bytes = bytes, .pace = pace_of(bytes)};
+    if (!v->data || !is_dense(v, c->p->dim_qk))
+        return f;
+    f.end = least(c->body->blocks * c->body->lanes, set->t->rows - first);
+    point_at_rows(w->d_query, v, set->t, first, (int32_t)f.end);
+    f.keys.rows = (const char *const *)w->d_query;
+    return f;
+}
+
 /* Forth over the keys for the statistics of the rows, unless those are known, and back, while the latest tiles are in the caches,
  * for the gradients. */
 static void run_set(struct call *c, struct set *set, struct scratch *w) {
     const struct problem *p = c->p;
     struct backward_tile tile;
+    w->next = fetch_d_keys(c, set);
     for (int64_t i = 0; i < set->tiles && !c->body->one_walk; i++)
         for (int32_t n = 0; n < set->blocks; n++)
             if (find_tile(&tile, c, set, i, n, w))
                 weigh(c, set->t, &w->blocks[n], &tile, w);
     for (int32_t n = 0; n < set->blocks; n++)
         (c->body->one_walk ? start_rows : end_rows)(c, set->t, &w->blocks[n], set->run);
+    w->next = fetch_d_queries(c, set, w);
     for (int64_t i = set->tiles - 1; i >= 0; i--)
         for (int32_t n = set->blocks - 1; n >= 0; n--)
             add_tile(c, set, i, n, w);
@@ -598,6 +647,7 @@ static void run_task(struct call *c, const struct task *t, int64_t run, struct s
         c->of_heads[head_index(c->p, t->b, h) * c->runs + run] = (struct head_sums){0, 0};
     memset(sums.touched, 0, (size_t)tiles_of(c->body, c->p));
     for (int64_t row = run * rows; row < t->rows; row += c->runs * rows) {
+        set.last = row + c->runs * rows >= t->rows;
         start_set(c, &set, row, w);
         run_set(c, &set, w);
     }

@@ -71,6 +71,7 @@ struct backward_tile {
     float *weights, *d_weights, *max; /* [key][lane], max [lane] */
     float *cap_slopes;                /* [key][lane]: derivatives of the cap; NULL without one */
     float *packed;                    /* packed_bytes of the body's */
+    struct fetch *next;               /* of the task's gradients */
 };
 
 /* Where the gradients of a tile go: panels, `stride` apart, and `tile` behind those of the tile before. NULL: not wanted. */

@@ -79,13 +79,10 @@ static struct operand load_value(float *to, const struct rows *rows, int32_t n, 
 
 /* ---- Scores --------------------------------------------------------------------------------- */
 
-static const struct fetch no_fetch;
-
 /* to[key][lane] = sum over d of rows[key][d] * columns[d][lane], all lanes of b. */
 VEC_INLINE void score_of(float *to, const struct operand *rows, const float *columns,
                          const struct backward_tile *t, int64_t dim, int vectors) {
-    struct fetch none = no_fetch;
-    product(to, rows->words, rows->stride, 1, columns, dim, t->n, vectors, false, &none);
+    product(to, rows->words, rows->stride, 1, columns, dim, t->n, vectors, false, t->next);
 }
 
 VEC_FN static void score(float *to, const struct operand *rows, const float *columns,
@@ -102,7 +99,8 @@ static struct fetch tile_before(const float *sums, const float *weights) {
                           .values = {.data = (const char *)(weights - TILE), .stride = ROW * 4},
                           .key_bytes = ROW * 4,
                           .value_bytes = ROW * 4,
-                          .end = TILE / ROW};
+                          .end = TILE / ROW,
+                          .pace = 1};
 }
 
 /* Panels of keys += weights[key][lane] * rows[lane][column] */
@@ -137,9 +135,8 @@ VEC_FN static void add_seen_rows(float *to, int64_t stride, const float *weights
 }
 
 VEC_INLINE void add_keys_of(struct backward_block *b, const struct backward_tile *t, int vectors) {
-    struct fetch none = no_fetch;
     product(b->rows.output, t->key.words, 1, t->key.stride, t->d_weights, t->n, t->dim_qk, vectors,
-            !b->rows.fresh, &none);
+            !b->rows.fresh, t->next);
 }
 
 VEC_FN static void add_keys(struct backward_block *b, const struct backward_tile *t) {

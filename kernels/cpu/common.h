@@ -49,11 +49,13 @@ static inline void prefetch_rows(const struct rows *rows, int64_t from, int64_t 
             __builtin_prefetch((const char *)row_at(rows, r) + at, 0, 2);
 }
 
-/* Keys and values to be asked for a few at a time beside other work: all at once they would be waited for. */
+/* Rows of keys and values, or of gradients, to be asked for a few at a time beside other work: all at once they would be waited
+ * for. */
 struct fetch {
     struct rows keys, values;
     int64_t key_bytes, value_bytes; /* of a row */
     int64_t row, end;               /* what is left */
+    int64_t pace;                   /* rows beside each tile of a product */
 };
 
 static inline void fetch_rows(struct fetch *f, int64_t rows) {
