@@ -568,23 +568,27 @@ static void add_tile(const struct call *c, const struct set *set, int64_t i, int
 
 static int64_t pace_of(int64_t row_bytes) { return most(1, FETCH_BYTES / most(1, row_bytes)); }
 
+/* The task's rows of a gradient of keys or values, and their bytes; 0 if there is none whose elements follow each other. */
+static int64_t find_rows(struct rows *rows, const struct view *v, const struct task *t,
+                         int64_t dim) {
+    const int64_t bytes = dtype_bytes(v->dtype);
+    if (!v->data || !is_dense(v, dim))
+        return 0;
+    *rows =
+        (struct rows){.data = element_at(v, v->dtype, t->b, t->first_head / t->heads, t->s.k_start),
+                      .stride = v->stride[2] * bytes};
+    return dim * bytes;
+}
+
 /* Gradients of keys and values, which the task writes after its last set: what is not in a cache by then is waited for. */
 static struct fetch fetch_d_keys(const struct call *c, const struct set *set) {
     const struct problem *p = c->p;
-    const struct task *t = set->t;
-    const struct view *k = &p->d_key, *v = &p->d_value;
-    const int64_t bytes = dtype_bytes(p->dtype), head = t->first_head / t->heads;
-    struct fetch f = {.end = set->last && c->runs == 1 ? least(t->s.k_rows, FETCHED_KEYS) : 0};
-    if (k->data && is_dense(k, p->dim_qk)) {
-        f.keys = (struct rows){.data = element_at(k, k->dtype, t->b, head, t->s.k_start),
-                               .stride = k->stride[2] * bytes};
-        f.key_bytes = p->dim_qk * bytes;
-    }
-    if (v->data && is_dense(v, p->dim_v)) {
-        f.values = (struct rows){.data = element_at(v, v->dtype, t->b, head, t->s.k_start),
-                                 .stride = v->stride[2] * bytes};
-        f.value_bytes = p->dim_v * bytes;
-    }
+    struct fetch f = {.end = 0};
+    if (!set->last || c->runs > 1 || !outgrows_caches(p, &p->query, p->dim_qk))
+        return f;
+    f.end = least(set->t->s.k_rows, FETCHED_KEYS);
+    f.key_bytes = find_rows(&f.keys, &p->d_key, set->t, p->dim_qk);
+    f.value_bytes = find_rows(&f.values, &p->d_value, set->t, p->dim_v);
     f.pace = pace_of(f.key_bytes + f.value_bytes);
     return f;
 }
@@ -595,7 +599,7 @@ static struct fetch fetch_d_queries(const struct call *c, const struct set *set,
     const struct view *v = &c->p->d_query;
     const int64_t first = w->blocks[0].first_row, bytes = c->p->dim_qk * dtype_bytes(v->dtype);
     struct fetch f = {.key_bytes = bytes, .pace = pace_of(bytes)};
-    if (!v->data || !is_dense(v, c->p->dim_qk))
+    if (!v->data || !is_dense(v, c->p->dim_qk) || !outgrows_caches(c->p, v, c->p->dim_qk))
         return f;
     f.end = least(c->body->blocks * c->body->lanes, set->t->rows - first);
     point_at_rows(w->d_query, v, set->t, first, (int32_t)f.end);

@@ -58,6 +58,11 @@ struct fetch {
     int64_t pace;                   /* rows beside each tile of a product */
 };
 
+/* Whether what is written at the end, rows as wide as a query's, is worth asking for beforehand: more than a core has at hand. */
+static inline bool outgrows_caches(const struct problem *p, const struct view *v, int64_t dim) {
+    return p->batch * p->heads_q * p->len_q * dim * dtype_bytes(v->dtype) > INT64_C(2) << 20;
+}
+
 static inline void fetch_rows(struct fetch *f, int64_t rows) {
     const int64_t end = rows < f->end - f->row ? f->row + rows : f->end;
     prefetch_rows(&f->keys, f->row, end, f->key_bytes);
