@@ -69,7 +69,8 @@ static int64_t nanoseconds(void) {
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-/* Returns once *word != value: spins first, then sleeps. */
+/* Returns once *word != value: spins first, then sleeps. Between its looks it offers the core to whoever waits for it, and
+ * sleeps at once if somebody took it for long. */
 static void wait_change(_Atomic uint32_t *word, uint32_t value) {
     const int64_t until = nanoseconds() + SPIN_NANOSECONDS;
     do {
@@ -78,6 +79,7 @@ static void wait_change(_Atomic uint32_t *word, uint32_t value) {
                 return;
             cpu_pause();
         }
+        sched_yield();
     } while (nanoseconds() < until);
     while (atomic_load_explicit(word, memory_order_acquire) == value)
         futex_wait(word, value);

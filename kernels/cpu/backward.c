@@ -20,6 +20,8 @@ enum {
     KEPT_TILES = 256, /* whose weights a worker keeps; those of further ones are computed twice */
     BIAS_TILES = 8,   /* of a task of the second pass */
     MOST_TILE_K = 64,
+    FETCH_BYTES = 1024, /* that are asked for at a time */
+    FETCHED_KEYS = 512, /* whose gradients are asked for beforehand */
 };
 #define LARGEST_LSE                                                                                \
     0x1p10f /* that rounding leaves accurate enough for one walk: to 2^-14 of the weights */
@@ -72,7 +74,9 @@ struct scratch {
     bool *touched;
     float *rows; /* one block, row-major: on the way in or out */
     char *dense_rows;
-    float *bias; /* sums of a task of the second pass, [key][lane] */
+    float *bias;       /* sums of a task of the second pass, [key][lane] */
+    char **d_query;    /* the rows of a set */
+    struct fetch next; /* gradients that are written soon */
 };
 
 /* ---- Layout of the workspace ------------------------------------------------------------------- */
@@ -125,6 +129,11 @@ static void lay_out_block(struct backward_block *b, uintptr_t *at, const struct 
     b->d_output_rows = d_output_rows;
 }
 
+/* Whether a body may want its own copy of rows of keys or values. */
+static bool is_packed(const struct view *v, int64_t dim) {
+    return v->dtype != DTYPE_F32 || (is_dense(v, dim) && v->stride[2] != dim);
+}
+
 /* Lays a worker's scratch out from `base` (NULL to measure) and returns its bytes. */
 static size_t lay_out(struct scratch *w, char *base, const struct backward_body *body,
                       const struct problem *p, bool own_sums) {
@@ -134,7 +143,6 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     const int64_t dim_qk = round_up(p->dim_qk, 16), dim_v = round_up(p->dim_v, 16);
     const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
                                       DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK);
-    const bool packed = p->dtype != DTYPE_F32;
     uintptr_t at = (uintptr_t)base;
     w->blocks = carve(&at, body->blocks * (int64_t)sizeof *w->blocks);
     w->weights = carve(&at, tiles * tile);
@@ -144,8 +152,10 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     w->keep = carve(&at, p->dropout_probability > 0 ? tile : 0);
     w->extra = carve(&at, extra ? tile : 0);
     w->packed = carve(&at, body->packed_bytes);
-    w->key = carve(&at, packed ? key_row * round_up(p->dim_qk, body->step) : 0);
-    w->value = carve(&at, packed ? key_row * round_up(p->dim_v, body->step) : 0);
+    w->key =
+        carve(&at, is_packed(&p->key, p->dim_qk) ? key_row * round_up(p->dim_qk, body->step) : 0);
+    w->value =
+        carve(&at, is_packed(&p->value, p->dim_v) ? key_row * round_up(p->dim_v, body->step) : 0);
     w->dense_key = carve(&at, copy_bytes(p, &p->key, keys, p->dim_qk));
     w->dense_value = carve(&at, copy_bytes(p, &p->value, keys, p->dim_v));
     w->finite = carve(&at, tiles_of(body, p));
@@ -154,6 +164,8 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
     w->rows = carve(&at, lanes * most(most(dim_qk, dim_v), body->tile_k + 16) * 4);
     w->dense_rows = carve(&at, lanes * most(p->dim_qk, p->dim_v) * 4);
     w->bias = carve(&at, p->features & DLATTN_FEATURE_BIAS ? BIAS_TILES * tile : 0);
+    w->d_query = carve(&at, body->blocks * lanes * (int64_t)sizeof *w->d_query);
+    w->next = (struct fetch){.end = 0};
     for (int32_t n = 0; n < body->blocks; n++)
         lay_out_block(base ? &w->blocks[n] : NULL, &at, body, p);
     return at - (uintptr_t)base;
@@ -327,6 +339,7 @@ static struct backward_tile tile_at(const struct call *c, const struct keys *k, 
         .max = w->max + slot * lanes,
         .cap_slopes = p->softcap > 0 ? w->cap_slopes + words : NULL,
         .packed = w->packed,
+        .next = &w->next,
     };
 }
 
@@ -474,14 +487,17 @@ static void add_distances(struct call *c, const struct task *t, const struct bac
             (double)b->distances[lane];
 }
 
-/* Where the gradients of a tile are added to. */
-static struct backward_sums sums_at(const struct call *c, const struct run_sums *run,
-                                    int64_t first_key) {
+/* Where the gradients of a tile are added to. What the block does not add to is 0. */
+static struct backward_sums sums_at(const struct call *c, const struct task *t,
+                                    const struct run_sums *run, const struct backward_block *b,
+                                    const struct backward_tile *of) {
     const struct problem *p = c->p;
     const struct backward_body *body = c->body;
-    const int64_t tile = first_key / body->tile_k, stride = body->tile_k * body->lanes;
+    const int64_t tile = of->first_key / body->tile_k, stride = body->tile_k * body->lanes;
+    const bool whole = b->finite && of->n == least(body->tile_k, t->s.k_rows - of->first_key),
+               fresh = !run->touched[tile];
     float *const sums = run->sums + tile * tile_sums(body, p);
-    if (!run->touched[tile])
+    if (fresh && !whole)
         memset(sums, 0, (size_t)(tile_sums(body, p) * 4));
     run->touched[tile] = true;
     return (struct backward_sums){
@@ -489,6 +505,7 @@ static struct backward_sums sums_at(const struct call *c, const struct run_sums 
         .d_value = p->d_value.data ? sums + panels(body, p->dim_qk) * stride : NULL,
         .stride = stride,
         .tile = tile_sums(body, p),
+        .fresh = fresh && whole,
         .d_query = p->d_query.data != NULL,
         .distances = p->d_alibi_slopes.data != NULL};
 }
@@ -499,6 +516,7 @@ struct set {
     const struct keys *k;
     const struct run_sums *sums;
     int64_t run;
+    bool last; /* of the task */
     int32_t blocks;
     int64_t first, tiles; /* of the keys that some row sees */
 };
@@ -541,11 +559,52 @@ static void add_tile(const struct call *c, const struct set *set, int64_t i, int
     struct backward_tile tile;
     if (!find_tile(&tile, c, set, i, n, w))
         return;
-    const struct backward_sums to = sums_at(c, set->sums, tile.first_key);
+    const struct backward_sums to = sums_at(c, set->t, set->sums, b, &tile);
     if (i >= kept_tiles(c->body, c->p))
         weigh_again(c, set->t, b, &tile, w);
     c->body->differentiate(b, &tile, seen, kept);
     c->body->accumulate(b, &tile, &to, seen, kept);
+}
+
+static int64_t pace_of(int64_t row_bytes) { return most(1, FETCH_BYTES / most(1, row_bytes)); }
+
+/* The task's rows of a gradient of keys or values, and their bytes; 0 if there is none whose elements follow each other. */
+static int64_t find_rows(struct rows *rows, const struct view *v, const struct task *t,
+                         int64_t dim) {
+    const int64_t bytes = dtype_bytes(v->dtype);
+    if (!v->data || !is_dense(v, dim))
+        return 0;
+    *rows =
+        (struct rows){.data = element_at(v, v->dtype, t->b, t->first_head / t->heads, t->s.k_start),
+                      .stride = v->stride[2] * bytes};
+    return dim * bytes;
+}
+
+/* Gradients of keys and values, which the task writes after its last set: what is not in a cache by then is waited for. */
+static struct fetch fetch_d_keys(const struct call *c, const struct set *set) {
+    const struct problem *p = c->p;
+    struct fetch f = {.end = 0};
+    if (!set->last || c->runs > 1 || !outgrows_caches(p, &p->query, p->dim_qk))
+        return f;
+    f.end = least(set->t->s.k_rows, FETCHED_KEYS);
+    f.key_bytes = find_rows(&f.keys, &p->d_key, set->t, p->dim_qk);
+    f.value_bytes = find_rows(&f.values, &p->d_value, set->t, p->dim_v);
+    f.pace = pace_of(f.key_bytes + f.value_bytes);
+    return f;
+}
+
+/* The same of the set's queries. */
+static struct fetch fetch_d_queries(const struct call *c, const struct set *set,
+                                    struct scratch *w) {
+    const struct view *v = &c->p->d_query;
+    const int64_t first = w->blocks[0].first_row, bytes = c->p->dim_qk * dtype_bytes(v->dtype);
+    struct fetch f = {.key_bytes = bytes, .pace = pace_of(bytes)};
+    if (!v->data || !is_dense(v, c->p->dim_qk) || !outgrows_caches(c->p, v, c->p->dim_qk))
+        return f;
+    f.end = least(c->body->blocks * c->body->lanes, set->t->rows - first);
+    point_at_rows(w->d_query, v, set->t, first, (int32_t)f.end);
+    f.keys.rows = (const char *const *)w->d_query;
+    return f;
 }
 
 /* Forth over the keys for the statistics of the rows, unless those are known, and back, while the latest tiles are in the caches,
@@ -553,12 +612,14 @@ static void add_tile(const struct call *c, const struct set *set, int64_t i, int
 static void run_set(struct call *c, struct set *set, struct scratch *w) {
     const struct problem *p = c->p;
     struct backward_tile tile;
+    w->next = fetch_d_keys(c, set);
     for (int64_t i = 0; i < set->tiles && !c->body->one_walk; i++)
         for (int32_t n = 0; n < set->blocks; n++)
             if (find_tile(&tile, c, set, i, n, w))
                 weigh(c, set->t, &w->blocks[n], &tile, w);
     for (int32_t n = 0; n < set->blocks; n++)
         (c->body->one_walk ? start_rows : end_rows)(c, set->t, &w->blocks[n], set->run);
+    w->next = fetch_d_queries(c, set, w);
     for (int64_t i = set->tiles - 1; i >= 0; i--)
         for (int32_t n = set->blocks - 1; n >= 0; n--)
             add_tile(c, set, i, n, w);
@@ -590,37 +651,40 @@ static void run_task(struct call *c, const struct task *t, int64_t run, struct s
         c->of_heads[head_index(c->p, t->b, h) * c->runs + run] = (struct head_sums){0, 0};
     memset(sums.touched, 0, (size_t)tiles_of(c->body, c->p));
     for (int64_t row = run * rows; row < t->rows; row += c->runs * rows) {
+        set.last = row + c->runs * rows >= t->rows;
         start_set(c, &set, row, w);
         run_set(c, &set, w);
     }
 }
 
-/* Adds what the runs have of key j, in their order, into to[panels][lanes]. */
-static void add_runs(const struct call *c, const struct task *t, int64_t j, int64_t first_panel,
-                     int64_t count, const struct scratch *w, float *to) {
-    const int64_t lanes = c->body->lanes, tile_k = c->body->tile_k;
-    memset(to, 0, (size_t)(count * lanes * 4));
-    for (int64_t run = 0; run < c->runs; run++) {
-        const struct run_sums sums = sums_of_run(c, t->b, t->first_head / t->heads, run, w);
-        const float *from = sums.sums + j / tile_k * tile_sums(c->body, c->p) +
-                            (first_panel * tile_k + j % tile_k) * lanes;
-        if (!sums.touched[j / tile_k])
-            continue;
-        for (int64_t n = 0; n < count; n++)
-            for (int64_t d = 0; d < lanes; d++)
-                to[n * lanes + d] += from[n * tile_k * lanes + d];
+/* What the runs have of a tile, in their order, from a panel on. Returns how many have any. */
+static int32_t find_sums(const float **sums, const struct call *c, const struct task *t,
+                         int64_t tile, int64_t first_panel, const struct scratch *w) {
+    int32_t count = 0;
+    for (int64_t n = 0; n < c->runs; n++) {
+        const struct run_sums run = sums_of_run(c, t->b, t->first_head / t->heads, n, w);
+        if (run.touched[tile])
+            sums[count++] = run.sums + tile * tile_sums(c->body, c->p) +
+                            first_panel * c->body->tile_k * c->body->lanes;
     }
+    return count;
 }
 
 /* Gradients of the keys, or the values, of a kv head. */
 static void store_keys(const struct call *c, const struct task *t, const struct view *v,
                        int64_t first_panel, int64_t dim, double scale, const struct scratch *w) {
+    const int64_t lanes = c->body->lanes, tile_k = c->body->tile_k;
+    const float *sums[TASKS];
+    int32_t count = 0;
     for (int64_t j = 0; j < t->s.k_rows; j++) {
         char *to = element_at(v, v->dtype, t->b, t->first_head / t->heads, t->s.k_start + j);
         char *const dense = is_dense(v, dim) ? to : w->dense_rows;
         const char *const copy = dense;
-        add_runs(c, t, j, first_panel, panels(c->body, dim), w, w->rows);
-        c->body->store_row(dense, w->rows, (float)scale, dim, v->dtype);
+        if (j % tile_k == 0)
+            count = find_sums(sums, c, t, j / tile_k, first_panel, w);
+        c->body->store_sums(dense, sums, count, tile_k * lanes, (float)scale, dim, v->dtype);
+        for (int32_t n = 0; n < count; n++)
+            sums[n] += lanes;
         if (dense != to)
             copy_elements(&to, v->stride[3], &copy, 1, 1, dim, v->dtype);
     }

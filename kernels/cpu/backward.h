@@ -71,12 +71,14 @@ struct backward_tile {
     float *weights, *d_weights, *max; /* [key][lane], max [lane] */
     float *cap_slopes;                /* [key][lane]: derivatives of the cap; NULL without one */
     float *packed;                    /* packed_bytes of the body's */
+    struct fetch *next;               /* of the task's gradients */
 };
 
 /* Where the gradients of a tile go: panels, `stride` apart, and `tile` behind those of the tile before. NULL: not wanted. */
 struct backward_sums {
     float *d_key, *d_value;
     int64_t stride, tile;
+    bool fresh; /* nothing was added yet, and what stands there means nothing */
     bool d_query, distances;
 };
 
@@ -131,7 +133,9 @@ struct backward_body {
                        const uint64_t *kept);
     void (*store)(const struct block *b, const float *factor, char *const *rows, int64_t dim,
                   enum dtype dtype, float *scratch, bool *not_finite);
-    void (*store_row)(char *to, const float *from, float factor, int64_t n, enum dtype dtype);
+    /* to[0 .. n) = factor * the sum of `count` rows of panels, `stride` apart, in their order. */
+    void (*store_sums)(char *to, const float *const *rows, int32_t count, int64_t stride,
+                       float factor, int64_t n, enum dtype dtype);
 };
 
 bool backward_plan(struct plan *plan, const struct problem *p, const struct backward_body *body);

@@ -29,42 +29,60 @@ VEC_FN static bool finite_rows(const struct operand *rows, int32_t n, int64_t di
     return finite;
 }
 
-VEC_FN static bool pack(const struct block *b, float *transposed, float *panels,
-                        const char *const *rows, int64_t dim, enum dtype dtype, float *scratch) {
-    const int64_t stride = padded(dim, 16), lanes = b->vectors * VEC_LANES;
-    memset(scratch, 0, (size_t)(lanes * stride * 4));
-    for (int32_t r = 0; r < b->rows; r++)
-        if (rows[r])
-            widen(scratch + r * stride, rows[r], dim, dtype);
-    transpose_in(transposed, scratch, stride, stride, lanes);
-    for (int64_t first = 0; first < dim; first += LANES, panels += LANES * LANES)
-        for (int32_t r = 0; r < b->rows; r++) {
-            const int64_t n = at_most(stride - first, LANES);
-            memcpy(panels + r * LANES, scratch + r * stride + first, (size_t)(n * 4));
-            memset(panels + r * LANES + n, 0, (size_t)((LANES - n) * 4));
-        }
-    return finite_floats(scratch, b->rows * stride);
+/* One row after the other into the panels, and what these hold into columns while it is in the nearest cache. */
+VEC_INLINE bool pack_as(const struct block *b, float *transposed, float *panels,
+                        const char *const *rows, int64_t dim, enum dtype dtype, int64_t bytes) {
+    const int64_t lanes = b->vectors * VEC_LANES;
+    vec zeros = vec_set(0); /* 0 * x is NaN for NaN and infinity */
+    for (int64_t first = 0; first < dim; first += LANES) {
+        const int64_t columns = at_most(dim - first, LANES);
+        for (int64_t r = 0; r < lanes; r++)
+            for (int64_t d = 0; d < LANES; d += VEC_LANES) {
+                vec x = vec_set(0);
+                if (r < b->rows && rows[r] && d < columns)
+                    x = load_some(rows[r] + (first + d) * bytes, dtype,
+                                  at_most(columns - d, VEC_LANES));
+                zeros = vec_fma(x, vec_set(0), zeros);
+                vec_store(panels + r * LANES + d, x);
+            }
+        transpose_in(transposed, panels, LANES, columns, lanes);
+        panels += LANES * LANES;
+        transposed += LANES * LANES;
+    }
+    return !vec_mask_bits(vec_is_nan(zeros));
 }
 
-static struct operand load_key(float *to, const struct rows *rows, int32_t n, int64_t dim,
-                               enum dtype dtype) {
-    return load_floats(to, rows, n, dim, dtype);
+VEC_FN static bool pack(const struct block *b, float *transposed, float *panels,
+                        const char *const *rows, int64_t dim, enum dtype dtype, float *scratch) {
+    (void)scratch;
+    return dtype == DTYPE_F32   ? pack_as(b, transposed, panels, rows, dim, DTYPE_F32, 4)
+           : dtype == DTYPE_F16 ? pack_as(b, transposed, panels, rows, dim, DTYPE_F16, 2)
+                                : pack_as(b, transposed, panels, rows, dim, DTYPE_BF16, 2);
+}
+
+/* Rows that lie apart are copied as others are widened: each is read once for every block of queries, and with the rows of many
+ * heads between them they share few places of the first-level cache. */
+VEC_FN static struct operand load_key(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                      enum dtype dtype) {
+    if (dtype == DTYPE_F32 && rows->stride == dim * 4)
+        return (struct operand){(const float *)(const void *)rows->data, dim};
+    const int64_t stride = padded(dim, 16);
+    for (int32_t r = 0; r < n; r++)
+        widen(to + r * stride, row_at(rows, r), dim, dtype);
+    return (struct operand){to, stride};
 }
 
 static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                  enum dtype dtype) {
-    return load_floats(to, rows, n, dim, dtype);
+    return load_key(to, rows, n, dim, dtype);
 }
 
 /* ---- Scores --------------------------------------------------------------------------------- */
 
-static const struct fetch no_fetch;
-
 /* to[key][lane] = sum over d of rows[key][d] * columns[d][lane], all lanes of b. */
 VEC_INLINE void score_of(float *to, const struct operand *rows, const float *columns,
                          const struct backward_tile *t, int64_t dim, int vectors) {
-    struct fetch none = no_fetch;
-    product(to, rows->words, rows->stride, 1, columns, dim, t->n, vectors, false, &none);
+    product(to, rows->words, rows->stride, 1, columns, dim, t->n, vectors, false, t->next);
 }
 
 VEC_FN static void score(float *to, const struct operand *rows, const float *columns,
@@ -81,7 +99,8 @@ static struct fetch tile_before(const float *sums, const float *weights) {
                           .values = {.data = (const char *)(weights - TILE), .stride = ROW * 4},
                           .key_bytes = ROW * 4,
                           .value_bytes = ROW * 4,
-                          .end = TILE / ROW};
+                          .end = TILE / ROW,
+                          .pace = 1};
 }
 
 /* Panels of keys += weights[key][lane] * rows[lane][column] */
@@ -91,11 +110,11 @@ VEC_FN static void add_rows(float *to, const struct backward_sums *sums, const f
     for (; dim > 0; dim -= LANES, to += sums->stride, rows += LANES * LANES) {
         struct fetch next = tile_before(to - sums->tile, weights);
         if (dim <= VEC_LANES)
-            product(to, weights, LANES, 1, rows, b->rows.rows, n, 1, true, &next);
+            product(to, weights, LANES, 1, rows, b->rows.rows, n, 1, !sums->fresh, &next);
         else if (dim <= 2 * VEC_LANES && VECTORS > 2)
-            product(to, weights, LANES, 1, rows, b->rows.rows, n, 2, true, &next);
+            product(to, weights, LANES, 1, rows, b->rows.rows, n, 2, !sums->fresh, &next);
         else
-            product(to, weights, LANES, 1, rows, b->rows.rows, n, VECTORS, true, &next);
+            product(to, weights, LANES, 1, rows, b->rows.rows, n, VECTORS, !sums->fresh, &next);
     }
 }
 
@@ -116,9 +135,8 @@ VEC_FN static void add_seen_rows(float *to, int64_t stride, const float *weights
 }
 
 VEC_INLINE void add_keys_of(struct backward_block *b, const struct backward_tile *t, int vectors) {
-    struct fetch none = no_fetch;
     product(b->rows.output, t->key.words, 1, t->key.stride, t->d_weights, t->n, t->dim_qk, vectors,
-            !b->rows.fresh, &none);
+            !b->rows.fresh, t->next);
 }
 
 VEC_FN static void add_keys(struct backward_block *b, const struct backward_tile *t) {

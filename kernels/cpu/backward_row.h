@@ -32,9 +32,25 @@ VEC_FN static float dot_rows(const char *x, enum dtype x_dtype, const char *y, e
     return vec_sum(sum);
 }
 
-VEC_FN static void store_float_row(char *to, const float *from, float factor, int64_t n,
-                                   enum dtype dtype) {
-    store_row(to, from, factor, n, dtype);
+VEC_INLINE void store_sums_as(char *to, const float *const *sums, int32_t count, int64_t stride,
+                              float factor, int64_t n, enum dtype dtype) {
+    for (int64_t d = 0; d < n; d += VEC_LANES) {
+        vec sum = vec_set(0);
+        for (int32_t i = 0; i < count; i++)
+            sum = vec_add(sum, vec_load(sums[i] + d / LANES * stride + d % LANES));
+        store_some(to + d * dtype_bytes(dtype), vec_mul(sum, vec_set(factor)), dtype,
+                   at_most(n - d, VEC_LANES));
+    }
+}
+
+VEC_FN static void store_sums(char *to, const float *const *sums, int32_t count, int64_t stride,
+                              float factor, int64_t n, enum dtype dtype) {
+    if (dtype == DTYPE_F32)
+        store_sums_as(to, sums, count, stride, factor, n, DTYPE_F32);
+    else if (dtype == DTYPE_F16)
+        store_sums_as(to, sums, count, stride, factor, n, DTYPE_F16);
+    else
+        store_sums_as(to, sums, count, stride, factor, n, DTYPE_BF16);
 }
 
 static const struct backward_body body = {
@@ -62,5 +78,5 @@ static const struct backward_body body = {
     .differentiate = differentiate,
     .accumulate = accumulate,
     .store = store,
-    .store_row = store_float_row,
+    .store_sums = store_sums,
 };

@@ -52,7 +52,8 @@ struct fetch kv_tile_share(const struct problem *p, const struct kv_tile *next, 
                           .key_bytes = fetched_bytes(p, &p->key, p->dim_qk),
                           .value_bytes = fetched_bytes(p, &p->value, p->dim_v),
                           .row = next->n * n / blocks,
-                          .end = next->n * (n + 1) / blocks};
+                          .end = next->n * (n + 1) / blocks,
+                          .pace = 1};
 }
 
 int64_t runs_of(const struct problem *p, int64_t tile_q) {

@@ -49,12 +49,19 @@ static inline void prefetch_rows(const struct rows *rows, int64_t from, int64_t 
             __builtin_prefetch((const char *)row_at(rows, r) + at, 0, 2);
 }
 
-/* Keys and values to be asked for a few at a time beside other work: all at once they would be waited for. */
+/* Rows of keys and values, or of gradients, to be asked for a few at a time beside other work: all at once they would be waited
+ * for. */
 struct fetch {
     struct rows keys, values;
     int64_t key_bytes, value_bytes; /* of a row */
     int64_t row, end;               /* what is left */
+    int64_t pace;                   /* rows beside each tile of a product */
 };
+
+/* Whether what is written at the end, rows as wide as a query's, is worth asking for beforehand: more than a core has at hand. */
+static inline bool outgrows_caches(const struct problem *p, const struct view *v, int64_t dim) {
+    return p->batch * p->heads_q * p->len_q * dim * dtype_bytes(v->dtype) > INT64_C(2) << 20;
+}
 
 static inline void fetch_rows(struct fetch *f, int64_t rows) {
     const int64_t end = rows < f->end - f->row ? f->row + rows : f->end;

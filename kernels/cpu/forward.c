@@ -187,6 +187,19 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     }
 }
 
+/* Beside the last tile: output rows [first, first + count), which are written next. */
+static struct fetch fetch_output(const struct task *t, int64_t first, int32_t count, char **rows) {
+    const struct view *v = &t->p->output;
+    const int64_t dim = t->p->dim_v;
+    if (!is_dense(v, dim) || !outgrows_caches(t->p, v, dim))
+        return (struct fetch){.end = 0};
+    point_at_rows(rows, v, t, first, count);
+    return (struct fetch){.keys = {.rows = (const char *const *)rows},
+                          .key_bytes = dim * dtype_bytes(v->dtype),
+                          .end = count,
+                          .pace = 4};
+}
+
 static void run_task(const struct call *c, const struct task *t, struct scratch *w) {
     const struct forward_body *body = c->body;
     const struct problem *p = t->p;
@@ -219,7 +232,10 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
                        w->pointers[parity]);
         for (int64_t n = 0; n < blocks; n++) {
             struct block *b = &w->blocks[n];
-            struct fetch share = kv_tile_share(p, &next, n, blocks);
+            char *output[MAX_LANES];
+            struct fetch share = next.n > 0
+                                     ? kv_tile_share(p, &next, n, blocks)
+                                     : fetch_output(t, t->first_row + n * lanes, b->rows, output);
             if (tile.first + tile_k > b->first && tile.first < b->end)
                 attend(c, t, b, t->first_row + n * lanes, &key, &value, tile.first,
                        (int32_t)least(tile.n, b->end - tile.first), &share, w);

@@ -81,13 +81,13 @@ VEC_INLINE void product_rows(scalar *c, const scalar *a, int64_t row_stride, int
 }
 
 /* All rows: whole tiles, and what is left after the last but one shared by two, so that none is too small to hide the
- * latency of its sums. With each goes a row of the next keys and values. */
+ * latency of its sums. With each go some rows of what is next. */
 VEC_INLINE void product(scalar *c, const scalar *a, int64_t row_stride, int64_t step_stride,
                         const scalar *b, int64_t steps, int64_t rows, int vectors, bool add,
                         struct fetch *next) {
     const int most_rows = ROWS(vectors);
     while (rows > 0) {
-        fetch_rows(next, 1);
+        fetch_rows(next, next->pace);
         const int n = rows >= 2 * most_rows ? most_rows
                       : rows > most_rows    ? (int)(rows + 1) / 2
                                             : (int)rows;

@@ -1,5 +1,5 @@
 /*
- * The built-in pool: how many threads it has, and what the child of a fork does without them.
+ * The built-in pool: how many threads it has, how they wait, and what the child of a fork does without them.
  */
 #define _GNU_SOURCE
 #include "tests/runtime/ready.h"
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 static int32_t default_threads(void) {
@@ -66,6 +67,34 @@ Test(pool, little_work_wakes_no_thread) {
 Test(pool, number_that_is_none) {
     setenv("DLATTN_NUM_THREADS", "many", 1);
     cr_expect(default_threads() >= 1);
+}
+
+static double cpu_seconds(clockid_t clock) {
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Four threads on one core: three have nothing to do but to wait for the caller, who does the work. Processor time, of which other
+ * processes take none. */
+Test(pool, waiting_threads_leave_a_taken_core) {
+    const dlattn_api *api = test_api();
+    cpu_set_t one;
+    struct ready r;
+    setenv("DLATTN_NUM_THREADS", "4", 1);
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    cr_assert(eq(int, sched_setaffinity(0, sizeof one, &one), 0));
+    prepare(api, &r, (struct shape){1, 8, 8, 64, 64, 64, 64}, 1, 4);
+    cr_assert(eq(int, run(api, &r), DLATTN_OK));
+    const double all = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID),
+                 own = cpu_seconds(CLOCK_THREAD_CPUTIME_ID);
+    for (int n = 0; n < 3000; n++)
+        cr_assert(eq(int, run(api, &r), DLATTN_OK));
+    const double ratio = (cpu_seconds(CLOCK_PROCESS_CPUTIME_ID) - all) /
+                         (cpu_seconds(CLOCK_THREAD_CPUTIME_ID) - own);
+    cr_expect(ratio < 1.5, "all threads took %.2f times the caller's time", ratio);
+    discard(&r);
 }
 
 /* A child has none of its parent's threads, and may have been forked while they worked. */

@@ -171,7 +171,7 @@ VEC_INLINE void add_lanes(float *to, const struct backward_sums *sums, const flo
     for (; dim > 0; dim -= LANES, to += sums->stride, columns += VECTORS * row)
         product(to, (struct tiles){weights, row}, (struct tiles){columns, row},
                 padded(b->rows.rows, STEP) / STEP, padded(n, ROWS),
-                (int)(padded(at_most(dim, LANES), ROWS) / ROWS), TERMS, false, true);
+                (int)(padded(at_most(dim, LANES), ROWS) / ROWS), TERMS, false, !sums->fresh);
 }
 
 /* d_query += keys times tiles of 32 keys x 16 lanes. */
