@@ -10,10 +10,11 @@ spread is the distance between the quartiles in percent of the median. A product
 matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 2 B H Lq Lk
 (D + D_v), for bwd 2 B H Lq Lk (3 D + 2 D_v) whatever a row computes twice, halved for causal. The
 ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. Decoding is one query
-row for each head, and every call of it finds L2 cold: before it 256 MiB are read. (Were they
-written, the call would pay for writing back what of them is still in L2.) Its GB/s are those of
-keys and values. Last come host times of one call on a tiny problem: a planned call, and a bare
-cuLaunchKernel of an empty kernel with as many bytes of parameters.
+row for each head, also of bf16 over e4m3 keys and values, and every call of it finds L2 cold:
+before it 256 MiB are read. (Were they written, the call would pay for writing back what of them
+is still in L2.) Its GB/s are those of keys and values. Last come host times of one call on a tiny
+problem: a planned call, and a bare cuLaunchKernel of an empty kernel with as many bytes of
+parameters.
 """
 
 import argparse
@@ -69,6 +70,8 @@ CODES = {
     torch.float32: (2, 32),
     torch.float64: (2, 64),
     torch.bool: (6, 8),
+    torch.float8_e4m3fn: (10, 8),
+    torch.float8_e5m2: (12, 8),
 }
 
 
@@ -201,6 +204,7 @@ def host_times(functions, count):
 
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def grid(dtypes, quick, dims):
@@ -241,7 +245,7 @@ def alibi(q):
 OPTIONS = {"bias": bias, "mask": mask, "alibi": alibi}
 
 
-# (dtype name, B, Hq, Hkv, Lk, D)
+# (dtype name, with a + that of keys and values if another, B, Hq, Hkv, Lk, D)
 DECODE = (
     ("bf16", 1, 32, 8, 1024, 128),
     ("bf16", 1, 32, 8, 8192, 128),
@@ -258,6 +262,19 @@ DECODE = (
     ("bf16", 1, 16, 8, 8192, 256),
     ("bf16", 16, 16, 8, 4096, 256),
     ("bf16", 1, 16, 1, 65536, 128),
+    ("bf16+e4m3", 1, 32, 8, 1024, 128),
+    ("bf16+e4m3", 1, 32, 8, 8192, 128),
+    ("bf16+e4m3", 1, 32, 8, 32768, 128),
+    ("bf16+e5m2", 1, 32, 8, 32768, 128),
+    ("f16+e4m3", 1, 32, 8, 32768, 128),
+    ("bf16+e4m3", 1, 64, 8, 131072, 128),
+    ("bf16+e4m3", 16, 32, 8, 8192, 128),
+    ("bf16+e4m3", 64, 32, 8, 4096, 128),
+    ("bf16+e4m3", 16, 32, 32, 4096, 128),
+    ("bf16+e4m3", 1, 32, 8, 8192, 64),
+    ("bf16+e4m3", 16, 32, 8, 8192, 64),
+    ("bf16+e4m3", 1, 16, 8, 8192, 256),
+    ("bf16+e4m3", 16, 16, 8, 4096, 256),
 )
 
 
@@ -272,7 +289,7 @@ def implementations(library, q, k, v, causal, option, kernels):
             continue  # the row does not take this dtype, or not on this device
         if call.kernel not in {c.kernel for _, c in found.values() if isinstance(c, Call)}:
             found[f"dlattn {call.kernel}"] = ("dlattn", call)
-    for name, backend in PEERS.items():
+    for name, backend in PEERS.items() if k.dtype == q.dtype else ():
 
         def peer(backend=backend):
             with sdpa_kernel(backend):
@@ -453,17 +470,20 @@ def decode_rows(library, kernels, count):
     """The case_rows of each case of DECODE, with the GB/s of its keys and values."""
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
     for dtype, batch, heads, heads_kv, length, dim in DECODE:
-        q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPES[dtype])
+        own, _, cached = dtype.partition("+")
+        q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPES[own])
         k, v = (
-            torch.randn(batch, heads_kv, length, dim, device="cuda", dtype=DTYPES[dtype])
+            torch.randn(batch, heads_kv, length, dim, device="cuda", dtype=DTYPES[own])
             for _ in range(2)
         )
+        if cached:
+            k, v = (t.to(FLOAT8[cached]) for t in (k, v))
         found = implementations(library, q, k, v, False, None, kernels)
         cold = {}
         for name, (_, function) in found.items():
             cold[f"before {name}"] = other.max
             cold[name] = function
-        read = 4 * batch * heads_kv * length * dim
+        read = 2 * batch * heads_kv * length * dim * k.element_size()
         yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
 
 

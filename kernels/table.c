@@ -9,7 +9,9 @@
 #define E5M2 DTYPE_BIT(DTYPE_E5M2)
 
 /* What there was in 1.0; a later feature is one that a row has only if it names it. */
+#define FLOAT8 (E4M3 | E5M2)
 #define FEATURES_1_0 UINT64_C(0xffff)
+#define FEATURES_FLOAT8 (FEATURES_1_0 | DLATTN_FEATURE_MIXED_DTYPES | DLATTN_FEATURE_SCALES)
 #define EVERY_FEATURE UINT64_C(0x3fffff)
 
 #define KERNEL(name, ...) ROW_FUNCTIONS(name);

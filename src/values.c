@@ -62,13 +62,13 @@ static int32_t check_pages(const struct problem *p, int64_t b, int64_t first, in
     return DLATTN_OK;
 }
 
-/* Scales, of a tensor with so many entries and heads. */
+/* Scales, of a tensor with so many entries and heads; one element may stand for all, if there are any. */
 static int32_t check_scales(const char *name, const struct view *v, int64_t entries,
                             int64_t heads) {
     if (!v->data)
         return DLATTN_OK;
-    entries = v->stride[0] ? entries : 1;
-    heads = v->stride[1] ? heads : 1;
+    entries = v->stride[0] || entries == 0 ? entries : 1;
+    heads = v->stride[1] || heads == 0 ? heads : 1;
     for (int64_t n = 0; n < entries * heads; n++) {
         float scale;
         memcpy(&scale,

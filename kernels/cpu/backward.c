@@ -156,8 +156,8 @@ static size_t lay_out(struct scratch *w, char *base, const struct backward_body 
         carve(&at, is_packed(&p->key, p->dim_qk) ? key_row * round_up(p->dim_qk, body->step) : 0);
     w->value =
         carve(&at, is_packed(&p->value, p->dim_v) ? key_row * round_up(p->dim_v, body->step) : 0);
-    w->dense_key = carve(&at, copy_bytes(p, &p->key, keys, p->dim_qk));
-    w->dense_value = carve(&at, copy_bytes(p, &p->value, keys, p->dim_v));
+    w->dense_key = carve(&at, copy_bytes(&p->key, keys, p->dim_qk));
+    w->dense_value = carve(&at, copy_bytes(&p->value, keys, p->dim_v));
     w->finite = carve(&at, tiles_of(body, p));
     w->sums = carve(&at, own_sums ? sum_floats(body, p) * 4 : 0);
     w->touched = carve(&at, own_sums ? tiles_of(body, p) : 0);

@@ -22,11 +22,11 @@ struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int
 struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
                     int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers) {
     if (!(p->features & DLATTN_FEATURE_PAGED))
-        return (struct rows){.data = element_at(v, p->dtype, b, h, s->k_start + first),
-                             .stride = v->stride[2] * dtype_bytes(p->dtype)};
+        return (struct rows){.data = element_at(v, v->dtype, b, h, s->k_start + first),
+                             .stride = v->stride[2] * dtype_bytes(v->dtype)};
     for (int32_t r = 0; r < n; r++) {
         const int64_t j = first + r;
-        pointers[r] = element_at(v, p->dtype, problem_page(p, b, j), h, j % p->page_size);
+        pointers[r] = element_at(v, v->dtype, problem_page(p, b, j), h, j % p->page_size);
     }
     return (struct rows){.rows = pointers};
 }
@@ -41,16 +41,16 @@ struct kv_tile kv_tile_at(const struct problem *p, const struct sequence *s, int
     return tile;
 }
 
-static int64_t fetched_bytes(const struct problem *p, const struct view *v, int64_t dim) {
-    return is_dense(v, dim) ? dim * dtype_bytes(p->dtype) : 0;
+static int64_t fetched_bytes(const struct view *v, int64_t dim) {
+    return is_dense(v, dim) ? dim * dtype_bytes(v->dtype) : 0;
 }
 
 struct fetch kv_tile_share(const struct problem *p, const struct kv_tile *next, int64_t n,
                            int64_t blocks) {
     return (struct fetch){.keys = next->keys,
                           .values = next->values,
-                          .key_bytes = fetched_bytes(p, &p->key, p->dim_qk),
-                          .value_bytes = fetched_bytes(p, &p->value, p->dim_v),
+                          .key_bytes = fetched_bytes(&p->key, p->dim_qk),
+                          .value_bytes = fetched_bytes(&p->value, p->dim_v),
                           .row = next->n * n / blocks,
                           .end = next->n * (n + 1) / blocks,
                           .pace = 1};
@@ -84,8 +84,10 @@ void copy_elements(char *const *to, int64_t to_step, const char *const *from, in
     const int64_t bytes = dtype_bytes(dtype);
     if (bytes == 4)
         copy_words(to, to_step * 4, from, from_step * 4, n, dim, 4);
-    else
+    else if (bytes == 2)
         copy_words(to, to_step * 2, from, from_step * 2, n, dim, 2);
+    else
+        copy_words(to, to_step, from, from_step, n, dim, 1);
 }
 
 struct rows dense_rows(const struct rows *rows, int32_t n, int64_t dim, const struct view *v,
@@ -111,9 +113,49 @@ bool has_mask(const struct problem *p) {
     return p->mask.data || p->query_segments.data || p->block_mask.data;
 }
 
+float scale_at(const struct view *scale, int64_t b, int64_t h) {
+    return scale->data ? (float)load_element(scale->data, DTYPE_F32,
+                                             b * scale->stride[0] + h * scale->stride[1])
+                       : 1;
+}
+
+bool differs_by_page(const struct problem *p, const struct view *scale) {
+    return p->features & DLATTN_FEATURE_PAGED && scale->stride[0] != 0;
+}
+
+const struct problem *problem_of_head(const struct problem *p, int64_t b, int64_t kv_head,
+                                      struct problem *own) {
+    if (!(p->features & DLATTN_FEATURE_SCALES))
+        return p;
+    *own = *p;
+    if (p->query_scale.stride[1] == 0 || group_of(p) == 1) {
+        own->scale *= scale_at(&p->query_scale, b, kv_head);
+        own->query_scale.data = NULL;
+    }
+    if (!differs_by_page(p, &p->key_scale)) {
+        own->scale *= scale_at(&p->key_scale, b, kv_head);
+        own->key_scale.data = NULL;
+    }
+    return own;
+}
+
+int64_t page_scale_bytes(const struct problem *p, const struct view *scale, int64_t n) {
+    return differs_by_page(p, scale) ? n * (int64_t)sizeof(float) : 0;
+}
+
+const float *page_scales(const struct problem *p, const struct view *scale, int64_t b, int64_t h,
+                         int64_t first, int32_t n, float *to) {
+    if (!differs_by_page(p, scale))
+        return NULL;
+    for (int32_t j = 0; j < n; j++)
+        to[j] = scale_at(scale, problem_page(p, b, first + j), h);
+    return to;
+}
+
 /* A scale of 0 or below would turn the -inf of a masked key into NaN or +inf. */
 bool needs_rule(const struct problem *p) {
-    return p->softcap > 0 || p->bias.data || has_mask(p) || p->alibi_slopes.data || p->scale <= 0;
+    return p->softcap > 0 || p->bias.data || has_mask(p) || p->alibi_slopes.data || p->scale <= 0 ||
+           p->query_scale.data || p->key_scale.data;
 }
 
 static double exact_scale(const struct problem *p) {
@@ -128,10 +170,18 @@ bool options_fit_f32(const struct problem *p) {
     return (p->scale == 0 || fits_f32(p->scale)) && (p->softcap == 0 || fits_f32(p->softcap));
 }
 
+/* What tiles of terms lose shows with scales from 2^60 on. */
+static bool scale_overflows(const struct problem *p) {
+    return p->features & DLATTN_FEATURE_SCALES && p->scale != 0 &&
+           !(fabs(p->scale) >= 0x1p-126 && fabs(p->scale) < 0x1p60);
+}
+
 /* A mask or bias may hide all of a row's keys, which is no overflow. */
 bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i, float max,
                     float sum) {
     int64_t lo, hi;
+    if (scale_overflows(p))
+        return true;
     if (sum != 0)
         return max == INFINITY;
     visible_keys(p, s, i, &lo, &hi);
@@ -158,10 +208,17 @@ struct row_total row_total_of(const struct problem *p, int64_t h, float max, flo
     return t;
 }
 
+/* Of all values that query head h sees; 1 where they differ. */
+static float value_scale_of(const struct problem *p, int64_t b, int64_t h) {
+    const struct view *scale = &p->value_scale;
+    return scale->data && !differs_by_page(p, scale) ? scale_at(scale, b, h / group_of(p)) : 1;
+}
+
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
               float max, float sum) {
+    const float value_scale = value_scale_of(p, b, h);
     if (!p->sinks.data && !p->lse.data) /* nobody asks what they are relative to */
-        return sum == 0 ? 0 : 1 / sum;
+        return sum == 0 ? 0 : value_scale / sum;
     const struct row_total t = row_total_of(p, h, max, sum);
     if (p->lse.data) {
         const double none = p->empty_lse_inf ? INFINITY : -INFINITY;
@@ -170,5 +227,5 @@ float end_row(const struct problem *p, const struct sequence *s, int64_t b, int6
             p->lse.data, p->lse.dtype,
             b * p->lse.stride[0] + h * p->lse.stride[1] + (s->q_start + i) * p->lse.stride[2], lse);
     }
-    return t.sum == 0 ? 0 : t.shrink / t.sum;
+    return t.sum == 0 ? 0 : value_scale * t.shrink / t.sum;
 }

@@ -11,11 +11,13 @@
 
 #define LOG2_E 1.4426950408889634
 
-/* Rows of a tensor: row r at data + r * stride bytes if `rows` is NULL (they lie evenly), else at rows[r]. */
+/* Rows of a tensor: row r at data + r * stride bytes if `rows` is NULL (they lie evenly), else at rows[r]. Each counts as itself times
+ * scale[r], if that is not NULL. */
 struct rows {
     const char *data;
     int64_t stride;
     const char *const *rows;
+    const float *scale;
 };
 
 static inline const void *row_at(const struct rows *r, int64_t index) {
@@ -37,9 +39,8 @@ static inline bool is_dense(const struct view *v, int64_t dim) {
 }
 
 /* Of dense copies of n rows; 0 if v needs none. */
-static inline int64_t copy_bytes(const struct problem *p, const struct view *v, int64_t n,
-                                 int64_t dim) {
-    return is_dense(v, dim) ? 0 : n * dim * dtype_bytes(p->dtype);
+static inline int64_t copy_bytes(const struct view *v, int64_t n, int64_t dim) {
+    return is_dense(v, dim) ? 0 : n * dim * dtype_bytes(v->dtype);
 }
 
 /* Asks for rows [from, to), `bytes` of each, in the second-level cache. */
@@ -75,6 +76,7 @@ struct logit_rule {
     float scale, softcap;
     bool alibi;
     const float *extra; /* bias or HIDDEN in the order of the scores, or NULL */
+    const float *query_scale, *key_scale; /* factors of each row's and each key's scores, or NULL */
 };
 
 /* Where the extra logits of a query row lie: strides in elements along the keys; absent ones are NULL. */
@@ -136,6 +138,24 @@ void plan_tasks(struct plan *plan, const struct problem *p, int64_t lanes);
 /* A mask of any kind. */
 bool has_mask(const struct problem *p);
 
+/* The problem as it is for a kv head of a batch: the scales that its queries and keys have in common have become part of p.scale.
+ * query_scale and key_scale are left where rows or keys differ in them, and value_scale in any case. `own`: where it may stand. */
+const struct problem *problem_of_head(const struct problem *p, int64_t b, int64_t kv_head,
+                                      struct problem *own);
+
+/* A factor of the tensor whose scale this is; 1 without one. `b`: the batch, or the page. */
+float scale_at(const struct view *scale, int64_t b, int64_t h);
+
+/* Keys, or values, of one head differ in their scale. */
+bool differs_by_page(const struct problem *p, const struct view *scale);
+
+/* Room for the scales of n keys or values. */
+int64_t page_scale_bytes(const struct problem *p, const struct view *scale, int64_t n);
+
+/* Those of keys or values [first, first + n), in to[n]; NULL if they do not differ. */
+const float *page_scales(const struct problem *p, const struct view *scale, int64_t b, int64_t h,
+                         int64_t first, int32_t n, float *to);
+
 /* True if scores need more than a positive scale before softmax: then they are made logits first. */
 bool needs_rule(const struct problem *p);
 
@@ -171,7 +191,8 @@ static inline float rescaling(float before, float after, float scale) {
     return exp2f((float)(((double)from.top - to.top) * scale + ((double)to.minus - from.minus)));
 }
 
-/* True for a row whose scores f32 did not hold: the largest is infinity, or none is left of keys that are all in sight. */
+/* True for a row whose scores f32 did not hold: the largest is infinity, or none is left of keys that are all in sight, or the scale
+ * that scales have made is none for f32. */
 bool row_overflowed(const struct problem *p, const struct sequence *s, int64_t i, float max,
                     float sum);
 
@@ -184,7 +205,7 @@ struct row_total {
 struct row_total row_total_of(const struct problem *p, int64_t h, float max, float sum);
 
 /* Ends query row i of head h: its output is a sum of values whose weights, relative to `max`, add up to `sum`.
- * Counts the sink, writes lse, and returns the factor that the output still needs. */
+ * Counts the sink, writes lse, and returns the factor that the output still needs: of values that have one scale, that too. */
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
               float max, float sum);
 

@@ -25,6 +25,7 @@ struct call {
 /* One worker's share of the workspace. */
 struct scratch {
     float *query, *scores, *extra;
+    float *key_scale, *value_scale; /* where pages differ in them */
     const char **pointers;
     double *exact;
     char *dense_key, *dense_value, *dense_row; /* copies where the inner stride is not 1 */
@@ -52,11 +53,13 @@ static size_t lay_out_worker(struct scratch *w, char *base, const struct problem
     w->scores = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
     w->extra = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
     w->pointers = carve(&at, 2 * DECODE_TILE_K * (int64_t)sizeof *w->pointers);
+    w->key_scale = carve(&at, page_scale_bytes(p, &p->key_scale, DECODE_TILE_K));
+    w->value_scale = carve(&at, page_scale_bytes(p, &p->value_scale, DECODE_TILE_K));
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
-    w->dense_key = carve(&at, copy_bytes(p, &p->key, DECODE_TILE_K, p->dim_qk));
-    w->dense_value = carve(&at, copy_bytes(p, &p->value, DECODE_TILE_K, p->dim_v));
+    w->dense_key = carve(&at, copy_bytes(&p->key, DECODE_TILE_K, p->dim_qk));
+    w->dense_value = carve(&at, copy_bytes(&p->value, DECODE_TILE_K, p->dim_v));
     w->dense_row = carve(
-        &at, most(copy_bytes(p, &p->query, 1, p->dim_qk), copy_bytes(p, &p->output, 1, p->dim_v)));
+        &at, most(copy_bytes(&p->query, 1, p->dim_qk), copy_bytes(&p->output, 1, p->dim_v)));
     return at - (uintptr_t)base;
 }
 
@@ -72,23 +75,28 @@ static int64_t query_head(const struct task *t, int64_t row) {
     return t->kv_head * t->group + row % t->group;
 }
 
-static struct task task_of(const struct call *c, int64_t head) {
+static struct task task_of(const struct call *c, int64_t head, struct problem *own) {
     const struct problem *p = c->p;
-    struct task t = {.p = p, .b = head / p->heads_kv, .kv_head = head % p->heads_kv};
+    struct task t = {.b = head / p->heads_kv, .kv_head = head % p->heads_kv};
+    t.p = problem_of_head(p, t.b, t.kv_head, own);
     t.group = group_of(p);
     t.s = problem_sequence(p, t.b);
     t.rows = (int32_t)(t.s.q_rows * t.group);
     return t;
 }
 
-/* Row r of the query in f32. */
+/* Row r of the query in f32, times its scale where rows differ in it. */
 static void load_query(const struct call *c, const struct task *t, int32_t r, float *to,
                        struct scratch *w) {
     const struct problem *p = t->p;
-    const struct rows row = {.data = element_at(&p->query, p->dtype, t->b, query_head(t, r),
+    const enum dtype dtype = p->query.dtype;
+    const struct rows row = {.data = element_at(&p->query, dtype, t->b, query_head(t, r),
                                                 t->s.q_start + query_index(t, r))},
-                      dense = dense_rows(&row, 1, p->dim_qk, &p->query, p->dtype, w->dense_row);
-    c->body->widen(to, dense.data, p->dim_qk, p->dtype);
+                      dense = dense_rows(&row, 1, p->dim_qk, &p->query, dtype, w->dense_row);
+    c->body->widen(to, dense.data, p->dim_qk, dtype, p->key.dtype);
+    if (p->query_scale.data)
+        for (int64_t d = 0; d < p->dim_qk; d++)
+            to[d] *= scale_at(&p->query_scale, t->b, query_head(t, r));
 }
 
 static void start_part(const struct call *c, const struct task *t, struct part *part,
@@ -152,24 +160,28 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
                       values = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first_key, n,
                                        w->pointers + DECODE_TILE_K);
     struct part_tile tile = {
-        .key = dense_rows(&keys, n, p->dim_qk, &p->key, p->dtype, w->dense_key),
-        .value = dense_rows(&values, n, p->dim_v, &p->value, p->dtype, w->dense_value),
+        .key = dense_rows(&keys, n, p->dim_qk, &p->key, p->key.dtype, w->dense_key),
+        .value = dense_rows(&values, n, p->dim_v, &p->value, p->value.dtype, w->dense_value),
         .first_key = first_key,
         .n = n,
         .scale = score_scale(p),
     };
+    tile.value.scale =
+        page_scales(p, &p->value_scale, t->b, t->kv_head, first_key, n, w->value_scale);
     if (is_dense(&p->value, p->dim_v)) /* a copy is in the cache */
-        tile.values = rows_to_fetch(&tile.value, 0, n, p->dim_v * dtype_bytes(p->dtype));
+        tile.values = rows_to_fetch(&tile.value, 0, n, p->dim_v * dtype_bytes(p->value.dtype));
     /* Rows in pages are looked up tile by tile. */
     if (!tile.key.rows && is_dense(&p->key, p->dim_qk))
-        tile.keys = rows_to_fetch(&tile.key, n, n_next, p->dim_qk * dtype_bytes(p->dtype));
+        tile.keys = rows_to_fetch(&tile.key, n, n_next, p->dim_qk * dtype_bytes(p->key.dtype));
     for (int32_t r = 0; r < t->rows; r++)
         tile.bounded |= part->lo[r] > first_key || part->hi[r] < first_key + n;
     if (needs_rule(p)) {
         rule = (struct logit_rule){.scale = (float)p->scale,
                                    .softcap = (float)p->softcap,
                                    .alibi = p->alibi_slopes.data != NULL,
-                                   .extra = load_extra(c, t, &tile, w->extra)};
+                                   .extra = load_extra(c, t, &tile, w->extra),
+                                   .key_scale = page_scales(p, &p->key_scale, t->b, t->kv_head,
+                                                            first_key, n, w->key_scale)};
         tile.rule = &rule;
     }
     c->body->attend(part, &tile);
@@ -178,7 +190,8 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
 static struct part part_at(const struct call *c, const struct task *t, int64_t head,
                            int64_t split) {
     const struct problem *p = t->p;
-    struct part part = {.dtype = p->dtype,
+    struct part part = {.key_dtype = p->key.dtype,
+                        .value_dtype = p->value.dtype,
                         .rows = (int32_t)padded_rows(t->rows),
                         .dim_qk = p->dim_qk,
                         .dim_v = p->dim_v};
@@ -226,14 +239,14 @@ static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim
     parts[0].sum[r] = sum;
 }
 
-/* A row of the output, in the order of widen(), to `to`. */
+/* A row of the output, in the order of values, to `to`. */
 static void store_row(const struct call *c, char *to, const float *output, const struct problem *p,
                       struct scratch *w) {
     const bool dense = is_dense(&p->output, p->dim_v);
     const char *const copy = w->dense_row;
-    c->body->narrow(dense ? to : w->dense_row, output, p->dim_v, p->dtype);
+    c->body->narrow(dense ? to : w->dense_row, output, p->dim_v, p->output.dtype, p->value.dtype);
     if (!dense)
-        copy_elements(&to, p->output.stride[3], &copy, 1, 1, p->dim_v, p->dtype);
+        copy_elements(&to, p->output.stride[3], &copy, 1, 1, p->dim_v, p->output.dtype);
 }
 
 /* See needs_reference() of forward.c for rows that are computed again. */
@@ -252,7 +265,7 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
             output[d] *= factor;
             zeros += 0 * output[d]; /* NaN for NaN and infinity */
         }
-        store_row(c, element_at(&p->output, p->dtype, t->b, h, t->s.q_start + i), output, p, w);
+        store_row(c, element_at(&p->output, p->output.dtype, t->b, h, t->s.q_start + i), output, p, w);
         if ((isnan(zeros) && !isnan(parts[0].sum[r])) ||
             row_overflowed(p, &t->s, i, parts[0].max[r], parts[0].sum[r]))
             cpu_fwd_ref_row(p, &t->s, t->b, h, i, w->exact);
@@ -262,12 +275,13 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
 static void worker(void *ctx, int64_t index) {
     struct call *c = ctx;
     const int64_t splits = c->plan->splits, tasks = heads_of(c->p) * splits;
+    struct problem own;
     struct scratch w;
     lay_out_worker(&w, c->workers + (size_t)index * c->worker_bytes, c->p);
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < tasks;) {
         const int64_t head = n / splits;
-        const struct task t = task_of(c, head);
+        const struct task t = task_of(c, head, &own);
         if (t.rows == 0)
             continue;
         run_part(c, &t, head, n % splits, &w);

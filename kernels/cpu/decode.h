@@ -23,12 +23,12 @@ static inline int64_t score_index(int64_t row, int64_t key, int32_t rows) {
 
 /* The rows of one task and what they have gathered from its keys. */
 struct part {
-    enum dtype dtype;
+    enum dtype key_dtype, value_dtype;
     int32_t rows; /* 1 or a multiple of ROW_GROUP */
     int64_t dim_qk, dim_v;
-    float *query;          /* [row][dim_qk, padded to 16], in the order of widen() */
+    float *query;          /* [row][dim_qk, padded to 16], in the order of keys */
     float *scores;         /* MAX_ROWS * DECODE_TILE_K */
-    float *output;         /* [row][dim_v, padded to 16], likewise, not yet divided by sum */
+    float *output;         /* [row][dim_v, padded to 16], in that of values, not yet divided by sum */
     float *max, *sum;      /* [row]; max is the score that sum and output are relative to */
     struct origin *origin; /* [row]: origin_of() it */
     int64_t lo[MAX_ROWS], hi[MAX_ROWS]; /* keys that a row sees */
@@ -68,9 +68,10 @@ struct part_tile {
 };
 
 struct decode_body {
-    /* A row of the query to f32 and one of the output back, in the order in which attend() takes elements. */
-    void (*widen)(float *to, const char *from, int64_t n, enum dtype dtype);
-    void (*narrow)(char *to, const float *from, int64_t n, enum dtype dtype);
+    /* A row of the query to f32 and one of the output back, in the order in which attend() takes elements of keys and
+     * values, whose dtype is `other`. */
+    void (*widen)(float *to, const char *from, int64_t n, enum dtype dtype, enum dtype other);
+    void (*narrow)(char *to, const float *from, int64_t n, enum dtype dtype, enum dtype other);
     /* to[j] = extra logit of key first_key + j, n <= DECODE_TILE_K of them. */
     void (*load_extra_row)(float *to, const struct extra_row *row,
                            const struct extra_layout *layout, int64_t first_key, int32_t n);

@@ -13,40 +13,60 @@
 
 /* ---- The order of elements --------------------------------------------------------------------------------------
  * bf16 is widened two vectors at a time, the even elements by a shift and the odd ones by a mask, which takes fewer
- * instructions than spreading them out in order. So queries and outputs hold even and odd elements apart, too, in each PAIR of
- * vectors; what is left of a row behind its last whole pair is in order. */
+ * instructions than spreading them out in order, and so is float8. So queries hold even and odd elements apart beside such keys, and
+ * outputs beside such values, in each PAIR of vectors; what is left of a row behind its last whole pair is in order. */
 
 enum { PAIR = 2 * VEC_LANES };
+
+VEC_INLINE bool in_halves(enum dtype dtype) {
+    return dtype == DTYPE_BF16 || dtype_is_float8(dtype);
+}
 
 VEC_INLINE void load_pair(vec x[2], const char *p, enum dtype dtype) {
     if (dtype == DTYPE_BF16) {
         vec_load_bf16_halves(x, p);
-        return;
+    } else if (dtype_is_float8(dtype)) {
+        vec_load_float8_halves(x, p, dtype);
+    } else {
+        x[0] = load_some(p, dtype, VEC_LANES);
+        x[1] = load_some(p + VEC_LANES * dtype_bytes(dtype), dtype, VEC_LANES);
     }
-    x[0] = load_some(p, dtype, VEC_LANES);
-    x[1] = load_some(p + VEC_LANES * dtype_bytes(dtype), dtype, VEC_LANES);
 }
 
-VEC_FN static void widen_query(float *to, const char *from, int64_t n, enum dtype dtype) {
-    const int64_t pairs = n / PAIR * PAIR;
+/* A pair in order, as halves. */
+static void part_halves(float *pair) {
+    float in_order[PAIR];
+    memcpy(in_order, pair, sizeof in_order);
+    for (int l = 0; l < VEC_LANES; l++) {
+        pair[l] = in_order[2 * l];
+        pair[VEC_LANES + l] = in_order[2 * l + 1];
+    }
+}
+
+VEC_FN static void widen_query(float *to, const char *from, int64_t n, enum dtype dtype,
+                               enum dtype key) {
+    const int64_t pairs = in_halves(key) || !in_halves(dtype) ? n / PAIR * PAIR : 0;
     vec x[2];
     for (int64_t d = 0; d < pairs; d += PAIR) {
         load_pair(x, from + d * dtype_bytes(dtype), dtype);
         vec_store(to + d, x[0]);
         vec_store(to + d + VEC_LANES, x[1]);
+        if (in_halves(key) && !in_halves(dtype))
+            part_halves(to + d);
     }
     widen(to + pairs, from + pairs * dtype_bytes(dtype), n - pairs, dtype);
 }
 
-VEC_FN static void narrow_output(char *to, const float *from, int64_t n, enum dtype dtype) {
-    const int64_t pairs = dtype == DTYPE_BF16 ? n / PAIR * PAIR : 0;
+VEC_FN static void narrow_output(char *to, const float *from, int64_t n, enum dtype dtype,
+                                 enum dtype value) {
+    const int64_t pairs = in_halves(value) ? n / PAIR * PAIR : 0;
     float part[PAIR];
     for (int64_t d = 0; d < pairs; d += PAIR) {
         for (int l = 0; l < VEC_LANES; l++) {
             part[2 * l] = from[d + l];
             part[2 * l + 1] = from[d + VEC_LANES + l];
         }
-        narrow(to + d * 2, part, PAIR, dtype);
+        narrow(to + d * dtype_bytes(dtype), part, PAIR, dtype);
     }
     narrow(to + pairs * dtype_bytes(dtype), from + pairs, n - pairs, dtype);
 }
@@ -192,6 +212,13 @@ VEC_INLINE void rule_tile(float *s, const float *extra, const struct part *part,
     }
 }
 
+/* Scores or weights of a tile, times the scales of its keys. */
+VEC_INLINE void scale_tile(float *s, const float *scale, int32_t n, int rows) {
+    for (int32_t j = 0; j < n; j++)
+        for (int r = 0; r < rows; r++)
+            s[j * rows + r] *= scale[j];
+}
+
 /* -inf where a row does not see the key, and past the last key. */
 VEC_INLINE void bound_tile(float *s, const struct part *part, int32_t row,
                            const struct part_tile *tile, int rows) {
@@ -259,37 +286,48 @@ VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
 
 /* ---- A part and a tile of keys ---------------------------------------------------------------------------------- */
 
-VEC_INLINE void attend_as(const struct part *part, struct part_tile *tile, int rows,
-                          enum dtype dtype) {
+#define CASE(dtype, FUNCTION, ...)                                                                 \
+    case dtype:                                                                                    \
+        FUNCTION(__VA_ARGS__, dtype);                                                              \
+        break
+/* FUNCTION(..., dtype) with the dtype as a constant. */
+#define FOR_DTYPE(dtype, FUNCTION, ...)                                                            \
+    switch (dtype) {                                                                               \
+        CASE(DTYPE_F32, FUNCTION, __VA_ARGS__);                                                    \
+        CASE(DTYPE_F16, FUNCTION, __VA_ARGS__);                                                    \
+        CASE(DTYPE_BF16, FUNCTION, __VA_ARGS__);                                                   \
+        CASE(DTYPE_E4M3, FUNCTION, __VA_ARGS__);                                                   \
+        CASE(DTYPE_E5M2, FUNCTION, __VA_ARGS__);                                                   \
+    default:                                                                                       \
+        break;                                                                                     \
+    }
+
+VEC_INLINE void attend_rows(const struct part *part, struct part_tile *tile, int rows) {
     const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16);
     for (int32_t row = 0; row < part->rows; row += rows) {
         const int64_t at = score_index(row, 0, part->rows);
         float *s = part->scores + at, *output = part->output + row * stride;
-        score_tile(s, tile, part->query + row * query_stride, query_stride, part->dim_qk, rows,
-                   dtype);
+        const float *query = part->query + row * query_stride;
+        FOR_DTYPE(part->key_dtype, score_tile, s, tile, query, query_stride, part->dim_qk, rows);
+        if (tile->rule && tile->rule->key_scale)
+            scale_tile(s, tile->rule->key_scale, tile->n, rows);
         if (tile->rule)
             rule_tile(s, tile->rule->extra ? tile->rule->extra + at : NULL, part, row, tile, rows);
         if (tile->bounded || tile->n % KEYS(rows) != 0)
             bound_tile(s, part, row, tile, rows);
         raise_max(part, row, s, tile, output, stride, rows);
         weigh_tile(part, row, s, tile, rows);
-        value_tile(output, stride, s, tile, part->dim_v, rows, dtype);
+        if (tile->value.scale)
+            scale_tile(s, tile->value.scale, tile->n, rows);
+        FOR_DTYPE(part->value_dtype, value_tile, output, stride, s, tile, part->dim_v, rows);
     }
 }
 
-#define ATTEND(dtype)                                                                              \
-    if (part->rows == 1)                                                                           \
-        attend_as(part, tile, 1, dtype);                                                           \
-    else                                                                                           \
-        attend_as(part, tile, ROW_GROUP, dtype)
-
 VEC_FN static void attend(const struct part *part, struct part_tile *tile) {
-    if (part->dtype == DTYPE_F32)
-        ATTEND(DTYPE_F32);
-    else if (part->dtype == DTYPE_F16)
-        ATTEND(DTYPE_F16);
+    if (part->rows == 1)
+        attend_rows(part, tile, 1);
     else
-        ATTEND(DTYPE_BF16);
+        attend_rows(part, tile, ROW_GROUP);
 }
 
 static const struct decode_body body = {.widen = widen_query,

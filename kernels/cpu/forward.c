@@ -35,6 +35,7 @@ struct scratch {
     /* Copies of what has an inner stride other than 1; the rows are a block's, of query or output. */
     char *dense_key, *dense_value, *dense_rows;
     const char **pointers[2]; /* of this tile's keys and values, and of the next one's */
+    float *key_scale, *value_scale; /* where pages differ in them */
     double *exact;
 };
 
@@ -59,11 +60,13 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
     w->rows = carve(&at, lanes * most(most(words, dim_v), extra ? tile_k : 0) * 4);
     for (int n = 0; n < 2; n++)
         w->pointers[n] = carve(&at, 2 * tile_k * (int64_t)sizeof **w->pointers);
+    w->key_scale = carve(&at, page_scale_bytes(p, &p->key_scale, tile_k));
+    w->value_scale = carve(&at, page_scale_bytes(p, &p->value_scale, tile_k));
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
-    w->dense_key = carve(&at, copy_bytes(p, &p->key, tile_k, p->dim_qk));
-    w->dense_value = carve(&at, copy_bytes(p, &p->value, tile_k, p->dim_v));
-    w->dense_rows = carve(&at, most(copy_bytes(p, &p->query, lanes, p->dim_qk),
-                                    copy_bytes(p, &p->output, lanes, p->dim_v)));
+    w->dense_key = carve(&at, copy_bytes(&p->key, tile_k, p->dim_qk));
+    w->dense_value = carve(&at, copy_bytes(&p->value, tile_k, p->dim_v));
+    w->dense_rows = carve(&at, most(copy_bytes(&p->query, lanes, p->dim_qk),
+                                    copy_bytes(&p->output, lanes, p->dim_v)));
     for (int64_t n = 0; n < blocks; n++) {
         float *query = carve(&at, words * lanes * 4), *output = carve(&at, dim_v * lanes * 4);
         if (base) {
@@ -81,8 +84,8 @@ static void point_at_query(const char **rows, const struct task *t, int64_t firs
     char *strided[MAX_LANES];
     point_at_rows(strided, &p->query, t, first, count);
     const struct rows query = {.rows = (const char *const *)strided},
-                      dense =
-                          dense_rows(&query, count, p->dim_qk, &p->query, p->dtype, w->dense_rows);
+                      dense = dense_rows(&query, count, p->dim_qk, &p->query, p->query.dtype,
+                                         w->dense_rows);
     for (int32_t r = 0; r < count; r++)
         rows[r] = row_at(&dense, r);
 }
@@ -97,7 +100,7 @@ static void pack_block(const struct call *c, const struct task *t, struct block 
     if (b->first >= b->end)
         return;
     point_at_query(rows, t, first, count, w);
-    body->pack_query(b, rows, p->dim_qk, p->dtype, w->rows);
+    body->pack_query(b, rows, p->dim_qk, p->query.dtype, w->rows);
 }
 
 static const float *load_extra(const struct call *c, const struct task *t, int64_t first_row,
@@ -115,12 +118,26 @@ static const float *load_extra(const struct call *c, const struct task *t, int64
     return w->extra;
 }
 
+/* Scales of a block's rows where they differ, in to[MAX_LANES], else NULL. */
+static const float *load_query_scale(const struct task *t, int64_t first_row, const struct block *b,
+                                     float *to) {
+    const struct view *scale = &t->p->query_scale;
+    struct query_row row = query_row_at(t, first_row);
+    if (!scale->data)
+        return NULL;
+    memset(to, 0, MAX_LANES * sizeof *to);
+    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
+        to[lane] = scale_at(scale, t->b, row.h);
+    return to;
+}
+
 /* One key tile of one block: keys [first_key, first_key + n). */
 static void attend(const struct call *c, const struct task *t, struct block *b, int64_t first_row,
                    const struct operand *key, const struct operand *value, int64_t first_key,
                    int32_t n, struct fetch *next, struct scratch *w) {
     const struct problem *p = t->p;
     struct logit_rule rule;
+    float query_scale[MAX_LANES];
     struct key_tile tile = {
         .key = *key,
         .value = *value,
@@ -137,6 +154,9 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
             .softcap = (float)p->softcap,
             .alibi = p->alibi_slopes.data != NULL,
             .extra = load_extra(c, t, first_row, b, first_key, n, w),
+            .query_scale = load_query_scale(t, first_row, b, query_scale),
+            .key_scale = page_scales(p, &p->key_scale, t->b, t->first_head / t->heads, first_key, n,
+                                     w->key_scale),
         };
         tile.rule = &rule;
     }
@@ -161,11 +181,12 @@ static void store_rows(const struct call *c, const struct task *t, const struct 
     char *rows[MAX_LANES], *copies[MAX_LANES];
     point_at_rows(rows, &p->output, t, first_row, b->rows);
     for (int32_t lane = 0; lane < b->rows; lane++)
-        copies[lane] = w->dense_rows + lane * p->dim_v * dtype_bytes(p->dtype);
-    c->body->store(b, factor, dense ? rows : copies, p->dim_v, p->dtype, w->rows, not_finite);
+        copies[lane] = w->dense_rows + lane * p->dim_v * dtype_bytes(p->output.dtype);
+    c->body->store(b, factor, dense ? rows : copies, p->dim_v, p->output.dtype, w->rows,
+                   not_finite);
     if (!dense)
         copy_elements(rows, p->output.stride[3], (const char *const *)copies, 1, b->rows, p->dim_v,
-                      p->dtype);
+                      p->output.dtype);
 }
 
 /* Divides and stores. */
@@ -220,13 +241,15 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
         kv_tile_at(p, &t->s, t->b, t->first_head / t->heads, least(first, end) / tile_k * tile_k,
                    end, tile_k, w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {
-        const struct rows keys = dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->dtype,
-                                            w->dense_key),
-                          values = dense_rows(&tile.values, tile.n, p->dim_v, &p->value, p->dtype,
-                                              w->dense_value);
-        const struct operand key = body->load_key(w->key, &keys, tile.n, p->dim_qk, p->dtype);
+        const struct rows keys = dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->key.dtype,
+                                            w->dense_key);
+        struct rows values = dense_rows(&tile.values, tile.n, p->dim_v, &p->value, p->value.dtype,
+                                        w->dense_value);
+        values.scale = page_scales(p, &p->value_scale, t->b, t->first_head / t->heads, tile.first,
+                                   tile.n, w->value_scale);
+        const struct operand key = body->load_key(w->key, &keys, tile.n, p->dim_qk, p->key.dtype);
         const struct operand value =
-            body->load_value(w->value, &values, tile.n, p->dim_v, p->dtype);
+            body->load_value(w->value, &values, tile.n, p->dim_v, p->value.dtype);
         const struct kv_tile next =
             kv_tile_at(p, &t->s, t->b, t->first_head / t->heads, tile.first + tile.n, end, tile_k,
                        w->pointers[parity]);
@@ -250,17 +273,18 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
 static void worker(void *ctx, int64_t index) {
     struct call *c = ctx;
     const struct problem *p = c->p;
+    struct problem own;
     struct scratch w;
     lay_out(&w, c->workspace + (size_t)index * c->worker_bytes, c->body, c->plan, p);
     c->body->enter();
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < c->tasks;) {
         const int64_t heads = p->batch * p->heads_kv, run = c->runs - 1 - n / heads;
-        struct task t = {.p = p,
-                         .b = n % heads / p->heads_kv,
+        struct task t = {.b = n % heads / p->heads_kv,
                          .first_head = n % p->heads_kv * c->group,
                          .heads = c->group,
                          .first_row = run * c->plan->tile_q};
+        t.p = problem_of_head(p, t.b, n % p->heads_kv, &own);
         t.s = problem_sequence(p, t.b);
         t.rows = least(c->plan->tile_q, t.s.q_rows * t.heads - t.first_row);
         if (t.rows > 0)

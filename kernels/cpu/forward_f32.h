@@ -14,7 +14,11 @@ static struct operand load_key(float *to, const struct rows *rows, int32_t n, in
     return load_floats(to, rows, n, dim, dtype);
 }
 
-static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
-                                 enum dtype dtype) {
-    return load_floats(to, rows, n, dim, dtype);
+VEC_FN static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
+                                        enum dtype dtype) {
+    const struct operand value = load_floats(to, rows, n, dim, dtype);
+    for (int32_t j = 0; rows->scale && j < n; j++) /* such rows lie in pages, so these are copies */
+        for (float *at = to + j * value.stride; at < to + j * value.stride + dim; at += VEC_LANES)
+            vec_store(at, vec_mul(vec_load(at), vec_set(rows->scale[j])));
+    return value;
 }

@@ -69,13 +69,18 @@ VEC_FN static void apply_rule(float *s, const struct logit_rule *rule, const str
                               int64_t first_key, int32_t n, float *cap_slopes) {
     for (int32_t v = 0; v < b->vectors; v++) {
         const vec position = vec_load(b->position + v * VEC_LANES),
-                  slope = vec_load(b->slope + v * VEC_LANES);
+                  slope = vec_load(b->slope + v * VEC_LANES),
+                  row_scale = rule->query_scale ? vec_load(rule->query_scale + v * VEC_LANES)
+                                                : vec_set(1);
         for (int32_t j = 0; j < n; j++) {
             const int64_t at = j * LANES + v * VEC_LANES;
             const vec distance = vec_abs(vec_sub(position, vec_set((float)(first_key + j))));
-            vec cap_slope;
+            vec cap_slope, score = vec_load(s + at);
+            if (rule->query_scale || rule->key_scale)
+                score = vec_mul(
+                    score, vec_mul(row_scale, vec_set(rule->key_scale ? rule->key_scale[j] : 1)));
             vec_store(s + at,
-                      logit_of(vec_load(s + at), rule, slope, distance,
+                      logit_of(score, rule, slope, distance,
                                rule->extra ? vec_load(rule->extra + at) : vec_set(0), &cap_slope));
             if (cap_slopes)
                 vec_store(cap_slopes + at, cap_slope);

@@ -7,9 +7,11 @@
 #include <math.h>
 
 VEC_INLINE vec load_some(const void *p, enum dtype dtype, int64_t n) {
-    return dtype == DTYPE_F32   ? vec_load_f32(p, n)
-           : dtype == DTYPE_F16 ? vec_load_f16(p, n)
-                                : vec_load_bf16(p, n);
+    return dtype == DTYPE_F32          ? vec_load_f32(p, n)
+           : dtype == DTYPE_F16        ? vec_load_f16(p, n)
+           : dtype == DTYPE_BF16       ? vec_load_bf16(p, n)
+           : dtype == DTYPE_E4M3       ? vec_load_float8(p, n, DTYPE_E4M3)
+                                       : vec_load_float8(p, n, DTYPE_E5M2);
 }
 
 VEC_INLINE void store_some(void *p, vec x, enum dtype dtype, int64_t n) {
@@ -37,8 +39,12 @@ VEC_FN static inline void widen(float *to, const char *from, int64_t n, enum dty
         widen_as(to, from, n, DTYPE_F32, 4);
     else if (dtype == DTYPE_F16)
         widen_as(to, from, n, DTYPE_F16, 2);
-    else
+    else if (dtype == DTYPE_BF16)
         widen_as(to, from, n, DTYPE_BF16, 2);
+    else if (dtype == DTYPE_E4M3)
+        widen_as(to, from, n, DTYPE_E4M3, 1);
+    else
+        widen_as(to, from, n, DTYPE_E5M2, 1);
 }
 
 VEC_FN static inline void narrow(char *to, const float *from, int64_t n, enum dtype dtype) {

@@ -26,6 +26,10 @@ static struct problem problem_of(enum dtype dtype, int64_t dim_qk, int64_t dim_v
                                  uint64_t features) {
     return (struct problem){.backend = BACKEND_CUDA,
                             .dtype = dtype,
+                            .query.dtype = dtype,
+                            .key.dtype = dtype,
+                            .value.dtype = dtype,
+                            .output.dtype = dtype,
                             .features = features,
                             .batch = 1,
                             .heads_q = 2,
@@ -51,7 +55,7 @@ Test(gpu_plan, every_head_dim_on_every_gpu) {
     for (int m = 0; m < MACHINES; m++) {
         for (int64_t dim = 1; dim <= 256; dim++) {
             for (size_t f = 0; f < sizeof features / sizeof features[0]; f++) {
-                for (enum dtype e = 0; e < DTYPE_E4M3; e++) { /* no row has float8 yet */
+                for (enum dtype e = 0; e < DTYPE_E4M3; e++) {
                     const struct problem same = problem_of(e, dim, dim, features[f]),
                                          wider = problem_of(e, dim, 257 - dim, features[f]);
                     cr_expect(row_of(&machines[m], &same)[0] != 0, "sm_%d %s D %d", machines[m].sm,
@@ -62,6 +66,32 @@ Test(gpu_plan, every_head_dim_on_every_gpu) {
             }
         }
     }
+}
+
+/* Few rows of a wider query over float8 keys and values, which are each their own, on every GPU. */
+Test(gpu_plan, caches_of_8_bits) {
+    const struct caps h100 = caps_of(&machines[3]);
+    struct problem p = problem_of(DTYPE_BF16, 128, 64, DLATTN_FEATURE_MIXED_DTYPES);
+    struct plan plan;
+    p.key.dtype = DTYPE_E4M3;
+    p.value.dtype = DTYPE_E5M2;
+    p.len_q = 4;
+    for (int m = 0; m < MACHINES; m++)
+        cr_expect(strcmp(row_of(&machines[m], &p), "cuda_decode_sm80") == 0, "%s", error_last());
+    p.value.dtype = DTYPE_BF16;
+    cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "both float8") != NULL, "%s", error_last());
+    p.value.dtype = DTYPE_E4M3;
+    p.features |= DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SCALES;
+    p.page_size = 16;
+    cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_OK), "%s", error_last());
+    p.key_scale.stride[0] = 2;
+    cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "all pages") != NULL, "%s", error_last());
+    p = problem_of(DTYPE_BF16, 128, 128, DLATTN_FEATURE_SCALES);
+    p.kernel = "cuda_decode_sm80";
+    cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "scales") != NULL, "%s", error_last());
 }
 
 /* Gradients: every feature but pages, in every dtype but f64. */
@@ -326,7 +356,7 @@ Test(gpu_plan, refuses_what_an_index_cannot_hold) {
 
 /* Packed sequences of which each might have all rows: the launch would fail, so the query does, and says what helps. */
 Test(gpu_plan, refuses_more_blocks_than_a_grid_has) {
-    for (enum dtype e = 0; e < DTYPE_E4M3; e++) { /* no row has float8 yet */
+    for (enum dtype e = 0; e < DTYPE_E4M3; e++) {
         const struct caps caps = caps_of(&machines[3]);
         struct problem p = problem_of(e, 64, 64, DLATTN_FEATURE_VARLEN);
         struct plan plan;

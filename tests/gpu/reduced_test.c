@@ -26,7 +26,7 @@ static const char *const features[] = {
     "causal_bottom_right", "lse",           "window_bottom_right", "softcap_causal",
     "lengths_causal",      "bias_element",  "mask_bias_causal",    "alibi_causal",
     "sinks_window",        "varlen_causal", "paged_causal",        "sliced",
-    "odd_causal_lengths",  "nan_key",
+    "odd_causal_lengths",  "nan_key",       "cache_scales",        "cache_paged_window",
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
 
@@ -122,11 +122,12 @@ static int32_t backward_wild(const dlattn_forward_desc *desc, const dlattn_tenso
 
 /* Every row with each kind of integer tensor. */
 static int call_wild(const dlattn_api *api) {
-    static const char *const wild_features[] = {"lengths_causal", "varlen_causal", "varlen_lengths",
-                                                "paged_causal", "paged_everything"};
+    static const char *const wild_features[] = {
+        "lengths_causal",   "varlen_causal",      "varlen_lengths", "paged_causal",
+        "paged_everything", "cache_paged_window"};
     for (int32_t i = 0; i < api->kernel_count(); i++) {
         dlattn_kernel_info row;
-        for (int n = 0; row_here(api, i, &row) && n < 5; n++) {
+        for (int n = 0; row_here(api, i, &row) && n < 6; n++) {
             const struct subject subject = {.api = api,
                                             .place = &place_gpu,
                                             .kernel = row.name,

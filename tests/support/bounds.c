@@ -148,9 +148,15 @@ double score_size(const struct row *r, int64_t j) {
            fabs(bias(r, j)) + alibi(r, j);
 }
 
+/* What a weight loses that is rounded to the element type; over float8 values it may be f16, whose steps stop shrinking. */
+static double lost_weight(const struct row *r, double weight) {
+    const struct test_case *c = &r->call->made_from;
+    const double f16 = c->features.value && c->element == BF16 ? rounding(F16, weight) : 0;
+    return fmax(rounding(c->element, weight), f16);
+}
+
 static void add_key(const struct row *r, int64_t j, double size) {
-    const enum element e = r->call->made_from.element;
-    const double weight = r->weight[j], lost = rounding(e, weight * r->total) / r->total;
+    const double weight = r->weight[j], lost = lost_weight(r, weight * r->total) / r->total;
     for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++) {
         struct sums *s = &r->sums[d];
         const double value = scaled_value(r, j, d), moved = weight * size * (value - s->output);

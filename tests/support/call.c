@@ -172,7 +172,8 @@ static enum element element_of(const struct features *f, enum slot slot, enum el
 static void make_main(struct call *c) {
     const struct shape *s = &c->made_from.shape;
     const struct features *f = &c->made_from.features;
-    const enum element e = c->made_from.element;
+    const enum element e = c->made_from.element, of_query = f->query ? f->query : e,
+                       of_key = f->key ? f->key : e, of_value = f->value ? f->value : e;
     const int64_t total_q =
         s->batch ? c->span[s->batch - 1].q_start + c->span[s->batch - 1].q_rows : 0;
     const int64_t total_k =
@@ -181,20 +182,20 @@ static void make_main(struct call *c) {
     const unsigned heads = f->broadcast_heads ? 2 : 0; /* axis 1 in every form */
 
     if (f->varlen_q) {
-        make(c, QUERY, e, 3, (int64_t[]){total_q, s->heads_q, s->dim_qk}, 0);
+        make(c, QUERY, of_query, 3, (int64_t[]){total_q, s->heads_q, s->dim_qk}, 0);
         make(c, OUTPUT, e, 3, (int64_t[]){total_q, s->heads_q, s->dim_v}, 0);
     } else {
-        make(c, QUERY, e, 4, (int64_t[]){s->batch, s->heads_q, s->len_q, s->dim_qk}, 0);
+        make(c, QUERY, of_query, 4, (int64_t[]){s->batch, s->heads_q, s->len_q, s->dim_qk}, 0);
         make(c, OUTPUT, e, 4, (int64_t[]){s->batch, s->heads_q, s->len_q, s->dim_v}, 0);
     }
     if (f->varlen_k) {
-        make(c, KEY, e, 3, (int64_t[]){total_k, s->heads_kv, s->dim_qk}, heads);
-        make(c, VALUE, e, 3, (int64_t[]){total_k, s->heads_kv, s->dim_v}, heads);
+        make(c, KEY, of_key, 3, (int64_t[]){total_k, s->heads_kv, s->dim_qk}, heads);
+        make(c, VALUE, of_value, 3, (int64_t[]){total_k, s->heads_kv, s->dim_v}, heads);
     } else {
         const int64_t outer = f->page_size ? pages : s->batch,
                       length = f->page_size ? f->page_size : s->len_k;
-        make(c, KEY, e, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_qk}, heads);
-        make(c, VALUE, e, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_v}, heads);
+        make(c, KEY, of_key, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_qk}, heads);
+        make(c, VALUE, of_value, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_v}, heads);
     }
     if (f->lse || f->backward) {
         const enum element le = element_of(f, LSE, e);
@@ -768,10 +769,13 @@ void case_print(const struct test_case *c, char *text, size_t size) {
 }
 
 bool features_are_later(const struct features *f) {
-    return f->diagonal_offset != 0 || f->segments || f->block_q || f->scales || f->dropout > 0;
+    return f->diagonal_offset != 0 || f->segments || f->block_q || f->scales || f->dropout > 0 ||
+           f->query || f->key || f->value;
 }
 
-bool features_are_forward_only(const struct features *f) { return f->page_size || f->scales; }
+bool features_are_forward_only(const struct features *f) {
+    return f->page_size || f->scales || f->query || f->key || f->value;
+}
 
 struct features features_random(uint64_t seed) {
     uint64_t n = 0;

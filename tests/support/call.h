@@ -41,10 +41,11 @@ struct features {
     double logits;                                      /* multiplies the query; 0 = 1 */
     int64_t diagonal_offset;
     bool segments;
-    int64_t block_q, block_k; /* not 0: a block mask */
-    int scales;               /* 1: [1], 2: [B, heads] or [pages, heads], 3: [1, heads] */
-    double dropout;           /* its probability */
-    bool backward;            /* the gradients are computed, not the output */
+    int64_t block_q, block_k;       /* not 0: a block mask */
+    int scales;                     /* 1: [1], 2: [B, heads] or [pages, heads], 3: [1, heads] */
+    double dropout;                 /* its probability */
+    enum element query, key, value; /* E4M3, E5M2; 0 = the case's */
+    bool backward;                  /* the gradients are computed, not the output */
 };
 
 struct test_case {

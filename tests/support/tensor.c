@@ -1,5 +1,7 @@
 #include "tests/support/tensor.h"
 
+#include "src/element.h"
+
 #include <assert.h>
 #include <math.h>
 #include <stdio.h>
@@ -11,9 +13,14 @@ static const struct {
     DLDataType dtype;
     double epsilon;
 } elements[] = {
-    [F64] = {"f64", {kDLFloat, 64, 1}, 0x1p-53}, [F32] = {"f32", {kDLFloat, 32, 1}, 0x1p-24},
-    [F16] = {"f16", {kDLFloat, 16, 1}, 0x1p-11}, [BF16] = {"bf16", {kDLBfloat, 16, 1}, 0x1p-8},
-    [I32] = {"i32", {kDLInt, 32, 1}, 0},         [U8] = {"u8", {kDLUInt, 8, 1}, 0},
+    [F64] = {"f64", {kDLFloat, 64, 1}, 0x1p-53},
+    [F32] = {"f32", {kDLFloat, 32, 1}, 0x1p-24},
+    [F16] = {"f16", {kDLFloat, 16, 1}, 0x1p-11},
+    [BF16] = {"bf16", {kDLBfloat, 16, 1}, 0x1p-8},
+    [I32] = {"i32", {kDLInt, 32, 1}, 0},
+    [U8] = {"u8", {kDLUInt, 8, 1}, 0},
+    [E4M3] = {"e4m3", {kDLFloat8_e4m3fn, 8, 1}, 0x1p-4},
+    [E5M2] = {"e5m2", {kDLFloat8_e5m2, 8, 1}, 0x1p-3},
 };
 
 size_t element_bytes(enum element e) { return elements[e].dtype.bits / 8; }
@@ -79,6 +86,12 @@ static void store(enum element e, unsigned char *at, double x) {
         integer = (int32_t)x;
         memcpy(at, &integer, sizeof integer);
         break;
+    case E4M3:
+        *at = double_to_e4m3(x);
+        break;
+    case E5M2:
+        *at = double_to_e5m2(x);
+        break;
     default:
         *at = (unsigned char)x;
     }
@@ -106,6 +119,10 @@ static double load(enum element e, const unsigned char *at) {
     case I32:
         memcpy(&integer, at, sizeof integer);
         return integer;
+    case E4M3:
+        return (double)e4m3_to_float(*at);
+    case E5M2:
+        return (double)e5m2_to_float(*at);
     default:
         return *at;
     }

@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum element { F64, F32, F16, BF16, I32, U8 };
+enum element { F64, F32, F16, BF16, I32, U8, E4M3, E5M2 };
 
 size_t element_bytes(enum element e);
 const char *element_name(enum element e);

@@ -224,6 +224,10 @@ VEC_INLINE void load_step(vec *words, const char *row, int64_t d, int64_t dim, e
             _mm512_maskz_loadu_epi16((__mmask32)((UINT64_C(1) << (dim - d)) - 1), row + d * 2));
         return;
     }
+    if (dtype_is_float8(dtype) && terms == 1) {
+        words[0] = pairs_of_float8(row + d, at_most(dim - d, STEP), dtype);
+        return;
+    }
     vec half[2];
     for (int h = 0; h < 2; h++, d += VEC_LANES) {
         const int64_t n = at_most(dim - d, VEC_LANES);
@@ -267,6 +271,17 @@ VEC_INLINE void load_pair(vec *words, const char *even, const char *odd, int64_t
                odd ? load_some(odd + at, dtype, n) : vec_set(0), terms);
 }
 
+/* The same of rows[0] and rows[PAIRS] times their scales. */
+VEC_INLINE void load_scaled_pair(vec *words, const char *const *rows, const float *scale, int64_t d,
+                                 int64_t n, enum dtype dtype, int terms) {
+    vec x[2] = {vec_set(0), vec_set(0)};
+    for (int i = 0; i < 2; i++)
+        if (rows[i * PAIRS])
+            x[i] = vec_mul(load_some(rows[i * PAIRS] + d * dtype_bytes(dtype), dtype, n),
+                           vec_set(scale[i * PAIRS]));
+    pair_terms(words, x[0], x[1], terms);
+}
+
 /* Two tiles of 16 d_v x 32 keys, of 32 bf16 of 32 keys: words of two d_v are transposed, then their halves are put
  * beside those of the other key of the pair. */
 VEC_INLINE void transpose_bf16(float *to, int64_t row, const char *from, int64_t stride) {
@@ -284,12 +299,22 @@ VEC_INLINE void transpose_bf16(float *to, int64_t row, const char *from, int64_t
     }
 }
 
+/* The same of elements d and on of 32 float8 rows. */
+VEC_INLINE void transpose_float8(float *to, int64_t row, const char *const *keys, int64_t d,
+                                 enum dtype dtype) {
+    float words[STEP * PAIRS];
+    for (int k = 0; k < STEP; k++)
+        vec_store(words + k * PAIRS, pairs_of_float8(keys[k] + d, STEP, dtype));
+    transpose_bf16(to, row, (const char *)words, PAIRS * 4);
+}
+
 /* Tiles of 16 d_v x 32 keys, 0 past the last key and the last d_v; a row of tiles has the steps of tile_k keys. */
 VEC_INLINE struct operand load_value_terms(float *to, const struct rows *rows, int32_t n,
                                            int64_t dim, enum dtype dtype, int terms,
                                            int64_t tile_k) {
     const int64_t row = tile_k / STEP * terms * TILE;
-    const bool even = dtype == DTYPE_BF16 && !rows->rows && rows->stride % 4 == 0;
+    const bool even = dtype == DTYPE_BF16 && !rows->rows && rows->stride % 4 == 0,
+               float8 = dtype_is_float8(dtype) && terms == 1 && !rows->scale;
     for (int32_t j = 0; j < n; j += STEP) {
         float *step = to + j / STEP * terms * TILE;
         int64_t d = 0;
@@ -300,12 +325,17 @@ VEC_INLINE struct operand load_value_terms(float *to, const struct rows *rows, i
         const char *keys[STEP];
         for (int32_t k = 0; d < dim && k < STEP; k++)
             keys[k] = j + k < n ? row_at(rows, j + k) : NULL;
+        for (; float8 && j + STEP <= n && d + STEP <= dim; d += STEP)
+            transpose_float8(step + d / ROWS * row, row, keys, d, dtype);
         for (; d < dim; d += ROWS) {
             float words[3][TILE];
             const int64_t some = at_most(dim - d, VEC_LANES);
             for (int32_t k = 0; k < PAIRS; k++) {
                 vec pair[3];
-                load_pair(pair, keys[k], keys[k + PAIRS], d, some, dtype, terms);
+                if (rows->scale)
+                    load_scaled_pair(pair, keys + k, rows->scale + j + k, d, some, dtype, terms);
+                else
+                    load_pair(pair, keys[k], keys[k + PAIRS], d, some, dtype, terms);
                 for (int t = 0; t < terms; t++)
                     vec_store(words[t] + k * ROWS, pair[t]);
             }

@@ -1,5 +1,5 @@
 /*
- * bf16, f16 and f32 by AMX tiles of bf16 (amx.h).
+ * bf16, f16 and f32, and float8 beside them, by AMX tiles of bf16 (amx.h).
  *
  * Tiles and vectors are units of their own, which work side by side if their instructions alternate, few of each at a
  * time: the softmax of some keys runs beside the products of the next ones' scores. Scores are made a few keys at a time, so
@@ -52,6 +52,7 @@ static void finish_scores(float *s, const struct block *b, const struct key_tile
     if (t->rule) {
         struct logit_rule rule = *t->rule;
         rule.extra = rule.extra ? rule.extra + j * LANES : NULL;
+        rule.key_scale = rule.key_scale ? rule.key_scale + j : NULL;
         apply_rule(s, &rule, b, t->first_key + j, n, NULL);
     }
     if (bounded(b, t->first_key + j, n))
@@ -175,21 +176,32 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
 
 /* ---- The row: a body for each dtype ----------------------------------------------------------------------------- */
 
+/* `element` is the dtype of what is not float8. */
 #define BODY(name, element, count)                                                                 \
     VEC_FN static void pack_query_##name(const struct block *b, const char *const *rows,           \
                                          int64_t dim, enum dtype dtype, float *scratch) {          \
-        (void)dtype, (void)scratch;                                                                \
-        pack_query_terms(b->query, b, rows, dim, element, count);                                  \
+        (void)scratch;                                                                             \
+        if (dtype == DTYPE_E4M3)                                                                   \
+            pack_query_terms(b->query, b, rows, dim, DTYPE_E4M3, count);                           \
+        else if (dtype == DTYPE_E5M2)                                                              \
+            pack_query_terms(b->query, b, rows, dim, DTYPE_E5M2, count);                           \
+        else                                                                                       \
+            pack_query_terms(b->query, b, rows, dim, element, count);                              \
     }                                                                                              \
     VEC_FN static struct operand load_key_##name(float *to, const struct rows *rows, int32_t n,    \
                                                  int64_t dim, enum dtype dtype) {                  \
-        (void)dtype;                                                                               \
-        return load_key_terms(to, rows, n, dim, element, count);                                   \
+        return dtype == DTYPE_E4M3   ? load_key_terms(to, rows, n, dim, DTYPE_E4M3, count)         \
+               : dtype == DTYPE_E5M2 ? load_key_terms(to, rows, n, dim, DTYPE_E5M2, count)         \
+                                     : load_key_terms(to, rows, n, dim, element, count);           \
     }                                                                                              \
     VEC_FN static struct operand load_value_##name(float *to, const struct rows *rows, int32_t n,  \
                                                    int64_t dim, enum dtype dtype) {                \
-        (void)dtype;                                                                               \
-        return load_value_terms(to, rows, n, dim, element, count, TILE_K(count));                  \
+        const int32_t tile_k = TILE_K(count);                                                      \
+        return dtype == DTYPE_E4M3                                                                 \
+                   ? load_value_terms(to, rows, n, dim, DTYPE_E4M3, count, tile_k)                 \
+               : dtype == DTYPE_E5M2                                                               \
+                   ? load_value_terms(to, rows, n, dim, DTYPE_E5M2, count, tile_k)                 \
+                   : load_value_terms(to, rows, n, dim, element, count, tile_k);                   \
     }                                                                                              \
     VEC_FN static void attend_##name(struct block *b, const struct key_tile *t, float *scratch) {  \
         attend_terms(b, t, scratch, count);                                                        \
@@ -216,8 +228,10 @@ BODY(bf16, DTYPE_BF16, 1)
 BODY(f16, DTYPE_F16, 2)
 BODY(f32, DTYPE_F32, 3)
 
+/* An output is never float8, and all tensors that are not are of its dtype. */
 static const struct forward_body *body_of(const struct problem *p) {
-    return p->dtype == DTYPE_BF16 ? &body_bf16 : p->dtype == DTYPE_F16 ? &body_f16 : &body_f32;
+    const enum dtype dtype = p->output.dtype;
+    return dtype == DTYPE_BF16 ? &body_bf16 : dtype == DTYPE_F16 ? &body_f16 : &body_f32;
 }
 
 ROW_FUNCTIONS(cpu_fwd_amx);
@@ -226,7 +240,7 @@ bool cpu_fwd_amx_plan(struct plan *plan, const struct problem *p, const struct c
     (void)caps;
     /* f32 only where it is asked for: 1.4 times as fast as by FMA on a core of its own, 0.75 times on one whose other thread
      * multiplies tiles, too. A vast scale would show what its terms lose, as vast keys would. */
-    if (p->dtype == DTYPE_F32 && (!p->kernel || fabs(p->scale) >= VAST))
+    if (p->output.dtype == DTYPE_F32 && (!p->kernel || fabs(p->scale) >= VAST))
         return false;
     return forward_plan(plan, p, body_of(p));
 }

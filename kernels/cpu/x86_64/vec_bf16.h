@@ -28,6 +28,14 @@ VEC_INLINE vec pack_pairs(vec even, vec odd) {
     return high_halves(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high));
 }
 
+/* Words of two float8 that follow each other, of n <= 32; absent ones are 0. */
+VEC_INLINE vec pairs_of_float8(const char *p, int64_t n, enum dtype dtype) {
+    vec halves[2];
+    vec_split_float8(halves, _mm256_maskz_loadu_epi8((__mmask32)((UINT64_C(1) << n) - 1), p),
+                     dtype);
+    return high_halves(halves[0], halves[1]);
+}
+
 /* Words (even[d], odd[d]) of n <= 16 columns of two rows; odd may be NULL: zeros. */
 VEC_INLINE vec pair_words(const uint16_t *even, const uint16_t *odd, int64_t n) {
     const __mmask16 some = (__mmask16)((1u << n) - 1);

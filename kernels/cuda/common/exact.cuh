@@ -3,13 +3,15 @@
 // an Inf, or a number next to it, which has no two parts.
 #pragma once
 
+#include "kernels/cuda/common/float8.cuh"
 #include "kernels/cuda/common/sequence.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// E: elements of the tensors; Sum: what products and sums are computed in.
-template <typename E, typename Sum>
+// E: elements of the tensors; Sum: what products and sums are computed in; C: elements of keys and values, of which float8 may have
+// scales.
+template <typename E, typename Sum, typename C = E>
 struct ExactRow {
     const fwd_params &p;
     const Sequence &seq;
@@ -18,6 +20,14 @@ struct ExactRow {
     template <typename T = E>
     __device__ static Sum load(const void *data, int64_t at) {
         return (float)((const T *)data)[at];
+    }
+
+    // An element of keys or values.
+    __device__ static Sum load_cached(const fwd_view &v, int64_t at, bool e5m2) {
+        if constexpr (is_float8<C>)
+            return float8_at(v.data, at, e5m2);
+        else
+            return load<C>(v.data, at);
     }
 
     __device__ int64_t key_row(const fwd_view &v, int j) const {
@@ -42,8 +52,10 @@ struct ExactRow {
         Sum x = 0;
         for (int d = 0; d < p.dim_qk; ++d)
             x = fma(load(p.query.data, q + d * p.query.stride[3]),
-                    load(p.key.data, k + d * p.key.stride[3]), x);
+                    load_cached(p.key, k + d * p.key.stride[3], p.flags & FWD_KEY_E5M2), x);
         x *= (Sum)p.scale;
+        if constexpr (is_float8<C>)
+            x *= (Sum)scale_at(p.query_scale, b, h) * (Sum)scale_at(p.key_scale, b, h / p.group);
         if (p.softcap > 0)
             x = (Sum)p.softcap * tanh(x / (Sum)p.softcap);
         if (p.bias.data)
@@ -82,7 +94,9 @@ struct ExactRow {
 #pragma unroll
                 for (int c = 0; c < 8; ++c)
                     if (lane + 32 * c < p.dim_v)
-                        out[c] = fma(w, load(p.value.data, v + (lane + 32 * c) * p.value.stride[3]),
+                        out[c] = fma(w,
+                                     load_cached(p.value, v + (lane + 32 * c) * p.value.stride[3],
+                                                 p.flags & FWD_VALUE_E5M2),
                                      out[c]);
             }
         }
@@ -90,14 +104,16 @@ struct ExactRow {
             total += __shfl_xor_sync(~0u, total, step);
         const bool empty = total == 0 && !nan;
         total = nan ? (Sum)NAN : sink > -INFINITY ? total + exp(sink - top) : total;
+        Sum over = total; // what the output is divided by
+        if constexpr (is_float8<C>)
+            over /= (Sum)scale_at(p.value_scale, b, h / p.group);
         const int64_t row = seq.q_start + i;
         E *const to = (E *)p.output.data + b * p.output.stride[0] + h * p.output.stride[1] +
                       row * p.output.stride[2];
 #pragma unroll
         for (int c = 0; c < 8; ++c)
             if (lane + 32 * c < p.dim_v)
-                to[(lane + 32 * c) * p.output.stride[3]] =
-                    E(empty ? 0.0f : (float)(out[c] / total));
+                to[(lane + 32 * c) * p.output.stride[3]] = E(empty ? 0.0f : (float)(out[c] / over));
         if (!p.lse.data || lane != 0)
             return;
         const Sum none = p.flags & FWD_EMPTY_LSE_INF ? INFINITY : -INFINITY;
@@ -111,11 +127,11 @@ struct ExactRow {
 };
 
 // Rows [row, end) of a head, by one warp, over what it has written before.
-template <typename E, typename Sum>
+template <typename E, typename Sum, typename C = E>
 __device__ __noinline__ void write_rows_exactly(const fwd_params &p, int b, int h, int row,
                                                 int end) {
     const Sequence seq(p, b);
     __syncwarp();
     for (int i = row; i < min(end, seq.q_len); ++i)
-        ExactRow<E, Sum>{p, seq, b, h, i}.write();
+        ExactRow<E, Sum, C>{p, seq, b, h, i}.write();
 }

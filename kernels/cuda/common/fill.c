@@ -55,7 +55,6 @@ static int32_t window(int64_t keys) {
 }
 
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q) {
-    const int64_t bytes = dtype_bytes(p->dtype);
     const bool causal = p->window_right != UNBOUNDED;
     *params = (struct fwd_params){
         .query = view(&p->query),
@@ -87,19 +86,24 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
         .window_left = window(p->window_left),
         .window_right = window(p->window_right),
         .flags =
-            (aligned(&p->query, bytes, p->dim_qk) ? FWD_ALIGNED_QUERY : 0) |
-            (aligned(&p->key, bytes, p->dim_qk) ? FWD_ALIGNED_KEY : 0) |
-            (aligned(&p->value, bytes, p->dim_v) ? FWD_ALIGNED_VALUE : 0) |
-            (aligned(&p->output, bytes, p->dim_v) ? FWD_ALIGNED_OUTPUT : 0) |
+            (aligned(&p->query, dtype_bytes(p->query.dtype), p->dim_qk) ? FWD_ALIGNED_QUERY : 0) |
+            (aligned(&p->key, dtype_bytes(p->key.dtype), p->dim_qk) ? FWD_ALIGNED_KEY : 0) |
+            (aligned(&p->value, dtype_bytes(p->value.dtype), p->dim_v) ? FWD_ALIGNED_VALUE : 0) |
+            (aligned(&p->output, dtype_bytes(p->output.dtype), p->dim_v) ? FWD_ALIGNED_OUTPUT : 0) |
             (p->bottom_right ? FWD_BOTTOM_RIGHT : 0) | (p->empty_lse_inf ? FWD_EMPTY_LSE_INF : 0) |
             (p->lse.dtype == DTYPE_F32 ? FWD_LSE_F32 : 0) |
             (p->bias.dtype == DTYPE_F32 ? FWD_BIAS_F32 : 0) | (causal ? FWD_LONGEST_FIRST : 0) |
             (paired(&p->bias, dtype_bytes(p->bias.dtype)) ? FWD_PAIRED_BIAS : 0) |
-            (paired(&p->mask, 1) ? FWD_PAIRED_MASK : 0),
+            (paired(&p->mask, 1) ? FWD_PAIRED_MASK : 0) |
+            (p->key.dtype == DTYPE_E5M2 ? FWD_KEY_E5M2 : 0) |
+            (p->value.dtype == DTYPE_E5M2 ? FWD_VALUE_E5M2 : 0),
         .row_blocks = (int32_t)ceil_divide(p->len_q, tile_q),
         .scale = p->scale,
         .softcap = p->softcap,
         .exponent_scale = (float)(p->scale * 1.4426950408889634),
+        .query_scale = view(&p->query_scale),
+        .key_scale = view(&p->key_scale),
+        .value_scale = view(&p->value_scale),
     };
 }
 

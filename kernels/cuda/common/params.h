@@ -32,6 +32,8 @@ enum {
         256, /* blocks of one head from its last row to its first: causal work shrinks to the end */
     FWD_PAIRED_BIAS = 512, /* keys 2 j and 2 j + 1 of a row are neighbours, aligned as a pair */
     FWD_PAIRED_MASK = 1024,
+    FWD_KEY_E5M2 = 2048, /* of the two float8; else e4m3 */
+    FWD_VALUE_E5M2 = 4096,
 };
 
 /* Lengths, and with them sums of a row, a diagonal and a window, stay inside an int. */
@@ -52,6 +54,7 @@ struct fwd_params {
     double scale;
     double softcap;       /* 0 = none */
     float exponent_scale; /* scale * log2(e): exponents of 2 per unit of score */
+    struct fwd_view query_scale, key_scale, value_scale; /* absent: 1 */
 };
 
 #endif /* DLATTN_CUDA_PARAMS_H_ */

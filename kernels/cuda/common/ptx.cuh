@@ -16,6 +16,13 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool e
                  : "memory");
 }
 
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_async_word(uint32_t to, const void *from, bool exists) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+                 "r"(exists ? 4 : 0)
+                 : "memory");
+}
+
 // 16 bytes of registers to shared memory.
 __device__ __forceinline__ void store_chunk(uint32_t to, const uint32_t (&words)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(words[0]), "r"(words[1]),

@@ -6,20 +6,34 @@ extern const unsigned char cuda_decode_sm80_image[];
 
 static struct cuda_module module = {.image = cuda_decode_sm80_image};
 
-#define TILE(D, NT, MT, WARPS, STAGES)                                                             \
+#define TILE_OF(BYTES, NAME, D, NT, MT, WARPS, STAGES)                                             \
     {.dim_qk = D,                                                                                  \
      .dim_v = D,                                                                                   \
      .rows = (NT) * 8,                                                                             \
      .keys = (MT) * 16 * (WARPS),                                                                  \
-     .kernels = F16_AND_BF16(module, "cuda_decode_sm80", #D "_" #NT "_" #WARPS, (WARPS) * 32,      \
-                             TILE_SHARED_BYTES(D, NT, MT, WARPS, STAGES))},
+     .kernels = F16_AND_BF16(module, "cuda_decode_sm80", NAME #D "_" #NT "_" #WARPS, (WARPS) * 32, \
+                             TILE_SHARED_BYTES(BYTES, D, NT, MT, WARPS, STAGES))},
+#define TILE(...) TILE_OF(2, "", __VA_ARGS__)
+#define FLOAT8_TILE(...)
 static const struct tile tiles[] = {
 #include "kernels/cuda/decode/tiles.inc"
 };
+#undef TILE
+#undef FLOAT8_TILE
+#define TILE(...)
+#define FLOAT8_TILE(...) TILE_OF(1, "float8_", __VA_ARGS__)
+static const struct tile float8_tiles[] = {
+#include "kernels/cuda/decode/tiles.inc"
+};
 
-static struct cuda_kernel merge[] = {
-    CUDA_KERNEL(module, "cuda_decode_sm80_merge_f16", MERGE_WARPS * 32, MERGE_SHARED_BYTES),
-    CUDA_KERNEL(module, "cuda_decode_sm80_merge_bf16", MERGE_WARPS * 32, MERGE_SHARED_BYTES)};
+#define MERGE(NAME)                                                                                \
+    CUDA_KERNEL(module, "cuda_decode_sm80_merge_" NAME, MERGE_WARPS * 32, MERGE_SHARED_BYTES)
+static struct cuda_kernel merge[] = {MERGE("f16"), MERGE("bf16")},
+                          float8_merge[] = {MERGE("f16_float8"), MERGE("bf16_float8")};
+
+static const struct tile *tiles_for(const struct problem *p) {
+    return dtype_is_float8(p->key.dtype) ? float8_tiles : tiles;
+}
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -54,14 +68,33 @@ static int64_t splits_of(const struct problem *p, const struct tile *t, const st
     return most(1, least(wanted, MOST_SPLITS));
 }
 
+/* All of one 16-bit type without scales; or float8 keys and values, whose scales are the same for all pages. */
+static bool readable(struct plan *plan, const struct problem *p) {
+    const bool scaled = p->features & DLATTN_FEATURE_SCALES,
+               by_page = p->page_size && (p->key_scale.stride[0] | p->value_scale.stride[0]) != 0;
+    if (dtype_is_float8(p->dtype) || dtype_is_float8(p->output.dtype))
+        return false;
+    if (dtype_is_float8(p->key.dtype) != dtype_is_float8(p->value.dtype))
+        plan->why = "keys and values are both float8 or both of the query's dtype";
+    else if (scaled && !dtype_is_float8(p->key.dtype))
+        plan->why = "scales go with float8 keys and values";
+    else if (by_page)
+        plan->why = "scales are the same for all pages";
+    return !plan->why;
+}
+
 ROW_FUNCTIONS(cuda_decode_sm80);
 
 bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, has_room);
-    if ((p->dim_qk | p->dim_v) % 8 != 0 || !suits(p, caps) || !fwd_plan(plan, p, tiles, chosen) ||
-        packed_rows(p) > FWD_MAX_LENGTH || p->batch * p->heads_kv * packed_rows(p) > INT32_MAX)
+    const bool float8 = dtype_is_float8(p->key.dtype);
+    const struct tile *const all = tiles_for(p);
+    const int32_t chosen =
+        choose_tile(all, float8 ? COUNT(float8_tiles) : COUNT(tiles), false, p, caps, has_room);
+    if (!readable(plan, p) || (p->dim_qk | p->dim_v) % (float8 ? 16 : 8) != 0 || !suits(p, caps) ||
+        !fwd_plan(plan, p, all, chosen) || packed_rows(p) > FWD_MAX_LENGTH ||
+        p->batch * p->heads_kv * packed_rows(p) > INT32_MAX)
         return false;
-    const struct tile *const t = &tiles[chosen];
+    const struct tile *const t = &all[chosen];
     const int64_t count = tiles_of(p, t->rows), splits = splits_of(p, t, caps);
     if (count * splits > INT32_MAX)
         return false;
@@ -74,7 +107,7 @@ bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const str
 
 int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p,
                                 const struct exec *exec) {
-    const struct tile *const t = &tiles[plan->variant];
+    const struct tile *const t = &tiles_for(p)[plan->variant];
     struct decode_params params = {.heads_kv = (int32_t)p->heads_kv,
                                    .tile_rows = t->rows,
                                    .splits = plan->splits,
@@ -91,7 +124,8 @@ int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p
         cuda_launch(kernel_for(t, p->dtype), p->device_id, plan->blocks, exec->stream, &params);
     if (status != DLATTN_OK || plan->splits == 1)
         return status;
-    return cuda_launch_early(&merge[p->dtype == DTYPE_BF16], p->device_id,
+    struct cuda_kernel *const merges = dtype_is_float8(p->key.dtype) ? float8_merge : merge;
+    return cuda_launch_early(&merges[p->dtype == DTYPE_BF16], p->device_id,
                              (int32_t)(p->batch * p->heads_kv * packed_rows(p)), exec->stream,
                              &params);
 }

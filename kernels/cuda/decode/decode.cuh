@@ -5,9 +5,13 @@
 // keys through a ring of its own, without a barrier, and has all rows of the tile. Products are taken transposed, with 16
 // keys, or 16 columns of the output, as the M of mma.m16n8k16 and eight rows as its N: decoding rarely has more.
 // At the end the warps of a block, and then the splits, are merged in their order.
+//
+// Keys and values may be float8 beside a 16-bit query: they are widened to f16 on their way from shared memory to the products,
+// a query of bf16 is brought into the range of f16 row by row, and scales and that range meet in the slope of a row's exponents.
 #pragma once
 
 #include "kernels/cuda/common/exact.cuh"
+#include "kernels/cuda/common/float8.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
 #include "kernels/cuda/common/sixteen_bit.cuh"
@@ -22,16 +26,18 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
     return r;
 }
 
-template <int D, int DV, int NT, int MT, int WARPS, int STAGES>
+// BYTES: of an element of keys and values.
+template <int BYTES, int D, int DV, int NT, int MT, int WARPS, int STAGES>
 struct Tile {
     static constexpr int ROWS = NT * 8, KEYS = MT * 16, THREADS = WARPS * 32;
-    static constexpr int K_BYTES = KEYS * D * 2, STAGE_BYTES = K_BYTES + KEYS * DV * 2;
+    static constexpr int K_BYTES = KEYS * D * BYTES, STAGE_BYTES = K_BYTES + KEYS * DV * BYTES;
     static constexpr int PITCH = DV + 4; // floats of a row of a warp's output
     static constexpr int Q_BYTES = ROWS * D * 2, OUT_BYTES = ROWS * PITCH * 4;
     static constexpr int RING_BYTES =
         STAGES * STAGE_BYTES > OUT_BYTES ? STAGES *STAGE_BYTES : OUT_BYTES;
     static constexpr int SUM_BYTES = ROWS * WARPS * 8;
-    static constexpr int SHARED_BYTES = Q_BYTES + WARPS * RING_BYTES + SUM_BYTES;
+    static constexpr int SLOPE_BYTES = BYTES == 1 ? ROWS * 4 : 0;
+    static constexpr int SHARED_BYTES = Q_BYTES + WARPS * RING_BYTES + SUM_BYTES + SLOPE_BYTES;
 };
 
 // A tile of packed rows.
@@ -115,15 +121,17 @@ __device__ __forceinline__ Merged<COLUMNS> merged(int first, int step, int parts
     return row;
 }
 
-// Output and lse of a row, by a warp.
-template <typename E, int COLUMNS>
+// Output and lse of a row, by a warp. C: elements of keys and values.
+template <typename E, typename C, int COLUMNS>
 __device__ __forceinline__ void finish_row(const fwd_params &p, const Sequence &seq,
                                            const Rows &rows, int r, const Merged<COLUMNS> &row) {
     const int i = rows.query(r), h = rows.head(r), lane = threadIdx.x % 32;
     const bool empty = i >= seq.q_len || row.total == 0;
     const float sink = sink_of(p, h);
     float top = empty ? NEG_INF : row.top, total = empty ? 0 : row.total;
-    const float factor = end_row(sink, top, total);
+    float factor = end_row(sink, top, total);
+    if constexpr (is_float8<C>)
+        factor *= scale_at(p.value_scale, rows.b, rows.kv_head);
     if (lane == 0 && p.lse.data)
         store_lse<E>(p, rows.b, h, seq.q_start + i, sink, top, total);
     E *const to = (E *)p.output.data + rows.b * p.output.stride[0] + h * p.output.stride[1] +
@@ -142,15 +150,18 @@ __device__ __forceinline__ void finish_row(const fwd_params &p, const Sequence &
         }
     }
     if (__any_sync(~0u, odd != 0) || fabsf(row.top) == FLT_MAX)
-        write_rows_exactly<E, float>(p, rows.b, h, i, i + 1);
+        write_rows_exactly<E, float, C>(p, rows.b, h, i, i + 1);
 }
 
-template <typename E, int D, int DV, int NT, int MT, int WARPS, int STAGES>
+template <typename E, typename C, int D, int DV, int NT, int MT, int WARPS, int STAGES>
 struct Warp {
-    using T = Tile<D, DV, NT, MT, WARPS, STAGES>;
+    using T = Tile<sizeof(C), D, DV, NT, MT, WARPS, STAGES>;
+    using M = std::conditional_t<is_float8<C>, __half, E>; // what is multiplied
+    using Keys = Chunks<D * sizeof(C) / 2>;
+    using Values = Chunks<DV * sizeof(C) / 2>;
     static constexpr int VN = DV / 16;
 
-    // Element [n][nt][e]: column n * 16 + lane / 4 + e / 2 * 8 of row nt * 8 + lane % 4 * 2 + e % 2.
+    // Element [n][nt][e]: column n * 16 + column(e / 2) of row nt * 8 + lane % 4 * 2 + e % 2.
     float out[VN][NT][4];
     float score[MT][NT][4]; // likewise, with keys for columns; exponents of 2
     float top[NT][2], limit[NT][2], sum[NT][2];
@@ -171,7 +182,45 @@ struct Warp {
         }
     }
 
-    __device__ __forceinline__ void multiply_keys(uint32_t q, uint32_t k) {
+    // Two neighbouring float8 are in one 16-bit element of the matrices that are transposed.
+    __device__ __forceinline__ static int column(int half) {
+        const int lane = threadIdx.x % 32;
+        return is_float8<C> ? lane / 4 * 2 + half : half * 8 + lane / 4;
+    }
+
+    // Keys of 32 columns from pair `chunk` of chunks on, as the first operand of two products. With float8 a thread has four
+    // columns in a row where a product has two and two: those of the queries are permuted alike.
+    __device__ __forceinline__ static void load_keys(uint32_t (&a)[2][4], uint32_t k, int step,
+                                                     bool e5m2) {
+        if constexpr (is_float8<C>) {
+            uint32_t words[4];
+            load_matrices(words, Keys::after(k, step));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                widen_float8(a[i / 2][i % 2], a[i / 2][i % 2 + 2], words[i], e5m2);
+        } else {
+            load_matrices(a[0], Keys::after(k, 2 * step));
+            load_matrices(a[1], Keys::after(k, 2 * step + 1));
+        }
+    }
+
+    // Values of 32 columns, likewise; a float8's neighbour in a product is in another row.
+    __device__ __forceinline__ static void load_values(uint32_t (&a)[2][4], uint32_t v, int step,
+                                                       bool e5m2) {
+        if constexpr (is_float8<C>) {
+            uint32_t words[4];
+            load_matrices_transposed(words, Values::after(v, step));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                widen_float8(a[i % 2][i / 2 * 2], a[i % 2][i / 2 * 2 + 1],
+                             __byte_perm(words[i], 0, 0x3120), e5m2);
+        } else {
+            load_matrices_transposed(a[0], Values::after(v, 2 * step));
+            load_matrices_transposed(a[1], Values::after(v, 2 * step + 1));
+        }
+    }
+
+    __device__ __forceinline__ void multiply_keys(uint32_t q, uint32_t k, bool e5m2) {
         constexpr int CHAINS = MT * NT == 1 ? 2 : 1; // of products that wait for each other
         float chain[CHAINS][MT][NT][4] = {};
 #pragma unroll
@@ -182,17 +231,14 @@ struct Warp {
                 load_matrices(b[nt], Chunks<D>::after(q, 2 * step) + nt * 8 * D * 2);
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    load_matrices(a[mt][half],
-                                  Chunks<D>::after(k, 2 * step + half) + mt * 16 * D * 2);
+                load_keys(a[mt], k + mt * 16 * Keys::PITCH, step, e5m2);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
                     for (int nt = 0; nt < NT; ++nt)
-                        Element<E>::mma(chain[half % CHAINS][mt][nt], a[mt][half], b[nt][2 * half],
+                        Element<M>::mma(chain[half % CHAINS][mt][nt], a[mt][half], b[nt][2 * half],
                                         b[nt][2 * half + 1]);
         }
 #pragma unroll
@@ -206,8 +252,9 @@ struct Warp {
                                            : chain[0][mt][nt][e] + chain[CHAINS - 1][mt][nt][e];
     }
 
-    // Scores to exponents of 2; with a cap (0: none) of slope `inner` in the exponent of its exp.
-    __device__ __forceinline__ void scale(float slope, float cap, float inner) {
+    // Scores to exponents of 2; with a cap (0: none) of which a score's slope times `inner` is in the exponent of its exp.
+    template <typename Slope>
+    __device__ __forceinline__ void scale(Slope slope, float cap, float inner) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -216,9 +263,11 @@ struct Warp {
                 for (int e = 0; e < 4; ++e) {
                     float &x = score[mt][nt][e];
                     if (cap > 0) // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-                        x = cap - 2 * cap * reciprocal_approx(exp2_approx(x * inner) + 1);
+                        x = cap -
+                            2 * cap *
+                                reciprocal_approx(exp2_approx(x * (slope(nt, e % 2) * inner)) + 1);
                     else
-                        x = to_exponent(x, slope);
+                        x = to_exponent(x, slope(nt, e % 2));
                 }
     }
 
@@ -290,7 +339,7 @@ struct Warp {
             }
     }
 
-    __device__ __forceinline__ void add_values(uint32_t v) {
+    __device__ __forceinline__ void add_values(uint32_t v, bool e5m2) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
             uint32_t b[NT][2];
@@ -304,15 +353,17 @@ struct Warp {
                         x[e] = exp2_approx(score[mt][nt][2 * half + e] - top[nt][e]);
                         sum[nt][e] += x[e];
                     }
-                    b[nt][half] = transposed(pack<E>(x[0], x[1]));
+                    b[nt][half] = transposed(pack<M>(x[0], x[1]));
                 }
 #pragma unroll
-            for (int n = 0; n < VN; ++n) {
-                uint32_t a[4];
-                load_matrices_transposed(a, Chunks<DV>::after(v, n) + mt * 16 * DV * 2);
+            for (int n = 0; n < VN; n += 2) {
+                uint32_t a[2][4];
+                load_values(a, v + mt * 16 * Values::PITCH, n / 2, e5m2);
 #pragma unroll
-                for (int nt = 0; nt < NT; ++nt)
-                    Element<E>::mma(out[n][nt], a, b[nt][0], b[nt][1]);
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int nt = 0; nt < NT; ++nt)
+                        Element<M>::mma(out[n + half][nt], a[half], b[nt][0], b[nt][1]);
             }
         }
     }
@@ -332,16 +383,50 @@ struct Warp {
                 for (int n = 0; n < VN; ++n)
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
-                        output[row * T::PITCH + n * 16 + half * 8 + lane / 4] =
-                            out[n][nt][half * 2 + e];
+                        output[row * T::PITCH + n * 16 + column(half)] = out[n][nt][half * 2 + e];
             }
     }
 };
 
-template <typename E, int D, int DV, int NT, int MT, int WARPS, int STAGES>
+// Makes f16 of the queries in shared memory and `slopes` of what their scores are multiplied by. Rows of bf16 are shifted
+// until their largest element is near f16's largest, so that what f16 cannot hold is 2^-31 of it or less.
+template <typename E, int D, int ROWS, int WARPS>
+__device__ __forceinline__ void prepare_queries(const decode_params &dp, const Rows &rows,
+                                                int count, char *queries, float *slopes) {
+    const fwd_params &p = dp.fwd;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const float key_scale = scale_at(p.key_scale, rows.b, rows.kv_head);
+#pragma unroll 1
+    for (int r = warp; r < ROWS; r += WARPS) {
+        float slope = p.exponent_scale * key_scale;
+        if constexpr (std::is_same_v<E, __nv_bfloat16>) {
+            uint32_t *const words = (uint32_t *)(queries + r * D * 2) + lane;
+            uint32_t most = 0; // a bf16 without its sign, in the upper half
+#pragma unroll
+            for (int n = 0; n < D / 64; ++n) {
+                const uint32_t pair = words[n * 32] & 0x7fff7fff;
+                most = max(most, max(pair & 0xffff0000, pair << 16));
+            }
+            most = __reduce_max_sync(~0u, most);
+            const int shift = min(142 - (int)(most >> 23), 126);
+            const float factor = __int_as_float((shift + 127) << 23);
+#pragma unroll
+            for (int n = 0; n < D / 64; ++n) {
+                const uint32_t pair = words[n * 32];
+                words[n * 32] = pack<__half>(__uint_as_float(pair << 16) * factor,
+                                             __uint_as_float(pair & 0xffff0000) * factor);
+            }
+            slope *= __int_as_float((127 - shift) << 23);
+        }
+        if (lane == 0)
+            slopes[r] = slope * (p.query_scale.data && r < count ? slopes[r] : 1);
+    }
+}
+
+template <typename E, typename C, int D, int DV, int NT, int MT, int WARPS, int STAGES>
 __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
-    using T = Tile<D, DV, NT, MT, WARPS, STAGES>;
-    using W = Warp<E, D, DV, NT, MT, WARPS, STAGES>;
+    using T = Tile<sizeof(C), D, DV, NT, MT, WARPS, STAGES>;
+    using W = Warp<E, C, D, DV, NT, MT, WARPS, STAGES>;
     extern __shared__ __align__(128) char shared[];
     constexpr int COLUMNS = (DV + 127) / 128;
     const fwd_params &p = dp.fwd;
@@ -369,24 +454,27 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     const int first = split * each + min(split, more), end = first + each + (split < more);
 
     // One step's keys and values by one warp: lane l knows where key l begins and tells the others. Lanes lie on eight
-    // chunks of four rows.
+    // chunks of four rows, or four of eight where a row has no more.
     const int64_t start_k = (p.page_size ? 0 : rows.b * p.key.stride[0]) +
                             rows.kv_head * p.key.stride[1] + seq.k_start * p.key.stride[2],
                   start_v = (p.page_size ? 0 : rows.b * p.value.stride[0]) +
                             rows.kv_head * p.value.stride[1] + seq.k_start * p.value.stride[2];
-    const E *const k = (const E *)p.key.data + start_k + lane % 8 * 8;
-    const E *const v = (const E *)p.value.data + start_v + lane % 8 * 8;
-    const auto copy = [&](auto cols, uint32_t to, const E *from, int64_t row_start, int left,
+    const C *const k = (const C *)p.key.data + start_k;
+    const C *const v = (const C *)p.value.data + start_v;
+    const auto copy = [&](auto chunks, uint32_t to, const C *from, int64_t row_start, int left,
                           int columns) {
-        constexpr int COLS = decltype(cols)::value;
+        using Rows = decltype(chunks);
+        constexpr int ACROSS = Rows::PITCH < 128 ? Rows::PITCH / 16 : 8, CHUNK = 16 / sizeof(C);
+        const int first_column = lane % ACROSS * CHUNK;
 #pragma unroll
-        for (int r = 0; r < T::KEYS; r += 4) {
-            const int row = r + lane / 8;
-            const E *const source = from + __shfl_sync(~0u, row_start, row);
-            const uint32_t place = to + Chunks<COLS>::at(row, lane % 8);
+        for (int r = 0; r < T::KEYS; r += 32 / ACROSS) {
+            const int row = r + lane / ACROSS;
+            const C *const source = from + first_column + __shfl_sync(~0u, row_start, row);
+            const uint32_t place = to + Rows::at(row, lane % ACROSS);
 #pragma unroll
-            for (int c = 0; c < COLS; c += 64)
-                copy_async(place + c * 2, source + c, row < left && c < columns);
+            for (int c = 0; c < Rows::PITCH / 16 * CHUNK; c += ACROSS * CHUNK)
+                copy_async(place + c * (int)sizeof(C), source + c,
+                           row < left && c < columns - first_column);
         }
     };
     int page = 0, next_step = first + warp;
@@ -411,10 +499,8 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
                 value_start = key * p.value.stride[2];
             }
             const int left = end_key - first_key - next_step * T::KEYS;
-            copy(std::integral_constant<int, D>(), ring + offset, k, key_start, left,
-                 p.dim_qk - lane % 8 * 8);
-            copy(std::integral_constant<int, DV>(), ring + offset + T::K_BYTES, v, value_start,
-                 left, p.dim_v - lane % 8 * 8);
+            copy(typename W::Keys(), ring + offset, k, key_start, left, p.dim_qk);
+            copy(typename W::Values(), ring + offset + T::K_BYTES, v, value_start, left, p.dim_v);
         }
         next_step += WARPS;
         look_up();
@@ -423,11 +509,16 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     W w;
     w.init();
     const uint32_t q_at = q_tile + Chunks<D>::at(lane % 8, lane / 8);
-    const uint32_t k_at = ring + Chunks<D>::at(lane % 16, lane / 16);
-    const uint32_t v_at =
-        ring + T::K_BYTES + Chunks<DV>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    const float cap = (float)p.softcap * LOG2E,
-                inner = 2 * p.exponent_scale * reciprocal_approx((float)p.softcap);
+    const uint32_t k_at = ring + W::Keys::at(lane % 16, lane / 16);
+    const uint32_t v_at = ring + T::K_BYTES + W::Values::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const float cap = (float)p.softcap * LOG2E, inner = 2 * reciprocal_approx((float)p.softcap);
+    float2 *const sums = (float2 *)(shared + T::Q_BYTES + WARPS * T::RING_BYTES);
+    float *const slopes = (float *)(sums + WARPS * T::ROWS);
+    float own_slopes[NT][2] = {};
+    const auto slope = [&](int nt, int e) {
+        return is_float8<C> ? own_slopes[nt][e] : p.exponent_scale;
+    };
+    const bool key_e5m2 = p.flags & FWD_KEY_E5M2, value_e5m2 = p.flags & FWD_VALUE_E5M2;
     look_up();
     uint32_t offset = 0;
     int step = first + warp;
@@ -435,33 +526,56 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     for (int n = 0;; ++n) {
         if (n >= STAGES) {
             copy_wait<STAGES - 1>();
-            if (n == STAGES)
+            if (n == STAGES) {
                 __syncthreads(); // the queries are there
-            else
+                if constexpr (is_float8<C>) {
+                    prepare_queries<E, D, T::ROWS, WARPS>(dp, rows, count, shared, slopes);
+                    __syncthreads();
+#pragma unroll
+                    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e)
+                            own_slopes[nt][e] = slopes[nt * 8 + lane % 4 * 2 + e];
+                }
+            } else {
                 __syncwarp();
+            }
             if (step >= end)
                 break;
             const int key = first_key + step * T::KEYS;
-            w.multiply_keys(q_at, k_at + offset);
-            w.scale(p.exponent_scale, cap, inner);
+            w.multiply_keys(q_at, k_at + offset, key_e5m2);
+            w.scale(slope, cap, inner);
             if (key < clean_first || key + T::KEYS > clean_end)
                 w.mask(p, seq, rows, key);
             w.follow_maxima();
-            w.add_values(v_at + offset);
+            w.add_values(v_at + offset, value_e5m2);
             __syncwarp();
             step += WARPS;
         }
         load(offset);
         if (n == 0) {
+            constexpr int PART = is_float8<C> ? 2 : 8; // elements of a copy
 #pragma unroll 1
-            for (int x = threadIdx.x; x < T::ROWS * (D / 8); x += T::THREADS) {
-                const int r = x / (D / 8), c = x % (D / 8);
-                copy_async(q_tile + Chunks<D>::at(r, c),
-                           (const E *)p.query.data + rows.b * p.query.stride[0] +
-                               rows.head(r) * p.query.stride[1] +
-                               (seq.q_start + rows.query(r)) * p.query.stride[2] + c * 8,
-                           r < count && c * 8 < p.dim_qk);
+            for (int x = threadIdx.x; x < T::ROWS * (D / PART); x += T::THREADS) {
+                const int r = x / (D / PART), c = x % (D / PART) * PART;
+                const E *const from = (const E *)p.query.data + rows.b * p.query.stride[0] +
+                                      rows.head(r) * p.query.stride[1] +
+                                      (seq.q_start + rows.query(r)) * p.query.stride[2] + c;
+                const bool exists = r < count && c < p.dim_qk;
+                // Of 16 columns, pairs 0, 2, 4, 6 and then 1, 3, 5, 7: see load_keys().
+                if constexpr (is_float8<C>)
+                    copy_async_word(q_tile + Chunks<D>::at(r, c / 16 * 2 + c / 2 % 2) +
+                                        c / 4 % 4 * 4,
+                                    from, exists);
+                else
+                    copy_async(q_tile + Chunks<D>::at(r, c / 8), from, exists);
             }
+            if (is_float8<C> && p.query_scale.data && threadIdx.x < count)
+                copy_async_word((uint32_t)__cvta_generic_to_shared(slopes + threadIdx.x),
+                                (const float *)p.query_scale.data +
+                                    rows.b * p.query_scale.stride[0] +
+                                    rows.head(threadIdx.x) * p.query_scale.stride[1],
+                                true);
 #if __CUDA_ARCH__ >= 900
             asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -472,7 +586,6 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     copy_wait<0>();
     __syncwarp();
 
-    float2 *const sums = (float2 *)(shared + T::Q_BYTES + WARPS * T::RING_BYTES);
     w.leave((float *)my_ring, sums + warp * T::ROWS);
     __syncthreads();
     const int64_t place = (tile * (int64_t)dp.splits + split) * T::ROWS;
@@ -485,7 +598,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
                                          (r * T::PITCH + c) * 4);
             });
         if (dp.splits == 1) {
-            finish_row<E>(p, seq, rows, r, row);
+            finish_row<E, C>(p, seq, rows, r, row);
             continue;
         }
         if (lane == 0)
@@ -498,7 +611,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
 }
 
 // Adds up the splits of one packed row, first those of each warp.
-template <typename E, int WARPS>
+template <typename E, typename C, int WARPS>
 __device__ __forceinline__ void cuda_decode_sm80_merge(const decode_params &dp) {
     extern __shared__ __align__(128) char shared[];
     float4(*const outputs)[2][32] = (float4(*)[2][32])shared; // [warp][column / 128][lane]
@@ -530,8 +643,8 @@ __device__ __forceinline__ void cuda_decode_sm80_merge(const decode_params &dp) 
     outputs[warp][1][lane] = own.out[1];
     __syncthreads();
     if (warp == 0)
-        finish_row<E>(p, seq, rows, r,
-                      merged<2>(
-                          0, 1, WARPS, p.dim_v, [&](int i) { return sums[i]; },
-                          [&](int i, int c) { return outputs[i][c / 128][lane]; }));
+        finish_row<E, C>(p, seq, rows, r,
+                         merged<2>(
+                             0, 1, WARPS, p.dim_v, [&](int i) { return sums[i]; },
+                             [&](int i, int c) { return outputs[i][c / 128][lane]; }));
 }
