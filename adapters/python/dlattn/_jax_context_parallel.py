@@ -523,7 +523,8 @@ def _backward(options: _Options, saved: Any, cotangents: Any) -> tuple[Tensors]:
         travelling = [_sum_home(options, the, x) for x in travelling]
     sums["key"], sums["value"] = travelling
     if "sinks" in wanted:
-        sums["sinks"] = _sink_gradient(given.sinks, upstream)
+        of_sinks = _sink_gradient(given.sinks, upstream)
+        sums["sinks"] = vary(of_sinks, varying_axes((given, upstream)))  # without rows it is not
     found = {name: sums[name].astype(getattr(given, name).dtype) for name in wanted}
     return (Tensors(**dict.fromkeys(Tensors._fields) | found),)
 

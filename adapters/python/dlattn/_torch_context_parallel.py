@@ -645,9 +645,10 @@ _OPTIONS = (
     "SymInt query_length, SymInt key_length, str layout, int ulysses, bool gathers, int wanted, "
     "str group_name"
 )
-_FORWARD = f"Tensor? agreed, {_INPUTS}, {_OPTIONS}"
 _library.define(f"context_agree({_INPUTS}, {_OPTIONS}) -> Tensor")
-_library.define(f"context_forward({_FORWARD}) -> (Tensor output, Tensor lse)")
+_library.define(
+    f"context_forward(Tensor? agreed, {_INPUTS}, {_OPTIONS}) -> (Tensor output, Tensor lse)"
+)
 _library.define(
     f"context_backward(Tensor d_output, Tensor d_lse, Tensor output, Tensor lse, {_INPUTS}, "
     f"{_OPTIONS}) -> ({', '.join('Tensor' for _ in DIFFERENTIABLE)})"
@@ -919,13 +920,7 @@ class _Job:
         **more: Any,
     ) -> None:
         """The plugin's call, of the rows that the call names."""
-        arguments, of_call = self.arguments(call, query, keys, *results, sinks=sinks)
-        _core.forward(*arguments, **of_call, **more)
-
-    def arguments(
-        self, call: Call, query: Tensor, keys: _Keys, *results: Tensor, sinks: Tensor | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        o, t, more = self.options, self.tensors, {}
+        o, t = self.options, self.tensors
         key, value = _rows(keys[:2], call.keys)
         if t.query_segments is not None:
             more["query_segments"] = t.query_segments[:, call.rows.start : call.rows.stop]
@@ -937,7 +932,7 @@ class _Job:
         options = Options(o.scale, o.softcap, *sides, False, alignment, 0, 0)
         pairs = (_part(x, call) for x in (keys.bias, keys.mask))
         tensors = Tensors(query, key, value, *pairs, t.alibi_slopes, sinks)
-        return _arguments(tensors, options, *results, stream=_stream(query)), more
+        _core.forward(*_arguments(tensors, options, *results, stream=_stream(query)), **more)
 
 
 def _columns(x: Tensor | None, keys: Shard) -> Tensor | None:
@@ -1016,19 +1011,15 @@ def _backward(
     _wait(works)
     if job.options.gathers:
         travelling = [_sum_home(x, job) for x in travelling]
-    d_main = d_query.finish()[0], *travelling
-    d_options = *of_options.finish(), _sink_gradient(job, *upstream)
-    return (
-        *(g.to(x.dtype) for g, x in zip(d_main, (query, key, value))),
-        *(query.new_empty(0) if g is None else g for g in d_options),
-    )
+    d_main = zip((d_query.finish()[0], *travelling), (query, key, value))
+    return *(g.to(x.dtype) for g, x in d_main), *of_options.finish(upstream)
 
 
 _GRADIENTS = [f"d_{name}" for name in DIFFERENTIABLE]
 
 
 class _OptionSums:
-    """The gradients of bias and slopes, of those that are wanted: each call adds its part."""
+    """The gradients of bias, slopes and sinks, empty if not wanted. Calls add to the first two."""
 
     def __init__(self, job: _Job) -> None:
         self.job, t, names = job, job.tensors, _names(job.options.wanted)
@@ -1072,9 +1063,11 @@ class _OptionSums:
             part = self.columns[..., places.start : places.stop]
             self.bias[..., keys.start : keys.stop] = part
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        bias = self.bias if self.bias is None else self.bias.to(self.job.tensors.bias.dtype)
-        return bias, self.slopes
+    def finish(self, upstream: Sequence[Tensor]) -> list[Tensor]:
+        t = self.job.tensors
+        bias = self.bias if self.bias is None else self.bias.to(t.bias.dtype)
+        found = bias, self.slopes, _sink_gradient(self.job, *upstream)
+        return [t.query.new_empty(0) if g is None else g for g in found]
 
 
 def _is_of_many(bias: Tensor) -> bool:
