@@ -171,8 +171,8 @@ def cut(rows: range, keys: range, seen: Band) -> Call | None:
 
 def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
     """What a rank that holds these rows computes once it has these keys: one call if one window
-    over all of them shows each row what it sees, else one for each pair of ranges, which ALiBi's
-    distances always ask for."""
+    over all of them shows each row what it sees, as far as it is with ALiBi, else one for each pair
+    of ranges."""
     pairs, exact = [], []
     for of_rows, row_places in zip(rows, places_of(rows)):
         for of_keys, key_places in zip(keys, places_of(keys)):
@@ -185,8 +185,8 @@ def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
             pairs.append((row_places, key_places, seen.moved(to_keys - to_rows)))
             exact.append(found)
     busy = [call for call in exact if call is not None]
-    if not busy or seen.diagonal is not None:
-        return tuple(busy)
+    if not busy:
+        return ()
     box_rows, box_keys = (
         range(min(part.start for part in parts), max(part.stop for part in parts))
         for parts in ([call.rows for call in busy], [call.keys for call in busy])
