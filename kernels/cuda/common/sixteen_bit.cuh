@@ -5,6 +5,7 @@
 #include "kernels/cuda/common/ptx.cuh"
 
 #include <float.h>
+#include <type_traits>
 
 #define NEG_INF __int_as_float(0xff800000)
 #define POS_INF __int_as_float(0x7f800000)
@@ -18,6 +19,36 @@ constexpr float EXACT_FROM = 1 << 24;
 // x times `factor`, an exponent of 2, at most FLT_MAX: -inf would look like a key that is not seen. ExactRow, whose logits have
 // no factor of log2(e) to take them out of range, computes the rows whose maximum came out as FLT_MAX or -FLT_MAX.
 __device__ __forceinline__ float to_exponent(float x, float factor) { return __fmul_rz(x, factor); }
+
+// Weights are at most 1. f16 has 14 powers of 2 below that before it loses digits, and 15 above: where gradients keep weights in 16
+// bits, those of f16 are 2^15 times as large as they should be.
+template <typename E>
+struct WeightScale {
+    static constexpr float LOG = std::is_same<E, __half>::value ? 15 : 0,
+                           TIMES = std::is_same<E, __half>::value ? 1 << 15 : 1, UNDO = 1 / TIMES;
+};
+
+// What pack() made of two floats, the lower half first.
+template <typename E>
+__device__ __forceinline__ float2 widen_pair(uint32_t pair) {
+    return {Element<E>::widen((uint16_t)pair), Element<E>::widen((uint16_t)(pair >> 16))};
+}
+
+// Of four lanes that are neighbours, lane n gets word n of each, in their order.
+__device__ __forceinline__ void transpose_words(uint32_t (&words)[4]) {
+    const int lane = threadIdx.x;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+            if (!(n & step)) {
+                const bool upper = lane & step;
+                const uint32_t other =
+                    __shfl_xor_sync(~0u, upper ? words[n] : words[n + step], step);
+                words[n] = upper ? other : words[n];
+                words[n + step] = upper ? words[n + step] : other;
+            }
+}
 
 // A tile of rows of COLS 16-bit elements in shared memory. The 16-byte chunks of a row are permuted, so that the eight
 // rows of a matrix lie in different banks, and a 128-byte line of global memory stays one line.

@@ -310,16 +310,16 @@ __device__ __forceinline__ void sweep(const SimtHead<T> &head, int block_row, T 
         SimtPairs<T, R, C, false>{head, block_row + S::y(), key + S::x()}.scores(s, derivative);
 #pragma unroll
         for (int i = 0; i < R; ++i) {
-            T most = top[i];
+            T highest = top[i];
 #pragma unroll
             for (int c = 0; c < C; ++c)
-                most = fmax(most, s[i][c]);
-            const T base = most == -CUDART_INF ? T(0) : most;
+                highest = fmax(highest, s[i][c]);
+            const T base = highest == -CUDART_INF ? T(0) : highest;
             total[i] *= exponential((top[i] - base) * slope);
 #pragma unroll
             for (int c = 0; c < C; ++c)
                 total[i] += exponential((s[i][c] - base) * slope);
-            top[i] = most;
+            top[i] = highest;
         }
         __syncthreads();
     }
@@ -367,22 +367,22 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         const int row = block_row + S::y() + i;
-        T most = top[i], delta = row < seq.q_len ? part_of_delta(head, row, S::x()) : 0;
+        T highest = top[i], delta = row < seq.q_len ? part_of_delta(head, row, S::x()) : 0;
 #pragma unroll
         for (int lane = 1; lane < 16; lane *= 2) {
-            most = fmax(most, __shfl_xor_sync(~0u, most, lane));
+            highest = fmax(highest, __shfl_xor_sync(~0u, highest, lane));
             delta += __shfl_xor_sync(~0u, delta, lane);
         }
-        most = most == -CUDART_INF ? T(0) : most;
+        highest = highest == -CUDART_INF ? T(0) : highest;
         T sum = top[i] == -CUDART_INF && total[i] == 0
                     ? T(0)
-                    : total[i] * exponential((top[i] - most) * slope);
+                    : total[i] * exponential((top[i] - highest) * slope);
 #pragma unroll
         for (int lane = 1; lane < 16; lane *= 2)
             sum += __shfl_xor_sync(~0u, sum, lane);
         T log = logarithm(sum); // -inf: no key is seen
         if (sink > -CUDART_INF) {
-            const T by_sink = sink * PER_LOGIT<T> - most * slope, higher = fmax(log, by_sink);
+            const T by_sink = sink * PER_LOGIT<T> - highest * slope, higher = fmax(log, by_sink);
             log = higher + logarithm(exponential(log - higher) + exponential(by_sink - higher));
         }
         const bool empty = log == -CUDART_INF;
@@ -391,7 +391,7 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
             if (p.d_lse.data)
                 delta -=
                     load_number<T>(p.d_lse.data, head.row(p.d_lse, row), p.flags & BWD_D_LSE_F32);
-            stats[0] = most;
+            stats[0] = highest;
             stats[stats_plane(p)] = empty ? CUDART_INF : log;
             stats[2 * stats_plane(p)] = empty ? 0 : delta;
         }

@@ -17,7 +17,7 @@ struct Simt : SimtTile<T, D, R, C> {
     static constexpr size_t SHARED_BYTES =
         (size_t)((ROWS + KEYS) * PITCH + ROWS * P_PITCH) * sizeof(T);
 
-    T out[R][W][VEC], s[R][C], most[R], sum[R];
+    T out[R][W][VEC], s[R][C], top[R], sum[R];
     T unit; // logit per unit of score: the scale, or 1 if logits() has applied it with the other options
     T slope; // exponent per unit of score
 
@@ -74,13 +74,13 @@ struct Simt : SimtTile<T, D, R, C> {
     __device__ __forceinline__ void softmax(T *prob) {
 #pragma unroll
         for (int i = 0; i < R; ++i) {
-            T top = s[i][0];
+            T highest = s[i][0];
 #pragma unroll
             for (int c = 1; c < C; ++c)
-                top = fmax(top, s[i][c]);
-            top = fmax(row_max(top), most[i]);
-            const T base = top == -CUDART_INF ? T(0) : top;
-            const T shrink = exponential((most[i] - base) * slope);
+                highest = fmax(highest, s[i][c]);
+            highest = fmax(row_max(highest), top[i]);
+            const T base = highest == -CUDART_INF ? T(0) : highest;
+            const T shrink = exponential((top[i] - base) * slope);
             sum[i] *= shrink;
 #pragma unroll
             for (int w = 0; w < W; ++w)
@@ -93,7 +93,7 @@ struct Simt : SimtTile<T, D, R, C> {
                 sum[i] += x;
                 prob[i * P_PITCH + threadIdx.x % 16 + 16 * c] = x;
             }
-            most[i] = top;
+            top[i] = highest;
         }
     }
 
@@ -110,7 +110,7 @@ struct Simt : SimtTile<T, D, R, C> {
             for (int lane = 1; lane < 16; lane *= 2)
                 total += __shfl_xor_sync(~0u, total, lane);
             const bool empty = total == 0;
-            T top = empty ? -CUDART_INF : most[i] * unit, factor = 1;
+            T top = empty ? -CUDART_INF : this->top[i] * unit, factor = 1;
             if (sink > -CUDART_INF) {
                 const T higher = fmax(top, sink);
                 factor = exponential((top - higher) * PER_LOGIT<T>);
@@ -188,7 +188,7 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
     t.slope = t.unit * PER_LOGIT<T>;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
-        t.most[i] = -CUDART_INF;
+        t.top[i] = -CUDART_INF;
         t.sum[i] = 0;
 #pragma unroll
         for (int w = 0; w < S::W; ++w)

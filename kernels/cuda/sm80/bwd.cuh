@@ -22,11 +22,6 @@ __device__ __forceinline__ void load_chunk(uint32_t (&words)[4], uint32_t from) 
                  : "memory");
 }
 
-template <typename E>
-__device__ __forceinline__ float2 widen_pair(uint32_t pair) {
-    return {Element<E>::widen((uint16_t)pair), Element<E>::widen((uint16_t)(pair >> 16))};
-}
-
 // ---- One head --------------------------------------------------------------------------------------------------------
 
 // From products to scores. Without EXTRAS a score is the bare product q k; with them it is the logit. A weight is 2 to the power
@@ -293,22 +288,6 @@ __device__ __forceinline__ void load_tile(uint32_t to, const void *data, int64_t
     }
 }
 
-// Of four lanes that are neighbours, lane n gets word n of each, in their order.
-__device__ __forceinline__ void transpose_words(uint32_t (&words)[4]) {
-    const int lane = threadIdx.x;
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-            if (!(n & step)) {
-                const bool upper = lane & step;
-                const uint32_t other =
-                    __shfl_xor_sync(~0u, upper ? words[n] : words[n + step], step);
-                words[n] = upper ? other : words[n];
-                words[n + step] = upper ? words[n + step] : other;
-            }
-}
-
 // A warp's MT * 16 rows of sums times `factor` to a gradient whose first row begins at `to`. `rows` exist; those from `len` on
 // are 0. `aligned`: as FWD_ALIGNED_QUERY; else elements go one by one, by way of the warp's `staging` for 8 rows of floats.
 template <typename E, int D, int MT>
@@ -553,15 +532,15 @@ __device__ __forceinline__ void sweep(const bwd_params &p, const BwdSequence &se
         Tile::hide(p, seq, block_row + row, key + lane % 4 * 2, score);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float most = top[half];
+            float highest = top[half];
 #pragma unroll
             for (int n = 0; n < T::KEYS / 8; ++n)
-                most = fmaxf(most, fmaxf(score[0][n][2 * half], score[0][n][2 * half + 1]));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            const float base = most == NEG_INF ? 0 : most;
+                highest = fmaxf(highest, fmaxf(score[0][n][2 * half], score[0][n][2 * half + 1]));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+            const float base = highest == NEG_INF ? 0 : highest;
             total[half] *= head.weight(top[half], base, 0);
-            top[half] = most;
+            top[half] = highest;
 #pragma unroll
             for (int n = 0; n < T::KEYS / 8; ++n)
                 total[half] += head.weight(score[0][n][2 * half], base, 0) +
@@ -652,13 +631,6 @@ struct KeysTile {
                          WEIGHTS_AT = STATS_AT + 3 * STATS_BYTES;
     static_assert(WEIGHTS_AT + 2 * PAIRS * WEIGHTS_BYTES == KEYS_SHARED_BYTES(D, WARPS, MT, BM),
                   "");
-};
-
-// Weights are at most 1. f16 has 14 powers of 2 below that before it loses digits, and 15 above: there they are 2^15 times as large.
-template <typename E>
-struct Shift {
-    static constexpr float LOG = std::is_same<E, __half>::value ? 15 : 0,
-                           UNDO = std::is_same<E, __half>::value ? 1.0f / (1 << 15) : 1;
 };
 
 // What the two warps of a pair have in common. A step is tile `tile` of BM rows of a query head.
@@ -761,7 +733,7 @@ struct KeysBlock {
                     if (mt == 0 && half == 0) {
                         top = *(const float2 *)(tops + n * 8);
                         log = *(const float2 *)(tops + BM + n * 8);
-                        log = {log.x - Shift<E>::LOG, log.y - Shift<E>::LOG};
+                        log = {log.x - WeightScale<E>::LOG, log.y - WeightScale<E>::LOG};
                     }
                     float x = h.weight(score[mt][n][2 * half], top.x, log.x),
                           y = h.weight(score[mt][n][2 * half + 1], top.y, log.y);
@@ -835,8 +807,9 @@ struct KeysBlock {
 
     __device__ __forceinline__ float gradient(float weight, float d_weight, float delta) const {
         if (!EXTRAS)
-            return weight * fmaf(d_weight, Shift<E>::UNDO, -delta * Shift<E>::UNDO);
-        return fabsf(weight) * Shift<E>::UNDO * ((signbit(weight) ? 0 : d_weight * p.keep) - delta);
+            return weight * fmaf(d_weight, WeightScale<E>::UNDO, -delta * WeightScale<E>::UNDO);
+        return fabsf(weight) * WeightScale<E>::UNDO *
+               ((signbit(weight) ? 0 : d_weight * p.keep) - delta);
     }
 };
 
@@ -882,7 +855,7 @@ __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
     const int64_t at =
         b * to.stride[0] + block.kv_head * to.stride[1] + (seq.k_start + key) * to.stride[2];
     store_gradient<E, D, MT>(
-        sum, first ? p.keep * Shift<E>::UNDO : (float)p.f.scale, to, at, seq.k_rows - key,
+        sum, first ? p.keep * WeightScale<E>::UNDO : (float)p.f.scale, to, at, seq.k_rows - key,
         seq.k_len - key, first ? p.f.dim_v : p.f.dim_qk,
         p.flags & (first ? BWD_D_VALUE_F32 : BWD_D_KEY_F32),
         p.flags & (first ? BWD_ALIGNED_D_VALUE : BWD_ALIGNED_D_KEY),

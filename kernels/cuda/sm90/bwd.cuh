@@ -1,51 +1,47 @@
-/*
- * The gradients of attention on Hopper: five products for each tile of 128 keys and 64 rows. docs/cuda-backward.md draws the
- * schedule.
- *
- * One block per SM claims tiles of keys. A producer warp brings K and V once, then Q and dO of every tile of rows that sees them; each
- * of two consumer warpgroups owns 64 keys and keeps their dK and dV in registers, over all query heads of a group:
- *     S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q      with P^T and dS^T straight from registers
- *     dQ = dS K      half of the columns in each warpgroup, from the dS of both in shared memory
- * dQ is added to the workspace in fixed point, so its bits do not depend on which block comes first.
- */
+// The gradients of attention on Hopper: five products for each tile of 128 keys and 64 rows. docs/cuda-backward.md draws the
+// schedule.
+//
+// One block per SM claims tiles of keys. A producer warp brings K and V once, then Q and dO of every tile of rows that sees them; each
+// of two consumer warpgroups owns 64 keys and keeps their dK and dV in registers, over all query heads of a group:
+//     S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q      with P^T and dS^T straight from registers
+//     dQ = dS K      half of the columns in each warpgroup, from the dS of both in shared memory
+// dQ is added to the workspace in fixed point, so its bits do not depend on which block comes first.
 #pragma once
 
 #include "kernels/cuda/sm90/bwd_finish.cuh"
 #include "kernels/cuda/sm90/bwd_prepare.cuh"
 #include "kernels/cuda/sm90/pipeline.cuh"
 
-namespace sm90 {
-
 template <typename E, int D, bool Softcap>
 struct BwdConfig {
     using Element = E;
-    static constexpr int kDim = D, kColumns = D / 64;
-    static constexpr int kQueryStages = SM90_BWD_QUERY_STAGES, kStages = SM90_BWD_STAGES;
-    static constexpr bool kSoftcap = Softcap;
-    /* K and V are A operands of S and dP: out of registers where there are enough, which spares shared memory. */
-    static constexpr bool kKeysInRegisters = D == 64;
-    static constexpr int kThreads = 384, kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr int DIM = D, COLUMNS = D / 64;
+    static constexpr int QUERY_STAGES = SM90_BWD_QUERY_STAGES, STAGES = SM90_BWD_STAGES;
+    static constexpr bool HAS_SOFTCAP = Softcap;
+    // K and V are A operands of S and dP: out of registers where there are enough, which spares shared memory.
+    static constexpr bool KEYS_IN_REGISTERS = D == 64;
+    static constexpr int THREADS = 384, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
-    /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
-    static constexpr int kRowColumn = kTileQ * 128, kKeyColumn = kTileK * 128;
-    static constexpr int kRowBytes = kRowColumn * kColumns, kKeyBytes = kKeyColumn * kColumns;
-    static constexpr int kScoreBytes = kTileK * 128; /* dS^T: keys x rows */
-    /* Of a tile of rows: the terms of S and of dP, 16 x 64 elements each with three rows that are not 0, and a tile that has ones there;
-     * factors, and -lse for softcap. */
-    static constexpr int kTermTile = 16 * 128, kStatsBytes = 2 * kTileQ * 4;
-    static constexpr int kKey = 0, kValue = kKey + kKeyBytes, kQuery = kValue + kKeyBytes;
-    static constexpr int kDOutput = kQuery + kQueryStages * kRowBytes,
-                         kDScore = kDOutput + kStages * kRowBytes;
-    static constexpr int kScaledKey = kDScore + 2 * kScoreBytes; /* for dQ: times column_factor() */
-    static constexpr int kTerms = kScaledKey + kKeyBytes,
-                         kOnes = kTerms + kQueryStages * 2 * kTermTile, kStats = kOnes + kTermTile;
-    static constexpr int kFactors = kStats + kQueryStages * kStatsBytes; /* of columns */
-    static constexpr int kTask = kFactors + D * 4, kBarriers = kTask + 64;
-    static constexpr int kSharedBytes = SM90_BWD_SHARED_BYTES(D);
-    static_assert(SM90_BWD_MAIN_BYTES(D) >= kSharedBytes &&
-                      SM90_BWD_MAIN_BYTES(D) >= kThreads / 32 * kErrandBytes<D> + 1024,
+    // Tiles in shared memory: columns of 64 elements, swizzled by TMA.
+    static constexpr int ROW_COLUMN = TILE_Q * 128, KEY_COLUMN = TILE_K * 128;
+    static constexpr int ROW_BYTES = ROW_COLUMN * COLUMNS, KEY_BYTES = KEY_COLUMN * COLUMNS;
+    static constexpr int SCORE_BYTES = TILE_K * 128; // dS^T: keys x rows
+    // Of a tile of rows: the terms of S and of dP, 16 x 64 elements each with three rows that are not 0, and a tile that has ones there;
+    // factors, and -lse for softcap.
+    static constexpr int TERM_TILE = 16 * 128, STATS_BYTES = 2 * TILE_Q * 4;
+    static constexpr int KEY = 0, VALUE = KEY + KEY_BYTES, QUERY = VALUE + KEY_BYTES;
+    static constexpr int D_OUTPUT = QUERY + QUERY_STAGES * ROW_BYTES,
+                         D_SCORE = D_OUTPUT + STAGES * ROW_BYTES;
+    static constexpr int SCALED_KEY = D_SCORE + 2 * SCORE_BYTES; // for dQ: times column_factor()
+    static constexpr int TERMS = SCALED_KEY + KEY_BYTES,
+                         ONES = TERMS + QUERY_STAGES * 2 * TERM_TILE, STATS = ONES + TERM_TILE;
+    static constexpr int FACTORS = STATS + QUERY_STAGES * STATS_BYTES; // of columns
+    static constexpr int TASK = FACTORS + D * 4, BARRIERS = TASK + 64;
+    static constexpr int SHARED_BYTES = SM90_BWD_SHARED_BYTES(D);
+    static_assert(SM90_BWD_MAIN_BYTES(D) >= SHARED_BYTES &&
+                      SM90_BWD_MAIN_BYTES(D) >= THREADS / 32 * ERRAND_BYTES<D> + 1024,
                   "errands have the same shared memory");
-    static_assert(kSharedBytes == kBarriers + 8 * (8 + 2 * kQueryStages + 2 * kStages) + 1024,
+    static_assert(SHARED_BYTES == BARRIERS + 8 * (8 + 2 * QUERY_STAGES + 2 * STAGES) + 1024,
                   "1024 to align");
     static_assert(SM90_BWD_MAIN_BYTES(D) + 16 <= 227 * 1024 && D % 64 == 0, "");
 };
@@ -53,74 +49,74 @@ struct BwdConfig {
 template <class C>
 struct BwdShared {
     uint32_t base;
-    char *memory; /* the same place */
+    char *memory; // the same place
 
     __device__ __forceinline__ uint32_t query(int stage) const {
-        return base + C::kQuery + stage * C::kRowBytes;
+        return base + C::QUERY + stage * C::ROW_BYTES;
     }
     __device__ __forceinline__ uint32_t d_output(int stage) const {
-        return base + C::kDOutput + stage * C::kRowBytes;
+        return base + C::D_OUTPUT + stage * C::ROW_BYTES;
     }
     __device__ __forceinline__ uint32_t d_score(int stage) const {
-        return base + C::kDScore + stage * C::kScoreBytes;
+        return base + C::D_SCORE + stage * C::SCORE_BYTES;
     }
     __device__ __forceinline__ uint32_t terms(int stage, int which) const {
-        return base + C::kTerms + (2 * stage + which) * C::kTermTile;
+        return base + C::TERMS + (2 * stage + which) * C::TERM_TILE;
     }
     __device__ __forceinline__ const float *stats(int stage) const {
-        return reinterpret_cast<const float *>(memory + C::kStats + stage * C::kStatsBytes);
+        return reinterpret_cast<const float *>(memory + C::STATS + stage * C::STATS_BYTES);
     }
     __device__ __forceinline__ float *factors() const {
-        return reinterpret_cast<float *>(memory + C::kFactors);
+        return reinterpret_cast<float *>(memory + C::FACTORS);
     }
     __device__ __forceinline__ Task *task() const {
-        return reinterpret_cast<Task *>(memory + C::kTask);
+        return reinterpret_cast<Task *>(memory + C::TASK);
     }
-    __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * i; }
+    __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::BARRIERS + 8 * i; }
     __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
     __device__ __forceinline__ Ring<2> d_score_ring() const { return {barrier(2), barrier(4)}; }
-    __device__ __forceinline__ Ring<C::kQueryStages> query_ring() const {
-        return {barrier(6), barrier(6 + C::kQueryStages)};
+    __device__ __forceinline__ Ring<C::QUERY_STAGES> query_ring() const {
+        return {barrier(6), barrier(6 + C::QUERY_STAGES)};
     }
-    __device__ __forceinline__ Ring<C::kStages> d_output_ring() const {
-        return {barrier(6 + 2 * C::kQueryStages), barrier(6 + 2 * C::kQueryStages + C::kStages)};
+    __device__ __forceinline__ Ring<C::STAGES> d_output_ring() const {
+        return {barrier(6 + 2 * C::QUERY_STAGES), barrier(6 + 2 * C::QUERY_STAGES + C::STAGES)};
     }
-    /* The consumers have added all of a task's dQ. */
+    // The consumers have added all of a task's dQ.
     __device__ __forceinline__ uint32_t summed_barrier(int task) const {
-        return barrier(6 + 2 * C::kQueryStages + 2 * C::kStages + task % 2);
+        return barrier(6 + 2 * C::QUERY_STAGES + 2 * C::STAGES + task % 2);
     }
 };
 
 template <class C>
 __device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
-    constexpr int kConsumerWarps = 8;
+    constexpr int CONSUMER_WARPS = 8;
     mbarrier_init(s.task_ring().full, 1);
-    mbarrier_init(s.task_ring().empty, kConsumerWarps + 1);
+    mbarrier_init(s.task_ring().empty, CONSUMER_WARPS + 1);
     for (int i = 0; i < 2; i++) {
-        mbarrier_init(s.summed_barrier(i), kConsumerWarps);
-        mbarrier_init(s.d_score_ring().full + 8 * i, kConsumerWarps);
-        mbarrier_init(s.d_score_ring().empty + 8 * i, kConsumerWarps);
+        mbarrier_init(s.summed_barrier(i), CONSUMER_WARPS);
+        mbarrier_init(s.d_score_ring().full + 8 * i, CONSUMER_WARPS);
+        mbarrier_init(s.d_score_ring().empty + 8 * i, CONSUMER_WARPS);
     }
-    for (int i = 0; i < C::kQueryStages; i++) {
+    for (int i = 0; i < C::QUERY_STAGES; i++) {
         mbarrier_init(s.query_ring().full + 8 * i, 1);
-        mbarrier_init(s.query_ring().empty + 8 * i, kConsumerWarps);
+        mbarrier_init(s.query_ring().empty + 8 * i, CONSUMER_WARPS);
     }
-    for (int i = 0; i < C::kStages; i++) {
+    for (int i = 0; i < C::STAGES; i++) {
         mbarrier_init(s.d_output_ring().full + 8 * i, 1);
-        mbarrier_init(s.d_output_ring().empty + 8 * i, kConsumerWarps);
+        mbarrier_init(s.d_output_ring().empty + 8 * i, CONSUMER_WARPS);
     }
     mbarrier_init_fence();
 }
 
-/* ---- The producer: one warp ----------------------------------------------------------------------------------------- */
+// ---- The producer: one warp -----------------------------------------------------------------------------------------
 
-/* Rows [row, row + box) of a sequence that takes part with `length` rows from `start` on: zeros behind its end. */
-template <int kColumns, int kColumnBytes>
+// Rows [row, row + box) of a sequence that takes part with `length` rows from `start` on: zeros behind its end.
+template <int COLUMNS, int COLUMN_BYTES>
 __device__ __forceinline__ void load_rows(const cuda_tensor_map &map, uint32_t dst,
                                           uint32_t barrier, int row, int start, int length,
                                           int extent, int head, int batch) {
-    for (int c = 0; c < kColumns; c++)
-        tma_load_5d(dst + c * kColumnBytes, &map, barrier, evict_last(), 64 * c,
+    for (int c = 0; c < COLUMNS; c++)
+        tma_load_5d(dst + c * COLUMN_BYTES, &map, barrier, evict_last(), 64 * c,
                     extent - length + row, start + length, head, batch);
 }
 
@@ -128,10 +124,10 @@ template <class C>
 __device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShared<C> &s) {
     const bool leads = threadIdx.x % 32 == 0;
     Ring<1> tasks = s.task_ring();
-    Ring<C::kQueryStages> queries = s.query_ring();
-    Ring<C::kStages> d_outputs = s.d_output_ring();
+    Ring<C::QUERY_STAGES> queries = s.query_ring();
+    Ring<C::STAGES> d_outputs = s.d_output_ring();
     for (;;) {
-        const Task t = next_task<C::kDim>(p);
+        const Task t = next_task<C::DIM>(p);
         const int batch_q = p.cu_seqlens_q ? 0 : t.batch, batch_k = p.cu_seqlens_k ? 0 : t.batch;
         Walk walk(p, t);
         const int steps = t.key_tile < 0 ? 0 : t.steps(p);
@@ -139,47 +135,47 @@ __device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShare
             mbarrier_wait(queries.empty_barrier(), queries.phase ^ 1);
             if (leads) {
                 mbarrier_expect_bytes(queries.full_barrier(),
-                                      C::kRowBytes + C::kStatsBytes + 2 * kTermBytes);
-                load_rows<C::kColumns, C::kRowColumn>(
-                    p.query_map, s.query(queries.stage), queries.full_barrier(), walk.tile * kTileQ,
+                                      C::ROW_BYTES + C::STATS_BYTES + 2 * TERM_BYTES);
+                load_rows<C::COLUMNS, C::ROW_COLUMN>(
+                    p.query_map, s.query(queries.stage), queries.full_barrier(), walk.tile * TILE_Q,
                     t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
                 const char *const rows = rows_of(p, walk.head, t.first_tile + walk.tile);
-                bulk_load(s.base + C::kStats + queries.stage * C::kStatsBytes, rows, C::kStatsBytes,
+                bulk_load(s.base + C::STATS + queries.stage * C::STATS_BYTES, rows, C::STATS_BYTES,
                           queries.full_barrier());
                 for (int i = 0; i < 2; i++)
-                    bulk_load(s.terms(queries.stage, i), rows + kStatsBytes + i * kTermBytes,
-                              kTermBytes, queries.full_barrier());
+                    bulk_load(s.terms(queries.stage, i), rows + STATS_BYTES + i * TERM_BYTES,
+                              TERM_BYTES, queries.full_barrier());
             }
             queries.advance();
         };
         const auto load_d_output = [&] {
             mbarrier_wait(d_outputs.empty_barrier(), d_outputs.phase ^ 1);
             if (leads) {
-                mbarrier_expect_bytes(d_outputs.full_barrier(), C::kRowBytes);
-                load_rows<C::kColumns, C::kRowColumn>(
+                mbarrier_expect_bytes(d_outputs.full_barrier(), C::ROW_BYTES);
+                load_rows<C::COLUMNS, C::ROW_COLUMN>(
                     p.d_output_map, s.d_output(d_outputs.stage), d_outputs.full_barrier(),
-                    walk.tile * kTileQ, t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
+                    walk.tile * TILE_Q, t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
             }
             d_outputs.advance();
         };
         if (steps > 0)
             load_query();
         mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
-        const uint32_t *const facts = facts_of<C::kDim>(p, t.batch, t.kv_head);
+        const uint32_t *const facts = facts_of<C::DIM>(p, t.batch, t.kv_head);
         const int exponent = value_exponent(p, facts);
-        for (int c = threadIdx.x % 32; c < C::kDim; c += 32)
+        for (int c = threadIdx.x % 32; c < C::DIM; c += 32)
             s.factors()[c] = column_factor(facts, exponent, c);
         if (leads)
             *s.task() = t;
         __syncwarp();
         if (leads && steps > 0) {
-            mbarrier_expect_bytes(tasks.full_barrier(), 2 * C::kKeyBytes);
-            load_rows<C::kColumns, C::kKeyColumn>(p.key_map, s.base + C::kKey, tasks.full_barrier(),
-                                                  t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
-                                                  t.kv_head, batch_k);
-            load_rows<C::kColumns, C::kKeyColumn>(p.value_map, s.base + C::kValue,
-                                                  tasks.full_barrier(), t.first_key(), t.s.k_start,
-                                                  t.s.k_len, p.len_k, t.kv_head, batch_k);
+            mbarrier_expect_bytes(tasks.full_barrier(), 2 * C::KEY_BYTES);
+            load_rows<C::COLUMNS, C::KEY_COLUMN>(p.key_map, s.base + C::KEY, tasks.full_barrier(),
+                                                 t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
+                                                 t.kv_head, batch_k);
+            load_rows<C::COLUMNS, C::KEY_COLUMN>(p.value_map, s.base + C::VALUE,
+                                                 tasks.full_barrier(), t.first_key(), t.s.k_start,
+                                                 t.s.k_len, p.len_k, t.kv_head, batch_k);
         } else if (leads) {
             mbarrier_arrive(tasks.full_barrier());
         }
@@ -195,17 +191,17 @@ __device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShare
     }
 }
 
-/* ---- Another warp tells those who run errands what is summed --------------------------------------------------------- */
+// ---- Another warp tells those who run errands what is summed ---------------------------------------------------------
 
-/* So that consumers need not wait, as a fence does, for all that they have written. They are at most two tasks ahead, for a task is
- * released only here: no barrier is passed twice before this warp has looked. */
+// So that consumers need not wait, as a fence does, for all that they have written. They are at most two tasks ahead, for a task is
+// released only here: no barrier is passed twice before this warp has looked.
 template <class C>
 __device__ __forceinline__ void report(const sm90_bwd_params &p, const BwdShared<C> &s) {
     const Ring<1> tasks = s.task_ring();
     for (int n = 0;; n++) {
         mbarrier_wait(tasks.full, n & 1);
         const bool any = s.task()->key_tile >= 0;
-        uint32_t *const facts = facts_of<C::kDim>(p, s.task()->batch, s.task()->kv_head);
+        uint32_t *const facts = facts_of<C::DIM>(p, s.task()->batch, s.task()->kv_head);
         __syncwarp();
         release(tasks.empty);
         if (!any)
@@ -216,29 +212,29 @@ __device__ __forceinline__ void report(const sm90_bwd_params &p, const BwdShared
     }
 }
 
-/* ---- Consumers ------------------------------------------------------------------------------------------------------ */
+// ---- Consumers ------------------------------------------------------------------------------------------------------
 
-/* 64 keys of a warpgroup. A thread holds two keys, `half` 0 and 1, eight apart, and of every eight rows two: element
- * 4 * (row / 8) + 2 * half + (row & 1) of its arrays. */
+// 64 keys of a warpgroup. A thread holds two keys, `half` 0 and 1, eight apart, and of every eight rows two: element
+// 4 * (row / 8) + 2 * half + (row & 1) of its arrays.
 template <class C>
 struct Keys {
     using E = typename C::Element;
-    static constexpr int kScores = kTileQ / 2, kSums = C::kDim / 2, kQuerySums = C::kDim / 4,
-                         kOperand = C::kKeysInRegisters ? C::kDim / 4 : 4;
+    static constexpr int SCORES = TILE_Q / 2, SUMS = C::DIM / 2, QUERY_SUMS = C::DIM / 4,
+                         OPERAND = C::KEYS_IN_REGISTERS ? C::DIM / 4 : 4;
 
-    float score[kScores];    /* S, then P, then P times the derivative of the cap */
-    float d_weight[kScores]; /* dP, then dS */
-    float d_key[kSums], d_value[kSums];
-    uint32_t weight[kScores / 2], d_score[kScores / 2]; /* P and dS as the A operand of dV and dK */
+    float score[SCORES];    // S, then P, then P times the derivative of the cap
+    float d_weight[SCORES]; // dP, then dS
+    float d_key[SUMS], d_value[SUMS];
+    uint32_t weight[SCORES / 2], d_score[SCORES / 2]; // P and dS as the A operand of dV and dK
 
-    uint32_t key_operand[kOperand], value_operand[kOperand];
+    uint32_t key_operand[OPERAND], value_operand[OPERAND];
 
     const BwdShared<C> &s;
     int wg;
-    Ring<C::kQueryStages> queries;
-    Ring<C::kStages> d_outputs;
+    Ring<C::QUERY_STAGES> queries;
+    Ring<C::STAGES> d_outputs;
     Ring<2> d_scores;
-    /* dQ of the tile before, whose dS are in shared memory: its place in the workspace, and the factors of the thread's rows. */
+    // dQ of the tile before, whose dS are in shared memory: its place in the workspace, and the factors of the thread's rows.
     int32_t *sums;
     float factor[2];
 
@@ -246,20 +242,20 @@ struct Keys {
         : s(s), wg(wg), queries(s.query_ring()), d_outputs(s.d_output_ring()),
           d_scores(s.d_score_ring()) {}
 
-    template <int kCount>
-    static __device__ __forceinline__ void clear(float (&x)[kCount]) {
+    template <int COUNT>
+    static __device__ __forceinline__ void clear(float (&x)[COUNT]) {
 #pragma unroll
-        for (int i = 0; i < kCount; i++)
+        for (int i = 0; i < COUNT; i++)
             x[i] = 0;
     }
 
-    /* The keys or values of this warp as A operand. */
-    __device__ __forceinline__ void load_operand(uint32_t (&operand)[kOperand],
+    // The keys or values of this warp as A operand.
+    __device__ __forceinline__ void load_operand(uint32_t (&operand)[OPERAND],
                                                  uint32_t keys) const {
         const int lane = threadIdx.x & 31,
                   key = 64 * wg + threadIdx.x % 128 / 32 * 16 + (lane & 15);
 #pragma unroll
-        for (int k = 0; k < kOperand / 4; k++) {
+        for (int k = 0; k < OPERAND / 4; k++) {
             uint32_t w[4];
             load_matrices(w, (keys + 128 * key + ((lane >> 4 ^ (lane & 7)) << 4)) ^ k << 5);
 #pragma unroll
@@ -268,99 +264,98 @@ struct Keys {
         }
     }
 
-    /* result^T = keys rows^T, from K and Q, or from V and dO; plus what rows have. */
-    template <bool kTerms = true>
-    __device__ __forceinline__ void multiply(float (&result)[kScores],
-                                             const uint32_t (&operand)[kOperand], uint32_t keys,
+    // result^T = keys rows^T, from K and Q, or from V and dO; plus what rows have.
+    template <bool TERMS = true>
+    __device__ __forceinline__ void multiply(float (&result)[SCORES],
+                                             const uint32_t (&operand)[OPERAND], uint32_t keys,
                                              uint32_t rows, uint32_t terms) {
         const Descriptor a(keys + wg * 64 * 128, 16, 1024), b(rows, 16, 1024);
-        if (kTerms)
-            Wgmma<E, kTileQ>::ss_transposed(result, Descriptor(s.base + C::kOnes, 16, 1024).at(0),
+        if (TERMS)
+            Wgmma<E, TILE_Q>::ss_transposed(result, Descriptor(s.base + C::ONES, 16, 1024).at(0),
                                             Descriptor(terms, 16, 1024).at(0), false);
 #pragma unroll
-        for (int k = 0; k < C::kDim / 16; k++) {
-            const uint64_t b_at = b.at(k / 4 * C::kRowColumn + 32 * (k % 4));
-            if constexpr (C::kKeysInRegisters)
-                Wgmma<E, kTileQ>::template rs<0>(result, operand[4 * k], operand[4 * k + 1],
+        for (int k = 0; k < C::DIM / 16; k++) {
+            const uint64_t b_at = b.at(k / 4 * C::ROW_COLUMN + 32 * (k % 4));
+            if constexpr (C::KEYS_IN_REGISTERS)
+                Wgmma<E, TILE_Q>::template rs<0>(result, operand[4 * k], operand[4 * k + 1],
                                                  operand[4 * k + 2], operand[4 * k + 3], b_at,
-                                                 kTerms || k > 0);
+                                                 TERMS || k > 0);
             else
-                Wgmma<E, kTileQ>::ss(result, a.at(k / 4 * C::kKeyColumn + 32 * (k % 4)), b_at,
-                                     kTerms || k > 0);
+                Wgmma<E, TILE_Q>::ss(result, a.at(k / 4 * C::KEY_COLUMN + 32 * (k % 4)), b_at,
+                                     TERMS || k > 0);
         }
         wgmma_commit();
     }
 
-    /* S of the tile at a stage, less lse */
+    // S of the tile at a stage, less lse
     __device__ __forceinline__ void start_scores(int stage) {
         wgmma_fence();
-        multiply<!C::kSoftcap>(score, key_operand, s.base + C::kKey, s.query(stage),
-                               s.terms(stage, 0));
+        multiply<!C::HAS_SOFTCAP>(score, key_operand, s.base + C::KEY, s.query(stage),
+                                  s.terms(stage, 0));
     }
 
-    /* dP of this tile, less delta */
+    // dP of this tile, less delta
     __device__ __forceinline__ void start_d_weights() {
         wgmma_fence();
-        multiply(d_weight, value_operand, s.base + C::kValue, s.d_output(d_outputs.stage),
+        multiply(d_weight, value_operand, s.base + C::VALUE, s.d_output(d_outputs.stage),
                  s.terms(queries.stage, 1));
     }
 
-    /* sums += weights^T rows, with P and dO, or with dS and Q */
-    __device__ __forceinline__ void add(float (&sums)[kSums],
-                                        const uint32_t (&weights)[kScores / 2], uint32_t rows) {
-        const Descriptor b(rows, C::kRowColumn, 1024);
+    // sums += weights^T rows, with P and dO, or with dS and Q
+    __device__ __forceinline__ void add(float (&sums)[SUMS], const uint32_t (&weights)[SCORES / 2],
+                                        uint32_t rows) {
+        const Descriptor b(rows, C::ROW_COLUMN, 1024);
 #pragma unroll
-        for (int k = 0; k < kTileQ / 16; k++)
-            Wgmma<E, C::kDim>::rs(sums, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
-                                  weights[4 * k + 3], b.at(k * 16 * 128), true);
+        for (int k = 0; k < TILE_Q / 16; k++)
+            Wgmma<E, C::DIM>::rs(sums, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2],
+                                 weights[4 * k + 3], b.at(k * 16 * 128), true);
         wgmma_commit();
     }
 
-    /* The K of this warpgroup times the factor of each column, for dQ: a power of two, so that nothing is rounded but what is 2^-24
-     * of the column's largest. */
+    // The K of this warpgroup times the factor of each column, for dQ: a power of two, so that nothing is rounded but what is 2^-24
+    // of the column's largest.
     __device__ __forceinline__ void scale_keys() const {
-        constexpr int kChunks = C::kDim / 8;
-        named_barrier_sync(1, 256); /* both warpgroups are done with those of the last task */
-        for (int i = threadIdx.x % 128; i < 64 * kChunks; i += 128) {
-            const int key = 64 * wg + i / kChunks, chunk = i % kChunks;
-            const int place = chunk / 8 * C::kKeyColumn + key * 128 + ((chunk % 8 ^ key % 8) << 4);
+        constexpr int CHUNKS = C::DIM / 8;
+        named_barrier_sync(1, 256); // both warpgroups are done with those of the last task
+        for (int i = threadIdx.x % 128; i < 64 * CHUNKS; i += 128) {
+            const int key = 64 * wg + i / CHUNKS, chunk = i % CHUNKS;
+            const int place = chunk / 8 * C::KEY_COLUMN + key * 128 + ((chunk % 8 ^ key % 8) << 4);
             const float *const factor = s.factors() + 8 * chunk;
-            uint4 raw = *reinterpret_cast<const uint4 *>(s.memory + C::kKey + place);
+            uint4 raw = *reinterpret_cast<const uint4 *>(s.memory + C::KEY + place);
             E *const e = reinterpret_cast<E *>(&raw);
 #pragma unroll
             for (int c = 0; c < 8; c++)
                 e[c] = E(float(e[c]) * factor[c]);
-            *reinterpret_cast<uint4 *>(s.memory + C::kScaledKey + place) = raw;
+            *reinterpret_cast<uint4 *>(s.memory + C::SCALED_KEY + place) = raw;
         }
-        async_proxy_fence(); /* the other warpgroup reads them after the first dS of this one */
+        async_proxy_fence(); // the other warpgroup reads them after the first dS of this one
     }
 
-    /* dQ = dS K of the tile before, the warpgroup's half of the columns */
-    __device__ __forceinline__ void start_d_query(float (&d_query)[kQuerySums],
+    // dQ = dS K of the tile before, the warpgroup's half of the columns
+    __device__ __forceinline__ void start_d_query(float (&d_query)[QUERY_SUMS],
                                                   const Ring<2> &before) {
         mbarrier_wait(before.full_barrier(), before.phase);
         wgmma_fence();
-        const uint32_t column =
-            wg * (C::kDim / 2) / 64 * C::kKeyColumn + wg * (C::kDim / 2) % 64 * 2;
+        const uint32_t column = wg * (C::DIM / 2) / 64 * C::KEY_COLUMN + wg * (C::DIM / 2) % 64 * 2;
         const Descriptor a(s.d_score(before.stage), 16, 1024),
-            b(s.base + C::kScaledKey + column, C::kKeyColumn, 1024);
+            b(s.base + C::SCALED_KEY + column, C::KEY_COLUMN, 1024);
 #pragma unroll
-        for (int k = 0; k < kTileK / 16; k++)
-            Wgmma<E, C::kDim / 2>::ss_transposed(d_query, a.at(k * 16 * 128), b.at(k * 16 * 128),
-                                                 k > 0);
+        for (int k = 0; k < TILE_K / 16; k++)
+            Wgmma<E, C::DIM / 2>::ss_transposed(d_query, a.at(k * 16 * 128), b.at(k * 16 * 128),
+                                                k > 0);
         wgmma_commit();
     }
 
-    /* Rows of this thread, two of every eight, among the first `count` from its first one on. */
+    // Rows of this thread, two of every eight, among the first `count` from its first one on.
     static __device__ __forceinline__ int rows_before(int count) {
-        const int inside = min(max(count, 0), kTileQ);
+        const int inside = min(max(count, 0), TILE_Q);
         return inside / 8 * 2 + min(inside % 8, 2);
     }
 
-    /* Which rows of the tile see the thread's keys by the windows: a bit for each. */
+    // Which rows of the tile see the thread's keys by the windows: a bit for each.
     __device__ __forceinline__ void find_visible(const sm90_bwd_params &p, const Task &t, int tile,
                                                  uint32_t (&visible)[2]) const {
-        const int row = tile * kTileQ + threadIdx.x % 4 * 2;
+        const int row = tile * TILE_Q + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int key = t.first_key() + 64 * wg + fragment_row(threadIdx.x % 128, 2 * half);
@@ -371,28 +366,28 @@ struct Keys {
         }
     }
 
-    /* Two numbers of `stats` for the rows of the thread in each group of eight. */
+    // Two numbers of `stats` for the rows of the thread in each group of eight.
     static __device__ __forceinline__ float2 of_rows(const float *stats, int which, int n) {
-        return *reinterpret_cast<const float2 *>(stats + which * kTileQ + 8 * n +
+        return *reinterpret_cast<const float2 *>(stats + which * TILE_Q + 8 * n +
                                                  threadIdx.x % 4 * 2);
     }
 
-    /* S -> P = 2^(scale_log2 S) of what rows see, and P rounded for the product. */
-    template <bool kMasked>
+    // S -> P = 2^(scale_log2 S) of what rows see, and P rounded for the product.
+    template <bool MASKED>
     __device__ __forceinline__ void exponentials(const sm90_bwd_params &p, const float *stats,
                                                  const uint32_t (&visible)[2]) {
 #pragma unroll
-        for (int n = 0; n < kTileQ / 8; n++) {
-            const float2 lse = C::kSoftcap ? of_rows(stats, SM90_BWD_LSE, n) : make_float2(0, 0);
+        for (int n = 0; n < TILE_Q / 8; n++) {
+            const float2 lse = C::HAS_SOFTCAP ? of_rows(stats, SM90_BWD_LSE, n) : make_float2(0, 0);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float *const x = score + 4 * n + 2 * half;
                 float slope[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    slope[i] = C::kSoftcap ? cap(p, x[i]) : 1;
+                    slope[i] = C::HAS_SOFTCAP ? cap(p, x[i]) : 1;
                     x[i] = exp2_approx(fmaf(x[i], p.scale_log2, i ? lse.y : lse.x));
-                    if (kMasked)
+                    if (MASKED)
                         x[i] = visible[half] >> (2 * n + i) & 1 ? x[i] : 0;
                 }
                 weight[2 * n + half] = pack<E>(x[0], x[1]);
@@ -402,23 +397,23 @@ struct Keys {
         }
     }
 
-    /* x -> softcap tanh(scale x / softcap); gives the derivative by scale x. tanh(y) = 1 - 2 / (exp(2 y) + 1) */
+    // x -> softcap tanh(scale x / softcap); gives the derivative by scale x. tanh(y) = 1 - 2 / (exp(2 y) + 1)
     static __device__ __forceinline__ float cap(const sm90_bwd_params &p, float &x) {
-        const float twice = 2.8853900817779268f * p.scale / p.softcap;
+        const float twice = 2 * LOG2E * p.scale / p.softcap;
         const float tanh = 1 - 2 * reciprocal_approx(exp2_approx(x * twice) + 1);
         x = p.softcap * tanh;
         return 1 - tanh * tanh;
     }
 
-    /* dS = P (dP - delta), rounded for the products. */
+    // dS = P (dP - delta), rounded for the products.
     __device__ __forceinline__ void find_d_scores() {
 #pragma unroll
-        for (int i = 0; i < kScores / 2; i++)
+        for (int i = 0; i < SCORES / 2; i++)
             d_score[i] =
                 pack<E>(score[2 * i] * d_weight[2 * i], score[2 * i + 1] * d_weight[2 * i + 1]);
     }
 
-    /* The dS of this warp, where both warpgroups read them once they have those of the tile before the last. */
+    // The dS of this warp, where both warpgroups read them once they have those of the tile before the last.
     __device__ __forceinline__ void share_d_scores() {
         mbarrier_wait(d_scores.empty_barrier(), d_scores.phase ^ 1);
         const int lane = threadIdx.x & 31,
@@ -426,7 +421,7 @@ struct Keys {
         const uint32_t place =
             s.d_score(d_scores.stage) + 128 * key + ((lane >> 4 ^ (lane & 7)) << 4);
 #pragma unroll
-        for (int k = 0; k < kTileQ / 16; k++) {
+        for (int k = 0; k < TILE_Q / 16; k++) {
             const uint32_t w[4] = {d_score[4 * k], d_score[4 * k + 1], d_score[4 * k + 2],
                                    d_score[4 * k + 3]};
             store_matrices(place ^ k << 5, w);
@@ -436,20 +431,20 @@ struct Keys {
         release(d_scores.full_barrier());
     }
 
-    /* Where the dQ of this tile goes. */
+    // Where the dQ of this tile goes.
     __device__ __forceinline__ void find_sums(const sm90_bwd_params &p, const Task &t,
                                               const Walk &walk, const float *stats) {
         const int thread = threadIdx.x % 128;
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            factor[half] = stats[SM90_BWD_FACTOR * kTileQ + fragment_row(thread, 2 * half)];
+            factor[half] = stats[SM90_BWD_FACTOR * TILE_Q + fragment_row(thread, 2 * half)];
         const int head = walk.head - t.kv_head * p.group;
-        sums = sums_of<C::kDim>(p, t.first_sums + head * p.row_tiles + walk.tile) +
-               wg * (kTileQ * C::kDim / 2) + thread;
+        sums = sums_of<C::DIM>(p, t.first_sums + head * p.row_tiles + walk.tile) +
+               wg * (TILE_Q * C::DIM / 2) + thread;
     }
 
-    /* x times a power of two as an integer, below 2^30: in two parts that land in the last bits of sums, which are chosen so that
-     * what these begin with cancels modulo 2^32. Conversions share a unit with exponentials; half of them this way balances it. */
+    // x times a power of two as an integer, below 2^30: in two parts that land in the last bits of sums, which are chosen so that
+    // what these begin with cancels modulo 2^32. Conversions share a unit with exponentials; half of them this way balances it.
     static __device__ __forceinline__ int32_t round_by_adding(float x, float factor) {
         const float coarse = __int_as_float(159 << 23 | 0x5a6000), fine = 0x1.8p23f;
         const float high = fmaf(x, factor, coarse);
@@ -457,89 +452,89 @@ struct Keys {
         return (__float_as_int(high) << 9) + __float_as_int(low);
     }
 
-    /* Adds dQ to the sums of its rows, in fixed point. */
-    __device__ __forceinline__ void add_d_query(const float (&d_query)[kQuerySums]) const {
+    // Adds dQ to the sums of its rows, in fixed point.
+    __device__ __forceinline__ void add_d_query(const float (&d_query)[QUERY_SUMS]) const {
 #pragma unroll
-        for (int i = 0; i < kQuerySums; i++)
+        for (int i = 0; i < QUERY_SUMS; i++)
             add_relaxed(sums + i * 128, i % 2 ? round_by_adding(d_query[i], factor[i / 2 % 2])
                                               : __float2int_rn(d_query[i] * factor[i / 2 % 2]));
     }
 
-    template <bool kMasked, bool kFirst, bool kLast>
+    template <bool MASKED, bool FIRST, bool LAST>
     __device__ __forceinline__ void step(const sm90_bwd_params &p, const Task &t, const Walk &walk);
     __device__ __forceinline__ void run(const sm90_bwd_params &p, const Task &t);
-    template <int kCount>
+    template <int COUNT>
     __device__ __forceinline__ void store(const sm90_gradient &gradient, const Task &t, int start,
-                                          int batch, int dim, float scale, float (&sums)[kCount]);
+                                          int batch, int dim, float scale, float (&sums)[COUNT]);
 };
 
-/* One tile of rows, whose S is there; finds that of the next one, and dQ of the one before. So the
- * warpgroups need not keep step. No product is under way when it returns: ptxas would wait for each, if paths met meanwhile. */
+// One tile of rows, whose S is there; finds that of the next one, and dQ of the one before. So the
+// warpgroups need not keep step. No product is under way when it returns: ptxas would wait for each, if paths met meanwhile.
 template <class C>
-template <bool kMasked, bool kFirst, bool kLast>
+template <bool MASKED, bool FIRST, bool LAST>
 __device__ __forceinline__ void Keys<C>::step(const sm90_bwd_params &p, const Task &t,
                                               const Walk &walk) {
     const float *const stats = s.stats(queries.stage);
     mbarrier_wait(d_outputs.full_barrier(), d_outputs.phase);
     start_d_weights();
     uint32_t visible[2];
-    if (kMasked)
+    if (MASKED)
         find_visible(p, t, walk.tile, visible);
-    exponentials<kMasked>(p, stats, visible);
+    exponentials<MASKED>(p, stats, visible);
     wgmma_fence();
     add(d_value, weight, s.d_output(d_outputs.stage));
-    wgmma_wait<1>(); /* dP */
+    wgmma_wait<1>(); // dP
     pin(d_weight);
-    if (kLast && !C::kKeysInRegisters)
-        release(s.task_ring().empty); /* the next K and V may come */
+    if (LAST && !C::KEYS_IN_REGISTERS)
+        release(s.task_ring().empty); // the next K and V may come
     find_d_scores();
     Ring<2> before = d_scores;
     share_d_scores();
     d_scores.advance();
     before.retreat();
-    float d_query[kQuerySums];
-    if (!kFirst)
+    float d_query[QUERY_SUMS];
+    if (!FIRST)
         start_d_query(d_query, before);
-    wgmma_wait<kFirst ? 0 : 1>(); /* dV: its weights leave their registers to others */
+    wgmma_wait<FIRST ? 0 : 1>(); // dV: its weights leave their registers to others
     release(d_outputs.empty_barrier());
     wgmma_fence();
     add(d_key, d_score, s.query(queries.stage));
-    if (!kFirst) {
-        wgmma_wait<1>(); /* dQ */
+    if (!FIRST) {
+        wgmma_wait<1>(); // dQ
         pin(d_query);
         release(before.empty_barrier());
     }
-    Ring<C::kQueryStages> next = queries;
+    Ring<C::QUERY_STAGES> next = queries;
     next.advance();
-    if (!kLast) {
+    if (!LAST) {
         mbarrier_wait(next.full_barrier(), next.phase);
         start_scores(next.stage);
     }
-    if (!kFirst)
+    if (!FIRST)
         add_d_query(d_query);
     find_sums(p, t, walk, stats);
-    wgmma_wait<kLast ? 0 : 1>(); /* dK */
+    wgmma_wait<LAST ? 0 : 1>(); // dK
     __syncwarp();
     release(queries.empty_barrier());
     queries = next;
     d_outputs.advance();
-    if (kLast)
+    if (LAST)
         return;
     wgmma_wait<0>();
     pin(score);
 }
 
-/* A task whose K and V are there. */
+// A task whose K and V are there.
 template <class C>
 __device__ __forceinline__ void Keys<C>::run(const sm90_bwd_params &p, const Task &t) {
     Walk walk(p, t);
     int left = t.steps(p);
     scale_keys();
-    if (C::kKeysInRegisters) {
-        load_operand(key_operand, s.base + C::kKey);
-        load_operand(value_operand, s.base + C::kValue);
+    if (C::KEYS_IN_REGISTERS) {
+        load_operand(key_operand, s.base + C::KEY);
+        load_operand(value_operand, s.base + C::VALUE);
         __syncwarp();
-        release(s.task_ring().empty); /* the next K and V may come */
+        release(s.task_ring().empty); // the next K and V may come
     }
     mbarrier_wait(queries.full_barrier(), queries.phase);
     start_scores(queries.stage);
@@ -562,7 +557,7 @@ __device__ __forceinline__ void Keys<C>::run(const sm90_bwd_params &p, const Tas
     }
     Ring<2> before = d_scores;
     before.retreat();
-    float d_query[kQuerySums];
+    float d_query[QUERY_SUMS];
     start_d_query(d_query, before);
     wgmma_wait<0>();
     pin(d_query);
@@ -572,12 +567,12 @@ __device__ __forceinline__ void Keys<C>::run(const sm90_bwd_params &p, const Tas
     pin(d_value);
 }
 
-/* Sums of the warp's 16 keys to the tensor, 64 columns at a time through shared memory, where its next dS will be. */
+// Sums of the warp's 16 keys to the tensor, 64 columns at a time through shared memory, where its next dS will be.
 template <class C>
-template <int kCount>
+template <int COUNT>
 __device__ __forceinline__ void Keys<C>::store(const sm90_gradient &gradient, const Task &t,
                                                int start, int batch, int dim, float scale,
-                                               float (&sums)[kCount]) {
+                                               float (&sums)[COUNT]) {
     if (!gradient.data)
         return;
     const int lane = threadIdx.x & 31, warp = threadIdx.x % 128 / 32;
@@ -587,7 +582,7 @@ __device__ __forceinline__ void Keys<C>::store(const sm90_gradient &gradient, co
         float *const out = row_of(static_cast<float *>(gradient.data), gradient.strides, batch,
                                   t.kv_head, start + first);
 #pragma unroll
-        for (int i = 0; i < kCount; i += 2) {
+        for (int i = 0; i < COUNT; i += 2) {
             const int row = fragment_row(lane, i), column = fragment_column(lane, i);
             if (row < rows && column < dim)
                 *reinterpret_cast<float2 *>(out + row * pitch + column) =
@@ -598,11 +593,11 @@ __device__ __forceinline__ void Keys<C>::store(const sm90_gradient &gradient, co
     E *const out =
         row_of(static_cast<E *>(gradient.data), gradient.strides, batch, t.kv_head, start + first);
     mbarrier_wait(d_scores.empty_barrier(), d_scores.phase ^ 1);
-    const int slot = C::kDScore + d_scores.stage * C::kScoreBytes + (4 * wg + warp) * 16 * 128;
+    const int slot = C::D_SCORE + d_scores.stage * C::SCORE_BYTES + (4 * wg + warp) * 16 * 128;
     const uint32_t row_of_lane =
         s.base + slot + 128 * (lane & 15) + ((lane >> 4 ^ (lane & 7)) << 4);
 #pragma unroll
-    for (int column = 0; column < C::kColumns; column++) {
+    for (int column = 0; column < C::COLUMNS; column++) {
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -660,10 +655,10 @@ __device__ __forceinline__ void init_shared(const sm90_bwd_params &p, const BwdS
         tma_prefetch_map(&p.value_map);
         init_bwd_barriers<C>(s);
     }
-    for (int i = threadIdx.x; i < (C::kStats - C::kTerms) / 4; i += C::kThreads) {
-        const int in_ones = i - (C::kOnes - C::kTerms) / 4;
-        reinterpret_cast<uint32_t *>(s.memory + C::kTerms)[i] =
-            in_ones >= 0 && in_ones < kTermBytes / 4 ? pack<typename C::Element>(1, 1) : 0;
+    for (int i = threadIdx.x; i < (C::STATS - C::TERMS) / 4; i += C::THREADS) {
+        const int in_ones = i - (C::ONES - C::TERMS) / 4;
+        reinterpret_cast<uint32_t *>(s.memory + C::TERMS)[i] =
+            in_ones >= 0 && in_ones < TERM_BYTES / 4 ? pack<typename C::Element>(1, 1) : 0;
     }
     async_proxy_fence();
 }
@@ -676,32 +671,30 @@ __device__ __forceinline__ void backward(const sm90_bwd_params &p) {
     const BwdShared<C> s{base, raw + (base - shared_address(raw))};
     const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
     const auto buffers = [&](int n) {
-        return Buffers{base + n * kErrandBytes<C::kDim>, s.memory + n * kErrandBytes<C::kDim>};
+        return Buffers{base + n * ERRAND_BYTES<C::DIM>, s.memory + n * ERRAND_BYTES<C::DIM>};
     };
     wait_for_predecessor();
-    /* Of the blocks that have come so far at least one, and the right share, run errands; once there are two, one multiplies. */
+    // Of the blocks that have come so far at least one, and the right share, run errands; once there are two, one multiplies.
     const bool runs_errands =
         threadIdx.x == 0 &&
         atomicAdd(p.next + SM90_BWD_NEXT_BLOCK, 1) * p.errand_blocks % gridDim.x < p.errand_blocks;
-    run_first_errands<E, C::kDim>(p, buffers(warp));
+    run_first_errands<E, C::DIM>(p, buffers(warp));
     if (__syncthreads_or(runs_errands)) {
-        run_errands<E, C::kDim>(p, buffers(warp));
+        run_errands<E, C::DIM>(p, buffers(warp));
         return;
     }
     init_shared<C>(p, s);
     __syncthreads();
     if (warpgroup == 0) {
-        registers_decrease<C::kProducerRegisters>();
+        registers_decrease<C::PRODUCER_REGISTERS>();
         if (warp == 0)
             produce<C>(p, s);
         else if (warp == 1)
             report<C>(p, s);
     } else {
-        registers_increase<C::kConsumerRegisters>();
+        registers_increase<C::CONSUMER_REGISTERS>();
         consume_tasks<C>(p, s, warpgroup - 1);
-        named_barrier_sync(1, 256); /* what is in shared memory has been read */
-        run_errands<E, C::kDim>(p, buffers(warp - 4));
+        named_barrier_sync(1, 256); // what is in shared memory has been read
+        run_errands<E, C::DIM>(p, buffers(warp - 4));
     }
 }
-
-} // namespace sm90

@@ -1,15 +1,10 @@
-/*
- * After the products of cuda_bwd_sm90: dQ from its sums in fixed point, the gradient of the sinks, and the rare heads with something
- * that is not finite, or too large, by plain loops that touch only what rows see.
- */
-#ifndef DLATTN_SM90_BWD_FINISH_CUH_
-#define DLATTN_SM90_BWD_FINISH_CUH_
+// After the products of cuda_bwd_sm90: dQ from its sums in fixed point, the gradient of the sinks, and the rare heads with something
+// that is not finite, or too large, by plain loops that touch only what rows see.
+#pragma once
 
 #include "kernels/cuda/sm90/bwd_prepare.cuh"
 
-namespace sm90 {
-
-constexpr int kFinishThreads = SM90_BWD_SMALL_THREADS, kFinishWarps = kFinishThreads / 32;
+constexpr int FINISH_THREADS = SM90_BWD_SMALL_THREADS, FINISH_WARPS = FINISH_THREADS / 32;
 
 template <typename E>
 __device__ __forceinline__ void store_gradient(const sm90_gradient &gradient, int b, int head,
@@ -36,13 +31,13 @@ __device__ __forceinline__ void store_eight(const sm90_gradient &gradient, int b
     }
 }
 
-/* ---- Odd heads ------------------------------------------------------------------------------------------------------- */
+// ---- Odd heads -------------------------------------------------------------------------------------------------------
 
-/* What a row's weights are relative to: its largest logit, the sum of exp(logit - largest), and -delta. In the place of the row's
- * stats. */
-enum { EXACT_LARGEST, EXACT_TOTAL, EXACT_DELTA = SM90_BWD_DELTA };
+// What a row's weights are relative to: its largest logit, the sum of exp(logit - top), and -delta. In the place of the row's
+// stats.
+enum { EXACT_TOP, EXACT_TOTAL, EXACT_DELTA = SM90_BWD_DELTA };
 
-/* A row i of head `head` of batch b and its pairs with keys; a lane has a pair by itself. */
+// A row i of head `head` of batch b and its pairs with keys; a lane has a pair by itself.
 template <typename E, bool Softcap>
 struct ExactPairs {
     const sm90_bwd_params &p;
@@ -64,7 +59,7 @@ struct ExactPairs {
         return row_of(static_cast<const E *>(data), strides, p.cu_seqlens_k ? 0 : b, head / p.group,
                       s.k_start + j);
     }
-    /* The logit, and its derivative by scale q k. */
+    // The logit, and its derivative by scale q k.
     __device__ float logit(int i, int j, float &slope) const {
         const float x = p.scale * dot(query_row(p.query, p.query_strides, i),
                                       key_row(p.key, p.key_strides, j), p.dim_qk);
@@ -80,9 +75,9 @@ struct ExactPairs {
                    key_row(p.value, p.value_strides, j), p.dim_v);
     }
     __device__ float *stats(int i) const {
-        return stats_of(p, head, first_tile(p, s, b) + i / kTileQ) + i % kTileQ;
+        return stats_of(p, head, first_tile(p, s, b) + i / TILE_Q) + i % TILE_Q;
     }
-    /* P of a pair that is visible, and in *d_score dS times the slope. */
+    // P of a pair that is visible, and in *d_score dS times the slope.
     __device__ float weight(int i, int j, float &d_score) const {
         const float *const of_row = stats(i);
         float slope;
@@ -90,8 +85,8 @@ struct ExactPairs {
         d_score = 0;
         if (x == -INFINITY)
             return 0;
-        const float w = expf(x - of_row[EXACT_LARGEST * kTileQ]) / of_row[EXACT_TOTAL * kTileQ];
-        d_score = w * (d_weight(i, j) + of_row[EXACT_DELTA * kTileQ]) * slope;
+        const float w = expf(x - of_row[EXACT_TOP * TILE_Q]) / of_row[EXACT_TOTAL * TILE_Q];
+        d_score = w * (d_weight(i, j) + of_row[EXACT_DELTA * TILE_Q]) * slope;
         return w;
     }
 };
@@ -102,16 +97,16 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-/* sums[c] += weight of lane n times element lane + 32 c of rows(n), over the lanes in `active`. */
-template <int kColumns, typename E, typename Rows>
-__device__ __forceinline__ void add_rows(float (&sums)[kColumns], float weight, unsigned active,
+// sums[c] += weight of lane n times element lane + 32 c of rows(n), over the lanes in `active`.
+template <int COLUMNS, typename E, typename Rows>
+__device__ __forceinline__ void add_rows(float (&sums)[COLUMNS], float weight, unsigned active,
                                          int dim, Rows rows) {
     for (; active; active &= active - 1) {
         const int n = __ffs(active) - 1;
         const float w = __shfl_sync(~0u, weight, n);
         const E *const row = rows(n);
 #pragma unroll
-        for (int c = 0; c < kColumns; c++) {
+        for (int c = 0; c < COLUMNS; c++) {
             const int column = threadIdx.x % 32 + 32 * c;
             if (column < dim)
                 sums[c] = fmaf(w, float(row[column]), sums[c]);
@@ -119,41 +114,41 @@ __device__ __forceinline__ void add_rows(float (&sums)[kColumns], float weight, 
     }
 }
 
-/* One row by one warp: its stats and d_query. */
+// One row by one warp: its stats and d_query.
 template <typename E, int D, bool Softcap>
 __device__ void exact_row(const ExactPairs<E, Softcap> &pairs, int i) {
     const sm90_bwd_params &p = pairs.p;
     const int lane = threadIdx.x % 32, low = pairs.s.low_key(p, i), high = pairs.s.high_key(p, i);
     const float sink = p.sinks ? p.sinks[pairs.head * p.sinks_stride] : -INFINITY;
-    float largest = sink, total = 0, sum = 0, slope;
+    float top = sink, total = 0, sum = 0, slope;
     bool nan = false;
     for (int j = low + lane; j < high; j += 32) {
         const float x = pairs.logit(i, j, slope);
         nan |= isnan(x);
-        largest = fmaxf(largest, x);
+        top = fmaxf(top, x);
     }
     for (int step = 16; step; step /= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
     if (__any_sync(~0u, nan))
-        largest = NAN;
+        top = NAN;
     for (int j = low + lane; j < high; j += 32) {
         const float x = pairs.logit(i, j, slope);
         if (x == -INFINITY)
             continue;
-        const float w = expf(x - largest);
+        const float w = expf(x - top);
         total += w;
         sum += w * pairs.d_weight(i, j);
     }
-    total = warp_sum(total) + (sink == -INFINITY ? 0 : expf(sink - largest));
+    total = warp_sum(total) + (sink == -INFINITY ? 0 : expf(sink - top));
     sum = warp_sum(sum);
     float *const stats = pairs.stats(i);
     if (lane == 0) {
         const int batch = p.cu_seqlens_q ? 0 : pairs.b;
         const float d_lse =
             p.d_lse ? *row_of(p.d_lse, p.d_lse_strides, batch, pairs.head, pairs.s.q_start + i) : 0;
-        stats[EXACT_LARGEST * kTileQ] = largest;
-        stats[EXACT_TOTAL * kTileQ] = total;
-        stats[EXACT_DELTA * kTileQ] = d_lse - (total == 0 ? 0 : sum / total);
+        stats[EXACT_TOP * TILE_Q] = top;
+        stats[EXACT_TOTAL * TILE_Q] = total;
+        stats[EXACT_DELTA * TILE_Q] = d_lse - (total == 0 ? 0 : sum / total);
     }
     __syncwarp();
     float d_query[D / 32] = {};
@@ -171,7 +166,7 @@ __device__ void exact_row(const ExactPairs<E, Softcap> &pairs, int i) {
                               pairs.s.q_start + i, lane + 32 * c, d_query[c] * p.scale);
 }
 
-/* One key by one warp, whose rows have their stats. */
+// One key by one warp, whose rows have their stats.
 template <typename E, int D, bool Softcap>
 __device__ void exact_key(const sm90_bwd_params &p, const Sequence &s, int b, int kv_head, int j) {
     const int lane = threadIdx.x % 32;
@@ -202,25 +197,25 @@ __device__ void exact_key(const sm90_bwd_params &p, const Sequence &s, int b, in
     }
 }
 
-/* ---- dQ from its sums ------------------------------------------------------------------------------------------------ */
+// ---- dQ from its sums ------------------------------------------------------------------------------------------------
 
-/* The tile of rows of an errand, of each query head. The lanes have their places of Octets: eight columns are, in the sums, two elements
- * of each of four neighbouring threads of the block that summed. */
+// The tile of rows of an errand, of each query head. The lanes have their places of Octets: eight columns are, in the sums, two elements
+// of each of four neighbouring threads of the block that summed.
 template <typename E, int D>
 __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Unit &unit, int first,
                                              const Buffers &buffers) {
     using O = Octets<E, D>;
     const Sequence &s = unit.s;
-    const int tile = first / kTileQ, first_head = unit.kv_head * p.group;
-    float *const columns = reinterpret_cast<float *>(buffers.memory + 2 * kBufferBytes);
-    float rows[8]; /* what takes fixed point out, and for columns the scale in */
+    const int tile = first / TILE_Q, first_head = unit.kv_head * p.group;
+    float *const columns = reinterpret_cast<float *>(buffers.memory + 2 * BUFFER_BYTES);
+    float rows[8]; // what takes fixed point out, and for columns the scale in
     const auto issue = [&](int n, auto copy) {
-        const int column = n % O::kBlocks * 32 + O::column();
-        const int32_t *const from =
-            sums_of<D>(p, first_sums(p, unit.index, n / O::kBlocks) + tile) +
-            column / (D / 2) * (kTileQ * D / 2) + column % (D / 2) / 8 * 512 + O::row() * 4;
+        const int column = n % O::BLOCKS * 32 + O::column();
+        const int32_t *const from = sums_of<D>(p, first_sums(p, unit.index, n / O::BLOCKS) + tile) +
+                                    column / (D / 2) * (TILE_Q * D / 2) +
+                                    column % (D / 2) / 8 * 512 + O::row() * 4;
 #pragma unroll
-        for (int i = 0; i < kVectors; i++) /* octet i / 2 */
+        for (int i = 0; i < VECTORS; i++) // octet i / 2
             copy(i, from + i / 2 % 2 * 256 + i / 4 * 32 + i % 2 * 128, true);
         if (n == 0) {
             const uint32_t *const facts = facts_of<D>(p, unit.index);
@@ -230,11 +225,11 @@ __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Uni
             __syncwarp();
         }
     };
-    const auto take = [&](int n, const uint4(&x)[kVectors]) {
-        const int head = first_head + n / O::kBlocks, column = n % O::kBlocks * 32 + O::column();
-        if (n % O::kBlocks == 0) {
+    const auto take = [&](int n, const uint4(&x)[VECTORS]) {
+        const int head = first_head + n / O::BLOCKS, column = n % O::BLOCKS * 32 + O::column();
+        if (n % O::BLOCKS == 0) {
             const float *const factors =
-                stats_of(p, head, first_tile(p, s, unit.b) + tile) + SM90_BWD_FACTOR * kTileQ;
+                stats_of(p, head, first_tile(p, s, unit.b) + tile) + SM90_BWD_FACTOR * TILE_Q;
 #pragma unroll
             for (int o = 0; o < 8; o++)
                 rows[o] = inverse(__ldcg(factors + 8 * o + O::row()));
@@ -256,11 +251,11 @@ __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Uni
                                y);
         }
     };
-    buffers.run(p.group * O::kBlocks, issue, take);
-    __syncwarp(); /* `columns` may change */
+    buffers.run(p.group * O::BLOCKS, issue, take);
+    __syncwarp(); // `columns` may change
 }
 
-/* ---- Errands ----------------------------------------------------------------------------------------------------------- */
+// ---- Errands -----------------------------------------------------------------------------------------------------------
 
 template <typename E, int D>
 __device__ __forceinline__ void finish(const sm90_bwd_params &p, const Unit &unit, int first,
@@ -273,11 +268,11 @@ __device__ __forceinline__ void finish(const sm90_bwd_params &p, const Unit &uni
         count_release(facts + SM90_BWD_FINISHED);
 }
 
-/* Warps claim errands in this order: round by round, those that prepare unit `round`, then those that finish unit round - behind. One
- * waits for earlier ones, and for tasks whose unit earlier ones prepare, so somebody can always go on. */
+// Warps claim errands in this order: round by round, those that prepare unit `round`, then those that finish unit round - behind. One
+// waits for earlier ones, and for tasks whose unit earlier ones prepare, so somebody can always go on.
 template <typename E, int D>
 __device__ __forceinline__ void run_errands(const sm90_bwd_params &p, const Buffers &buffers) {
-    int summed = -1, free = -1; /* the last units of which that is known */
+    int summed = -1, free = -1; // the last units of which that is known
     int next = claim(p, SM90_BWD_NEXT_ERRAND);
     for (;;) {
         const int index = uniform(next), in_round = index % (2 * p.errands),
@@ -286,7 +281,7 @@ __device__ __forceinline__ void run_errands(const sm90_bwd_params &p, const Buff
         const int number = finishes ? round - p.behind : round;
         if (round >= p.units + p.behind)
             return;
-        if (threadIdx.x % 32 == 0) /* long before it is needed */
+        if (threadIdx.x % 32 == 0) // long before it is needed
             next = atomicAdd(p.next + SM90_BWD_NEXT_ERRAND, 1);
         if (number < 0 || number >= p.units)
             continue;
@@ -295,30 +290,30 @@ __device__ __forceinline__ void run_errands(const sm90_bwd_params &p, const Buff
             if (summed != number)
                 wait_for_count(facts_of<D>(p, number) + SM90_BWD_SUMMED, unit.key_tiles());
             summed = number;
-            finish<E, D>(p, unit, errand * kErrand, buffers);
+            finish<E, D>(p, unit, errand * ERRAND, buffers);
         } else if (!finishes && errand < unit.errands()) {
-            const int before = number - p.slots; /* in the slot */
+            const int before = number - p.slots; // in the slot
             if (before >= 0 && free != before)
                 wait_for_count(facts_of<D>(p, before) + SM90_BWD_FINISHED,
                                Unit(p, before).row_errands());
             free = before;
-            prepare<E, D>(p, unit, errand * kErrand, buffers);
+            prepare<E, D>(p, unit, errand * ERRAND, buffers);
         }
     }
 }
 
-/* ---- The kernels ------------------------------------------------------------------------------------------------------ */
+// ---- The kernels ------------------------------------------------------------------------------------------------------
 
-/* Whether any head is odd, asked by a whole block. */
+// Whether any head is odd, asked by a whole block.
 template <int D>
 __device__ __forceinline__ bool any_odd(const sm90_bwd_params &p) {
     bool odd = false;
-    for (int unit = threadIdx.x; unit < p.batch * p.heads_kv; unit += kFinishThreads)
+    for (int unit = threadIdx.x; unit < p.batch * p.heads_kv; unit += FINISH_THREADS)
         odd |= facts_of<D>(p, unit)[SM90_BWD_ODD] != 0;
     return __syncthreads_or(odd);
 }
 
-/* d_query and stats of the rows of odd heads. */
+// d_query and stats of the rows of odd heads.
 template <typename E, int D, bool Softcap>
 __device__ __forceinline__ void finish_rows(const sm90_bwd_params &p) {
     wait_for_predecessor();
@@ -330,13 +325,13 @@ __device__ __forceinline__ void finish_rows(const sm90_bwd_params &p) {
             continue;
         const Sequence s(p, b);
         const ExactPairs<E, Softcap> pairs{p, s, b, head};
-        const int first = i % p.row_tiles * kTileQ, end = min(first + kTileQ, s.q_rows);
-        for (int row = first + threadIdx.x / 32; row < end; row += kFinishWarps)
+        const int first = i % p.row_tiles * TILE_Q, end = min(first + TILE_Q, s.q_rows);
+        for (int row = first + threadIdx.x / 32; row < end; row += FINISH_WARPS)
             exact_row<E, D>(pairs, row);
     }
 }
 
-/* d_sink = - sum of exp(sink - lse) delta over the rows of a head, in an order that depends on nothing but their number. */
+// d_sink = - sum of exp(sink - lse) delta over the rows of a head, in an order that depends on nothing but their number.
 template <int D>
 __device__ __forceinline__ void finish_sink(const sm90_bwd_params &p, int head) {
     float *const parts = shared_numbers<float>();
@@ -345,19 +340,19 @@ __device__ __forceinline__ void finish_sink(const sm90_bwd_params &p, int head) 
     for (int b = 0; b < p.batch; b++) {
         const Sequence s(p, b);
         const bool odd = facts_of<D>(p, b, head / p.group)[SM90_BWD_ODD];
-        for (int i = threadIdx.x; i < s.q_rows; i += kFinishThreads) {
+        for (int i = threadIdx.x; i < s.q_rows; i += FINISH_THREADS) {
             const float *const stats =
-                stats_of(p, head, first_tile(p, s, b) + i / kTileQ) + i % kTileQ;
+                stats_of(p, head, first_tile(p, s, b) + i / TILE_Q) + i % TILE_Q;
             const float lse =
                 *row_of(p.lse, p.lse_strides, p.cu_seqlens_q ? 0 : b, head, s.q_start + i);
             const float weight =
-                odd ? expf(sink - stats[EXACT_LARGEST * kTileQ]) / stats[EXACT_TOTAL * kTileQ]
+                odd ? expf(sink - stats[EXACT_TOP * TILE_Q]) / stats[EXACT_TOTAL * TILE_Q]
                     : expf(sink - lse);
-            sum += sink == -INFINITY ? 0 : weight * stats[EXACT_DELTA * kTileQ];
+            sum += sink == -INFINITY ? 0 : weight * stats[EXACT_DELTA * TILE_Q];
         }
     }
     parts[threadIdx.x] = sum;
-    for (int step = kFinishThreads / 2; step; step /= 2) {
+    for (int step = FINISH_THREADS / 2; step; step /= 2) {
         __syncthreads();
         if (threadIdx.x < step)
             parts[threadIdx.x] += parts[threadIdx.x + step];
@@ -366,7 +361,7 @@ __device__ __forceinline__ void finish_sink(const sm90_bwd_params &p, int head) 
         p.d_sinks[head * p.d_sinks_stride] = parts[0];
 }
 
-/* One block for each sink; then the keys of odd heads. */
+// One block for each sink; then the keys of odd heads.
 template <typename E, int D, bool Softcap>
 __device__ __forceinline__ void finish_keys(const sm90_bwd_params &p) {
     const int sinks = p.d_sinks ? p.heads_q : 0;
@@ -383,12 +378,8 @@ __device__ __forceinline__ void finish_keys(const sm90_bwd_params &p) {
         if (!facts_of<D>(p, b, kv_head)[SM90_BWD_ODD])
             continue;
         const Sequence s(p, b);
-        const int first = i % p.key_tiles * kTileK, end = min(first + kTileK, s.k_rows);
-        for (int j = first + threadIdx.x / 32; j < end; j += kFinishWarps)
+        const int first = i % p.key_tiles * TILE_K, end = min(first + TILE_K, s.k_rows);
+        for (int j = first + threadIdx.x / 32; j < end; j += FINISH_WARPS)
             exact_key<E, D, Softcap>(p, s, b, kv_head, j);
     }
 }
-
-} // namespace sm90
-
-#endif /* DLATTN_SM90_BWD_FINISH_CUH_ */

@@ -1,22 +1,18 @@
-/*
- * Which rows and keys a block of cuda_bwd_sm90 works on, and where their numbers are in the workspace.
- */
+// Which rows and keys a block of cuda_bwd_sm90 works on, and where their numbers are in the workspace.
 #pragma once
 
 #include "kernels/cuda/sm90/bwd_params.h"
 #include "kernels/cuda/sm90/ptx.cuh"
 
-namespace sm90 {
+constexpr int TILE_Q = SM90_BWD_TILE_Q, TILE_K = SM90_BWD_TILE_K, ERRAND = SM90_BWD_ERRAND;
+static_assert(ERRAND == TILE_Q, "the rows of an errand are those of a tile");
 
-constexpr int kTileQ = SM90_BWD_TILE_Q, kTileK = SM90_BWD_TILE_K, kErrand = SM90_BWD_ERRAND;
-static_assert(kErrand == kTileQ, "the rows of an errand are those of a tile");
-
-/* One sequence of the batch; row i meets key i + diagonal. Whatever the integer tensors hold, nothing outside the tensors is
- * touched. */
+// One sequence of the batch; row i meets key i + diagonal. Whatever the integer tensors hold, nothing outside the tensors is
+// touched.
 struct Sequence {
-    int q_start, k_start; /* first row in packed tensors, else 0 */
-    int q_rows, k_rows;   /* that are its own: their gradients are written */
-    int q_len, k_len;     /* that take part */
+    int q_start, k_start; // first row in packed tensors, else 0
+    int q_rows, k_rows;   // that are its own: their gradients are written
+    int q_len, k_len;     // that take part
     int diagonal;
 
     static __device__ __forceinline__ void packed(const int32_t *cu_seqlens, int64_t stride, int b,
@@ -41,7 +37,7 @@ struct Sequence {
         diagonal = p.bottom_right ? k_len - q_len : 0;
     }
 
-    /* Keys [low, high) that row i sees. */
+    // Keys [low, high) that row i sees.
     __device__ __forceinline__ int low_key(const sm90_bwd_params &p, int i) const {
         return max(i + diagonal - p.window_left, 0);
     }
@@ -53,9 +49,9 @@ struct Sequence {
     }
 };
 
-/* Tiles of rows of one head are numbered through all sequences; packed ones share none. */
+// Tiles of rows of one head are numbered through all sequences; packed ones share none.
 __device__ __forceinline__ int first_tile(const sm90_bwd_params &p, const Sequence &s, int b) {
-    return p.cu_seqlens_q ? s.q_start / kTileQ + b : b * p.row_tiles;
+    return p.cu_seqlens_q ? s.q_start / TILE_Q + b : b * p.row_tiles;
 }
 
 __device__ __forceinline__ char *rows_of(const sm90_bwd_params &p, int head, int tile) {
@@ -64,15 +60,15 @@ __device__ __forceinline__ char *rows_of(const sm90_bwd_params &p, int head, int
 __device__ __forceinline__ float *stats_of(const sm90_bwd_params &p, int head, int tile) {
     return reinterpret_cast<float *>(rows_of(p, head, tile));
 }
-constexpr int kStatsBytes = SM90_BWD_STATS * kTileQ * 4, kTermBytes = SM90_BWD_TERM_BYTES;
+constexpr int STATS_BYTES = SM90_BWD_STATS * TILE_Q * 4, TERM_BYTES = SM90_BWD_TERM_BYTES;
 
-/* Number of the first tile of sums of a head of a unit. */
+// Number of the first tile of sums of a head of a unit.
 __device__ __forceinline__ int first_sums(const sm90_bwd_params &p, int unit, int head_in_group) {
     return (unit % p.slots * p.group + head_in_group) * p.row_tiles;
 }
 template <int D>
 __device__ __forceinline__ int32_t *sums_of(const sm90_bwd_params &p, int tile) {
-    return p.sums + static_cast<int64_t>(tile) * (kTileQ * D);
+    return p.sums + static_cast<int64_t>(tile) * (TILE_Q * D);
 }
 
 template <int D>
@@ -89,23 +85,23 @@ __device__ __forceinline__ T *row_of(T *data, const sm90_strides &s, int b, int 
     return data + b * s.batch + head * s.head + row * s.row;
 }
 
-/* ---- Fixed point: sums of integers do not depend on their order -------------------------------------------------- */
+// ---- Fixed point: sums of integers do not depend on their order --------------------------------------------------
 
-/* A partial sum of d_query_i[d] is at most scale (2 |d_output_i| max_j |value_j| + |d_lse_i|) max_j |key_j[d]|, and so at most scale
- * (2 |d_output_i| + |d_lse_i|) (max_j |value_j| + 1) max_j |key_j[d]|; the 1 only where there is a d_lse. With a power of two above
- * the row's factor and one above the column's taken out, and 30 bits for what is left, no sum of int32 overflows. */
+// A partial sum of d_query_i[d] is at most scale (2 |d_output_i| max_j |value_j| + |d_lse_i|) max_j |key_j[d]|, and so at most scale
+// (2 |d_output_i| + |d_lse_i|) (max_j |value_j| + 1) max_j |key_j[d]|; the 1 only where there is a d_lse. With a power of two above
+// the row's factor and one above the column's taken out, and 30 bits for what is left, no sum of int32 overflows.
 __device__ __forceinline__ int exponent_above(float x) { return (__float_as_int(x) >> 23) - 126; }
 __device__ __forceinline__ float power_of_two(int exponent) {
     return __int_as_float((min(max(exponent, -126), 120) + 127) << 23);
 }
-/* 1 / x of a power of two. */
+// 1 / x of a power of two.
 __device__ __forceinline__ float inverse(float x) {
     return __int_as_float(0x7f000000 - __float_as_int(x));
 }
-/* Of norms and keys that the fast path takes: products of three stay in the range of f32. */
-constexpr float kLargest = 0x1p40f;
+// Of norms and keys that the fast path takes: products of three stay in the range of f32.
+constexpr float LARGEST = 0x1p40f;
 
-/* What the factors of all columns have in common. */
+// What the factors of all columns have in common.
 __device__ __forceinline__ int value_exponent(const sm90_bwd_params &p, const uint32_t *facts) {
     return exponent_above(sqrtf(__uint_as_float(__ldcg(facts + SM90_BWD_VALUE))) +
                           (p.d_lse ? 1 : 0));
@@ -119,7 +115,7 @@ __device__ __forceinline__ float row_factor(float d_output_norm, float d_lse) {
     return power_of_two(30 - exponent_above(2 * d_output_norm + fabsf(d_lse)));
 }
 
-/* Element i of a thread's part of d_query: of the rows of a warp, and of the columns of a warpgroup. (PTX ISA, wgmma D fragment) */
+// Element i of a thread's part of d_query: of the rows of a warp, and of the columns of a warpgroup. (PTX ISA, wgmma D fragment)
 __device__ __forceinline__ int fragment_row(int thread, int i) {
     return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }
@@ -127,77 +123,75 @@ __device__ __forceinline__ int fragment_column(int thread, int i) {
     return i / 4 * 8 + thread % 4 * 2 + i % 2;
 }
 
-/* Waits until `counter`, which others count up, has reached `count`. */
+// Waits until `counter`, which others count up, has reached `count`.
 __device__ __forceinline__ void wait_for_count(const uint32_t *counter, int count) {
     while (static_cast<int>(load_relaxed(counter)) < count)
         __nanosleep(100);
     fence_acquire();
 }
 
-/* The next number of a counter, the same for all lanes of the warp. */
+// The next number of a counter, the same for all lanes of the warp.
 __device__ __forceinline__ int claim(const sm90_bwd_params &p, int counter) {
     return uniform(threadIdx.x % 32 == 0 ? atomicAdd(p.next + counter, 1) : 0);
 }
 
-/* Waits for the kernel before this one in the stream, which this one may have overtaken. */
+// Waits for the kernel before this one in the stream, which this one may have overtaken.
 __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-/* Lets the kernel after this one in the stream start wherever there is room. */
+// Lets the kernel after this one in the stream start wherever there is room.
 __device__ __forceinline__ void let_successor_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-/* A block's shared memory, SM90_BWD_SMALL_BYTES of it. */
+// A block's shared memory, SM90_BWD_SMALL_BYTES of it.
 template <typename T>
 __device__ __forceinline__ T *shared_numbers() {
     extern __shared__ char raw[];
     return reinterpret_cast<T *>(raw);
 }
 
-/* The keys and values of one head of one sequence, and the rows of its query heads. */
+// The keys and values of one head of one sequence, and the rows of its query heads.
 struct Unit {
     int index, b, kv_head;
     Sequence s;
 
     __device__ __forceinline__ Unit(const sm90_bwd_params &p, int index)
         : index(index), b(index / p.heads_kv), kv_head(index % p.heads_kv), s(p, b) {}
-    __device__ __forceinline__ int key_tiles() const { return (s.k_rows + kTileK - 1) / kTileK; }
-    __device__ __forceinline__ int row_errands() const {
-        return (s.q_rows + kErrand - 1) / kErrand;
-    }
+    __device__ __forceinline__ int key_tiles() const { return (s.k_rows + TILE_K - 1) / TILE_K; }
+    __device__ __forceinline__ int row_errands() const { return (s.q_rows + ERRAND - 1) / ERRAND; }
     __device__ __forceinline__ int errands() const {
-        return max(row_errands(), (s.k_rows + kErrand - 1) / kErrand);
+        return max(row_errands(), (s.k_rows + ERRAND - 1) / ERRAND);
     }
 };
 
-/* ---- Tasks: tiles of keys ------------------------------------------------------------------------------------------ */
+// ---- Tasks: tiles of keys ------------------------------------------------------------------------------------------
 
-/* Keys of one head, and the rows that see one of them. */
+// Keys of one head, and the rows that see one of them.
 struct alignas(64) Task {
-    int key_tile; /* -1: there are no more */
+    int key_tile; // -1: there are no more
     int batch, kv_head;
-    int first, end, start; /* tiles of rows; the walk begins at `start` and goes round */
-    int first_tile;        /* of the sequence */
-    int first_sums;        /* of the unit */
-    int skipped;           /* the head is odd: nothing is written here */
+    int first, end, start; // tiles of rows; the walk begins at `start` and goes round
+    int first_tile;        // of the sequence
+    int first_sums;        // of the unit
+    int skipped;           // the head is odd: nothing is written here
     Sequence s;
 
-    __device__ __forceinline__ int first_key() const { return key_tile * kTileK; }
+    __device__ __forceinline__ int first_key() const { return key_tile * TILE_K; }
     __device__ __forceinline__ int steps(const sm90_bwd_params &p) const {
         return skipped ? 0 : (end - first) * p.group;
     }
-    /* Whether some row of the tile does not see some key of the warpgroup. */
+    // Whether some row of the tile does not see some key of the warpgroup.
     __device__ __forceinline__ bool is_masked(const sm90_bwd_params &p, int tile, int wg) const {
-        const int row = tile * kTileQ, key = first_key() + 64 * wg;
+        const int row = tile * TILE_Q, key = first_key() + 64 * wg;
         return key + 64 > s.k_len || key + 63 - s.diagonal - p.window_right > row ||
-               key - s.diagonal + p.window_left < row + kTileQ - 1;
+               key - s.diagonal + p.window_left < row + TILE_Q - 1;
     }
 };
 
-/* The next tile of keys, when its unit is prepared. Blocks that work on one head at the same time begin at different rows, so that their
- * sums do not meet. Behind a mask they do anyway. */
+// The next tile of keys, when its unit is prepared. Blocks that work on one head at the same time begin at different rows, so that their
+// sums do not meet. Behind a mask they do anyway.
 template <int D>
 __device__ __forceinline__ Task next_task(const sm90_bwd_params &p) {
     Task t{-1, 0, 0, 0, 0, 0, 0, 0, 0, Sequence(p, 0)};
@@ -219,19 +213,19 @@ __device__ __forceinline__ Task next_task(const sm90_bwd_params &p) {
     t.first_tile = first_tile(p, t.s, t.batch);
     t.first_sums = first_sums(p, number, 0);
     t.skipped = __ldcg(facts + SM90_BWD_ODD);
-    const int key = t.first_key(), end_key = min(key + kTileK, t.s.k_len);
+    const int key = t.first_key(), end_key = min(key + TILE_K, t.s.k_len);
     const int low = max(key - t.s.diagonal - p.window_right, 0),
               high = min(end_key - t.s.diagonal + p.window_left, t.s.q_len);
     if (key >= end_key || low >= high)
         return t;
     const bool bounded = p.window_left != SM90_UNBOUNDED || p.window_right != SM90_UNBOUNDED;
-    t.first = low / kTileQ;
-    t.end = (high + kTileQ - 1) / kTileQ;
-    t.start = bounded ? t.first : t.first + key / kTileQ % (t.end - t.first);
+    t.first = low / TILE_Q;
+    t.end = (high + TILE_Q - 1) / TILE_Q;
+    t.start = bounded ? t.first : t.first + key / TILE_Q % (t.end - t.first);
     return t;
 }
 
-/* The steps of a task: head by head of the group, tile by tile. */
+// The steps of a task: head by head of the group, tile by tile.
 struct Walk {
     int head, tile, first, end, start;
 
@@ -242,5 +236,3 @@ struct Walk {
         head += tile == start;
     }
 };
-
-} // namespace sm90

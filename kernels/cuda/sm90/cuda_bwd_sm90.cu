@@ -12,30 +12,28 @@
         __VA_ARGS__(p);                                                                            \
     }
 #define INSTANCES(E, type, D)                                                                      \
-    MAIN(cuda_bwd_sm90_##D##_##type, sm90::backward<sm90::BwdConfig<E, D, false>>)                 \
-    MAIN(cuda_bwd_sm90_##D##_##type##_softcap, sm90::backward<sm90::BwdConfig<E, D, true>>)        \
-    KERNEL(cuda_bwd_sm90_rows_##D##_##type, SM90_BWD_SMALL_THREADS,                                \
-           sm90::finish_rows<E, D, false>)                                                         \
+    MAIN(cuda_bwd_sm90_##D##_##type, backward<BwdConfig<E, D, false>>)                             \
+    MAIN(cuda_bwd_sm90_##D##_##type##_softcap, backward<BwdConfig<E, D, true>>)                    \
+    KERNEL(cuda_bwd_sm90_rows_##D##_##type, SM90_BWD_SMALL_THREADS, finish_rows<E, D, false>)      \
     KERNEL(cuda_bwd_sm90_rows_##D##_##type##_softcap, SM90_BWD_SMALL_THREADS,                      \
-           sm90::finish_rows<E, D, true>)                                                          \
-    KERNEL(cuda_bwd_sm90_keys_##D##_##type, SM90_BWD_SMALL_THREADS,                                \
-           sm90::finish_keys<E, D, false>)                                                         \
+           finish_rows<E, D, true>)                                                                \
+    KERNEL(cuda_bwd_sm90_keys_##D##_##type, SM90_BWD_SMALL_THREADS, finish_keys<E, D, false>)      \
     KERNEL(cuda_bwd_sm90_keys_##D##_##type##_softcap, SM90_BWD_SMALL_THREADS,                      \
-           sm90::finish_keys<E, D, true>)
+           finish_keys<E, D, true>)
 #define WIDE(E, type, D, DV, SOFTCAP)                                                              \
     MAIN(cuda_bwd_sm90_wide_keys_##D##_##DV##_##type,                                              \
-         sm90::wide_keys<sm90::WideKeysConfig<E, D, DV, SOFTCAP>>)                                 \
+         wide_keys<WideKeysConfig<E, D, DV, SOFTCAP>>)                                             \
     MAIN(cuda_bwd_sm90_wide_rows_##D##_##DV##_##type,                                              \
-         sm90::wide_rows<sm90::WideRowsConfig<E, D, DV, SOFTCAP>>)                                 \
+         wide_rows<WideRowsConfig<E, D, DV, SOFTCAP>>)                                             \
     KERNEL(cuda_bwd_sm90_odd_rows_##D##_##DV##_##type, SM90_BWD_SMALL_THREADS,                     \
-           sm90::finish_rows<E, D, SOFTCAP>)                                                       \
+           finish_rows<E, D, SOFTCAP>)                                                             \
     KERNEL(cuda_bwd_sm90_odd_keys_##D##_##DV##_##type, SM90_BWD_SMALL_THREADS,                     \
-           sm90::finish_keys<E, D, SOFTCAP>)
+           finish_keys<E, D, SOFTCAP>)
 #define WIDE_TILE(D, DV)                                                                           \
     KERNEL(cuda_bwd_sm90_prepare_##D##_##DV##_f16, SM90_BWD_SMALL_THREADS,                         \
-           sm90::prepare_wide<__half, D>)                                                          \
+           prepare_wide<__half, D>)                                                                \
     KERNEL(cuda_bwd_sm90_prepare_##D##_##DV##_bf16, SM90_BWD_SMALL_THREADS,                        \
-           sm90::prepare_wide<__nv_bfloat16, D>)                                                   \
+           prepare_wide<__nv_bfloat16, D>)                                                         \
     WIDE(__half, f16, D, DV, false)                                                                \
     WIDE(__half, f16_softcap, D, DV, true)                                                         \
     WIDE(__nv_bfloat16, bf16, D, DV, false)                                                        \

@@ -6,12 +6,11 @@
 #define INSTANCE(name, E, VARIANT, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                  \
     extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
         name(const __grid_constant__ sm90_params p) {                                              \
-        using Config =                                                                             \
-            sm90::Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, sm90::VARIANT>;         \
-        static_assert(Config::kSharedBytes == SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES,   \
-                                                                QUERY_STAGES, Config::kPlaced),    \
+        using Config = Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, VARIANT>;          \
+        static_assert(Config::SHARED_BYTES == SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES,   \
+                                                                QUERY_STAGES, Config::IS_PLACED),  \
                       "");                                                                         \
-        sm90::forward<Config>(p);                                                                  \
+        forward<Config>(p);                                                                        \
     }
 /* Three warpgroups have no registers for what options need. */
 #define INSTANCES_MANY_ROWS(name, E, ...) INSTANCE(name, E, PLAIN, __VA_ARGS__)
@@ -32,10 +31,10 @@
 #define BEFORE_(D)                                                                                 \
     extern "C" __global__ void __launch_bounds__(SM90_LIST_THREADS)                                \
         cuda_fwd_sm90_list_##D(const __grid_constant__ sm90_params p) {                            \
-        sm90::list_tiles(p);                                                                       \
+        list_tiles(p);                                                                             \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(SM90_SEEN_THREADS)                                \
         cuda_fwd_sm90_seen_##D(const __grid_constant__ sm90_params p) {                            \
-        sm90::find_seen(p);                                                                        \
+        find_seen(p);                                                                              \
     }
 BEFORE(SM90_D)

@@ -1,92 +1,88 @@
-/*
- * Attention forward for Hopper: O = softmax(scale Q K^T + mask) V, f16 or bf16 in, f32 sums. docs/cuda-sm90.md draws
- * the schedule.
- *
- * One block per SM walks over tiles of 64 * kWarpgroups query rows. Two producer warps bring Q, K and V tiles to shared
- * memory by TMA; each consumer warpgroup owns 64 rows, keeps S, P and O in registers, and runs
- *     S' = Q K(n+1)^T and O += P V(n)   on the tensor cores, while
- *     softmax(S')                       runs on the other warpgroup's time (ping-pong) and under its own P V.
- * Key tiles are walked from the first to the last, so that tiles of one head read the same ones at the same time.
- */
+// Attention forward for Hopper: O = softmax(scale Q K^T + mask) V, f16 or bf16 in, f32 sums. docs/cuda-sm90.md draws
+// the schedule.
+//
+// One block per SM walks over tiles of 64 * WARPGROUPS query rows. Two producer warps bring Q, K and V tiles to shared
+// memory by TMA; each consumer warpgroup owns 64 rows, keeps S, P and O in registers, and runs
+//     S' = Q K(n+1)^T and O += P V(n)   on the tensor cores, while
+//     softmax(S')                       runs on the other warpgroup's time (ping-pong) and under its own P V.
+// Key tiles are walked from the first to the last, so that tiles of one head read the same ones at the same time.
 #pragma once
 
 #include "kernels/cuda/sm90/store.cuh"
 
-namespace sm90 {
-
-/* The 64 query rows of a warpgroup in registers. A thread holds two rows, `half` 0 and 1, eight apart, and of every
- * eight columns two: element 4 * (column / 8) + 2 * half + (column & 1) of its array. (PTX ISA, wgmma D fragment) */
+// The 64 query rows of a warpgroup in registers. A thread holds two rows, `half` 0 and 1, eight apart, and of every
+// eight columns two: element 4 * (column / 8) + 2 * half + (column & 1) of its array. (PTX ISA, wgmma D fragment)
 template <class C>
 struct Consumer {
     using E = typename C::Element;
-    static constexpr int kScores = C::kTileK / 2, kOutputs = C::kDimV / 2;
+    static constexpr int SCORES = C::TILE_K / 2, OUTPUTS = C::DIM_V / 2;
 
-    float score[kScores];
-    float output[kOutputs];
-    uint32_t weight[kScores / 2]; /* exp of the scores as pairs of E: the A operand of P V */
-    float shift
-        [2]; /* what is subtracted from the exponents of 2: a maximum of the row, -inf before its first key */
-    float sum[2];                    /* of the weights, this thread's part */
-    bool fresh;                      /* O holds nothing of this tile yet */
-    float slope[2];                  /* ALIBI: what a score loses for each key of distance */
-    uint32_t early[kScores / 4 + 4]; /* ANY: of the mask, see fetch() */
-    bool cut;                        /* ANY: mask or segments hide something of the tile */
+    float score[SCORES];
+    float output[OUTPUTS];
+    uint32_t weight[SCORES / 2]; // exp of the scores as pairs of E: the A operand of P V
+    // What is subtracted from the exponents of 2: a maximum of the row, -inf before its first key.
+    float top[2];
+    float sum[2];                   // of the weights, this thread's part
+    bool fresh;                     // O holds nothing of this tile yet
+    float slope[2];                 // ALIBI: what a score loses for each key of distance
+    uint32_t early[SCORES / 4 + 4]; // ANY: of the mask, see fetch()
+    bool cut;                       // ANY: mask or segments hide something of the tile
 
-    /* S = Q K^T */
+    // S = Q K^T
     __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
         const Descriptor a(query, 16, 1024), b(key, 16, 1024);
 #pragma unroll
-        for (int k = 0; k < C::kDimQk / 16; k++)
-            Wgmma<E, C::kTileK>::ss(score, a.at(k / 4 * 64 * 128 + 32 * (k % 4)),
-                                    b.at(k / 4 * C::kKeyColumn + 32 * (k % 4)), k > 0);
+        for (int k = 0; k < C::DIM_QK / 16; k++)
+            Wgmma<E, C::TILE_K>::ss(score, a.at(k / 4 * 64 * 128 + 32 * (k % 4)),
+                                    b.at(k / 4 * C::KEY_COLUMN + 32 * (k % 4)), k > 0);
         wgmma_commit();
     }
 
-    /* O += P V, or O = P V for the first key tile. */
+    // O += P V, or O = P V for the first key tile.
     __device__ __forceinline__ void start_outputs(uint32_t value) {
-        const Descriptor b(value, C::kKeyColumn, 1024);
+        const Descriptor b(value, C::KEY_COLUMN, 1024);
 #pragma unroll
-        for (int k = 0; k < C::kTileK / 16; k++)
-            Wgmma<E, C::kDimV>::rs(output, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
+        for (int k = 0; k < C::TILE_K / 16; k++)
+            Wgmma<E, C::DIM_V>::rs(output, weight[4 * k], weight[4 * k + 1], weight[4 * k + 2],
                                    weight[4 * k + 3], b.at(k * 16 * 128), k > 0 || !fresh);
         wgmma_commit();
     }
 
-    /* Keys of this thread, two of every eight, among the first `count` from its first one on. */
+    // Keys of this thread, two of every eight, among the first `count` from its first one on.
     static __device__ __forceinline__ int keys_before(int count) {
-        const int inside = min(max(count, 0), C::kTileK);
+        const int inside = min(max(count, 0), C::TILE_K);
         return inside / 8 * 2 + min(inside % 8, 2);
     }
 
-    /* One bit for each key of this thread in [low, high); `column` = its first key. */
+    // One bit for each key of this thread in [low, high); `column` = its first key.
     static __device__ __forceinline__ uint32_t keys_between(int column, int low, int high) {
         const int begin = keys_before(low - column), end = keys_before(high - column);
         return ones(begin, max(end - begin, 0));
     }
 
-    /* Hides the keys whose bit is 0. */
+    // Hides the keys whose bit is 0.
     __device__ __forceinline__ void mask(const uint32_t (&visible)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int i = 0; i < kScores / 2; i++) {
+            for (int i = 0; i < SCORES / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
                 s = visible[half] >> i & 1 ? s : -INFINITY;
             }
         }
     }
 
-    /* Whether a score of the warp is beyond what the polynomial of the cap is for. */
+    // Whether a score of the warp is beyond what the polynomial of the cap is for.
     __device__ __forceinline__ bool beyond_polynomial(const sm90_params &p) const {
         float most[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < kScores; i++)
+        for (int i = 0; i < SCORES; i++)
             most[i % 4] = fmaxf(most[i % 4], fabsf(score[i]));
         const float all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
         return __any_sync(~0u, all > p.cap_limit);
     }
 
-    /* By what a score is to be multiplied to be capped, as a power of 2: exact to 2^-20 up to half of the cap. */
+    // By what a score is to be multiplied to be capped, as a power of 2: exact to 2^-20 up to half of the cap.
     static __device__ __forceinline__ float cap_factor(const sm90_params &p, float x) {
         const float square = x * x;
         float y = p.cap_polynomial[3];
@@ -96,13 +92,12 @@ struct Consumer {
         return y;
     }
 
-    /* x -> cap * tanh(scale * x / cap), as exponents of 2. tanh(y) = 1 - 2 / (exp(2 y) + 1) is exact to the last bits of f32, but takes two
-     * more results of the special function unit. */
+    // x -> cap * tanh(scale * x / cap), as exponents of 2. tanh(y) = 1 - 2 / (exp(2 y) + 1) is exact to the last bits of f32, but takes two
+    // more results of the special function unit.
     __device__ __forceinline__ void cap_beyond(const sm90_params &p) {
-        const float twice = 2.8853900817779268f * p.scale / p.softcap,
-                    most = 1.4426950408889634f * p.softcap;
+        const float twice = 2 * LOG2E * p.scale / p.softcap, most = LOG2E * p.softcap;
 #pragma unroll
-        for (int i = 0; i < kScores; i++)
+        for (int i = 0; i < SCORES; i++)
             score[i] = most - 2 * most * reciprocal_approx(exp2_approx(score[i] * twice) + 1);
     }
     __device__ __forceinline__ void cap(const sm90_params &p) {
@@ -111,11 +106,11 @@ struct Consumer {
             return;
         }
 #pragma unroll
-        for (int i = 0; i < kScores; i++)
+        for (int i = 0; i < SCORES; i++)
             score[i] *= cap_factor(p, score[i]);
     }
 
-    /* The same with exponentials(), in an instruction less. */
+    // The same with exponentials(), in an instruction less.
     __device__ __forceinline__ void
     capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&part)[2]) {
         if (__builtin_expect(beyond_polynomial(p), false)) {
@@ -126,7 +121,7 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int i = 0; i < kScores / 2; i++) {
+            for (int i = 0; i < SCORES / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
                 s = exp2_approx(fmaf(s, cap_factor(p, s), -offset[half]));
                 part[half] += s;
@@ -134,34 +129,34 @@ struct Consumer {
         }
     }
 
-    /* Moves the shift to the maximum of S where that grew by more than 2^8; `factor` is what older results scale by.
-     * No branch: wgmmas are in flight, and ptxas waits for them where paths meet. */
+    // Moves the top to the maximum of S where that grew by more than 2^8; `factor` is what older results scale by.
+    // No branch: wgmmas are in flight, and ptxas waits for them where paths meet.
     __device__ __forceinline__ void track_maximum(float scale_log2, float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            /* Four maxima side by side: one would be a chain of kScores / 2 instructions. */
+            // Four maxima side by side: one would be a chain of SCORES / 2 instructions.
             float m4[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll
-            for (int i = 0; i < kScores / 2; i++)
+            for (int i = 0; i < SCORES / 2; i++)
                 m4[i % 4] = fmaxf(m4[i % 4], score[4 * (i / 2) + 2 * half + i % 2]);
             float m = fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
             m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
             m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-            const float growth = m * scale_log2 - shift[half];
+            const float growth = m * scale_log2 - top[half];
             const bool grown = growth > 8.f;
             factor[half] = grown ? exp2_approx(-growth) : 1.f;
-            shift[half] = grown ? m * scale_log2 : shift[half];
+            top[half] = grown ? m * scale_log2 : top[half];
             sum[half] *= factor[half];
         }
     }
 
-    /* S -> 2^(scale_log2 S - offset), and their sums in `part`. */
+    // S -> 2^(scale_log2 S - offset), and their sums in `part`.
     __device__ __forceinline__ void exponentials(float scale_log2, const float (&offset)[2],
                                                  float (&part)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int i = 0; i < kScores / 2; i++) {
+            for (int i = 0; i < SCORES / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
                 s = exp2_approx(fmaf(s, scale_log2, -offset[half]));
                 part[half] += s;
@@ -169,26 +164,26 @@ struct Consumer {
         }
     }
 
-    /* Weights that came out above the range of E are brought back, and the shift with them. Rare: scores that exceed
-     * their row's first ones by 2^14. A weight that overflowed f32 stays infinite; store_rows() sees to it. */
+    // Weights that came out above the range of E are brought back, and the top with them. Rare: scores that exceed
+    // their row's first ones by 2^14. A weight that overflowed f32 stays infinite; store_rows() sees to it.
     __device__ __forceinline__ void limit(float (&part)[2], float (&factor)[2]) {
-        constexpr float kLimit = 16384.f;
+        constexpr float LIMIT = 16384.f;
         factor[0] = factor[1] = 1.f;
-        bool outside = part[0] > kLimit || part[1] > kLimit;
-        if (C::kAlibi)
-            outside |= sum[0] + part[0] < kAlibiLeast || sum[1] + part[1] < kAlibiLeast;
+        bool outside = part[0] > LIMIT || part[1] > LIMIT;
+        if (C::HAS_ALIBI)
+            outside |= sum[0] + part[0] < ALIBI_LEAST || sum[1] + part[1] < ALIBI_LEAST;
         if (__builtin_expect(!__any_sync(~0u, outside), true))
             return;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float most = fmaxf(part[half], __shfl_xor_sync(~0u, part[half], 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            bool moves = most > kLimit && most < INFINITY;
-            if constexpr (C::kAlibi) {
+            bool moves = most > LIMIT && most < INFINITY;
+            if constexpr (C::HAS_ALIBI) {
                 float all = sum[half] + part[half];
                 all = fmaxf(all, __shfl_xor_sync(~0u, all, 1));
                 all = fmaxf(all, __shfl_xor_sync(~0u, all, 2));
-                if (all < kAlibiLeast && all > 0) {
+                if (all < ALIBI_LEAST && all > 0) {
                     most = all;
                     moves = true;
                 }
@@ -196,13 +191,13 @@ struct Consumer {
             if (moves) {
                 const int exponent = min((__float_as_int(most) >> 23) - 127, 126);
                 factor[half] = __int_as_float((127 - exponent) << 23);
-                shift[half] += exponent;
+                top[half] += exponent;
                 sum[half] *= factor[half];
                 part[half] *= factor[half];
             }
         }
 #pragma unroll
-        for (int i = 0; i < kScores; i++)
+        for (int i = 0; i < SCORES; i++)
             score[i] *= factor[i / 2 % 2];
     }
 
@@ -210,62 +205,62 @@ struct Consumer {
         if (__builtin_expect(!__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f), true))
             return;
 #pragma unroll
-        for (int i = 0; i < kOutputs; i++)
+        for (int i = 0; i < OUTPUTS; i++)
             output[i] *= factor[i / 2 % 2];
     }
 
-    /* Element pairs of S are already in the order of the A fragment. */
+    // Element pairs of S are already in the order of the A fragment.
     __device__ __forceinline__ void round_weights() {
 #pragma unroll
-        for (int i = 0; i < kScores / 2; i++)
+        for (int i = 0; i < SCORES / 2; i++)
             weight[i] = pack<E>(score[2 * i], score[2 * i + 1]);
     }
 
     __device__ __forceinline__ void clear_output() {
 #pragma unroll
-        for (int i = 0; i < kOutputs; i++)
+        for (int i = 0; i < OUTPUTS; i++)
             output[i] = 0;
         fresh = true;
     }
 
-    /* From a score, as shape_scores() leaves it, to an exponent of 2. */
+    // From a score, as shape_scores() leaves it, to an exponent of 2.
     static __device__ __forceinline__ float exponent_scale(const sm90_params &p) {
-        return C::kAny || C::kSoftcap ? 1.f : p.scale_log2;
+        return C::IS_ANY || C::HAS_SOFTCAP ? 1.f : p.scale_log2;
     }
 
-    __device__ __forceinline__ void finite_shift(float (&offset)[2]) const {
-        offset[0] = shift[0] == -INFINITY ? 0.f : shift[0];
-        offset[1] = shift[1] == -INFINITY ? 0.f : shift[1];
+    __device__ __forceinline__ void finite_top(float (&offset)[2]) const {
+        offset[0] = top[0] == -INFINITY ? 0.f : top[0];
+        offset[1] = top[1] == -INFINITY ? 0.f : top[1];
     }
 
     __device__ __forceinline__ void clear_sums() {
-        shift[0] = shift[1] = -INFINITY;
+        top[0] = top[1] = -INFINITY;
         sum[0] = sum[1] = 0;
     }
 
-    /* ---- ANY: options that change scores one by one ---- */
+    // ---- ANY: options that change scores one by one ----
 
     static __device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
         return t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     }
 
-    /* The mask of tile n, asked for while the tensor cores compute its scores. The four threads of a row read its chunks of eight
-     * keys in turn; keys behind the tensor's end are hidden, and get those of its last ones. */
-    static constexpr int kChunks = (C::kTileK / 8 + 3) / 4;
+    // The mask of tile n, asked for while the tensor cores compute its scores. The four threads of a row read its chunks of eight
+    // keys in turn; keys behind the tensor's end are hidden, and get those of its last ones.
+    static constexpr int CHUNKS = (C::TILE_K / 8 + 3) / 4;
     __device__ __forceinline__ void fetch(const sm90_params &p, const Tile<C> &t, int wg, int n) {
         if (!p.mask.data || !cut)
             return;
-        const int row = first_row_of_thread(t, wg), column = n * C::kTileK + threadIdx.x % 4 * 8,
+        const int row = first_row_of_thread(t, wg), column = n * C::TILE_K + threadIdx.x % 4 * 8,
                   last = p.len_k - 1;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const uint8_t *const from = static_cast<const uint8_t *>(p.mask.data) +
                                         t.batch * p.mask.batch + t.head * p.mask.head +
                                         min(row + 8 * half, p.len_q - 1) * p.mask.row;
-            uint32_t *const to = early + 2 * kChunks * half;
+            uint32_t *const to = early + 2 * CHUNKS * half;
             if (p.mask.is_wide) {
 #pragma unroll
-                for (int m = 0; m < kChunks; m++) {
+                for (int m = 0; m < CHUNKS; m++) {
                     const uint2 w = __ldg(
                         reinterpret_cast<const uint2 *>(from + min(column + 32 * m, last - 7)));
                     to[2 * m] = w.x;
@@ -273,7 +268,7 @@ struct Consumer {
                 }
             } else {
 #pragma unroll
-                for (int m = 0; m < 2 * kChunks; m++) {
+                for (int m = 0; m < 2 * CHUNKS; m++) {
                     to[m] = 0;
 #pragma unroll
                     for (int i = 0; i < 4; i++)
@@ -285,23 +280,23 @@ struct Consumer {
         }
     }
 
-    /* Whether tile n is cut, before anything of it is fetched: also where rows are behind the sequence's last. */
+    // Whether tile n is cut, before anything of it is fetched: also where rows are behind the sequence's last.
     __device__ __forceinline__ void look(const sm90_params &p, const Tile<C> &t, int wg, int n) {
         cut = (p.seen && !sees_all(p, t.seen, n)) ||
               (t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len;
     }
 
-    /* Of four bytes those that are not 0, as four bits. */
+    // Of four bytes those that are not 0, as four bits.
     static __device__ __forceinline__ uint32_t bits_of(uint32_t bytes) {
-        const uint32_t top = ((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes;
-        return (top >> 7 & 0x01010101) * 0x10204080u >> 28;
+        const uint32_t high = ((bytes & 0x7f7f7f7f) + 0x7f7f7f7f) | bytes;
+        return (high >> 7 & 0x01010101) * 0x10204080u >> 28;
     }
 
-    /* Bits of this thread's keys from the chunks that the four threads of its row have read. */
+    // Bits of this thread's keys from the chunks that the four threads of its row have read.
     static __device__ __forceinline__ uint32_t gather(const uint32_t *words) {
         uint32_t chunks = 0, visible = 0;
 #pragma unroll
-        for (int m = 0; m < kChunks; m++)
+        for (int m = 0; m < CHUNKS; m++)
             chunks |= (bits_of(words[2 * m]) | bits_of(words[2 * m + 1]) << 4) << 8 * m;
 #pragma unroll
         for (int lane = 0; lane < 4; lane++) {
@@ -311,19 +306,19 @@ struct Consumer {
         return visible;
     }
 
-    /* Keeps the bits of keys that mask and segments leave to rows `row` and `row` + 8. */
+    // Keeps the bits of keys that mask and segments leave to rows `row` and `row` + 8.
     __device__ __forceinline__ void hide(const sm90_params &p, const Tile<C> &t, int row, int n,
                                          uint32_t (&visible)[2]) {
         if (p.mask.data) {
             visible[0] &= gather(early);
-            visible[1] &= gather(early + 2 * kChunks);
+            visible[1] &= gather(early + 2 * CHUNKS);
         }
         if (p.query_segments) {
             const int first = query_segment(p, t, row), second = query_segment(p, t, row + 8);
             uint32_t same[2] = {0, 0};
 #pragma unroll 4
-            for (int i = 0; i < kScores / 2; i++) {
-                const int j = n * C::kTileK + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2;
+            for (int i = 0; i < SCORES / 2; i++) {
+                const int j = n * C::TILE_K + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2;
                 const int segment = key_segment(p, t, min(j, t.k_len - 1));
                 same[0] |= static_cast<uint32_t>(segment == first) << i;
                 same[1] |= static_cast<uint32_t>(segment == second) << i;
@@ -333,52 +328,51 @@ struct Consumer {
         }
     }
 
-    /* Each score x becomes change(x, half, i): of key i of the thread, counted as bits are. */
+    // Each score x becomes change(x, half, i): of key i of the thread, counted as bits are.
     template <typename Change>
     __device__ __forceinline__ void each_score(Change change) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int i = 0; i < kScores / 2; i++) {
+            for (int i = 0; i < SCORES / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
                 s = change(s, half, i);
             }
     }
 
-    /* The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key. */
+    // The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key.
     __device__ __forceinline__ void change_scores(const sm90_params &p, const Tile<C> &t, int row,
                                                   int n) {
-        constexpr float kLog2e = 1.4426950408889634f;
         if (p.softcap > 0)
             cap(p);
         else
             each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
         if (p.alibi_slopes) {
-            const int met = met_key(p, t, row) - n * C::kTileK - threadIdx.x % 4 * 2;
+            const int met = met_key(p, t, row) - n * C::TILE_K - threadIdx.x % 4 * 2;
             const float distance[2] = {
                 static_cast<float>(met),
                 static_cast<float>(met + met_key(p, t, row + 8) - met_key(p, t, row))};
-            const float slopes[2] = {slope_of<C>(p, t, row) * kLog2e,
-                                     slope_of<C>(p, t, row + 8) * kLog2e};
+            const float slopes[2] = {slope_of<C>(p, t, row) * LOG2E,
+                                     slope_of<C>(p, t, row + 8) * LOG2E};
             each_score([&](float x, int half, int i) {
                 return __fmaf_rz(-slopes[half], fabsf(distance[half] - (i / 2 * 8 + i % 2)), x);
             });
         }
     }
 
-    /* ---- ALiBi: a key loses slope * distance ----
-     * Weights are relative to what a key at the distance `nearest()` of its tile would lose, which shrinks from tile to tile, and
-     * sums with it: so the shift stands still here, too, though scores grow towards the diagonal by 2^100 in a tile. Slopes below 0 are
-     * relative to no distance. */
+    // ---- ALiBi: a key loses slope * distance ----
+    // Weights are relative to what a key at the distance `nearest()` of its tile would lose, which shrinks from tile to tile, and
+    // sums with it: so the top stands still here, too, though scores grow towards the diagonal by 2^100 in a tile. Slopes below 0 are
+    // relative to no distance.
 
-    /* The key that a row meets. */
+    // The key that a row meets.
     static __device__ __forceinline__ int met_key(const sm90_params &p, const Tile<C> &t, int row) {
         return (row >> p.pack_log2) + t.diagonal;
     }
 
-    /* No visible key of tile n is nearer to key `met`, nor one of a tile before it. */
+    // No visible key of tile n is nearer to key `met`, nor one of a tile before it.
     static __device__ __forceinline__ float nearest(const Tile<C> &t, int met, int n) {
-        return max(max(met - (n + 1) * C::kTileK + 1, t.first_block * C::kTileK - met), 0);
+        return max(max(met - (n + 1) * C::TILE_K + 1, t.first_block * C::TILE_K - met), 0);
     }
 
     __device__ __forceinline__ void start_slopes(const sm90_params &p, const Tile<C> &t, int wg) {
@@ -388,18 +382,18 @@ struct Consumer {
             slope[half] = slope_of<C>(p, t, row + 8 * half) / p.scale;
     }
 
-    /* What scores of tile n lose. Where all keys are before those that rows meet, that is a line in the key's number, of which
-     * `offset` takes the part that a row has in common. */
+    // What scores of tile n lose. Where all keys are before those that rows meet, that is a line in the key's number, of which
+    // `offset` takes the part that a row has in common.
     __device__ __forceinline__ void lose_distance(const sm90_params &p, const Tile<C> &t, int wg,
                                                   int n) {
-        const int row = first_row_of_thread(t, wg), column = n * C::kTileK + threadIdx.x % 4 * 2;
+        const int row = first_row_of_thread(t, wg), column = n * C::TILE_K + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int met = met_key(p, t, row + 8 * half);
             const float distance = met - column,
                         common = fmaxf(slope[half], 0.f) * nearest(t, met, n);
 #pragma unroll
-            for (int i = 0; i < kScores / 2; i++) {
+            for (int i = 0; i < SCORES / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
                 s += fmaf(-slope[half], fabsf(distance - (i / 2 * 8 + i % 2)), common);
             }
@@ -409,7 +403,7 @@ struct Consumer {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int i = 0; i < kScores / 2; i++) {
+            for (int i = 0; i < SCORES / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
                 s = fmaf(slope[half], i / 2 * 8 + i % 2, s);
             }
@@ -417,8 +411,8 @@ struct Consumer {
     }
     __device__ __forceinline__ void offset_before(const sm90_params &p, const Tile<C> &t, int wg,
                                                   int n, float (&offset)[2]) const {
-        const int row = first_row_of_thread(t, wg), last = (n + 1) * C::kTileK - 1,
-                  column = n * C::kTileK + threadIdx.x % 4 * 2;
+        const int row = first_row_of_thread(t, wg), last = (n + 1) * C::TILE_K - 1,
+                  column = n * C::TILE_K + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++)
             offset[half] += p.scale_log2 *
@@ -426,7 +420,7 @@ struct Consumer {
                                  fminf(slope[half], 0.f) * (met_key(p, t, row + 8 * half) - last));
     }
 
-    /* What sums up to tile n - 1 are to be multiplied by in tile n. */
+    // What sums up to tile n - 1 are to be multiplied by in tile n.
     __device__ __forceinline__ void approach(const sm90_params &p, const Tile<C> &t, int wg, int n,
                                              float (&factor)[2]) const {
         const int row = first_row_of_thread(t, wg);
@@ -438,41 +432,41 @@ struct Consumer {
         }
     }
 
-    /* The shift of rows whose last tile is done, relative to no distance. */
+    // The top of rows whose last tile is done, relative to no distance.
     __device__ __forceinline__ void arrive(const sm90_params &p, const Tile<C> &t, int wg) {
         const int row = first_row_of_thread(t, wg);
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            shift[half] -= p.scale_log2 * fmaxf(slope[half], 0.f) *
-                           nearest(t, met_key(p, t, row + 8 * half), t.end_block - 1);
+            top[half] -= p.scale_log2 * fmaxf(slope[half], 0.f) *
+                         nearest(t, met_key(p, t, row + 8 * half), t.end_block - 1);
     }
 
-    template <bool kMasked, bool kTrack>
+    template <bool MASKED, bool TRACK>
     __device__ __forceinline__ void shape_scores(const sm90_params &p, const Tile<C> &t, int wg,
                                                  int block) {
         const int row = first_row_of_thread(t, wg);
-        if (C::kSoftcap && (kMasked || kTrack))
-            cap(p); /* else capped_exponentials() does */
-        if constexpr (C::kAlibi) {
-            if (kMasked)
+        if (C::HAS_SOFTCAP && (MASKED || TRACK))
+            cap(p); // else capped_exponentials() does
+        if constexpr (C::HAS_ALIBI) {
+            if (MASKED)
                 lose_distance(p, t, wg, block);
             else
                 lose_distance_before();
         }
-        if constexpr (C::kAny) {
+        if constexpr (C::IS_ANY) {
             change_scores(p, t, row, block);
             if (block >= t.first_whole && block < t.end_whole && !cut)
                 return;
         }
-        if constexpr (kMasked) {
+        if constexpr (MASKED) {
             uint32_t visible[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int low, high;
                 row_bounds(p, t, row + 8 * half, low, high);
-                visible[half] = keys_between(block * C::kTileK + threadIdx.x % 4 * 2, low, high);
+                visible[half] = keys_between(block * C::TILE_K + threadIdx.x % 4 * 2, low, high);
             }
-            if constexpr (C::kAny) {
+            if constexpr (C::IS_ANY) {
                 if (cut)
                     hide(p, t, row, block, visible);
             }
@@ -482,20 +476,20 @@ struct Consumer {
 
     __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
                                           const Tile<C> &t, int n, Pipeline<C> &pipe);
-    template <bool kMasked, bool kNewTile, bool kTrack>
+    template <bool MASKED, bool NEW_TILE, bool TRACK>
     __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished);
     __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
                                          const Place<C> &t, Pipeline<C> &pipe);
 };
 
-/* S and weights of the first key tile of all, n. */
+// S and weights of the first key tile of all, n.
 template <class C>
 __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const Shared<C> &s,
                                                    const Tile<C> &t, int n, Pipeline<C> &pipe) {
     clear_output();
     clear_sums();
-    if constexpr (C::kAny)
+    if constexpr (C::IS_ANY)
         fetch(p, t, pipe.wg, n);
     mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
     wgmma_fence();
@@ -506,15 +500,15 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
     shape_scores<true, true>(p, t, pipe.wg, n);
     float factor[2], offset[2];
     track_maximum(exponent_scale(p), factor);
-    finite_shift(offset);
+    finite_top(offset);
     exponentials(exponent_scale(p), offset, sum);
     round_weights();
 }
 
-/* S of key tile n of tile t, and O of the key tile before, whose weights are ready. If t is new, that one
- * belongs to the tile `finished`, whose rows are stored then. */
+// S of key tile n of tile t, and O of the key tile before, whose weights are ready. If t is new, that one
+// belongs to the tile `finished`, whose rows are stored then.
 template <class C>
-template <bool kMasked, bool kNewTile, bool kTrack>
+template <bool MASKED, bool NEW_TILE, bool TRACK>
 __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
                                                   const Tile<C> &t, int n, Pipeline<C> &pipe,
                                                   const Place<C> &finished) {
@@ -527,29 +521,29 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
     wgmma_fence();
     start_outputs(s.value(pipe.values.stage));
-    fresh = kNewTile;
+    fresh = NEW_TILE;
     pass_turn<C>(pipe.wg);
-    if constexpr (C::kAny)
+    if constexpr (C::IS_ANY)
         fetch(p, t, pipe.wg, n);
     wgmma_wait<1>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
-    const float finished_shift[2] = {shift[0], shift[1]}, finished_sum[2] = {sum[0], sum[1]};
-    if (kNewTile)
+    const float finished_top[2] = {top[0], top[1]}, finished_sum[2] = {sum[0], sum[1]};
+    if (NEW_TILE)
         clear_sums();
-    shape_scores<kMasked, kTrack>(p, t, pipe.wg, n);
+    shape_scores<MASKED, TRACK>(p, t, pipe.wg, n);
     float factor[2], offset[2], part[2] = {0, 0}, nearer[2];
-    if constexpr (C::kAlibi && !kNewTile) {
+    if constexpr (C::HAS_ALIBI && !NEW_TILE) {
         approach(p, t, pipe.wg, n, nearer);
         sum[0] *= nearer[0];
         sum[1] *= nearer[1];
     }
-    if (kTrack)
+    if (TRACK)
         track_maximum(exponent_scale(p), factor);
-    finite_shift(offset);
-    if constexpr (C::kAlibi && !kMasked)
+    finite_top(offset);
+    if constexpr (C::HAS_ALIBI && !MASKED)
         offset_before(p, t, pipe.wg, n, offset);
-    if constexpr (C::kSoftcap && !kMasked && !kTrack)
+    if constexpr (C::HAS_SOFTCAP && !MASKED && !TRACK)
         capped_exponentials(p, offset, part);
     else
         exponentials(exponent_scale(p), offset, part);
@@ -559,22 +553,22 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     pin(output);
     pin(weight);
     pipe.value_read();
-    if (!kTrack)
+    if (!TRACK)
         limit(part, factor);
     sum[0] += part[0];
     sum[1] += part[1];
-    if constexpr (C::kAlibi && !kNewTile) {
+    if constexpr (C::HAS_ALIBI && !NEW_TILE) {
         factor[0] *= nearer[0];
         factor[1] *= nearer[1];
     }
-    if (!kNewTile)
+    if (!NEW_TILE)
         rescale_output(factor);
     round_weights();
-    if (kNewTile)
-        store_rows<C>(p, s, pipe.wg, finished, output, finished_shift, finished_sum);
+    if (NEW_TILE)
+        store_rows<C>(p, s, pipe.wg, finished, output, finished_top, finished_sum);
 }
 
-/* O of the last key tile of all. */
+// O of the last key tile of all.
 template <class C>
 __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Shared<C> &s,
                                                   const Place<C> &t, Pipeline<C> &pipe) {
@@ -585,17 +579,17 @@ __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Sh
     start_outputs(s.value(pipe.values.stage));
     wgmma_wait<0>();
     pin(output);
-    store_rows<C>(p, s, pipe.wg, t, output, shift, sum);
+    store_rows<C>(p, s, pipe.wg, t, output, top, sum);
 }
 
 template <class C>
 __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s, int wg) {
     Pipeline<C> pipe(s, wg);
     Consumer<C> rows;
-    Place<C> previous; /* the tile whose output is unfinished */
+    Place<C> previous; // the tile whose output is unfinished
     previous.index = -1;
-    int skipped = 0; /* key tiles behind its own, whose values are still to pass over */
-    if (wg == C::kWarpgroups - 1)
+    int skipped = 0; // key tiles behind its own, whose values are still to pass over
+    if (wg == C::WARPGROUPS - 1)
         pass_turn<C>(wg);
     for (;;) {
         mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
@@ -608,19 +602,19 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             continue;
         }
         int n = t.first_block;
-        if constexpr (C::kAlibi)
+        if constexpr (C::HAS_ALIBI)
             rows.start_slopes(p, t, wg);
-        if constexpr (C::kAny)
+        if constexpr (C::IS_ANY)
             rows.look(p, t, wg, n);
         if (previous.index < 0)
             rows.first(p, s, t, n, pipe);
-        else if (C::kFirstUnmasked && n >= t.first_whole && n < t.end_whole)
+        else if (C::FIRST_UNMASKED && n >= t.first_whole && n < t.end_whole)
             rows.template step<false, true, true>(p, s, t, n, pipe, previous);
         else
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
         pipe.skip_values(skipped);
         for (n = next_block<C>(p, t, n); n < t.end_block; n = next_block<C>(p, t, n)) {
-            if constexpr (C::kAny) {
+            if constexpr (C::IS_ANY) {
                 rows.look(p, t, wg, n);
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             } else if (n < t.first_untracked)
@@ -630,7 +624,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             else
                 rows.template step<true, false, false>(p, s, t, n, pipe, t);
         }
-        if constexpr (C::kAlibi)
+        if constexpr (C::HAS_ALIBI)
             rows.arrive(p, t, wg);
         skipped = t.skipped;
         pipe.skip_keys(skipped);
@@ -639,7 +633,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
     if (previous.index >= 0)
         rows.last(p, s, previous, pipe);
     if (threadIdx.x % 32 == 0)
-        bulk_wait_read<0>(); /* buffers live as long as the block */
+        bulk_wait_read<0>(); // buffers live as long as the block
 }
 
 template <class C>
@@ -647,7 +641,7 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
     extern __shared__ char raw[];
     const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
     const Shared<C> s{base,
-                      reinterpret_cast<Tile<C> *>(raw + (base - shared_address(raw) + C::kTiles))};
+                      reinterpret_cast<Tile<C> *>(raw + (base - shared_address(raw) + C::TILES))};
     const int warpgroup = uniform(threadIdx.x / 128);
     if (threadIdx.x == 0) {
         tma_prefetch_map(&p.query_map);
@@ -656,13 +650,13 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
         tma_prefetch_map(&p.output_map);
         init_barriers<C>(s);
     }
-    if (C::kPlaced && (p.list || p.seen))
+    if (C::IS_PLACED && (p.list || p.seen))
         wait_for_workspace();
     __syncthreads();
     if (warpgroup == 0) {
-        registers_decrease<C::kProducerRegisters>();
+        registers_decrease<C::PRODUCER_REGISTERS>();
         const int warp = uniform(threadIdx.x / 32);
-        if constexpr (C::kPlaced) {
+        if constexpr (C::IS_PLACED) {
             if (warp == 0)
                 produce_blocks<C, false>(p, s);
             else if (warp == 2)
@@ -673,9 +667,7 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
         if (warp == 1)
             produce_queries<C>(p, s);
     } else {
-        registers_increase<C::kConsumerRegisters>();
+        registers_increase<C::CONSUMER_REGISTERS>();
         consume<C>(p, s, warpgroup - 1);
     }
 }
-
-} // namespace sm90

@@ -1,14 +1,9 @@
-/*
- * The order in which blocks claim tiles where sequences differ: by one small block, from lengths that only the device knows.
- */
-#ifndef DLATTN_SM90_LIST_CUH_
-#define DLATTN_SM90_LIST_CUH_
+// The order in which blocks claim tiles where sequences differ: by one small block, from lengths that only the device knows.
+#pragma once
 
 #include "kernels/cuda/sm90/tile.cuh"
 
-namespace sm90 {
-
-/* Tiles and keys of a sequence. */
+// Tiles and keys of a sequence.
 struct Listed {
     int tiles, keys;
 };
@@ -23,22 +18,21 @@ __device__ __forceinline__ Listed listed(const sm90_params &p, int sequence) {
         keys};
 }
 
-/* Sequences whose numbers of keys have the exponent and the first two bits of their fraction in common are of one class. */
-constexpr int kClasses = 128;
+// Sequences whose numbers of keys have the exponent and the first two bits of their fraction in common are of one class.
+constexpr int CLASSES = 128;
 __device__ __forceinline__ int class_of(int keys) {
-    return kClasses - 1 - ((__float_as_int(keys + 1.f) >> 21) - (127 << 2));
+    return CLASSES - 1 - ((__float_as_int(keys + 1.f) >> 21) - (127 << 2));
 }
 
-/* Sequences with the most keys first, within a class in any order: it decides which block does what when, and no result. */
+// Sequences with the most keys first, within a class in any order: it decides which block does what when, and no result.
 __device__ __forceinline__ void list_tiles(const sm90_params &p) {
-    /* Sequences that overlap have more tiles than the list, and more than an int counts. */
+    // Sequences that overlap have more tiles than the list, and more than an int counts.
     extern __shared__ char raw[];
-    auto *const count = reinterpret_cast<unsigned long long *>(raw), *const first =
-                                                                         count + kClasses;
-    static_assert(2 * kClasses * sizeof *count == SM90_LIST_BYTES, "");
+    auto *const count = reinterpret_cast<unsigned long long *>(raw), *const first = count + CLASSES;
+    static_assert(2 * CLASSES * sizeof *count == SM90_LIST_BYTES, "");
     const unsigned long long capacity = p.list_capacity;
     const int thread = threadIdx.x, lane = thread % 32;
-    for (int i = thread; i < kClasses; i += blockDim.x)
+    for (int i = thread; i < CLASSES; i += blockDim.x)
         count[i] = 0;
     __syncthreads();
     for (int b = thread; b < p.batch; b += blockDim.x) {
@@ -46,12 +40,12 @@ __device__ __forceinline__ void list_tiles(const sm90_params &p) {
         atomicAdd(&count[class_of(s.keys)], static_cast<unsigned long long>(s.tiles));
     }
     __syncthreads();
-    for (int i = thread; i < kClasses; i += blockDim.x) {
+    for (int i = thread; i < CLASSES; i += blockDim.x) {
         unsigned long long before = 0;
         for (int j = 0; j < i; j++)
             before += count[j];
         first[i] = before;
-        if (i == kClasses - 1) {
+        if (i == CLASSES - 1) {
             p.list->next = 0;
             p.list->tiles = static_cast<int>(min(before + count[i], capacity));
         }
@@ -72,7 +66,3 @@ __device__ __forceinline__ void list_tiles(const sm90_params &p) {
         }
     }
 }
-
-} // namespace sm90
-
-#endif /* DLATTN_SM90_LIST_CUH_ */

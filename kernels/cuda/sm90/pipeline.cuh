@@ -1,100 +1,96 @@
-/*
- * Between the producer, which brings tiles to shared memory by TMA, and the consumers: buffers, barriers and turns.
- */
+// Between the producer, which brings tiles to shared memory by TMA, and the consumers: buffers, barriers and turns.
 #pragma once
 
 #include "kernels/cuda/sm90/tile.cuh"
 
-namespace sm90 {
+// ---- Buffers and their barriers ----
 
-/* ---- Buffers and their barriers ---- */
-
-/* A ring of kStages buffers with a "full" and an "empty" barrier each. */
-template <int kStages>
+// A ring of STAGES buffers with a "full" and an "empty" barrier each.
+template <int STAGES>
 struct Ring {
-    uint32_t full, empty; /* addresses of the first barriers */
+    uint32_t full, empty; // addresses of the first barriers
     int stage = 0;
     uint32_t phase = 0;
 
     __device__ __forceinline__ uint32_t full_barrier() const { return full + 8 * stage; }
     __device__ __forceinline__ uint32_t empty_barrier() const { return empty + 8 * stage; }
-    /* No branch: wgmmas are in flight, and ptxas waits for them where paths meet. */
+    // No branch: wgmmas are in flight, and ptxas waits for them where paths meet.
     __device__ __forceinline__ void advance(bool really = true) {
         const int next = stage + really;
-        phase ^= next == kStages;
-        stage = next == kStages ? 0 : next;
+        phase ^= next == STAGES;
+        stage = next == STAGES ? 0 : next;
     }
     __device__ __forceinline__ void retreat() {
         phase ^= stage == 0;
-        stage = stage == 0 ? kStages - 1 : stage - 1;
+        stage = stage == 0 ? STAGES - 1 : stage - 1;
     }
 };
 
 template <class C>
 struct Shared {
     uint32_t base;
-    Tile<C> *tiles; /* what the producer tells the consumers */
+    Tile<C> *tiles; // what the producer tells the consumers
     __device__ __forceinline__ Tile<C> *tile(int stage, int wg) const {
-        return tiles + stage * C::kWarpgroups + wg;
+        return tiles + stage * C::WARPGROUPS + wg;
     }
     __device__ __forceinline__ Tile<C> *claimed_tile(int stage) const {
-        return tile(C::kQueryStages, stage);
+        return tile(C::QUERY_STAGES, stage);
     }
     __device__ __forceinline__ uint32_t query(int stage, int wg) const {
-        return base + C::kQuery + (stage * C::kWarpgroups + wg) * C::kQueryBytes;
+        return base + C::QUERY + (stage * C::WARPGROUPS + wg) * C::QUERY_BYTES;
     }
     __device__ __forceinline__ uint32_t key(int stage) const {
-        return base + C::kKey + stage * C::kKeyBytes;
+        return base + C::KEY + stage * C::KEY_BYTES;
     }
     __device__ __forceinline__ uint32_t value(int stage) const {
-        return base + C::kValue + stage * C::kValueBytes;
+        return base + C::VALUE + stage * C::VALUE_BYTES;
     }
     __device__ __forceinline__ uint32_t output(int wg, int warp) const {
-        return base + C::kOutput + (4 * wg + warp) * C::kOutputSlots * C::kSlotBytes;
+        return base + C::OUTPUT + (4 * wg + warp) * C::OUTPUT_SLOTS * C::SLOT_BYTES;
     }
-    __device__ __forceinline__ Ring<C::kQueryStages> query_ring(int wg) const {
-        return {base + C::kBarriers + 16 * C::kQueryStages * wg,
-                base + C::kBarriers + 8 * C::kQueryStages * (2 * wg + 1)};
+    __device__ __forceinline__ Ring<C::QUERY_STAGES> query_ring(int wg) const {
+        return {base + C::BARRIERS + 16 * C::QUERY_STAGES * wg,
+                base + C::BARRIERS + 8 * C::QUERY_STAGES * (2 * wg + 1)};
     }
-    __device__ __forceinline__ uint32_t rings() const { return query_ring(C::kWarpgroups).full; }
-    __device__ __forceinline__ Ring<C::kStages> key_ring() const {
-        return {rings(), rings() + 8 * C::kStages};
+    __device__ __forceinline__ uint32_t rings() const { return query_ring(C::WARPGROUPS).full; }
+    __device__ __forceinline__ Ring<C::STAGES> key_ring() const {
+        return {rings(), rings() + 8 * C::STAGES};
     }
-    __device__ __forceinline__ Ring<C::kStages> value_ring() const {
-        return {rings() + 16 * C::kStages, rings() + 24 * C::kStages};
+    __device__ __forceinline__ Ring<C::STAGES> value_ring() const {
+        return {rings() + 16 * C::STAGES, rings() + 24 * C::STAGES};
     }
-    __device__ __forceinline__ Ring<C::kClaimedTiles> claimed_ring() const {
-        return {rings() + 32 * C::kStages, rings() + 32 * C::kStages + 8 * C::kClaimedTiles};
+    __device__ __forceinline__ Ring<C::CLAIMED_TILES> claimed_ring() const {
+        return {rings() + 32 * C::STAGES, rings() + 32 * C::STAGES + 8 * C::CLAIMED_TILES};
     }
 };
 
 template <class C>
 __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
-    constexpr int kWarps = 4 * C::kWarpgroups;
-    for (int wg = 0; wg < C::kWarpgroups; wg++)
-        for (int i = 0; i < C::kQueryStages; i++) {
+    constexpr int WARPS = 4 * C::WARPGROUPS;
+    for (int wg = 0; wg < C::WARPGROUPS; wg++)
+        for (int i = 0; i < C::QUERY_STAGES; i++) {
             mbarrier_init(s.query_ring(wg).full + 8 * i, 1);
-            mbarrier_init(s.query_ring(wg).empty + 8 * i, 128); /* each thread reads the tile */
+            mbarrier_init(s.query_ring(wg).empty + 8 * i, 128); // each thread reads the tile
         }
-    for (int i = 0; i < C::kStages; i++) {
+    for (int i = 0; i < C::STAGES; i++) {
         mbarrier_init(s.key_ring().full + 8 * i, 1);
-        mbarrier_init(s.key_ring().empty + 8 * i, kWarps);
+        mbarrier_init(s.key_ring().empty + 8 * i, WARPS);
         mbarrier_init(s.value_ring().full + 8 * i, 1);
-        mbarrier_init(s.value_ring().empty + 8 * i, kWarps);
+        mbarrier_init(s.value_ring().empty + 8 * i, WARPS);
     }
-    for (int i = 0; i < C::kClaimedTiles; i++) {
+    for (int i = 0; i < C::CLAIMED_TILES; i++) {
         mbarrier_init(s.claimed_ring().full + 8 * i, 1);
-        mbarrier_init(s.claimed_ring().empty + 8 * i, 64); /* two producers read it */
+        mbarrier_init(s.claimed_ring().empty + 8 * i, 64); // two producers read it
     }
     mbarrier_init_fence();
 }
 
-/* ---- Producers: two or three warps, whose first lane does what is done once ---- */
+// ---- Producers: two or three warps, whose first lane does what is done once ----
 
-/* Row `row` of a packed sequence that has `rows` from row `start` on is (length - rows + row, start + rows): both axes have the
- * stride of a row, the origin lies `length` rows before the tensor's, and behind the sequence the first coordinate is past its
- * extent, so that zeros arrive and nothing is written, whatever the tensor holds there. A box must not begin there: one
- * that lies wholly outside faults where the origin is nobody's memory. */
+// Row `row` of a packed sequence that has `rows` from row `start` on is (length - rows + row, start + rows): both axes have the
+// stride of a row, the origin lies `length` rows before the tensor's, and behind the sequence the first coordinate is past its
+// extent, so that zeros arrive and nothing is written, whatever the tensor holds there. A box must not begin there: one
+// that lies wholly outside faults where the origin is nobody's memory.
 struct PackedRow {
     int inner, outer;
 };
@@ -102,7 +98,7 @@ __device__ __forceinline__ PackedRow packed_row(int length, int start, int rows,
     return {length - rows + row, start + rows};
 }
 
-/* Coordinates 2 to 4 of a row in the maps of query and output. */
+// Coordinates 2 to 4 of a row in the maps of query and output.
 struct RowCoordinates {
     int c2, c3, c4;
 };
@@ -110,7 +106,7 @@ template <class C>
 __device__ __forceinline__ RowCoordinates row_coordinates(const sm90_params &p, const Place<C> &t,
                                                           int row) {
     row >>= p.pack_log2;
-    if constexpr (C::kPlaced) {
+    if constexpr (C::IS_PLACED) {
         const PackedRow r = packed_row(p.len_q, t.q_start, t.q_rows, min(row, t.q_rows - 1));
         if (p.packed_q.cu_seqlens)
             return {r.inner, r.outer, t.head};
@@ -118,10 +114,10 @@ __device__ __forceinline__ RowCoordinates row_coordinates(const sm90_params &p, 
     return {row, t.head, t.batch};
 }
 
-/* Tells a warpgroup of a tile, with its queries. */
+// Tells a warpgroup of a tile, with its queries.
 template <class C>
 __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
-                                         const Ring<C::kQueryStages> &ring, const Tile<C> &t,
+                                         const Ring<C::QUERY_STAGES> &ring, const Tile<C> &t,
                                          int wg) {
     const Tile<C> of_warpgroup = tile_of<C>(p, t, wg);
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
@@ -133,26 +129,26 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
         return;
     }
     const RowCoordinates at = row_coordinates<C>(p, t, t.first_row + 64 * wg);
-    mbarrier_expect_bytes(ring.full_barrier(), C::kQueryBytes);
-    for (int c = 0; c < C::kColumnsQk; c++)
+    mbarrier_expect_bytes(ring.full_barrier(), C::QUERY_BYTES);
+    for (int c = 0; c < C::COLUMNS_QK; c++)
         tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
                     evict_first(), 64 * c, 0, at.c2, at.c3, at.c4);
 }
 
-/* The tile of this block that follows the one with this index, or its first: claimed where sequences differ, whose order depends on
- * the lengths; else every gridDim-th. */
+// The tile of this block that follows the one with this index, or its first: claimed where sequences differ, whose order depends on
+// the lengths; else every gridDim-th.
 template <class C>
 __device__ __forceinline__ Tile<C> next_tile(const sm90_params &p, int index, bool first) {
-    if constexpr (C::kPlaced) {
+    if constexpr (C::IS_PLACED) {
         if (p.list)
             return tile_at<C>(p, uniform(threadIdx.x % 32 == 0 ? atomicAdd(&p.list->next, 1) : 0));
     }
     return tile_at<C>(p, first ? first_tile(p) : index + gridDim.x);
 }
 
-/* Tells the other producers of a tile. */
+// Tells the other producers of a tile.
 template <class C>
-__device__ __forceinline__ void share_claim(const Shared<C> &s, Ring<C::kClaimedTiles> &ring,
+__device__ __forceinline__ void share_claim(const Shared<C> &s, Ring<C::CLAIMED_TILES> &ring,
                                             const Tile<C> &t) {
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x % 32 == 0) {
@@ -162,9 +158,9 @@ __device__ __forceinline__ void share_claim(const Shared<C> &s, Ring<C::kClaimed
     ring.advance();
 }
 
-/* The tile that the producer of queries has claimed. */
+// The tile that the producer of queries has claimed.
 template <class C>
-__device__ __forceinline__ Tile<C> receive_claim(const Shared<C> &s, Ring<C::kClaimedTiles> &ring) {
+__device__ __forceinline__ Tile<C> receive_claim(const Shared<C> &s, Ring<C::CLAIMED_TILES> &ring) {
     mbarrier_wait(ring.full_barrier(), ring.phase);
     const Tile<C> t = *s.claimed_tile(ring.stage);
     mbarrier_arrive(ring.empty_barrier());
@@ -174,24 +170,24 @@ __device__ __forceinline__ Tile<C> receive_claim(const Shared<C> &s, Ring<C::kCl
 
 template <class C>
 __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
-                                         const Ring<C::kQueryStages> &queries, const Tile<C> &t) {
+                                         const Ring<C::QUERY_STAGES> &queries, const Tile<C> &t) {
 #pragma unroll 1
-    for (int wg = 0; wg < C::kWarpgroups; wg++) {
-        Ring<C::kQueryStages> ring = s.query_ring(wg);
+    for (int wg = 0; wg < C::WARPGROUPS; wg++) {
+        Ring<C::QUERY_STAGES> ring = s.query_ring(wg);
         ring.stage = queries.stage;
         ring.phase = queries.phase;
         announce<C>(p, s, ring, t, wg);
     }
 }
 
-/* Tells the warpgroups of the tiles of this block, each as soon as there is room for its queries, and that there are
- * no more. Where tiles are claimed, the other producers hear of one while the queries of the one before still wait. */
+// Tells the warpgroups of the tiles of this block, each as soon as there is room for its queries, and that there are
+// no more. Where tiles are claimed, the other producers hear of one while the queries of the one before still wait.
 template <class C>
 __device__ __forceinline__ void produce_queries(const sm90_params &p, const Shared<C> &s) {
-    Ring<C::kQueryStages> queries = s.query_ring(0);
+    Ring<C::QUERY_STAGES> queries = s.query_ring(0);
     Tile<C> t = next_tile<C>(p, 0, true);
-    if constexpr (C::kPlaced) {
-        Ring<C::kClaimedTiles> claims = s.claimed_ring();
+    if constexpr (C::IS_PLACED) {
+        Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
         share_claim<C>(s, claims, t);
         while (t.index >= 0) {
             const Tile<C> next = next_tile<C>(p, t.index, false);
@@ -211,17 +207,17 @@ __device__ __forceinline__ void produce_queries(const sm90_params &p, const Shar
     }
 }
 
-/* A key tile of a head, or what this lane brings of it: rows from `row` on at coordinates 2 and 3 of the maps. */
+// A key tile of a head, or what this lane brings of it: rows from `row` on at coordinates 2 and 3 of the maps.
 struct Block {
-    int row, c2, c3; /* row -1: none */
+    int row, c2, c3; // row -1: none
 };
 
-/* Key tile n. Of pages each lane brings a box of p.box_keys of them; past the last key the row is behind its page, so that zeros
- * arrive. */
+// Key tile n. Of pages each lane brings a box of p.box_keys of them; past the last key the row is behind its page, so that zeros
+// arrive.
 template <class C>
 __device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t, int n) {
-    const int row = n * C::kTileK;
-    if constexpr (C::kPlaced) {
+    const int row = n * C::TILE_K;
+    if constexpr (C::IS_PLACED) {
         if (p.block_table) {
             const int key = row + threadIdx.x % 32 * p.box_keys;
             if (key >= t.k_len)
@@ -236,39 +232,39 @@ __device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t
     return {row, t.kv_head, t.batch};
 }
 
-/* K or V of a key tile into the next free buffer of the ring. */
-template <class C, int kColumns>
+// K or V of a key tile into the next free buffer of the ring.
+template <class C, int COLUMNS>
 __device__ __forceinline__ void load_block(const sm90_params &p, const cuda_tensor_map &map,
-                                           uint32_t dst, Ring<C::kStages> &ring,
+                                           uint32_t dst, Ring<C::STAGES> &ring,
                                            const Block &block) {
     const int lane = threadIdx.x % 32;
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (lane == 0)
-        mbarrier_expect_bytes(ring.full_barrier(), kColumns * C::kKeyColumn);
-    if (lane < (C::kPlaced ? p.boxes : 1)) {
-        if (C::kPlaced)
+        mbarrier_expect_bytes(ring.full_barrier(), COLUMNS * C::KEY_COLUMN);
+    if (lane < (C::IS_PLACED ? p.boxes : 1)) {
+        if (C::IS_PLACED)
             dst += lane * p.box_keys * 128;
-        for (int c = 0; c < kColumns; c++)
-            tma_load_4d(dst + c * C::kKeyColumn, &map, ring.full_barrier(), evict_last(), 64 * c,
+        for (int c = 0; c < COLUMNS; c++)
+            tma_load_4d(dst + c * C::KEY_COLUMN, &map, ring.full_barrier(), evict_last(), 64 * c,
                         block.row, block.c2, block.c3);
     }
     ring.advance();
 }
 
-/* Keys and values in the order in which buffers become free and are needed, across tiles: each V one K later. */
+// Keys and values in the order in which buffers become free and are needed, across tiles: each V one K later.
 template <class C>
 __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<C> &s) {
-    Ring<C::kStages> keys = s.key_ring(), values = s.value_ring();
-    Block before{-1, 0, 0}; /* whose V is still to come */
+    Ring<C::STAGES> keys = s.key_ring(), values = s.value_ring();
+    Block before{-1, 0, 0}; // whose V is still to come
     const auto load_value = [&] {
         if (before.row >= 0)
-            load_block<C, C::kColumnsV>(p, p.value_map, s.value(values.stage), values, before);
+            load_block<C, C::COLUMNS_V>(p, p.value_map, s.value(values.stage), values, before);
     };
     for (int index = first_tile(p); index < p.tiles; index += gridDim.x) {
         const Tile<C> t = tile_at<C>(p, index);
         for (int n = t.first_block; n < t.end_block; n++) {
             const Block block = block_of<C>(p, t, n);
-            load_block<C, C::kColumnsQk>(p, p.key_map, s.key(keys.stage), keys, block);
+            load_block<C, C::COLUMNS_QK>(p, p.key_map, s.key(keys.stage), keys, block);
             load_value();
             before = block;
         }
@@ -276,34 +272,34 @@ __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<
     load_value();
 }
 
-/* With options keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
- * for a buffer. */
-template <class C, bool kValues>
+// With options keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
+// for a buffer.
+template <class C, bool VALUES>
 __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Shared<C> &s) {
-    constexpr int kColumns = kValues ? C::kColumnsV : C::kColumnsQk;
-    Ring<C::kStages> ring = kValues ? s.value_ring() : s.key_ring();
-    Ring<C::kClaimedTiles> claims = s.claimed_ring();
+    constexpr int COLUMNS = VALUES ? C::COLUMNS_V : C::COLUMNS_QK;
+    Ring<C::STAGES> ring = VALUES ? s.value_ring() : s.key_ring();
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
         Block block = block_of<C>(p, t, t.first_block);
         for (int n = t.first_block, following; n < t.end_block; n = following) {
             following = next_block<C>(p, t, n);
             const Block next = block_of<C>(p, t, following);
-            load_block<C, kColumns>(p, kValues ? p.value_map : p.key_map,
-                                    kValues ? s.value(ring.stage) : s.key(ring.stage), ring, block);
+            load_block<C, COLUMNS>(p, VALUES ? p.value_map : p.key_map,
+                                   VALUES ? s.value(ring.stage) : s.key(ring.stage), ring, block);
             block = next;
         }
     }
 }
 
-/* ---- Consumers: where a warpgroup stands, and whose turn it is ---- */
+// ---- Consumers: where a warpgroup stands, and whose turn it is ----
 
-/* A warp tells the producer that it has read a buffer. */
+// A warp tells the producer that it has read a buffer.
 __device__ __forceinline__ void release(uint32_t barrier) {
     if ((threadIdx.x & 31) == 0)
         mbarrier_arrive(barrier);
 }
 
-/* Ping-pong: the warpgroups issue their GEMMs in turn, so that one's softmax runs under the others' GEMMs. */
+// Ping-pong: the warpgroups issue their GEMMs in turn, so that one's softmax runs under the others' GEMMs.
 template <class C>
 __device__ __forceinline__ void wait_turn(int wg) {
     named_barrier_sync(1 + wg, 256);
@@ -311,19 +307,19 @@ __device__ __forceinline__ void wait_turn(int wg) {
 
 template <class C>
 __device__ __forceinline__ void pass_turn(int wg) {
-    named_barrier_arrive(1 + (wg + 1 == C::kWarpgroups ? 0 : wg + 1), 256);
+    named_barrier_arrive(1 + (wg + 1 == C::WARPGROUPS ? 0 : wg + 1), 256);
 }
 
-/* Where a warpgroup stands in the rings. */
+// Where a warpgroup stands in the rings.
 template <class C>
 struct Pipeline {
     int wg;
-    Ring<C::kQueryStages> queries;
-    Ring<C::kStages> keys, values;
+    Ring<C::QUERY_STAGES> queries;
+    Ring<C::STAGES> keys, values;
 
     __device__ __forceinline__ Pipeline(const Shared<C> &s, int wg)
         : wg(wg), queries(s.query_ring(wg)), keys(s.key_ring()), values(s.value_ring()) {}
-    /* S is complete; `tile_done`: it was the last of its tile. */
+    // S is complete; `tile_done`: it was the last of its tile.
     __device__ __forceinline__ void key_read(bool tile_done) {
         release(keys.empty_barrier());
         keys.advance();
@@ -339,7 +335,7 @@ struct Pipeline {
         release(values.empty_barrier());
         values.advance();
     }
-    /* Passes over `count` key tiles that only rows of other warpgroups see, with the turns for their GEMMs. */
+    // Passes over `count` key tiles that only rows of other warpgroups see, with the turns for their GEMMs.
     __device__ __forceinline__ void skip_keys(int count) {
 #pragma unroll 1
         for (; count > 0; count--) {
@@ -358,5 +354,3 @@ struct Pipeline {
         }
     }
 };
-
-} // namespace sm90

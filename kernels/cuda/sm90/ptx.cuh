@@ -1,23 +1,19 @@
-/*
- * The instructions that only sm_90a has, one function each, beside those of common/ptx.cuh: mbarrier, TMA, wgmma, setmaxnreg.
- * (PTX ISA 8.7, sections 9.7.9 to 9.7.15)
- */
+// The instructions that only sm_90a has, one function each, beside those of common/ptx.cuh: mbarrier, TMA, wgmma, setmaxnreg.
+// (PTX ISA 8.7, sections 9.7.9 to 9.7.15)
 #pragma once
 
 #include "kernels/cuda/common/ptx.cuh"
 
-namespace sm90 {
-
-/* The same value in every thread of the warp, said in a way that lets the compiler use uniform registers. */
+// The same value in every thread of the warp, said in a way that lets the compiler use uniform registers.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
-/* ---- mbarrier: one phase bit that flips when the expected arrivals and bytes are complete ---- */
+// ---- mbarrier: one phase bit that flips when the expected arrivals and bytes are complete ----
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-/* Makes initialised barriers visible to the async proxy (TMA). */
+// Makes initialised barriers visible to the async proxy (TMA).
 __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -26,13 +22,13 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/* Arrives, and has the phase wait for this many bytes of TMA loads. */
+// Arrives, and has the phase wait for this many bytes of TMA loads.
 __device__ __forceinline__ void mbarrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 
-/* Waits until the phase with this parity has completed. */
+// Waits until the phase with this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile("{\n"
                  ".reg .pred done;\n"
@@ -46,23 +42,23 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
                  : "memory");
 }
 
-/* ---- What L2 does with what TMA reads ---- */
+// ---- What L2 does with what TMA reads ----
 
-/* Read once: the first to go. */
+// Read once: the first to go.
 __device__ __forceinline__ uint64_t evict_first() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
-/* Read again by other blocks: the last to go. */
+// Read again by other blocks: the last to go.
 __device__ __forceinline__ uint64_t evict_last() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
-/* ---- TMA: one box of a tensor map to shared memory; elements outside the tensor arrive as zeros ---- */
+// ---- TMA: one box of a tensor map to shared memory; elements outside the tensor arrive as zeros ----
 
 __device__ __forceinline__ void tma_prefetch_map(const void *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -85,8 +81,8 @@ __device__ __forceinline__ void tma_load_5d(uint32_t dst, const void *map, uint3
                  : "memory");
 }
 
-/* One box from shared memory to a tensor map; elements outside the tensor are not written. Reads the buffer after the
- * call returned: see bulk_wait_read(). */
+// One box from shared memory to a tensor map; elements outside the tensor are not written. Reads the buffer after the
+// call returned: see bulk_wait_read().
 __device__ __forceinline__ void tma_store_5d(const void *map, uint32_t src, int c0, int c1, int c2,
                                              int c3, int c4) {
     asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group"
@@ -99,13 +95,13 @@ __device__ __forceinline__ void bulk_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-/* Waits until all but kPending groups of this thread's stores have read their buffers. */
-template <int kPending>
+// Waits until all but PENDING groups of this thread's stores have read their buffers.
+template <int PENDING>
 __device__ __forceinline__ void bulk_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
-/* Bytes as they lie, a multiple of 16 of them, aligned to 16. */
+// Bytes as they lie, a multiple of 16 of them, aligned to 16.
 __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes,
                                           uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -114,35 +110,35 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_
                  : "memory");
 }
 
-/* Waits until this thread's stores have been written. */
+// Waits until this thread's stores have been written.
 __device__ __forceinline__ void bulk_wait_written() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-/* Orders accesses to device memory by threads and by the async proxy (TMA). */
+// Orders accesses to device memory by threads and by the async proxy (TMA).
 __device__ __forceinline__ void global_proxy_fence() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-/* Makes this thread's writes to shared memory visible to the async proxy (TMA). */
+// Makes this thread's writes to shared memory visible to the async proxy (TMA).
 __device__ __forceinline__ void async_proxy_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/* Four 8 x 8 matrices of 16-bit elements, spread over the warp as wgmma leaves them; lane l has the address of row
- * l % 8 of matrix l / 8. */
+// Four 8 x 8 matrices of 16-bit elements, spread over the warp as wgmma leaves them; lane l has the address of row
+// l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&w)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
                  : "memory");
 }
 
-/* *to += x, at some time before the kernel ends. */
+// *to += x, at some time before the kernel ends.
 __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-/* Counts one more. Who sees that by load_relaxed() and fence_acquire() sees all that this thread has seen. */
+// Counts one more. Who sees that by load_relaxed() and fence_acquire() sees all that this thread has seen.
 __device__ __forceinline__ void count_release(uint32_t *counter) {
     asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter)
                  : "memory");
@@ -155,25 +151,25 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *counter) {
 }
 __device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-/* ---- Named barriers (1 to 15; 0 is __syncthreads) ---- */
+// ---- Named barriers (1 to 15; 0 is __syncthreads) ----
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* ---- Registers of a warpgroup ---- */
+// ---- Registers of a warpgroup ----
 
-template <int kRegisters>
+template <int REGISTERS>
 __device__ __forceinline__ void registers_increase() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-template <int kRegisters>
+template <int REGISTERS>
 __device__ __forceinline__ void registers_decrease() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-/* ---- Arithmetic ---- */
+// ---- Arithmetic ----
 
 __device__ __forceinline__ float log2_approx(float x) {
     float y;
@@ -181,28 +177,14 @@ __device__ __forceinline__ float log2_approx(float x) {
     return y;
 }
 
-/* `count` ones from bit `begin` on; both at most 32. */
+// `count` ones from bit `begin` on; both at most 32.
 __device__ __forceinline__ uint32_t ones(int begin, int count) {
     uint32_t r;
     asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(r) : "r"(begin), "r"(count));
     return r;
 }
 
-/* Element 0 or 1 of two E in a register. */
-template <typename E>
-__device__ __forceinline__ float unpack(uint32_t pair, int which);
-
-template <>
-__device__ __forceinline__ float unpack<__nv_bfloat16>(uint32_t pair, int which) {
-    return __uint_as_float(which ? pair & 0xffff0000 : pair << 16);
-}
-
-template <>
-__device__ __forceinline__ float unpack<__half>(uint32_t pair, int which) {
-    return __half2float(__ushort_as_half(static_cast<uint16_t>(which ? pair >> 16 : pair)));
-}
-
-/* ---- wgmma ---- */
+// ---- wgmma ----
 
 __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -212,14 +194,14 @@ __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-/* Waits until at most kPending groups of this warpgroup are unfinished. */
-template <int kPending>
+// Waits until at most PENDING groups of this warpgroup are unfinished.
+template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-/* Keeps ptxas from hoisting a wait above the computation of x, which is never negative: a store that depends on it
- * and never happens. */
+// Keeps ptxas from hoisting a wait above the computation of x, which is never negative: a store that depends on it
+// and never happens.
 __device__ __forceinline__ void hold(uint32_t address, float x) {
     asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\n"
                  "@p st.volatile.shared.f32 [%0], %1;\n}\n" ::"r"(address),
@@ -227,27 +209,25 @@ __device__ __forceinline__ void hold(uint32_t address, float x) {
                  : "memory");
 }
 
-/* Keeps the compiler from moving accesses to these registers across the wait or the fence beside it. */
-template <int kCount>
-__device__ __forceinline__ void pin(float (&r)[kCount]) {
+// Keeps the compiler from moving accesses to these registers across the wait or the fence beside it.
+template <int COUNT>
+__device__ __forceinline__ void pin(float (&r)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
+    for (int i = 0; i < COUNT; i++)
         asm volatile("" : "+f"(r[i])::"memory");
 }
 
-template <int kCount>
-__device__ __forceinline__ void pin(uint32_t (&r)[kCount]) {
+template <int COUNT>
+__device__ __forceinline__ void pin(uint32_t (&r)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < kCount; i++)
+    for (int i = 0; i < COUNT; i++)
         asm volatile("" : "+r"(r[i])::"memory");
 }
 
-/*
- * Descriptor of a tile in shared memory with the 128-byte swizzle: rows of 64 elements (128 bytes), eight rows to
- * a 1024-byte atom that must be aligned to 1024. `leading` and `stride` are byte distances:
- * K-major (rows run along M or N): stride = between groups of 8 rows, leading unused.
- * MN-major (rows run along K): leading = between 64-element columns of the tile, stride = between groups of 8 rows.
- */
+// Descriptor of a tile in shared memory with the 128-byte swizzle: rows of 64 elements (128 bytes), eight rows to
+// a 1024-byte atom that must be aligned to 1024. `leading` and `stride` are byte distances:
+// K-major (rows run along M or N): stride = between groups of 8 rows, leading unused.
+// MN-major (rows run along K): leading = between 64-element columns of the tile, stride = between groups of 8 rows.
 struct Descriptor {
     uint32_t low, high;
     __device__ __forceinline__ Descriptor(uint32_t address, uint32_t leading, uint32_t stride)
@@ -258,7 +238,7 @@ struct Descriptor {
     }
 };
 
-/* D[64, N] (f32, N / 2 registers a thread) = or += A[64, 16] B[16, N]. */
+// D[64, N] (f32, N / 2 registers a thread) = or += A[64, 16] B[16, N].
 template <typename E, int N>
 struct Wgmma;
 
@@ -295,7 +275,7 @@ struct Wgmma;
 #define SM90_D112 SM90_D96, SM90_D8(96), SM90_D8(104)
 #define SM90_D128 SM90_D112, SM90_D8(112), SM90_D8(120)
 
-/* R = N / 2; i0 to i6 = R to R + 6, the numbers of the operands that follow the accumulators. */
+// R = N / 2; i0 to i6 = R to R + 6, the numbers of the operands that follow the accumulators.
 #define SM90_WGMMA(E, name, N, R, i0, i1, i2, i3, i4, i5, i6)                                      \
     template <>                                                                                    \
     struct Wgmma<E, N> {                                                                           \
@@ -318,7 +298,7 @@ struct Wgmma;
                          : "l"(a), "l"(b), "r"(accumulate));                                       \
         }                                                                                          \
         /* A in registers, B MN-major in shared memory, or K-major. */                             \
-        template <int kMnMajor = 1>                                                                \
+        template <int MN_MAJOR = 1>                                                                \
         static __device__ __forceinline__ void rs(float (&d)[R], uint32_t a0, uint32_t a1,         \
                                                   uint32_t a2, uint32_t a3, uint64_t b,            \
                                                   int accumulate) {                                \
@@ -327,7 +307,7 @@ struct Wgmma;
                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name " {" SM90_R##R     \
                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}\n"   \
                 : SM90_D##R                                                                        \
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kMnMajor));     \
+                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(MN_MAJOR));     \
         }                                                                                          \
     };
 #define SM90_WGMMA_BOTH(N, R, ...)                                                                 \
@@ -346,5 +326,3 @@ SM90_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92, 93, 94)
 SM90_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101, 102)
 SM90_WGMMA_BOTH(224, 112, 112, 113, 114, 115, 116, 117, 118)
 SM90_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133, 134)
-
-} // namespace sm90

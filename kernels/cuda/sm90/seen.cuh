@@ -1,19 +1,14 @@
-/*
- * Which key tiles mask and segments leave to a tile of rows: found before the tiles are computed, so that those that see nothing of
- * each other cost nothing, and those that see all of each other no mask.
- */
-#ifndef DLATTN_SM90_SEEN_CUH_
-#define DLATTN_SM90_SEEN_CUH_
+// Which key tiles mask and segments leave to a tile of rows: found before the tiles are computed, so that those that see nothing of
+// each other cost nothing, and those that see all of each other no mask.
+#pragma once
 
 #include "kernels/cuda/sm90/tile.cuh"
 
-namespace sm90 {
-
 struct Range {
-    int low, high; /* inclusive; low > high: empty */
+    int low, high; // inclusive; low > high: empty
 };
 
-/* Of x over the lanes of a warp that have one. */
+// Of x over the lanes of a warp that have one.
 __device__ __forceinline__ Range range_of(const int32_t *data, int64_t stride, int begin, int end) {
     Range r{INT32_MAX, INT32_MIN};
     for (int i = begin + threadIdx.x % 32; i < end; i += 32) {
@@ -24,7 +19,7 @@ __device__ __forceinline__ Range range_of(const int32_t *data, int64_t stride, i
     return {__reduce_min_sync(~0u, r.low), __reduce_max_sync(~0u, r.high)};
 }
 
-/* Whether some, and whether all of rows [row, end_row) and keys [key, end_key) are visible. */
+// Whether some, and whether all of rows [row, end_row) and keys [key, end_key) are visible.
 struct Sight {
     bool some, all;
 };
@@ -34,17 +29,17 @@ __device__ __forceinline__ Sight look_at_segments(const Range &rows, const Range
             rows.low == rows.high && keys.low == keys.high && rows.low == keys.low};
 }
 
-/* By one warp, as far as is needed to know. */
+// By one warp, as far as is needed to know.
 __device__ __forceinline__ Sight look_at_mask(const sm90_params &p, const uint8_t *head, int row,
                                               int end_row, int key, int end_key) {
-    constexpr int kRows = 8;
+    constexpr int ROWS = 8;
     Sight sight{false, true};
     if (p.mask.row == 0)
         end_row = row + 1;
-    for (; row < end_row && !(sight.some && !sight.all); row += kRows) {
+    for (; row < end_row && !(sight.some && !sight.all); row += ROWS) {
         bool some = false, all = true;
 #pragma unroll
-        for (int r = 0; r < kRows; r++) {
+        for (int r = 0; r < ROWS; r++) {
             const uint8_t *const from = head + min(row + r, end_row - 1) * p.mask.row;
             for (int j = key + threadIdx.x % 32; j < end_key; j += 32) {
                 const bool visible = __ldg(from + j * p.mask.key) != 0;
@@ -58,7 +53,7 @@ __device__ __forceinline__ Sight look_at_mask(const sm90_params &p, const uint8_
     return sight;
 }
 
-/* One block for each tile of rows and 32 tiles of keys. */
+// One block for each tile of rows and 32 tiles of keys.
 __device__ __forceinline__ void find_seen(const sm90_params &p) {
     extern __shared__ char raw[];
     uint32_t &some = reinterpret_cast<uint32_t *>(raw)[0],
@@ -119,7 +114,3 @@ __device__ __forceinline__ void find_seen(const sm90_params &p) {
         to[p.seen_words + word] = all;
     }
 }
-
-} // namespace sm90
-
-#endif /* DLATTN_SM90_SEEN_CUH_ */

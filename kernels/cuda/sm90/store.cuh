@@ -1,28 +1,21 @@
-/*
- * From the registers of a warpgroup to output and lse.
- */
+// From the registers of a warpgroup to output and lse.
 #pragma once
 
+#include "kernels/cuda/common/sixteen_bit.cuh"
 #include "kernels/cuda/sm90/pipeline.cuh"
 
 #include <float.h>
 
-namespace sm90 {
+// With ALiBi, where top is a guess: sums below this are brought back, and rows whose sum is lost are computed by exact_row().
+constexpr float ALIBI_LEAST = 0x1p-12f, ALIBI_LOST = 0x1p-80f;
 
-/* A shift is a maximum times scale_log2 and rounded. What it lost, all weights of the row have in common, so it cancels while
- * they stay in range. From here on it has no fraction left, and exact_row() computes the row. */
-constexpr float kExactFrom = 1 << 24;
-
-/* With ALiBi, where the shift is a guess: sums below this are brought back, and rows whose sum is lost are computed by exact_row(). */
-constexpr float kAlibiLeast = 0x1p-12f, kAlibiLost = 0x1p-80f;
-
-/* Whether the exponents of a row are of no use, its weights being relative to 2^shift. Those of ANY lose nothing, up to the end of
- * the range. Rows without a weight have no exponents. */
+// Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of ANY lose nothing, up to the end of
+// the range. Rows without a weight have no exponents.
 template <class C>
-__device__ __forceinline__ bool is_far(const sm90_params &p, float shift, float total) {
-    if (C::kPlaced && total == 0)
+__device__ __forceinline__ bool is_far(const sm90_params &p, float top, float total) {
+    if (C::IS_PLACED && total == 0)
         return false;
-    return !(fabsf(shift) < (C::kAny ? FLT_MAX : kExactFrom));
+    return !(fabsf(top) < (C::IS_ANY ? FLT_MAX : EXACT_FROM));
 }
 
 template <class C>
@@ -30,15 +23,15 @@ __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_s
                                               const Place<C> &t, int row) {
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
     int64_t of_tensor = row >> p.pack_log2;
-    if constexpr (C::kPlaced)
+    if constexpr (C::IS_PLACED)
         of_tensor += t.q_start;
     return t.batch * strides.batch + head * strides.head + of_tensor * strides.row;
 }
 
-/* Whether row `row` of the tile is one of the output's. */
+// Whether row `row` of the tile is one of the output's.
 template <class C>
 __device__ __forceinline__ bool is_row(const sm90_params &p, const Place<C> &t, int row) {
-    if constexpr (C::kPlaced)
+    if constexpr (C::IS_PLACED)
         return row >> p.pack_log2 < t.q_rows;
     return row >> p.pack_log2 < p.len_q;
 }
@@ -55,10 +48,10 @@ __device__ __forceinline__ void store_lse(const sm90_params &p, const Place<C> &
         static_cast<float *>(p.lse)[at] = x;
 }
 
-/* -inf: none. */
+// -inf: none.
 template <class C>
 __device__ __forceinline__ float sink_of(const sm90_params &p, const Place<C> &t, int row) {
-    if (!C::kPlaced || !p.sinks)
+    if (!C::IS_PLACED || !p.sinks)
         return -INFINITY;
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
     return __ldg(p.sinks + head * p.sinks_stride);
@@ -70,7 +63,7 @@ __device__ __forceinline__ float slope_of(const sm90_params &p, const Place<C> &
     return __ldg(p.alibi_slopes + t.batch * p.alibi_batch_stride + head * p.alibi_head_stride);
 }
 
-/* Where the rows of one tensor of keys are that a tile sees. */
+// Where the rows of one tensor of keys are that a tile sees.
 template <class C>
 struct KeyRows {
     using E = typename C::Element;
@@ -81,12 +74,12 @@ struct KeyRows {
                                        const sm90_strides &strides, const Tile<C> &t)
         : head(static_cast<const E *>(tensor) + t.batch * strides.batch + t.kv_head * strides.head),
           stride(strides.row) {
-        if constexpr (C::kPlaced)
+        if constexpr (C::IS_PLACED)
             head += p.block_table ? -t.batch * strides.batch : t.k_start * stride;
     }
     __device__ __forceinline__ const E *row(const sm90_params &p, const sm90_strides &strides,
                                             const Tile<C> &t, int j) const {
-        if constexpr (C::kPlaced) {
+        if constexpr (C::IS_PLACED) {
             if (p.block_table) {
                 const PageRow at = page_row(p, t.batch, j);
                 return head + at.page * strides.batch + at.row * stride;
@@ -114,7 +107,7 @@ __device__ __forceinline__ int key_segment(const sm90_params &p, const Tile<C> &
                  (t.k_start + j) * p.key_segments_strides.row);
 }
 
-/* What the options make of a scaled score; where rows have a mask, heads share no tile. */
+// What the options make of a scaled score; where rows have a mask, heads share no tile.
 template <class C>
 __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, int row, int j,
                                        float score) {
@@ -132,97 +125,97 @@ __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, i
     return score;
 }
 
-/* One row by one warp, key by key, reading only the keys that it sees. A NaN or Inf in the value of a hidden key
- * spoils a tile's products (0 * NaN), so rows that came out non-finite are computed here
- * again; so are those whose weights overflowed, those whose shift is past kExactFrom, and those that see no key. */
+// One row by one warp, key by key, reading only the keys that it sees. A NaN or Inf in the value of a hidden key
+// spoils a tile's products (0 * NaN), so rows that came out non-finite are computed here
+// again; so are those whose weights overflowed, those whose top is past EXACT_FROM, and those that see no key.
 template <class C>
 __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t, int row) {
     using E = typename C::Element;
-    constexpr int kQk = (C::kDimQk + 31) / 32, kV = (C::kDimV + 31) / 32;
+    constexpr int QK_WORDS = (C::DIM_QK + 31) / 32, V_WORDS = (C::DIM_V + 31) / 32;
     const int lane = threadIdx.x & 31;
-    const float scale_log2 = C::kPlaced ? 1.4426950408889634f : p.scale_log2,
-                scale = C::kPlaced ? 1 : p.scale;
+    const float scale_log2 = C::IS_PLACED ? LOG2E : p.scale_log2,
+                scale = C::IS_PLACED ? 1 : p.scale;
     int low, high;
     row_bounds(p, t, row, low, high);
     const E *query = static_cast<const E *>(p.query) + row_offset<C>(p, p.query_strides, t, row);
     const KeyRows<C> keys(p, p.key, p.key_strides, t), values(p, p.value, p.value_strides, t);
-    float maximum = sink_of<C>(p, t, row), sum = maximum > -INFINITY, output[kV] = {};
+    float top = sink_of<C>(p, t, row), sum = top > -INFINITY, output[V_WORDS] = {};
     for (int j = low; j < high; j++) {
         const E *const key = keys.row(p, p.key_strides, t, j), *const value = values.row(
                                                                    p, p.value_strides, t, j);
         float score = 0;
-        for (int i = 0; i < kQk; i++)
+        for (int i = 0; i < QK_WORDS; i++)
             if (32 * i + lane < p.dim_qk)
                 score += float(query[32 * i + lane]) * float(key[32 * i + lane]);
         for (int i = 16; i > 0; i /= 2)
             score += __shfl_xor_sync(~0u, score, i);
-        if constexpr (C::kPlaced)
+        if constexpr (C::IS_PLACED)
             score = logit(p, t, row, j, score * p.scale);
         if (score == -INFINITY)
             continue;
-        const float m = fmaxf(maximum, score);
-        const float factor = exp2f((maximum - m) * scale_log2),
+        const float m = fmaxf(top, score);
+        const float factor = exp2f((top - m) * scale_log2),
                     weight = exp2f((score - m) * scale_log2);
         sum = sum * factor + weight;
-        for (int i = 0; i < kV; i++)
+        for (int i = 0; i < V_WORDS; i++)
             if (32 * i + lane < p.dim_v)
                 output[i] = output[i] * factor + weight * float(value[32 * i + lane]);
-        maximum = m;
+        top = m;
     }
     E *out = static_cast<E *>(p.output) + row_offset<C>(p, p.output_strides, t, row);
-    for (int i = 0; i < kV; i++)
+    for (int i = 0; i < V_WORDS; i++)
         if (32 * i + lane < p.dim_v)
             out[32 * i + lane] = E(sum == 0 ? 0.f : output[i] / sum);
     if (lane == 0)
-        store_lse<C>(p, t, row, sum == 0 ? p.empty_lse : maximum * scale + logf(sum));
+        store_lse<C>(p, t, row, sum == 0 ? p.empty_lse : top * scale + logf(sum));
 }
 
-/* Adds a row's sink to the sum of its weights, which are relative to 2^shift; what the output is to be multiplied by. */
-__device__ __forceinline__ float add_sink(float sink, float &shift, float &total) {
-    const float exponent = sink * 1.4426950408889634f, higher = fmaxf(shift, exponent);
+// Adds a row's sink to the sum of its weights, which are relative to 2^top; what the output is to be multiplied by.
+__device__ __forceinline__ float add_sink(float sink, float &top, float &total) {
+    const float exponent = sink * LOG2E, higher = fmaxf(top, exponent);
     if (!(exponent > -INFINITY))
         return reciprocal_approx(total);
-    const float factor = exp2_approx(shift - higher);
+    const float factor = exp2_approx(top - higher);
     total = total * factor + exp2_approx(exponent - higher);
-    shift = higher;
+    top = higher;
     return factor * reciprocal_approx(total);
 }
 
-/* Normalises and stores the 64 rows of a warpgroup, and their lse. Registers are laid out as in Consumer. Each warp
- * writes its 16 rows to shared memory, 64 columns at a time and swizzled by 16 bytes as TMA reads them. */
+// Normalises and stores the 64 rows of a warpgroup, and their lse. Registers are laid out as in Consumer. Each warp
+// writes its 16 rows to shared memory, 64 columns at a time and swizzled by 16 bytes as TMA reads them.
 template <class C>
 __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C> &s, int wg,
-                                           const Place<C> &t, const float (&output)[C::kDimV / 2],
-                                           const float (&row_shift)[2], const float (&sum)[2]) {
+                                           const Place<C> &t, const float (&output)[C::DIM_V / 2],
+                                           const float (&row_top)[2], const float (&sum)[2]) {
     using E = typename C::Element;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int first_row = t.first_row + 64 * wg + 16 * warp;
-    float total[2], normalise[2], shift[2] = {row_shift[0], row_shift[1]};
-    uint32_t poison[2] = {0, 0}; /* +0 or -0 in both halves while all is finite */
+    float total[2], normalise[2], top[2] = {row_top[0], row_top[1]};
+    uint32_t poison[2] = {0, 0}; // +0 or -0 in both halves while all is finite
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         total[half] = sum[half];
         total[half] += __shfl_xor_sync(~0u, total[half], 1);
         total[half] += __shfl_xor_sync(~0u, total[half], 2);
-        if (C::kAlibi && total[half] < kAlibiLost && shift[half] > -INFINITY)
+        if (C::HAS_ALIBI && total[half] < ALIBI_LOST && top[half] > -INFINITY)
             total[half] = NAN;
         normalise[half] = reciprocal_approx(total[half]);
-        if (C::kPlaced && total[half] == 0)
+        if (C::IS_PLACED && total[half] == 0)
             normalise[half] = 0;
-        if (C::kPlaced && p.sinks)
-            normalise[half] = add_sink(sink_of<C>(p, t, first_row + 8 * half + lane / 4),
-                                       shift[half], total[half]);
+        if (C::IS_PLACED && p.sinks)
+            normalise[half] =
+                add_sink(sink_of<C>(p, t, first_row + 8 * half + lane / 4), top[half], total[half]);
     }
     const uint32_t row_of_lane =
         s.output(wg, warp) + 128 * (lane & 15) + ((lane >> 4 ^ (lane & 7)) << 4);
 #pragma unroll
-    for (int column = 0; column < C::kColumnsV; column++) {
-        const uint32_t slot = column % C::kOutputSlots * C::kSlotBytes;
+    for (int column = 0; column < C::COLUMNS_V; column++) {
+        const uint32_t slot = column % C::OUTPUT_SLOTS * C::SLOT_BYTES;
         if (lane == 0)
-            bulk_wait_read<C::kOutputSlots - 1>();
+            bulk_wait_read<C::OUTPUT_SLOTS - 1>();
         __syncwarp();
 #pragma unroll
-        for (int i = 4 * column; i < 4 * column + 4 && 16 * i < C::kDimV; i++) {
+        for (int i = 4 * column; i < 4 * column + 4 && 16 * i < C::DIM_V; i++) {
             uint32_t w[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -235,7 +228,7 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
         }
         async_proxy_fence();
         __syncwarp();
-        if (lane == 0 && (!C::kPlaced || is_row<C>(p, t, first_row))) {
+        if (lane == 0 && (!C::IS_PLACED || is_row<C>(p, t, first_row))) {
             const RowCoordinates at = row_coordinates<C>(p, t, first_row);
             tma_store_5d(&p.output_map, s.output(wg, warp) + slot, 64 * column,
                          first_row & ((1 << p.pack_log2) - 1), at.c2, at.c3, at.c4);
@@ -247,21 +240,20 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
     for (int half = 0; half < 2; half++) {
         const int row = first_row + 8 * half + lane / 4;
         const bool inside = is_row<C>(p, t, row);
-        /* Rows that see no key, or whose scores are all -inf, have no shift: -inf. */
+        // Rows that see no key, or whose scores are all -inf, have a top of -inf.
         spoilt_threads[half] =
             __ballot_sync(~0u, inside && (poison[half] & 0x7fff7fff || !(total[half] < INFINITY) ||
-                                          is_far<C>(p, shift[half], total[half])));
+                                          is_far<C>(p, top[half], total[half])));
     }
     if (p.lse && (lane & 2) == 0) {
         const int half = lane & 1, row = first_row + 8 * half + lane / 4;
         const bool spoilt = (half ? spoilt_threads[1] : spoilt_threads[0]) >> (lane & ~3) & 15;
-        const bool empty = C::kPlaced && (half ? total[1] : total[0]) == 0;
+        const bool empty = C::IS_PLACED && (half ? total[1] : total[0]) == 0;
         if (is_row<C>(p, t, row) && !spoilt)
             store_lse<C>(
                 p, t, row,
                 empty ? p.empty_lse
-                      : ((half ? shift[1] : shift[0]) + log2_approx(half ? total[1] : total[0])) *
-                            0.69314718055994531f);
+                      : ((half ? top[1] : top[0]) + log2_approx(half ? total[1] : total[0])) * LN2);
     }
     if (__builtin_expect(spoilt_threads[0] | spoilt_threads[1], 0)) {
         const Tile<C> tile = tile_at<C>(p, t.index);
@@ -274,7 +266,7 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
     }
 }
 
-/* Rows of a tile that sees no key. */
+// Rows of a tile that sees no key.
 template <class C>
 __device__ __forceinline__ void store_empty(const sm90_params &p, const Tile<C> &t, int wg) {
     using E = typename C::Element;
@@ -289,5 +281,3 @@ __device__ __forceinline__ void store_empty(const sm90_params &p, const Tile<C> 
             store_lse<C>(p, t, row, empty_lse<C>(p, t, row));
     }
 }
-
-} // namespace sm90

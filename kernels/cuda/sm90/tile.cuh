@@ -1,7 +1,5 @@
-/*
- * The shape of a compiled tile, and what a tile of the problem is: its rows, the keys that they see, and the order in
- * which blocks take tiles.
- */
+// The shape of a compiled tile, and what a tile of the problem is: its rows, the keys that they see, and the order in
+// which blocks take tiles.
 #pragma once
 
 #include "kernels/cuda/sm90/params.h"
@@ -9,92 +7,89 @@
 
 #include <type_traits>
 
-namespace sm90 {
-
-/* What a kernel is compiled for. All but PLAIN also take rows and keys that lie anywhere (packed sequences, pages) and sinks. */
+// What a kernel is compiled for. All but PLAIN also take rows and keys that lie anywhere (packed sequences, pages) and sinks.
 enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
 struct Config {
     using Element = E;
-    static constexpr int kDimQk = DimQk, kDimV = DimV; /* narrower tensors are zero filled */
-    static constexpr int kTileK = TileK, kWarpgroups = Warpgroups;
-    static constexpr int kStages = Stages, kQueryStages = QueryStages;
-    static constexpr bool kPlaced = Of != PLAIN, kSoftcap = Of == SOFTCAP, kAlibi = Of == ALIBI,
-                          kAny = Of == ANY;
+    static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
+    static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
+    static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
+    static constexpr bool IS_PLACED = Of != PLAIN, HAS_SOFTCAP = Of == SOFTCAP,
+                          HAS_ALIBI = Of == ALIBI, IS_ANY = Of == ANY;
 
-    static constexpr int kTileQ = 64 * kWarpgroups;
-    static constexpr int kThreads = 128 * (kWarpgroups + 1);
-    /* Together no more than the block starts with: 65536 / kThreads, rounded down to 8, each. */
-    static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
-    static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
-    static_assert(kWarpgroups == 2 || kWarpgroups == 3, "");
-    /* Has the first step of a tile that needs no mask code of its own? Where GEMMs hide the mask, code costs more: it
-     * comes from device memory. Not with options: their code is longer. */
-    static constexpr bool kFirstUnmasked = kDimQk < 128 && !kAlibi && !kAny;
+    static constexpr int TILE_Q = 64 * WARPGROUPS;
+    static constexpr int THREADS = 128 * (WARPGROUPS + 1);
+    // Together no more than the block starts with: 65536 / THREADS, rounded down to 8, each.
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 240 : 160;
+    static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "");
+    // Has the first step of a tile that needs no mask code of its own? Where GEMMs hide the mask, code costs more: it
+    // comes from device memory. Not with options: their code is longer.
+    static constexpr bool FIRST_UNMASKED = DIM_QK < 128 && !HAS_ALIBI && !IS_ANY;
 
-    /* Tiles in shared memory: columns of 64 elements, swizzled by TMA. */
-    static constexpr int kColumnsQk = (kDimQk + 63) / 64, kColumnsV = (kDimV + 63) / 64;
-    static constexpr int kQueryBytes = 64 * 128 * kColumnsQk; /* of one warpgroup */
-    static constexpr int kKeyColumn = kTileK * 128;
-    static constexpr int kKeyBytes = kKeyColumn * kColumnsQk, kValueBytes = kKeyColumn * kColumnsV;
-    static constexpr int kQuery = 0, kKey = kQuery + kQueryStages * kWarpgroups * kQueryBytes;
-    static constexpr int kValue = kKey + kStages * kKeyBytes,
-                         kOutput = kValue + kStages * kValueBytes;
-    /* On its way out a warp's output takes slots of 16 rows x 64 columns. */
-    static constexpr int kOutputSlots = kColumnsV < 2 ? kColumnsV : 2, kSlotBytes = 16 * 128;
-    static constexpr int kTiles = kOutput + kWarpgroups * 4 * kOutputSlots * kSlotBytes;
-    static constexpr int kTileBytes = kPlaced ? 128 : 64;
-    static constexpr int kClaimedTiles = kPlaced ? 2 : 0; /* by one producer, for the other */
-    static constexpr int kBarriers =
-        kTiles + kTileBytes * (kQueryStages * kWarpgroups + kClaimedTiles);
-    static constexpr int kSharedBytes =
-        kBarriers + 8 * (2 * kQueryStages * kWarpgroups + 4 * kStages + 2 * kClaimedTiles) +
-        1024; /* 1024 to align */
+    // Tiles in shared memory: columns of 64 elements, swizzled by TMA.
+    static constexpr int COLUMNS_QK = (DIM_QK + 63) / 64, COLUMNS_V = (DIM_V + 63) / 64;
+    static constexpr int QUERY_BYTES = 64 * 128 * COLUMNS_QK; // of one warpgroup
+    static constexpr int KEY_COLUMN = TILE_K * 128;
+    static constexpr int KEY_BYTES = KEY_COLUMN * COLUMNS_QK, VALUE_BYTES = KEY_COLUMN * COLUMNS_V;
+    static constexpr int QUERY = 0, KEY = QUERY + QUERY_STAGES * WARPGROUPS * QUERY_BYTES;
+    static constexpr int VALUE = KEY + STAGES * KEY_BYTES, OUTPUT = VALUE + STAGES * VALUE_BYTES;
+    // On its way out a warp's output takes slots of 16 rows x 64 columns.
+    static constexpr int OUTPUT_SLOTS = COLUMNS_V < 2 ? COLUMNS_V : 2, SLOT_BYTES = 16 * 128;
+    static constexpr int TILES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
+    static constexpr int TILE_BYTES = IS_PLACED ? 128 : 64;
+    static constexpr int CLAIMED_TILES = IS_PLACED ? 2 : 0; // by one producer, for the other
+    static constexpr int BARRIERS =
+        TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
+    static constexpr int SHARED_BYTES =
+        BARRIERS + 8 * (2 * QUERY_STAGES * WARPGROUPS + 4 * STAGES + 2 * CLAIMED_TILES) +
+        1024; // 1024 to align
 
-    static_assert(kTileK % 16 == 0 && kTileK <= 128 && kDimQk % 16 == 0 && kDimV % 32 == 0, "");
-    static_assert(kSharedBytes <= 227 * 1024, "");
+    static_assert(TILE_K % 16 == 0 && TILE_K <= 128 && DIM_QK % 16 == 0 && DIM_V % 32 == 0, "");
+    static_assert(SHARED_BYTES <= 227 * 1024, "");
 };
 
-/* Where the rows of a tile are. */
+// Where the rows of a tile are.
 struct DensePlace {
-    int index;     /* in the walk; -1: there are no more */
-    int first_row; /* packed */
+    int index;     // in the walk; -1: there are no more
+    int first_row; // packed
     int head, batch;
 };
 
 struct AnyPlace : DensePlace {
     int q_start,
-        q_rows; /* of the sequence: its first row in a packed tensor, and its rows; all are written */
+        q_rows; // of the sequence: its first row in a packed tensor, and its rows; all are written
     int k_start;
-    int seen; /* its row of p.seen */
+    int seen; // its row of p.seen
 };
 
 template <class C>
-using Place = std::conditional_t<C::kPlaced, AnyPlace, DensePlace>;
+using Place = std::conditional_t<C::IS_PLACED, AnyPlace, DensePlace>;
 
 template <class C>
 struct alignas(64) Tile : Place<C> {
     int kv_head;
     int q_len, k_len, diagonal;
-    int first_block, end_block; /* key tiles to visit */
-    /* Of one warpgroup, see tile_of(): */
-    int skipped;                /* key tiles behind them that other warpgroups visit */
-    int first_whole, end_whole; /* those of them that every row sees whole */
-    int first_untracked;        /* from here on every row has seen a key */
+    int first_block, end_block; // key tiles to visit
+    // Of one warpgroup, see tile_of():
+    int skipped;                // key tiles behind them that other warpgroups visit
+    int first_whole, end_whole; // those of them that every row sees whole
+    int first_untracked;        // from here on every row has seen a key
 
     __device__ __forceinline__ bool sees_keys() const { return first_block < end_block; }
 };
 
-/* Length of one sequence: the tensor's value, kept inside the extent. */
+// Length of one sequence: the tensor's value, kept inside the extent.
 __device__ __forceinline__ int sequence_length(const int32_t *lengths, int64_t stride, int batch,
                                                int extent) {
     return lengths ? min(max(__ldg(lengths + batch * stride), 0), extent) : extent;
 }
 
-/* Where a sequence begins in a packed tensor and how many rows it has there, `most` at most; all of one that is not packed. Whatever
- * the tensor of integers holds, the rows are inside. */
+// Where a sequence begins in a packed tensor and how many rows it has there, `most` at most; all of one that is not packed. Whatever
+// the tensor of integers holds, the rows are inside.
 __device__ __forceinline__ void sequence_rows(const sm90_packing &p, int batch, int most,
                                               int &start, int &rows) {
     start = 0;
@@ -106,11 +101,11 @@ __device__ __forceinline__ void sequence_rows(const sm90_packing &p, int batch, 
     rows = min(max(min(__ldg(ends + p.stride), p.total), start) - start, most);
 }
 
-/* One sequence of the batch. */
+// One sequence of the batch.
 struct Span {
-    int q_start, k_start; /* first row in packed tensors, else 0 */
-    int q_rows;           /* that are its own */
-    int q_len, k_len;     /* that take part */
+    int q_start, k_start; // first row in packed tensors, else 0
+    int q_rows;           // that are its own
+    int q_len, k_len;     // that take part
 
     __device__ __forceinline__ Span(const sm90_params &p, int batch) {
         int k_rows;
@@ -121,8 +116,8 @@ struct Span {
     }
 };
 
-/* ---- ANY: which key tiles a tile of rows sees something of, or all -------------------------------------------------
- * Two bitmaps for each tile of rows, found from mask and segments beforehand: see find_seen(). */
+// ---- ANY: which key tiles a tile of rows sees something of, or all -------------------------------------------------
+// Two bitmaps for each tile of rows, found from mask and segments beforehand: see find_seen().
 
 __device__ __forceinline__ const uint32_t *seen_some(const sm90_params &p, int seen) {
     return p.seen + static_cast<int64_t>(seen) * 2 * p.seen_words;
@@ -131,7 +126,7 @@ __device__ __forceinline__ bool sees_all(const sm90_params &p, int seen, int n) 
     return seen_some(p, seen)[p.seen_words + n / 32] >> n % 32 & 1;
 }
 
-/* The row of p.seen of a tile of rows: packed sequences share none. */
+// The row of p.seen of a tile of rows: packed sequences share none.
 __device__ __forceinline__ int seen_row(const sm90_params &p, const Span &s, int batch, int head,
                                         int first_row) {
     const int64_t start = static_cast<int64_t>(s.q_start) << p.pack_log2;
@@ -141,7 +136,7 @@ __device__ __forceinline__ int seen_row(const sm90_params &p, const Span &s, int
     return (p.seen_by_head ? head * p.seen_rows : 0) + first + first_row / p.tile_q;
 }
 
-/* The first key tile from n on, or `end`. */
+// The first key tile from n on, or `end`.
 __device__ __forceinline__ int next_seen(const uint32_t *some, int n, int end) {
     while (n < end) {
         const uint32_t word = some[n / 32] >> n % 32;
@@ -152,7 +147,7 @@ __device__ __forceinline__ int next_seen(const uint32_t *some, int n, int end) {
     return end;
 }
 
-/* How many of [n, end). */
+// How many of [n, end).
 __device__ __forceinline__ int count_seen(const uint32_t *some, int n, int end) {
     int count = 0;
     for (n = next_seen(some, n, end); n < end; n = next_seen(some, n + 1, end))
@@ -160,30 +155,30 @@ __device__ __forceinline__ int count_seen(const uint32_t *some, int n, int end) 
     return count;
 }
 
-/* Behind the last of [first, end), or `first`. */
+// Behind the last of [first, end), or `first`.
 __device__ __forceinline__ int end_seen(const uint32_t *some, int first, int end) {
     while (end > first && !(some[(end - 1) / 32] >> (end - 1) % 32 & 1))
         end--;
     return end;
 }
 
-/* The key tile that follows n. */
+// The key tile that follows n.
 template <class C>
 __device__ __forceinline__ int next_block(const sm90_params &p, const Tile<C> &t, int n) {
-    if constexpr (C::kAny) {
+    if constexpr (C::IS_ANY) {
         if (p.seen)
             return next_seen(seen_some(p, t.seen), n + 1, t.end_block);
     }
     return n + 1;
 }
 
-/* x / d for 0 <= x < 2^31. */
+// x / d for 0 <= x < 2^31.
 __device__ __forceinline__ int divide(int x, const sm90_divisor &d) {
     return static_cast<int>(__umulhi(static_cast<uint32_t>(x), d.multiplier) >> d.shift) +
            (d.multiplier ? 0 : x);
 }
 
-/* Where key j of a sequence is: always a page that exists, whatever the table holds. */
+// Where key j of a sequence is: always a page that exists, whatever the table holds.
 struct PageRow {
     int page, row;
 };
@@ -194,17 +189,17 @@ __device__ __forceinline__ PageRow page_row(const sm90_params &p, int batch, int
     return {min(max(page, 0), p.pages - 1), j - column * p.page_size};
 }
 
-/* The first tile of a block, which then takes every gridDim-th. Neighbours among the blocks, which are near each other
- * on the device, get the tiles of one head, which tile_at() puts heads_per_group apart. */
+// The first tile of a block, which then takes every gridDim-th. Neighbours among the blocks, which are near each other
+// on the device, get the tiles of one head, which tile_at() puts heads_per_group apart.
 __device__ __forceinline__ int first_tile(const sm90_params &p) {
     const int block = blockIdx.x;
     const int head = divide(block, p.by_tiles_per_head), step = block - head * p.tiles_per_head;
     return head < p.heads_per_group ? step * p.heads_per_group + head : block;
 }
 
-/* Where tile `wanted` of the walk is, or none if that is past the end. Heads come in groups whose keys and values fit into L2
- * together; the tiles of a group are ordered by row, downwards and upwards in turn so that equally heavy causal tiles
- * meet where groups do, and the last group ends with its lightest. Blocks that take every gridDim-th tile then get equal work within a percent or so. */
+// Where tile `wanted` of the walk is, or none if that is past the end. Heads come in groups whose keys and values fit into L2
+// together; the tiles of a group are ordered by row, downwards and upwards in turn so that equally heavy causal tiles
+// meet where groups do, and the last group ends with its lightest. Blocks that take every gridDim-th tile then get equal work within a percent or so.
 template <class C>
 __device__ __forceinline__ void place(const sm90_params &p, int wanted, Tile<C> &t) {
     const int index = min(wanted, p.tiles - 1);
@@ -216,13 +211,13 @@ __device__ __forceinline__ void place(const sm90_params &p, int wanted, Tile<C> 
               head = group * p.heads_per_group + in_group - step * group_heads;
     const bool upwards = (p.groups - group & 1) == 0;
     t.index = wanted < p.tiles ? wanted : -1;
-    t.first_row = (upwards ? step : p.tiles_per_head - 1 - step) * C::kTileQ;
+    t.first_row = (upwards ? step : p.tiles_per_head - 1 - step) * C::TILE_Q;
     t.batch = divide(head, p.by_heads);
     t.head = head - t.batch * p.heads;
 }
 
-/* The same where sequences differ: one after the other as list_tiles() has put them, of each one head after the other, of each head
- * the last rows first. */
+// The same where sequences differ: one after the other as list_tiles() has put them, of each one head after the other, of each head
+// the last rows first.
 template <class C>
 __device__ __forceinline__ void place_listed(const sm90_params &p, int wanted, Tile<C> &t) {
     const sm90_list &list = *p.list;
@@ -230,24 +225,24 @@ __device__ __forceinline__ void place_listed(const sm90_params &p, int wanted, T
     const sm90_listed at = any ? list.of[divide(wanted, p.by_heads)] : sm90_listed{0, 0};
     int start, rows;
     sequence_rows(p.packed_q, at.sequence, p.len_q, start, rows);
-    const int tiles = max(((rows << p.pack_log2) + C::kTileQ - 1) / C::kTileQ, 1);
+    const int tiles = max(((rows << p.pack_log2) + C::TILE_Q - 1) / C::TILE_Q, 1);
     const int in_sequence = any ? wanted - at.first * p.heads : 0;
     t.index = any ? wanted : -1;
     t.head = in_sequence / tiles;
-    t.first_row = (tiles - 1 - (in_sequence - t.head * tiles)) * C::kTileQ;
+    t.first_row = (tiles - 1 - (in_sequence - t.head * tiles)) * C::TILE_Q;
     t.batch = at.sequence;
 }
 
-/* Waits for the kernel before this one in the stream, which fills the workspace and which this one may have overtaken. */
+// Waits for the kernel before this one in the stream, which fills the workspace and which this one may have overtaken.
 __device__ __forceinline__ void wait_for_workspace() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-/* Tile `wanted` of the walk. */
+// Tile `wanted` of the walk.
 template <class C>
 __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
     Tile<C> t;
-    if constexpr (C::kPlaced) {
+    if constexpr (C::IS_PLACED) {
         if (p.list)
             place_listed<C>(p, wanted, t);
         else
@@ -258,7 +253,7 @@ __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
         t.q_rows = s.q_rows;
         t.q_len = s.q_len;
         t.k_len = s.k_len;
-        if (C::kAny && p.seen)
+        if (C::IS_ANY && p.seen)
             t.seen = seen_row(p, s, t.batch, t.head, t.first_row);
     } else {
         place<C>(p, wanted, t);
@@ -269,13 +264,13 @@ __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
     t.diagonal = p.bottom_right ? t.k_len - t.q_len : 0;
 
     const int first = t.first_row >> p.pack_log2;
-    const int last = min((t.first_row + C::kTileQ - 1) >> p.pack_log2, t.q_len - 1);
+    const int last = min((t.first_row + C::TILE_Q - 1) >> p.pack_log2, t.q_len - 1);
     const int lowest = max(first + t.diagonal - p.window_left, 0);
     const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
     const bool any = t.index >= 0 && first < t.q_len && lowest < highest;
-    t.first_block = lowest / C::kTileK;
-    t.end_block = any ? (highest + C::kTileK - 1) / C::kTileK : t.first_block;
-    if constexpr (C::kAny) {
+    t.first_block = lowest / C::TILE_K;
+    t.end_block = any ? (highest + C::TILE_K - 1) / C::TILE_K : t.first_block;
+    if constexpr (C::IS_ANY) {
         if (p.seen && any) {
             const uint32_t *const some = seen_some(p, t.seen);
             t.first_block = next_seen(some, t.first_block, t.end_block);
@@ -285,8 +280,8 @@ __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
     return t;
 }
 
-/* Tile t as a warpgroup sees it: it visits at least one key tile, and passes over the last ones, which only rows of
- * others see. */
+// Tile t as a warpgroup sees it: it visits at least one key tile, and passes over the last ones, which only rows of
+// others see.
 template <class C>
 __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int wg) {
     if (!t.sees_keys())
@@ -294,28 +289,28 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     const int first = (t.first_row + 64 * wg) >> p.pack_log2;
     const int last = min((t.first_row + 64 * wg + 63) >> p.pack_log2, t.q_len - 1);
     const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
-    int end_block = max((highest + C::kTileK - 1) / C::kTileK, t.first_block + 1);
-    if constexpr (C::kAny) {
+    int end_block = max((highest + C::TILE_K - 1) / C::TILE_K, t.first_block + 1);
+    if constexpr (C::IS_ANY) {
         if (p.seen)
             end_block = end_seen(seen_some(p, t.seen), t.first_block + 1, end_block);
     }
     t.skipped = t.end_block - end_block;
-    if constexpr (C::kAny) {
+    if constexpr (C::IS_ANY) {
         if (p.seen)
             t.skipped = count_seen(seen_some(p, t.seen), end_block, t.end_block);
     }
     t.end_block = end_block;
     const int all_lowest = max(last + t.diagonal - p.window_left, 0);
-    /* With ALiBi keys after the one that a row meets have code of their own, that of masked ones. */
-    const int right = C::kAlibi ? min(p.window_right, 0) : p.window_right;
+    // With ALiBi keys after the one that a row meets have code of their own, that of masked ones.
+    const int right = C::HAS_ALIBI ? min(p.window_right, 0) : p.window_right;
     const int all_highest = max(min(first + t.diagonal + right + 1, t.k_len), 0);
-    t.first_whole = (all_lowest + C::kTileK - 1) / C::kTileK;
-    t.end_whole = all_highest / C::kTileK;
-    t.first_untracked = all_lowest / C::kTileK + 1;
+    t.first_whole = (all_lowest + C::TILE_K - 1) / C::TILE_K;
+    t.end_whole = all_highest / C::TILE_K;
+    t.first_untracked = all_lowest / C::TILE_K + 1;
     return t;
 }
 
-/* Keys [low, high) that a packed row sees. */
+// Keys [low, high) that a packed row sees.
 template <class C>
 __device__ __forceinline__ void row_bounds(const sm90_params &p, const Tile<C> &t, int row,
                                            int &low, int &high) {
@@ -323,5 +318,3 @@ __device__ __forceinline__ void row_bounds(const sm90_params &p, const Tile<C> &
     low = max(i + t.diagonal - p.window_left, 0);
     high = i < t.q_len ? min(i + t.diagonal + p.window_right + 1, t.k_len) : 0;
 }
-
-} // namespace sm90

@@ -291,15 +291,15 @@ struct Warp {
     __device__ __forceinline__ void softmax(float (&shrink)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float most = top[half];
+            float highest = top[half];
 #pragma unroll
             for (int n = 0; n < NT; ++n)
-                most = fmaxf(most, fmaxf(score[n][half * 2], score[n][half * 2 + 1]));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            const float base = most == -INFINITY ? 0.0f : most;
+                highest = fmaxf(highest, fmaxf(score[n][half * 2], score[n][half * 2 + 1]));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+            const float base = highest == -INFINITY ? 0.0f : highest;
             shrink[half] = exp2_approx((top[half] - base) * slope);
-            top[half] = most;
+            top[half] = highest;
             float total = 0;
 #pragma unroll
             for (int n = 0; n < NT; ++n)
