@@ -348,7 +348,7 @@ struct WideScores : WideSums<C, C::DIM_V, C::DIM_QK> {
             const uint32_t raw[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2 w = widen_pair<E>(raw[j]), d = delta[2 * k + j / 2];
+                const float2 w = unpack<E>(raw[j]), d = delta[2 * k + j / 2];
                 const float *const x = this->product + 8 * k + 2 * j;
                 const float low = w.x * fmaf(x[0], SCALE, d.x), high = w.y * fmaf(x[1], SCALE, d.y);
                 this->weight[4 * k + j] =

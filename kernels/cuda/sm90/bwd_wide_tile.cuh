@@ -110,6 +110,19 @@ __device__ __forceinline__ uint32_t elements_between(int low, int high) {
 
 // ---- Arithmetic --------------------------------------------------------------------------------------------------
 
+// As widen_pair(), of which the compiler would make other code here.
+template <typename E>
+__device__ __forceinline__ float2 unpack(uint32_t x);
+
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t x) {
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t x) {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&x));
+}
+
 // 2^(scale_log2 x + least) of a score; with softcap, x becomes the logit first. `slope` is the logit's derivative by scale x.
 template <bool HAS_SOFTCAP>
 __device__ __forceinline__ float weight_of(const sm90_bwd_params &p, float x, float least,
