@@ -146,6 +146,17 @@ static void check_many_keys(const char *row, enum element element) {
 
 Test(backward, many_keys) { each_row(check_many_keys); }
 
+/* ---- Large gradients -------------------------------------------------------------------------- */
+
+/* More than 2 MiB: where they lie is asked for before they are written. */
+static void check_large(const char *row, enum element element) {
+    const struct features causal = {
+        .name = "causal", .causal = true, .layout = HEADS_INNER, .lse = LSE_F32, .backward = true};
+    expect_right(row, &(struct test_case){{2, 32, 16, 600, 70, 32, 24}, causal, element, 5});
+}
+
+Test(backward, large) { each_row(check_large); }
+
 /* ---- Numbers at the edge, and beyond it ------------------------------------------------------- */
 
 static const struct test_case edge_case = {

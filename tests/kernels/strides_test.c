@@ -104,6 +104,17 @@ Test(strides, f32) { check_element(F32); }
 Test(strides, f16) { check_element(F16); }
 Test(strides, bf16) { check_element(BF16); }
 
+/* More than 2 MiB, whose places are asked for before they are written, unless their elements lie apart. */
+Test(strides, large_outputs) {
+    const struct features lse = {.name = "lse", .lse = LSE_F32};
+    struct cpu_rows rows;
+    find_cpu_rows(&rows, F32);
+    check(&rows, &(struct test_case){{2, 32, 16, 300, 40, 32, 32}, lse, F32, 7});
+    for (int n = 0; n < rows.count; n++)
+        cr_expect(rows.ran[n] > 0 || rows.info[n].flags & DLATTN_KERNEL_DECODE, "%s took no call",
+                  rows.info[n].name);
+}
+
 /* Bytes of workspace that a row asks for; 0 if it declines. */
 static size_t workspace_bytes(const char *kernel, const DLTensor *query, const DLTensor *key,
                               int32_t threads) {

@@ -189,6 +189,13 @@ static double find_delta(struct gathering *g, const struct row *r) {
         delta += r->weight[j] * product;
         sizes += r->weight[j] * size;
     }
+    for (int64_t j = 0; j < r->keys; j++) {
+        double product, size, moved;
+        if (!r->value[j])
+            continue;
+        project(r, j, &product, &size, &moved);
+        rounded += square(u * score_size(r, j) * r->weight[j] * (product - delta));
+    }
     for (int64_t d = 0; d < c->made_from.shape.dim_v; d++) {
         rounded += square(rounding(e, r->sums[d].output) * d_output[d]);
         output += square(factor_rounding(e, d_output[d]) * r->sums[d].output);
