@@ -26,6 +26,7 @@ DTYPES = {
     "bf16": (4, 16, np.uint16),
     "f64": (2, 64, np.float64),
 }
+FLOAT8 = {"e4m3": (10, 8, np.uint8), "e5m2": (12, 8, np.uint8)}
 # op, batch, heads_q, heads_kv, len_q, len_k, dim, causal
 SHAPES = [
     ("fwd", 1, 8, 8, 1024, 1024, 64, 0),
@@ -42,11 +43,13 @@ def random(rng, shape, dtype):
     x = rng.uniform(-2, 2, shape).astype(np.float32)
     if dtype == "bf16":
         return (x.view(np.uint32) >> 16).astype(np.uint16)
+    if dtype in FLOAT8:  # any codes of finite numbers below 2
+        return rng.integers(0, 64, shape, np.uint8) | rng.integers(0, 2, shape, np.uint8) << 7
     return x.astype(DTYPES[dtype][2])
 
 
 def describe(array, dtype):
-    code, bits, _ = DTYPES[dtype]
+    code, bits, _ = (DTYPES | FLOAT8)[dtype]
     axes = (ctypes.c_int64 * array.ndim)(*array.shape)
     cpu = (ctypes.c_int32 * 2)(1, 0)
     return DLTensor(array.ctypes.data, cpu, array.ndim, code, bits, 1, axes, None)

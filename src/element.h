@@ -63,20 +63,20 @@ static inline float e4m3_to_float(uint8_t bits) {
 }
 
 /* To nearest even, what is beyond `largest` to that, NaN to NaN: a float8 whose mantissa has `mantissa` bits, whose smallest
- * normal number is 2^least, and whose NaN is `nan`. */
+ * normal number is 2^least, and whose NaN is `nan`. A carry out of the mantissa goes into the exponent by itself. */
 static inline uint8_t to_float8(double x, int mantissa, int least, double largest, uint8_t nan) {
     const uint8_t sign = signbit(x) ? 0x80 : 0;
+    const int dropped = 52 - mantissa;
     double size = fabs(x);
-    int exponent;
+    uint64_t bits;
     if (isnan(x))
         return nan | sign;
     size = size > largest ? largest : size;
-    frexp(size, &exponent); /* size < 2^exponent */
-    exponent = size > 0 && exponent - 1 > least ? exponent - 1 : least;
-    /* In units of the last place; the carry of a rounding goes into the exponent by itself. */
-    const int units = (int)rint(ldexp(size, mantissa - exponent));
-    const int bits = units + ((exponent - least) << mantissa);
-    return (uint8_t)(sign | bits);
+    if (size < ldexp(1, least)) /* in units of the last place */
+        return (uint8_t)(sign | (int)rint(size * ldexp(1, mantissa - least)));
+    memcpy(&bits, &size, sizeof bits);
+    bits += (UINT64_C(1) << (dropped - 1)) - 1 + (bits >> dropped & 1);
+    return (uint8_t)(sign | ((bits >> dropped) - ((uint64_t)(1022 + least) << mantissa)));
 }
 
 static inline uint8_t double_to_e4m3(double x) { return to_float8(x, 3, -6, 448, 0x7f); }

@@ -251,6 +251,10 @@ static DLDataType dtype_of(int32_t xla) {
         return (DLDataType){kDLFloat, 64, 1};
     case XLA_BF16:
         return (DLDataType){kDLBfloat, 16, 1};
+    case XLA_F8E4M3FN:
+        return (DLDataType){kDLFloat8_e4m3fn, 8, 1};
+    case XLA_F8E5M2:
+        return (DLDataType){kDLFloat8_e5m2, 8, 1};
     default:
         return (DLDataType){kDLOpaqueHandle, 0, 1}; /* refused by the plugin, with the name */
     }

@@ -58,6 +58,8 @@ enum {
     XLA_F32 = 11,
     XLA_F64 = 12,
     XLA_BF16 = 16,
+    XLA_F8E5M2 = 19,
+    XLA_F8E4M3FN = 20,
 };
 
 /* Dense, in the layout that ffi_call asked for: row-major. */

@@ -89,6 +89,9 @@ struct extra_layout {
     int64_t bias_stride, mask_stride;
 };
 
+/* Vectors of e4m3 come as 2^-8 of themselves. */
+static inline float float8_unit(enum dtype dtype) { return dtype == DTYPE_E4M3 ? 256 : 1; }
+
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -94,9 +94,11 @@ static void load_query(const struct call *c, const struct task *t, int32_t r, fl
                                                 t->s.q_start + query_index(t, r))},
                       dense = dense_rows(&row, 1, p->dim_qk, &p->query, dtype, w->dense_row);
     c->body->widen(to, dense.data, p->dim_qk, dtype, p->key.dtype);
-    if (p->query_scale.data)
-        for (int64_t d = 0; d < p->dim_qk; d++)
-            to[d] *= scale_at(&p->query_scale, t->b, query_head(t, r));
+    const float factor =
+        float8_unit(p->key.dtype) *
+        (p->query_scale.data ? scale_at(&p->query_scale, t->b, query_head(t, r)) : 1);
+    for (int64_t d = 0; factor != 1 && d < p->dim_qk; d++)
+        to[d] *= factor;
 }
 
 static void start_part(const struct call *c, const struct task *t, struct part *part,
@@ -259,7 +261,8 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
     for (int32_t r = 0; r < t->rows; r++) {
         const int64_t i = query_index(t, r), h = query_head(t, r);
         merge_row(parts, c->plan->splits, r, p->dim_v, score_scale(p));
-        const float factor = end_row(p, &t->s, t->b, h, i, parts[0].max[r], parts[0].sum[r]);
+        const float factor = float8_unit(p->value.dtype) *
+                             end_row(p, &t->s, t->b, h, i, parts[0].max[r], parts[0].sum[r]);
         float *output = parts[0].output + r * round_up(p->dim_v, 16), zeros = 0;
         for (int64_t d = 0; d < p->dim_v; d++) {
             output[d] *= factor;

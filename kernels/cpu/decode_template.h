@@ -22,15 +22,34 @@ VEC_INLINE bool in_halves(enum dtype dtype) {
     return dtype == DTYPE_BF16 || dtype_is_float8(dtype);
 }
 
-VEC_INLINE void load_pair(vec x[2], const char *p, enum dtype dtype) {
+/* In units of float8_unit(). `nan`: NaN of e4m3 is looked for. */
+VEC_INLINE void load_pair(vec x[2], const char *p, enum dtype dtype, bool nan) {
     if (dtype == DTYPE_BF16) {
         vec_load_bf16_halves(x, p);
     } else if (dtype_is_float8(dtype)) {
-        vec_load_float8_halves(x, p, dtype);
+        vec_load_float8_halves(x, p, dtype, nan);
     } else {
         x[0] = load_some(p, dtype, VEC_LANES);
         x[1] = load_some(p + VEC_LANES * dtype_bytes(dtype), dtype, VEC_LANES);
     }
+}
+
+/* The rest of a row, in the same units. */
+VEC_INLINE vec load_rest(const char *p, enum dtype dtype, int64_t n) {
+    return dtype_is_float8(dtype) ? vec_load_float8(p, n, dtype) : load_some(p, dtype, n);
+}
+
+/* Some row has a NaN in its pairs. */
+VEC_FN static bool has_e4m3_nan(const struct rows *rows, int32_t n, int64_t dim) {
+    for (int32_t j = 0; j < n; j++) {
+        const char *row = row_at(rows, j);
+        bool nan = false;
+        for (int64_t d = 0; d + PAIR <= dim; d += PAIR)
+            nan |= vec_has_e4m3_nan(row + d);
+        if (nan)
+            return true;
+    }
+    return false;
 }
 
 /* A pair in order, as halves. */
@@ -46,11 +65,12 @@ static void part_halves(float *pair) {
 VEC_FN static void widen_query(float *to, const char *from, int64_t n, enum dtype dtype,
                                enum dtype key) {
     const int64_t pairs = in_halves(key) || !in_halves(dtype) ? n / PAIR * PAIR : 0;
+    const vec unit = vec_set(float8_unit(dtype));
     vec x[2];
     for (int64_t d = 0; d < pairs; d += PAIR) {
-        load_pair(x, from + d * dtype_bytes(dtype), dtype);
-        vec_store(to + d, x[0]);
-        vec_store(to + d + VEC_LANES, x[1]);
+        load_pair(x, from + d * dtype_bytes(dtype), dtype, true);
+        vec_store(to + d, vec_mul(x[0], unit));
+        vec_store(to + d + VEC_LANES, vec_mul(x[1], unit));
         if (in_halves(key) && !in_halves(dtype))
             part_halves(to + d);
     }
@@ -83,7 +103,8 @@ VEC_INLINE void add_products(vec *sum, vec key, const float *query, int64_t quer
 
 /* to[key][row] = dot product, for a vector's keys. */
 VEC_INLINE void score_keys(float *to, const char *const *keys, const float *query,
-                           int64_t query_stride, int64_t dim, int rows, enum dtype dtype) {
+                           int64_t query_stride, int64_t dim, int rows, enum dtype dtype,
+                           bool nan) {
     const int64_t bytes = dtype_bytes(dtype);
     vec sums[VEC_LANES];
 #pragma clang loop unroll(full)
@@ -94,7 +115,7 @@ VEC_INLINE void score_keys(float *to, const char *const *keys, const float *quer
 #pragma clang loop unroll(full)
         for (int k = 0; k < KEYS(rows); k++) {
             vec key[2];
-            load_pair(key, keys[k] + d * bytes, dtype);
+            load_pair(key, keys[k] + d * bytes, dtype, nan);
             add_products(sums + k * rows, key[0], query + d, query_stride, rows);
             add_products(sums + k * rows, key[1], query + d + VEC_LANES, query_stride, rows);
         }
@@ -102,14 +123,15 @@ VEC_INLINE void score_keys(float *to, const char *const *keys, const float *quer
 #pragma clang loop unroll(full)
         for (int k = 0; k < KEYS(rows); k++)
             add_products(sums + k * rows,
-                         load_some(keys[k] + d * bytes, dtype, at_most(dim - d, VEC_LANES)),
+                         load_rest(keys[k] + d * bytes, dtype, at_most(dim - d, VEC_LANES)),
                          query + d, query_stride, rows);
     vec_store(to, vec_sums(sums));
 }
 
 /* Scores of a tile, and its values fetched meanwhile; a tile whose keys do not fill the last vector repeats its last key there. */
 VEC_INLINE void score_tile(float *to, struct part_tile *tile, const float *query,
-                           int64_t query_stride, int64_t dim, int rows, enum dtype dtype) {
+                           int64_t query_stride, int64_t dim, int rows, enum dtype dtype,
+                           bool nan) {
     for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
         const char *keys[KEYS(1)];
 #pragma clang loop unroll(full)
@@ -117,7 +139,7 @@ VEC_INLINE void score_tile(float *to, struct part_tile *tile, const float *query
             fetch_next(&tile->values);
             keys[k] = row_at(&tile->key, j + k < tile->n ? j + k : tile->n - 1);
         }
-        score_keys(to + j * rows, keys, query, query_stride, dim, rows, dtype);
+        score_keys(to + j * rows, keys, query, query_stride, dim, rows, dtype, nan);
     }
 }
 
@@ -125,7 +147,7 @@ VEC_INLINE void score_tile(float *to, struct part_tile *tile, const float *query
  * Each `passes` keys fetch one of the next tile's. */
 VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
                            struct part_tile *tile, int64_t d, int pairs, int64_t n, int64_t passes,
-                           int rows, enum dtype dtype) {
+                           int rows, enum dtype dtype, bool nan) {
     const int64_t bytes = dtype_bytes(dtype);
     const int vectors = pairs ? 2 * pairs : 1;
     vec sums[ROW_GROUP][2 * VALUE_PAIRS];
@@ -143,10 +165,10 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
         }
         vec x[2 * VALUE_PAIRS];
         if (pairs == 0)
-            x[0] = load_some(value, dtype, n);
+            x[0] = load_rest(value, dtype, n);
 #pragma clang loop unroll(full)
         for (int v = 0; v < pairs; v++)
-            load_pair(x + 2 * v, value + v * PAIR * bytes, dtype);
+            load_pair(x + 2 * v, value + v * PAIR * bytes, dtype, nan);
 #pragma clang loop unroll(full)
         for (int r = 0; r < rows; r++) {
             const vec weight = vec_set(weights[j * rows + r]);
@@ -163,17 +185,18 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
 }
 
 VEC_INLINE void value_tile(float *output, int64_t stride, const float *weights,
-                           struct part_tile *tile, int64_t dim, int rows, enum dtype dtype) {
+                           struct part_tile *tile, int64_t dim, int rows, enum dtype dtype,
+                           bool nan) {
     const int pairs = rows == 1 ? VALUE_PAIRS : VALUE_PAIRS / 2;
     const int64_t passes = most(1, dim / (pairs * PAIR));
     int64_t d = 0;
     for (; d + pairs * PAIR <= dim; d += pairs * PAIR)
-        add_values(output, stride, weights, tile, d, pairs, 0, passes, rows, dtype);
+        add_values(output, stride, weights, tile, d, pairs, 0, passes, rows, dtype, nan);
     for (; d + PAIR <= dim; d += PAIR)
-        add_values(output, stride, weights, tile, d, 1, 0, passes, rows, dtype);
+        add_values(output, stride, weights, tile, d, 1, 0, passes, rows, dtype, nan);
     for (; d < dim; d += VEC_LANES)
         add_values(output, stride, weights, tile, d, 0, at_most(dim - d, VEC_LANES), passes, rows,
-                   dtype);
+                   dtype, nan);
 }
 
 /* ---- Softmax ---------------------------------------------------------------------------------------------------- */
@@ -286,29 +309,34 @@ VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
 
 /* ---- A part and a tile of keys ---------------------------------------------------------------------------------- */
 
-#define CASE(dtype, FUNCTION, ...)                                                                 \
-    case dtype:                                                                                    \
-        FUNCTION(__VA_ARGS__, dtype);                                                              \
-        break
-/* FUNCTION(..., dtype) with the dtype as a constant. */
-#define FOR_DTYPE(dtype, FUNCTION, ...)                                                            \
-    switch (dtype) {                                                                               \
-        CASE(DTYPE_F32, FUNCTION, __VA_ARGS__);                                                    \
-        CASE(DTYPE_F16, FUNCTION, __VA_ARGS__);                                                    \
-        CASE(DTYPE_BF16, FUNCTION, __VA_ARGS__);                                                   \
-        CASE(DTYPE_E4M3, FUNCTION, __VA_ARGS__);                                                   \
-        CASE(DTYPE_E5M2, FUNCTION, __VA_ARGS__);                                                   \
-    default:                                                                                       \
-        break;                                                                                     \
-    }
+/* FUNCTION(..., dtype, nan) with both as constants. */
+#define FOR_DTYPE(dtype, nan, FUNCTION, ...)                                                       \
+    do {                                                                                           \
+        if ((dtype) == DTYPE_F32)                                                                  \
+            FUNCTION(__VA_ARGS__, DTYPE_F32, false);                                               \
+        else if ((dtype) == DTYPE_F16)                                                             \
+            FUNCTION(__VA_ARGS__, DTYPE_F16, false);                                               \
+        else if ((dtype) == DTYPE_BF16)                                                            \
+            FUNCTION(__VA_ARGS__, DTYPE_BF16, false);                                              \
+        else if ((dtype) == DTYPE_E5M2)                                                            \
+            FUNCTION(__VA_ARGS__, DTYPE_E5M2, false);                                              \
+        else if (nan)                                                                              \
+            FUNCTION(__VA_ARGS__, DTYPE_E4M3, true);                                               \
+        else                                                                                       \
+            FUNCTION(__VA_ARGS__, DTYPE_E4M3, false);                                              \
+    } while (0)
 
 VEC_INLINE void attend_rows(const struct part *part, struct part_tile *tile, int rows) {
     const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16);
+    const bool key_nan = part->key_dtype == DTYPE_E4M3 &&
+                         has_e4m3_nan(&tile->key, tile->n, part->dim_qk);
+    bool value_nan = false;
     for (int32_t row = 0; row < part->rows; row += rows) {
         const int64_t at = score_index(row, 0, part->rows);
         float *s = part->scores + at, *output = part->output + row * stride;
         const float *query = part->query + row * query_stride;
-        FOR_DTYPE(part->key_dtype, score_tile, s, tile, query, query_stride, part->dim_qk, rows);
+        FOR_DTYPE(part->key_dtype, key_nan, score_tile, s, tile, query, query_stride, part->dim_qk,
+                  rows);
         if (tile->rule && tile->rule->key_scale)
             scale_tile(s, tile->rule->key_scale, tile->n, rows);
         if (tile->rule)
@@ -319,7 +347,10 @@ VEC_INLINE void attend_rows(const struct part *part, struct part_tile *tile, int
         weigh_tile(part, row, s, tile, rows);
         if (tile->value.scale)
             scale_tile(s, tile->value.scale, tile->n, rows);
-        FOR_DTYPE(part->value_dtype, value_tile, output, stride, s, tile, part->dim_v, rows);
+        if (row == 0 && part->value_dtype == DTYPE_E4M3) /* now they have been fetched */
+            value_nan = has_e4m3_nan(&tile->value, tile->n, part->dim_v);
+        FOR_DTYPE(part->value_dtype, value_nan, value_tile, output, stride, s, tile, part->dim_v,
+                  rows);
     }
 }
 

@@ -13,6 +13,38 @@ struct row {
     int64_t b, g, i;
 };
 
+/* n elements, a stride apart, as they are divided by `factor`. */
+static inline void convert(const struct view *from, int64_t source, enum dtype from_dtype,
+                           const struct view *to, int64_t target, enum dtype to_dtype,
+                           double factor, int64_t n) {
+    for (int64_t d = 0; d < n; d++)
+        store_element(to->data, to_dtype, target + d * to->stride[3],
+                      load_element(from->data, from_dtype, source + d * from->stride[3]) / factor);
+}
+
+/* The same with the dtypes as constants, of which the cache's is float8 or that of the row. */
+static void convert_row(const struct view *from, int64_t source, const struct view *to,
+                        int64_t target, double factor, int64_t n) {
+#define CASE(dtype)                                                                                \
+    case dtype:                                                                                    \
+        if (to->dtype == DTYPE_E4M3)                                                               \
+            convert(from, source, dtype, to, target, DTYPE_E4M3, factor, n);                       \
+        else if (to->dtype == DTYPE_E5M2)                                                          \
+            convert(from, source, dtype, to, target, DTYPE_E5M2, factor, n);                       \
+        else                                                                                       \
+            convert(from, source, dtype, to, target, to->dtype, factor, n);                        \
+        break
+    switch (from->dtype) {
+        CASE(DTYPE_F64);
+        CASE(DTYPE_F32);
+        CASE(DTYPE_F16);
+        CASE(DTYPE_BF16);
+    default:
+        break;
+    }
+#undef CASE
+}
+
 /* Position of row i in the cache, and the scale that goes with it. */
 static void append_row(const struct problem *p, const struct row *r, const struct view *from,
                        const struct view *cache, const struct view *scale, int64_t dim) {
@@ -21,10 +53,7 @@ static void append_row(const struct problem *p, const struct row *r, const struc
                   l = paged ? at % p->page_size : at;
     const int64_t source = row_of(from, r->b, r->g, r->s.q_start + r->i),
                   target = row_of(cache, entry, r->g, l);
-    const double factor = scale_at(scale, entry, r->g);
-    for (int64_t d = 0; d < dim; d++)
-        store_element(cache->data, cache->dtype, target + d * cache->stride[3],
-                      element(from, source, d) / factor);
+    convert_row(from, source, cache, target, scale_at(scale, entry, r->g), dim);
 }
 
 static void worker(void *ctx, int64_t index) {

@@ -156,13 +156,16 @@ static double lost_weight(const struct row *r, double weight) {
 }
 
 static void add_key(const struct row *r, int64_t j, double size) {
+    const enum element e = r->call->made_from.element;
     const double weight = r->weight[j], lost = lost_weight(r, weight * r->total) / r->total;
+    const bool tiny = weight * r->total < least_normal(type_of_sums(e));
     for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++) {
         struct sums *s = &r->sums[d];
         const double value = scaled_value(r, j, d), moved = weight * size * (value - s->output);
         s->values += weight * value * weight * value;
         s->rounded += lost * value * lost * value;
         s->scored += moved * moved;
+        s->tiny += tiny ? fabs(weight * value) : 0;
     }
 }
 
@@ -172,8 +175,8 @@ static double output_bound(enum element e, const struct sums *s, int64_t seen) {
                  weights = factor_rounding(e, size) +
                            (e == F16 || e == BF16 ? WALK * sqrt(s->rounded) : 0),
                  sums = sqrt((double)seen) * (sqrt(s->values) + size) + sqrt(s->scored),
-                 bound =
-                     rounding(e, size) + weights + WALK * element_epsilon(type_of_sums(e)) * sums;
+                 bound = rounding(e, size) + weights +
+                         WALK * element_epsilon(type_of_sums(e)) * sums + s->tiny;
     return e == F64 ? 2 * bound : bound; /* the reference misses as much */
 }
 

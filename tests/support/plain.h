@@ -10,6 +10,7 @@ struct sums {
     double values;  /* weighted values */
     double rounded; /* what they lose when the weights are rounded to the element type */
     double scored;  /* what they move by for a score that is off by its size */
+    double tiny;    /* what those have whose weights may count as 0 */
 };
 
 /* The row, and room for what is computed of it. */

@@ -232,7 +232,7 @@ def attention(
     framework = _FRAMEWORKS.get(type(query)) or _framework(type(query))
     if framework.attention is not None:
         options = {name: x for name, x in locals().items() if name != "framework"}
-        return framework.attention(**_without_defaults(options))
+        return framework.attention(**_without_defaults(options, framework.taken))
     if out is None:
         out = framework.empty(query, output_shape(query, value))
     if stream is None and framework.stream:
@@ -432,11 +432,11 @@ def _more(o: dict[str, Any]) -> dict[str, Any]:
     return more
 
 
-def _without_defaults(o: dict[str, Any]) -> dict[str, Any]:
-    """Other frameworks' functions do not have what came later: it is refused where it is asked."""
-    later = (*_MORE_TENSORS, *_MORE_OPTIONS, "block_size")
+def _without_defaults(o: dict[str, Any], taken: Any) -> dict[str, Any]:
+    """Other frameworks' functions do not have all that came later: it is refused where it is asked."""
+    later = {*_MORE_TENSORS, *_MORE_OPTIONS, "block_size"} - set(taken)
     defaults = attention.__kwdefaults__
-    for name in later:
+    for name in sorted(later):
         if o[name] is not None and (defaults[name] is None or o[name] != defaults[name]):
             raise Unsupported(f"{name}: is not supported yet for arrays of {type(o['query'])}")
     return {name: x for name, x in o.items() if name not in later}
@@ -448,6 +448,7 @@ class _Framework(NamedTuple):
     empty: Callable[[Any, tuple[int, ...]], Any]
     workspace: Callable[[Any, int], Any]
     attention: Callable[..., Any] | None = None
+    taken: Any = ()  # names of what that function takes
     stream: Callable[[Any], int | None] | None = None  # that is current on the array's device
 
 
@@ -464,10 +465,15 @@ def _framework(kind: type) -> _Framework:
         from . import torch
 
         made = _Framework(
-            lambda like, shape: like.new_empty(shape), torch._workspace, torch.attention
+            lambda like, shape: like.new_empty(shape),
+            torch._workspace,
+            torch.attention,
+            torch.attention.__kwdefaults__,
         )
     elif name == "jax":
-        made = _Framework(_no_output, _no_workspace, _jax_attention)
+        from . import jax
+
+        made = _Framework(_no_output, _no_workspace, _jax_attention, jax.attention.__kwdefaults__)
     elif name == "cupy":
         made = _Framework(_cupy_empty, _cupy_workspace, stream=_cupy_stream)
     elif hasattr(kind, "__array_namespace__"):

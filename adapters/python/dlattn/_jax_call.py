@@ -46,11 +46,21 @@ class Tensors(NamedTuple):
     block_table: jax.Array | None = None
     query_segments: jax.Array | None = None
     key_segments: jax.Array | None = None
+    query_scale: jax.Array | None = None
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
 
     @property
     def can_fold(self) -> bool:
         """Whether there is a batch, which can be made longer."""
         return self.cu_seqlens_q is None and self.block_table is None
+
+    @property
+    def has_float8(self) -> bool:
+        """Float8, or the scales that go with it."""
+        named = {name for name, x in zip(self._fields, self) if x is not None}
+        kinds = {jnp.dtype(x.dtype).name for x in self[:3]}
+        return not named.isdisjoint(SCALES) or not kinds.isdisjoint(FLOAT8)
 
 
 class Options(NamedTuple):
@@ -69,17 +79,19 @@ class Options(NamedTuple):
 
 
 WINDOW_FLAG, EXACT_SCALE_FLAG = 1, 2
+SCALES = Tensors._fields[-3:]
 # Of dlattn_tensors, as far as they are known here, and behind it of dlattn_gradients.
 SLOTS = {
     name: slot
     for first, names in (
-        (0, (*Tensors._fields[:3], "output", "lse", *Tensors._fields[3:])),
+        (0, (*Tensors._fields[:3], "output", "lse", *Tensors._fields[3:-3])),
+        (17, SCALES),
         (20, ("d_output", "d_lse", *(f"d_{name}" for name in Tensors._fields[:4]))),
         (26, ("d_alibi_slopes", "d_sinks")),
     )
     for slot, name in enumerate(names, first)
 }
-BY_NAME = ("query_segments", "key_segments")  # what _core takes so
+BY_NAME = ("query_segments", "key_segments", *SCALES)  # what _core takes so
 OF_HEADS = {"query", "key", "value", "output", "lse"}  # and their gradients: heads are an axis
 
 
@@ -196,20 +208,23 @@ def attributes_of(options: Options, names: Iterable[str], num_threads: int) -> d
 
 
 CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
+FLOAT8 = {"float8_e4m3fn": 10, "float8_e5m2": 12}
 
 
 def _spec(slot: str, x: Any, options: Options, device: tuple[int, int]) -> tuple[Any, ...]:
     """What the plugin sees of an array, heads before rows."""
     name = jnp.dtype(x.dtype).name
     kind = name.rstrip("0123456789")
-    bits = int(name[len(kind) :] or 8)
+    code, bits = CODES.get(kind, 5), int(name[len(kind) :] or 8)
+    if name in FLOAT8:
+        code, bits = FLOAT8[name], 8
     shape, strides = list(x.shape), [1] * len(x.shape)
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
     if options.heads_axis == 2 and slot.removeprefix("d_") in OF_HEADS and len(shape) >= 3:
         for row in (shape, strides):
             row[1], row[2] = row[2], row[1]
-    return tuple(shape), tuple(strides), CODES.get(kind, 5), bits, *device
+    return tuple(shape), tuple(strides), code, bits, *device
 
 
 # ---- shard_map: what differs from device to device, which JAX follows for its own operations alone
@@ -250,6 +265,8 @@ def vmappable_call(options: Options) -> Any:
         (batched,) = batched
         if not tensors.can_fold:
             raise Unsupported("dlattn.jax: packed and paged attention cannot be vmapped")
+        if any(getattr(tensors, name) is not None for name in SCALES):
+            raise Unsupported("dlattn.jax: scales of tensors cannot be vmapped")
         query_axis = 1 if batched.query else 0
         batch = tensors.query.shape[query_axis]
         results = vmappable(folded(tensors, batched, size, batch))

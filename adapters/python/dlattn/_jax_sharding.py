@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from . import Unsupported
 from ._jax_backward import visible_from
-from ._jax_call import Options, Tensors, check, wide_type
+from ._jax_call import SCALES, Options, Tensors, check, wide_type
 
 Attend = Callable[[Options, Tensors], tuple[jax.Array, jax.Array]]
 
@@ -83,7 +84,12 @@ def _letters(options: Options, tensors: Tensors) -> Tensors:
     segments = ("bt", "b.") if tensors.cu_seqlens_q is None else (".", ".")
     slopes = "n" if tensors.alibi_slopes is None else "bn"[-tensors.alibi_slopes.ndim :]
     main = (query, key, key, "bnt.", "bnt.", slopes, "n")
-    return Tensors(*main, "b", "b", ".", ".", "b.", *segments)
+    of_keys = "bk" if tensors.block_table is None else ".k"
+    scales = (
+        "." if x is None or x.ndim == 1 else letters
+        for letters, x in zip(("bn", of_keys, of_keys), (getattr(tensors, n) for n in SCALES))
+    )
+    return Tensors(*main, "b", "b", ".", ".", "b.", *segments, *scales)
 
 
 def _align(options: Options, tensors: Tensors, mesh: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -102,6 +108,10 @@ def _align(options: Options, tensors: Tensors, mesh: Any) -> tuple[Tensors, dict
         return tensors, axes
     axes["k"] = axes["n"]
     if devices > 1 and heads_kv % devices:
+        if tensors.key_scale is not None or tensors.value_scale is not None:
+            raise Unsupported(
+                f"key: {heads_kv} heads with scales cannot be divided among {devices} devices"
+            )
         key, value = (
             _repeat(x, heads // heads_kv, heads_axis, mesh) for x in (tensors.key, tensors.value)
         )

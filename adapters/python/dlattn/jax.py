@@ -124,6 +124,9 @@ def attention(
     block_table: jax.Array | None = None,
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
+    query_scale: jax.Array | None = None,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
     return_lse: bool = False,
 ) -> Any:
     """``dlattn.attention`` (see there) for JAX: query ``[B, H, Lq, D]``, or packed or paged.
@@ -131,6 +134,8 @@ def attention(
     Returns the output; with ``return_lse`` also the log-sum-exp ``[B, H, Lq]`` (packed:
     ``[H, total_q]``), float32, or float64 for float64. Paged calls have no gradient, packed ones a
     first-order one; neither can be vmapped. A traced ``scale`` multiplies the query, in its type.
+    key and value may be float8_e4m3fn or float8_e5m2, each by itself; such calls, and those with
+    scales of tensors, have no gradient.
     """
     query, key, value = _arrays(query=query, key=key, value=value)
     query, scale = _scaled(query, scale)
@@ -161,6 +166,9 @@ def attention(
         _floats("alibi_slopes", alibi_slopes, wide_type(query)),
         _floats("sinks", sinks, wide_type(query)),
         **{name: _integers(name, x) for name, x in integers.items()},
+        query_scale=_floats("query_scale", query_scale, jnp.float32),
+        key_scale=_floats("key_scale", key_scale, jnp.float32),
+        value_scale=_floats("value_scale", value_scale, jnp.float32),
     )
     output, lse = _jitted(options, tensors)
     return (output, lse) if return_lse else output
@@ -334,6 +342,8 @@ def _forward(options: Options, primals: Any) -> Any:
     tensors = jax.tree.map(lambda x: x.value, primals)
     if tensors.block_table is not None:
         raise Unsupported("dlattn.jax: paged attention has no gradient")
+    if tensors.has_float8:
+        raise Unsupported("dlattn.jax: float8 and scales of tensors have no gradient")
     present = [name for name in DIFFERENTIABLE if getattr(primals, name) is not None]
     wanted = [n for n in present if getattr(primals, n).perturbed or not KNOWS_WHAT_IS_WANTED]
     results = _differentiable(options, tensors)

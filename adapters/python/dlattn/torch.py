@@ -214,6 +214,9 @@ def attention(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     block_table: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -227,12 +230,17 @@ def attention(
     bias and mask may lack leading axes; alibi_slopes and sinks of other floats become float32,
     int64 lengths and indices int32. scale may be a tensor of one number.
 
+    query, key and value may be float8_e4m3fn or float8_e5m2, each by itself; a query that is needs
+    ``out``, of a wide type. query_scale, key_scale and value_scale are factors of theirs, ``[1]``
+    or ``[B|1, heads|1]`` (pages: ``[pages|1, H_kv|1]``): what PyTorch's quantized attention calls
+    q_descale, k_descale and v_descale.
+
     dropout_p: each weight becomes 0 with it and is else divided by 1 - it; which, a seed says that
     comes from PyTorch's generator of the CPU (``torch.manual_seed``), whatever the device.
 
     Differentiable in query, key, value, bias, alibi_slopes, sinks and scale, and through the
-    log-sum-exp; but not where ``out``, ``lse``, ``kernel``, ``num_threads`` or ``stream`` is given,
-    nor for paged calls. Packed calls and dropout have first-order gradients in reverse mode alone.
+    log-sum-exp; but not where ``out``, ``lse``, ``kernel``, ``num_threads``, ``stream`` or a scale of
+    a tensor is given, nor for paged calls and float8. Packed calls and dropout have first-order gradients in reverse mode alone.
     """
     left, right = window_sides(window)
     if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
@@ -241,9 +249,13 @@ def attention(
         *(bias, mask, alibi_slopes, sinks, query_lengths, key_lengths),
         *(cu_seqlens_q, cu_seqlens_k, block_table),
     )
-    is_plain = not _is_compiling() and _core.is_plain(query, key, value, *tensors, out, lse)
+    scales = {"query_scale": query_scale, "key_scale": key_scale, "value_scale": value_scale}
+    scales = {name: x for name, x in scales.items() if x is not None}
+    is_plain = not _is_compiling() and _core.is_plain(
+        query, key, value, *tensors, out, lse, *scales.values()
+    )
     if not is_plain:
-        _check_kinds(**dict(zip(Tensors._fields, (query, key, value, *tensors))))
+        _check_kinds(**dict(zip(Tensors._fields, (query, key, value, *tensors))), **scales)
     if _is_any_autocast_enabled():
         query, key, value, bias = _autocast(query, key, value, bias)
     if bias is not None:
@@ -282,13 +294,16 @@ def attention(
         if stream is None:
             stream = _stream(query)
         t, o = Tensors(query, key, value, *tensors), Options(*options)
-        _core.forward(*_arguments(t, o, out, lse, kernel, num_threads, stream), **_dropout(o))
+        by_name = {name: _as_float(x) for name, x in scales.items()} | _dropout(o)
+        _core.forward(*_arguments(t, o, out, lse, kernel, num_threads, stream), **by_name)
         for x in written:
             if not x.is_inference():
                 torch.autograd.graph.increment_version(x)
-    elif out is not None or lse is not None or kernel or num_threads or stream is not None:
+    elif (
+        out is not None or lse is not None or kernel or num_threads or stream is not None or scales
+    ):
         raise InvalidArgument(
-            "out, lse, kernel, num_threads, stream: need plain tensors, "
+            "out, lse, kernel, num_threads, stream, scales of tensors: need plain tensors, "
             "no gradient, no mode or transform and no compilation"
         )
     elif forward_ad._current_level >= 0:  # tensors may have tangents
@@ -342,14 +357,15 @@ def _scaled(query: Tensor, scale: Any, softcap: Any) -> tuple[Tensor, float | No
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As PyTorch does for its own attention: floats, but not float64, in autocast's type."""
+    """As PyTorch does for its own attention: floats, but not float64, in autocast's type. Float8
+    stays."""
     kind = tensors[0].device.type
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 
     def cast(x: Tensor | None) -> Tensor | None:
-        is_cast = x is not None and x.is_floating_point() and x.dtype != torch.float64
+        is_cast = x is not None and x.is_floating_point() and x.itemsize in (2, 4)
         return x.to(dtype) if is_cast else x
 
     return tuple(cast(x) for x in tensors)

@@ -751,6 +751,52 @@ def test_refusal_names_the_argument(message, call):
         call()
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8(name):
+    """A cache of 8 bits with a scale for each head, beside float64 of what it stands for."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.standard_normal((2, heads, rows, 32)), jnp.float32)
+        for heads, rows in ((4, 5), (2, 70), (2, 70))
+    )
+    key, value = key.astype(name), value.astype(jnp.float8_e4m3fn)
+    scales = {n: jnp.asarray(rng.uniform(0.5, 2, (2, 2)), jnp.float32) for n in ("key", "value")}
+    options = {f"{n}_scale": x for n, x in scales.items()}
+    wide = (
+        np.asarray(x, np.float64) * np.asarray(scales[n], np.float64)[:, :, None, None]
+        for n, x in (("key", key), ("value", value))
+    )
+    wanted = dlattn.attention(np.asarray(query, np.float64), *wide)
+    for f in (dlattn.jax.attention, dlattn.attention, jax.jit(dlattn.jax.attention)):
+        np.testing.assert_allclose(f(query, key, value, **options), wanted, 1e-5, 1e-5)
+    with pytest.raises(dlattn.Unsupported, match="float8 and scales of tensors have no gradient"):
+        jax.grad(lambda q: dlattn.jax.attention(q, key, value).sum())(query)
+    with pytest.raises(dlattn.Unsupported, match="scales of tensors cannot be vmapped"):
+        jax.vmap(lambda q: dlattn.jax.attention(q, key, value, **options))(query[None])
+    with pytest.raises(dlattn.InvalidArgument, match=r"key_scale: axis 1 \(heads\) is 3"):
+        dlattn.jax.attention(query, key, value, key_scale=jnp.ones((2, 3)))
+    with pytest.raises(Exception, match=r"value_scale: entry \[0, 0\] is -1"):
+        jax.block_until_ready(dlattn.jax.attention(query, key, value, value_scale=-jnp.ones(1)))
+
+
+@pytest.mark.parametrize("axis", ["batch", "heads"])
+def test_float8_is_sharded_with_its_scales(axis):
+    rng = np.random.default_rng(0)
+    shapes = {"query": (2, 4, 5, 16), "key": (2, 2, 9, 16), "value": (2, 2, 9, 16)}
+    tensors = {n: jnp.asarray(rng.standard_normal(x), jnp.float32) for n, x in shapes.items()}
+    tensors |= {n: tensors[n].astype(jnp.float8_e4m3fn) for n in ("key", "value")}
+    tensors |= {
+        "key_scale": jnp.asarray(rng.uniform(0.5, 2, (2, 2)), jnp.float32),
+        "value_scale": jnp.asarray(rng.uniform(0.5, 2, (1, 2)), jnp.float32),
+    }
+    wanted = dlattn.jax.attention(**tensors)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    spec = P("x") if axis == "batch" else P(None, "x")
+    with jax.set_mesh(mesh):
+        tensors["query"] = jax.device_put(tensors["query"], NamedSharding(mesh, spec))
+        np.testing.assert_array_equal(dlattn.jax.attention(**tensors), wanted)
+
+
 def test_symbolic_sizes_are_refused():
     shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, 4, 2, 8"), jnp.float32)
     with pytest.raises(dlattn.Unsupported, match="query: axis 0 has the symbolic size b"):

@@ -99,6 +99,29 @@ def test_float8_of_ml_dtypes():
         np.testing.assert_allclose(got, wanted, 1e-5, 1e-5)
 
 
+def test_float8_with_scales():
+    """Codes, a scale for each head and for each page, beside float64 of what they stand for."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    q, k, v = arrays((2, 4, 3, 32), (5, 2, 16, 32), (5, 2, 16, 32), dtype=np.float32)
+    k, v = k.astype(ml_dtypes.float8_e4m3fn), v.astype(ml_dtypes.float8_e5m2)
+    scales = [x.astype(np.float32) for x in np.random.default_rng(3).uniform(0.5, 2, (2, 5, 2))]
+    paged = {
+        "block_table": np.array([[3, 0], [1, 4]], np.int32),
+        "key_lengths": np.array([30, 20], np.int32),
+    }
+    got = dlattn.attention(q, k, v, key_scale=scales[0], value_scale=scales[1], **paged)
+    wide = (
+        x.astype(np.float64) * s[:, :, None, None].astype(np.float64)
+        for x, s in zip((k, v), scales)
+    )
+    wanted = dlattn.attention(q.astype(np.float64), *wide, **paged)
+    np.testing.assert_allclose(got, wanted, 1e-5, 1e-5)
+    with pytest.raises(dlattn.InvalidArgument, match=r"key_scale: axis 1 \(heads\) is 3"):
+        dlattn.attention(q, k, v, key_scale=np.ones((5, 3), np.float32), **paged)
+    with pytest.raises(dlattn.Unsupported, match="output: dtype is float8_e4m3fn"):
+        dlattn.attention(q.astype(k.dtype), k, v, **paged)
+
+
 def test_merge_of_two_halves():
     q, k, v = arrays((2, 3, 4, 8), (2, 3, 9, 8), (2, 3, 9, 8), dtype=np.float32)
     whole, whole_lse = attend(q, k, v)

@@ -860,6 +860,58 @@ def test_one_function_for_all():
         dlattn.attention(query, key, value, out=out)
 
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("key_type", FLOAT8)
+@pytest.mark.parametrize("value_type", FLOAT8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_float8(key_type, value_type, dtype, rows):
+    """A cache of 8 bits with a scale for each head, beside float64 of what it stands for."""
+    query, key, value = make(heads_kv=2, rows=rows, keys=70, dim=32)
+    query, key, value = query.to(dtype), key.to(key_type), value.to(value_type)
+    key_scale, value_scale = torch.rand(2, 2) + 0.5, torch.rand(1, 2).double() + 0.5
+    options = {"key_scale": key_scale, "value_scale": value_scale}
+    wanted = theirs(
+        query.double(),
+        key.double() * key_scale[:, :, None, None],
+        value.double() * value_scale[:, :, None, None],
+        enable_gqa=True,
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for attention in (dlattn.torch.attention, dlattn.attention):
+        output = attention(query, key, value, **options)
+        assert output.dtype == dtype
+        close(output, wanted, tolerance)
+    with torch.autocast("cpu"):  # the query alone becomes bfloat16
+        output = dlattn.torch.attention(query, key, value, **options)
+    close(output, wanted, 0.05)
+
+
+def test_float8_queries():
+    query, key, value = (x.to(torch.float8_e4m3fn) for x in make(rows=33))
+    out = torch.empty(query.shape, dtype=torch.bfloat16)
+    scale = torch.tensor([2.0])
+    output = dlattn.torch.attention(query, key, value, query_scale=scale, out=out)
+    assert output is out
+    close(out, theirs(2 * query.double(), key.double(), value.double()), 0.02)
+    with pytest.raises(dlattn.Unsupported, match="output: dtype is float8_e4m3fn"):
+        dlattn.torch.attention(query, key, value)
+    query = make(rows=33)[0]
+    for wrong, words in (
+        (torch.tensor([-1.0]), r"key_scale: entry \[0, 0\] is -1"),
+        (torch.tensor([[1.0] * 4, [float("nan")] * 4]), r"key_scale: entry \[1, 0\] is -?nan"),
+        (torch.ones(2, 3), r"key_scale: axis 1 \(heads\) is 3"),
+        (torch.ones(1, dtype=torch.int32), "key_scale: dtype is int32"),
+        (1.5, "key_scale: is a builtins.float"),
+    ):
+        with pytest.raises(dlattn.InvalidArgument, match=words):
+            dlattn.torch.attention(query, key, value, key_scale=wrong)
+    with pytest.raises(dlattn.InvalidArgument, match="scales of tensors: need plain tensors"):
+        dlattn.torch.attention(query.requires_grad_(), key, value, key_scale=scale)
+
+
 def test_refusals():
     query, key, value = make()
     for p in (1.0, -0.1):

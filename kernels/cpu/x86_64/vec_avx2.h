@@ -93,27 +93,36 @@ VEC_INLINE void vec_load_bf16_halves(vec halves[2], const void *p) {
     halves[0] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
     halves[1] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
 }
-/* float8 in the upper halves of words, the lower ones 0. e5m2 is then an f16; e4m3 is one of 2^-8 its size once its exponent is where
- * an f16 has it, and all ones, its NaN, carry into the exponent's first bit. */
-VEC_INLINE vec vec_of_float8(__m128i words, enum dtype dtype) {
+/* float8 in the upper halves of words, in units of float8_unit(). e5m2 is then an f16, and so is e4m3, of 2^-8 its size, once its
+ * exponent is where an f16 has it. Its NaN, all ones, carries into the exponent's first bit; where the caller knows that there is
+ * none, it is not looked for. */
+VEC_INLINE vec vec_of_float8(__m128i words, enum dtype dtype, bool nan) {
     if (dtype == DTYPE_E5M2)
-        return _mm256_cvtph_ps(words);
-    const __m128i low = _mm_srai_epi16(words, 1),
-                  next = _mm_srai_epi16(_mm_add_epi16(words, _mm_set1_epi16(0x100)), 1),
-                  nan = _mm_and_si128(next, _mm_set1_epi16(0x4000));
-    return vec_mul(_mm256_cvtph_ps(_mm_xor_si128(low, nan)), vec_set(256));
+        return _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16((int16_t)0xff00)));
+    const __m128i half = _mm_srai_epi16(words, 1);
+    if (!nan)
+        return _mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16((int16_t)0xbf80)));
+    const __m128i next = _mm_srai_epi16(_mm_add_epi16(words, _mm_set1_epi16(0x100)), 1),
+                  bit = _mm_and_si128(next, _mm_set1_epi16(0x4000));
+    return _mm256_cvtph_ps(
+        _mm_and_si128(_mm_xor_si128(half, bit), _mm_set1_epi16((int16_t)0xff80)));
 }
 VEC_INLINE vec vec_load_float8(const void *p, int64_t n, enum dtype dtype) {
     uint64_t bytes = 0;
     memcpy(&bytes, p, (size_t)n);
-    return vec_of_float8(
-        _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_cvtsi64_si128((long long)bytes)), dtype);
+    const __m128i low = _mm_cvtsi64_si128((long long)bytes);
+    return vec_of_float8(_mm_unpacklo_epi8(_mm_setzero_si128(), low), dtype, true);
 }
 /* The even elements of 16 float8 and the odd ones. */
-VEC_INLINE void vec_load_float8_halves(vec halves[2], const void *p, enum dtype dtype) {
+VEC_INLINE void vec_load_float8_halves(vec halves[2], const void *p, enum dtype dtype, bool nan) {
     const __m128i bytes = _mm_loadu_si128(p);
-    halves[0] = vec_of_float8(_mm_slli_epi16(bytes, 8), dtype);
-    halves[1] = vec_of_float8(_mm_and_si128(bytes, _mm_set1_epi16((int16_t)0xff00)), dtype);
+    halves[0] = vec_of_float8(_mm_slli_epi16(bytes, 8), dtype, nan);
+    halves[1] = vec_of_float8(bytes, dtype, nan);
+}
+/* Some of 16 e4m3 is NaN. */
+VEC_INLINE bool vec_has_e4m3_nan(const void *p) {
+    const __m128i bytes = _mm_or_si128(_mm_loadu_si128(p), _mm_set1_epi8(INT8_MIN));
+    return _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(-1))) != 0;
 }
 /* The lanes whose byte is not 0, of n. */
 VEC_INLINE vec_mask vec_load_flags(const uint8_t *p, int64_t n) {

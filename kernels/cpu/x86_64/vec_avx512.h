@@ -69,27 +69,36 @@ VEC_INLINE void vec_load_bf16_halves(vec halves[2], const void *p) {
     halves[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     halves[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
 }
-/* float8 in the upper halves of words, the lower ones 0. e5m2 is then an f16; e4m3 is one of 2^-8 its size once its exponent is where
- * an f16 has it, and all ones, its NaN, carry into the exponent's first bit. */
-VEC_INLINE vec vec_of_float8(__m256i words, enum dtype dtype) {
+/* float8 in the upper halves of words, in units of float8_unit(). e5m2 is then an f16, and so is e4m3, of 2^-8 its size, once its
+ * exponent is where an f16 has it. Its NaN, all ones, carries into the exponent's first bit; where the caller knows that there is
+ * none, it is not looked for. */
+VEC_INLINE vec vec_of_float8(__m256i words, enum dtype dtype, bool nan) {
     if (dtype == DTYPE_E5M2)
-        return _mm512_cvtph_ps(words);
-    const __m256i low = _mm256_srai_epi16(words, 1),
-                  next = _mm256_srai_epi16(_mm256_add_epi16(words, _mm256_set1_epi16(0x100)), 1),
-                  nan = _mm256_and_si256(next, _mm256_set1_epi16(0x4000));
-    return vec_mul(_mm512_cvtph_ps(_mm256_xor_si256(low, nan)), vec_set(256));
+        return _mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16((int16_t)0xff00)));
+    const __m256i half = _mm256_srai_epi16(words, 1);
+    if (!nan)
+        return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((int16_t)0xbf80)));
+    const __m256i next = _mm256_srai_epi16(_mm256_add_epi16(words, _mm256_set1_epi16(0x100)), 1),
+                  bit = _mm256_and_si256(next, _mm256_set1_epi16(0x4000));
+    return _mm512_cvtph_ps(
+        _mm256_and_si256(_mm256_xor_si256(half, bit), _mm256_set1_epi16((int16_t)0xff80)));
 }
 VEC_INLINE vec vec_load_float8(const void *p, int64_t n, enum dtype dtype) {
     const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p);
-    return vec_of_float8(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), dtype);
+    return vec_of_float8(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), dtype, true);
 }
 /* The even elements of 32 float8 and the odd ones. */
-VEC_INLINE void vec_split_float8(vec halves[2], __m256i bytes, enum dtype dtype) {
-    halves[0] = vec_of_float8(_mm256_slli_epi16(bytes, 8), dtype);
-    halves[1] = vec_of_float8(_mm256_and_si256(bytes, _mm256_set1_epi16((int16_t)0xff00)), dtype);
+VEC_INLINE void vec_split_float8(vec halves[2], __m256i bytes, enum dtype dtype, bool nan) {
+    halves[0] = vec_of_float8(_mm256_slli_epi16(bytes, 8), dtype, nan);
+    halves[1] = vec_of_float8(bytes, dtype, nan);
 }
-VEC_INLINE void vec_load_float8_halves(vec halves[2], const void *p, enum dtype dtype) {
-    vec_split_float8(halves, _mm256_loadu_si256(p), dtype);
+VEC_INLINE void vec_load_float8_halves(vec halves[2], const void *p, enum dtype dtype, bool nan) {
+    vec_split_float8(halves, _mm256_loadu_si256(p), dtype, nan);
+}
+/* Some of 32 e4m3 is NaN. */
+VEC_INLINE bool vec_has_e4m3_nan(const void *p) {
+    const __m256i bytes = _mm256_or_si256(_mm256_loadu_si256(p), _mm256_set1_epi8(INT8_MIN));
+    return _mm256_cmpeq_epi8_mask(bytes, _mm256_set1_epi8(-1)) != 0;
 }
 /* The lanes whose byte is not 0, of n. */
 VEC_INLINE vec_mask vec_load_flags(const uint8_t *p, int64_t n) {

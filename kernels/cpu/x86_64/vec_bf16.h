@@ -2,6 +2,8 @@
 #ifndef DLATTN_VEC_BF16_H_
 #define DLATTN_VEC_BF16_H_
 
+#include "kernels/cpu/common.h"
+
 /* acc + words[0] * x[0] + words[1] * x[1] in each lane. */
 VEC_INLINE vec dot_pairs(vec acc, vec words, vec x) {
     return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)words);
@@ -31,8 +33,10 @@ VEC_INLINE vec pack_pairs(vec even, vec odd) {
 /* Words of two float8 that follow each other, of n <= 32; absent ones are 0. */
 VEC_INLINE vec pairs_of_float8(const char *p, int64_t n, enum dtype dtype) {
     vec halves[2];
-    vec_split_float8(halves, _mm256_maskz_loadu_epi8((__mmask32)((UINT64_C(1) << n) - 1), p),
-                     dtype);
+    vec_split_float8(halves, _mm256_maskz_loadu_epi8((__mmask32)((UINT64_C(1) << n) - 1), p), dtype,
+                     true);
+    for (int h = 0; h < 2; h++)
+        halves[h] = vec_mul(halves[h], vec_set(float8_unit(dtype)));
     return high_halves(halves[0], halves[1]);
 }
 
