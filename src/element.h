@@ -72,8 +72,8 @@ static inline uint8_t to_float8(double x, int mantissa, int least, double larges
     if (isnan(x))
         return nan | sign;
     size = size > largest ? largest : size;
-    if (size < ldexp(1, least)) /* in units of the last place */
-        return (uint8_t)(sign | (int)rint(size * ldexp(1, mantissa - least)));
+    if (size * (1 << -least) < 1) /* in units of the last place */
+        return (uint8_t)(sign | (int)rint(size * (1 << (mantissa - least))));
     memcpy(&bits, &size, sizeof bits);
     bits += (UINT64_C(1) << (dropped - 1)) - 1 + (bits >> dropped & 1);
     return (uint8_t)(sign | ((bits >> dropped) - ((uint64_t)(1022 + least) << mantissa)));

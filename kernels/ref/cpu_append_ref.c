@@ -14,9 +14,9 @@ struct row {
 };
 
 /* n elements, a stride apart, as they are divided by `factor`. */
-static inline void convert(const struct view *from, int64_t source, enum dtype from_dtype,
-                           const struct view *to, int64_t target, enum dtype to_dtype,
-                           double factor, int64_t n) {
+__attribute__((always_inline)) static inline void convert(const struct view *from, int64_t source, enum dtype from_dtype,
+                    const struct view *to, int64_t target, enum dtype to_dtype, double factor,
+                    int64_t n) {
     for (int64_t d = 0; d < n; d++)
         store_element(to->data, to_dtype, target + d * to->stride[3],
                       load_element(from->data, from_dtype, source + d * from->stride[3]) / factor);
@@ -25,14 +25,14 @@ static inline void convert(const struct view *from, int64_t source, enum dtype f
 /* The same with the dtypes as constants, of which the cache's is float8 or that of the row. */
 static void convert_row(const struct view *from, int64_t source, const struct view *to,
                         int64_t target, double factor, int64_t n) {
-#define CASE(dtype)                                                                                \
-    case dtype:                                                                                    \
+#define CASE(of_row)                                                                               \
+    case of_row:                                                                                   \
         if (to->dtype == DTYPE_E4M3)                                                               \
-            convert(from, source, dtype, to, target, DTYPE_E4M3, factor, n);                       \
+            convert(from, source, of_row, to, target, DTYPE_E4M3, factor, n);                      \
         else if (to->dtype == DTYPE_E5M2)                                                          \
-            convert(from, source, dtype, to, target, DTYPE_E5M2, factor, n);                       \
+            convert(from, source, of_row, to, target, DTYPE_E5M2, factor, n);                      \
         else                                                                                       \
-            convert(from, source, dtype, to, target, to->dtype, factor, n);                        \
+            convert(from, source, of_row, to, target, to->dtype, factor, n);                       \
         break
     switch (from->dtype) {
         CASE(DTYPE_F64);
