@@ -197,6 +197,14 @@ static void prepare_append(struct attempt *a) {
         a->key_scale.shape[1] = 4)                                                                 \
     BAD(scale_dtype, INVALID_ARGUMENT, ("query_scale", "int32", "float32"),                        \
         a->query_scale.dl.dtype = i32)                                                             \
+    BAD(scale_axes, INVALID_ARGUMENT, ("key_scale", "3 axes"), a->key_scale.dl.ndim = 3)           \
+    BAD(scale_length, INVALID_ARGUMENT, ("query_scale", "axis 0", "2", "1"),                       \
+        a->query_scale.shape[0] = 2)                                                               \
+    BAD(float8_output, UNSUPPORTED, ("output", "float8_e4m3fn", "bfloat16"),                       \
+        a->output.dl.dtype = (DLDataType){kDLFloat8_e4m3fn, 8, 1})                                 \
+    BAD(wide_beside_float8, INVALID_ARGUMENT, ("output", "float16", "query", "float32"),           \
+        (a->key.dl.dtype = (DLDataType){kDLFloat8_e5m2, 8, 1},                                     \
+         a->output.dl.dtype = (DLDataType){kDLFloat, 16, 1}))                                      \
     BAD(held_dtype, INVALID_ARGUMENT, ("key", "float32", "float8_e4m3fn", "uint8"),                \
         a->desc.key_dtype = (DLDataType){kDLFloat8_e4m3fn, 8, 1})                                  \
     BAD(held_other, INVALID_ARGUMENT, ("value", "uint8", "int8"),                                  \
@@ -206,6 +214,8 @@ static void prepare_append(struct attempt *a) {
         set_float(&a->query_scale, 0, 0))                                                          \
     RUN(scale_nan, INVALID_ARGUMENT, ("key_scale", "[1, 0] is", "nan"),                            \
         set_float(&a->key_scale, 2, NAN))                                                          \
+    RUN(scale_below_zero, INVALID_ARGUMENT, ("key_scale", "[1, 1] is -3", "positive"),             \
+        set_float(&a->key_scale, 3, -3))                                                           \
     RUN(scale_infinite, INVALID_ARGUMENT, ("key_scale", "[0, 1] is inf"),                          \
         set_float(&a->key_scale, 1, INFINITY))
 
