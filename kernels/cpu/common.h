@@ -75,7 +75,7 @@ static inline void fetch_rows(struct fetch *f, int64_t rows) {
 struct logit_rule {
     float scale, softcap;
     bool alibi;
-    const float *extra; /* bias or HIDDEN in the order of the scores, or NULL */
+    const float *extra;                   /* bias or HIDDEN in the order of the scores, or NULL */
     const float *query_scale, *key_scale; /* factors of each row's and each key's scores, or NULL */
 };
 

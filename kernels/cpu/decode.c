@@ -58,8 +58,8 @@ static size_t lay_out_worker(struct scratch *w, char *base, const struct problem
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
     w->dense_key = carve(&at, copy_bytes(&p->key, DECODE_TILE_K, p->dim_qk));
     w->dense_value = carve(&at, copy_bytes(&p->value, DECODE_TILE_K, p->dim_v));
-    w->dense_row = carve(
-        &at, most(copy_bytes(&p->query, 1, p->dim_qk), copy_bytes(&p->output, 1, p->dim_v)));
+    w->dense_row =
+        carve(&at, most(copy_bytes(&p->query, 1, p->dim_qk), copy_bytes(&p->output, 1, p->dim_v)));
     return at - (uintptr_t)base;
 }
 
@@ -268,7 +268,8 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
             output[d] *= factor;
             zeros += 0 * output[d]; /* NaN for NaN and infinity */
         }
-        store_row(c, element_at(&p->output, p->output.dtype, t->b, h, t->s.q_start + i), output, p, w);
+        store_row(c, element_at(&p->output, p->output.dtype, t->b, h, t->s.q_start + i), output, p,
+                  w);
         if ((isnan(zeros) && !isnan(parts[0].sum[r])) ||
             row_overflowed(p, &t->s, i, parts[0].max[r], parts[0].sum[r]))
             cpu_fwd_ref_row(p, &t->s, t->b, h, i, w->exact);

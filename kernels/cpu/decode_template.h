@@ -328,8 +328,8 @@ VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
 
 VEC_INLINE void attend_rows(const struct part *part, struct part_tile *tile, int rows) {
     const int64_t query_stride = padded(part->dim_qk, 16), stride = padded(part->dim_v, 16);
-    const bool key_nan = part->key_dtype == DTYPE_E4M3 &&
-                         has_e4m3_nan(&tile->key, tile->n, part->dim_qk);
+    const bool key_nan =
+        part->key_dtype == DTYPE_E4M3 && has_e4m3_nan(&tile->key, tile->n, part->dim_qk);
     bool value_nan = false;
     for (int32_t row = 0; row < part->rows; row += rows) {
         const int64_t at = score_index(row, 0, part->rows);

@@ -7,12 +7,12 @@
 #include <math.h>
 
 VEC_INLINE vec load_some(const void *p, enum dtype dtype, int64_t n) {
-    return dtype == DTYPE_F32          ? vec_load_f32(p, n)
-           : dtype == DTYPE_F16        ? vec_load_f16(p, n)
-           : dtype == DTYPE_BF16       ? vec_load_bf16(p, n)
-           : dtype == DTYPE_E5M2       ? vec_load_float8(p, n, DTYPE_E5M2)
-                                       : vec_mul(vec_load_float8(p, n, DTYPE_E4M3),
-                                                 vec_set(float8_unit(DTYPE_E4M3)));
+    return dtype == DTYPE_F32    ? vec_load_f32(p, n)
+           : dtype == DTYPE_F16  ? vec_load_f16(p, n)
+           : dtype == DTYPE_BF16 ? vec_load_bf16(p, n)
+           : dtype == DTYPE_E5M2
+               ? vec_load_float8(p, n, DTYPE_E5M2)
+               : vec_mul(vec_load_float8(p, n, DTYPE_E4M3), vec_set(float8_unit(DTYPE_E4M3)));
 }
 
 VEC_INLINE void store_some(void *p, vec x, enum dtype dtype, int64_t n) {

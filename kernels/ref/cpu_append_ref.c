@@ -14,9 +14,9 @@ struct row {
 };
 
 /* n elements, a stride apart, as they are divided by `factor`. */
-__attribute__((always_inline)) static inline void convert(const struct view *from, int64_t source, enum dtype from_dtype,
-                    const struct view *to, int64_t target, enum dtype to_dtype, double factor,
-                    int64_t n) {
+__attribute__((always_inline)) static inline void
+convert(const struct view *from, int64_t source, enum dtype from_dtype, const struct view *to,
+        int64_t target, enum dtype to_dtype, double factor, int64_t n) {
     for (int64_t d = 0; d < n; d++)
         store_element(to->data, to_dtype, target + d * to->stride[3],
                       load_element(from->data, from_dtype, source + d * from->stride[3]) / factor);

@@ -115,8 +115,7 @@ Test(choice, shapes) {
 
 /* Of what came after 1.0, the rows that widen have float8 and scales. */
 static bool is_for_the_reference(const struct features *f, enum element e) {
-    const bool others =
-        f->diagonal_offset != 0 || f->segments || f->block_q > 0 || f->dropout > 0;
+    const bool others = f->diagonal_offset != 0 || f->segments || f->block_q > 0 || f->dropout > 0;
     return others || (e == F64 && features_are_later(f));
 }
 

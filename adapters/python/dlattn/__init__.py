@@ -433,7 +433,7 @@ def _more(o: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_defaults(o: dict[str, Any], taken: Any) -> dict[str, Any]:
-    """Other frameworks' functions do not have all that came later: it is refused where it is asked."""
+    """Other frameworks' functions lack some of what came later: it is refused where it is asked."""
     later = {*_MORE_TENSORS, *_MORE_OPTIONS, "block_size"} - set(taken)
     defaults = attention.__kwdefaults__
     for name in sorted(later):

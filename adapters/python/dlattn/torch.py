@@ -239,8 +239,9 @@ def attention(
     comes from PyTorch's generator of the CPU (``torch.manual_seed``), whatever the device.
 
     Differentiable in query, key, value, bias, alibi_slopes, sinks and scale, and through the
-    log-sum-exp; but not where ``out``, ``lse``, ``kernel``, ``num_threads``, ``stream`` or a scale of
-    a tensor is given, nor for paged calls and float8. Packed calls and dropout have first-order gradients in reverse mode alone.
+    log-sum-exp; but not where ``out``, ``lse``, ``kernel``, ``num_threads``, ``stream`` or a scale
+    of a tensor is given, nor for paged calls and float8. Packed calls and dropout have first-order
+    gradients in reverse mode alone.
     """
     left, right = window_sides(window)
     if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
