@@ -1,12 +1,13 @@
 use crate::{
-    backward_call, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients,
+    backward_call, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients, E4M3,
 };
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, DType, Error, Layout, Result, Shape, Storage, StorageRef, WithDType,
 };
-use dlattn::{Element, Library, Tensor, TensorMut, Tensors};
+use dlattn::{Device, Element, Library, Tensor, TensorMut, Tensors};
 use half::{bf16, f16};
+use std::ffi::c_void;
 
 type Input<'a> = (&'a CpuStorage, &'a Layout);
 
@@ -121,6 +122,17 @@ fn view<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<Tensor<'a>> 
         CpuStorage::F64(data) => over(data, layout),
         CpuStorage::U8(data) => over(data, layout),
         CpuStorage::I32(data) => over(data, layout),
+        CpuStorage::F8E4M3(data) => {
+            let data = data.get(layout.start_offset()..).unwrap_or_default();
+            float8_view(data.as_ptr().cast(), layout)
+        }
         other => no_dtype(other.dtype()),
     }
+}
+
+/// Elements of one byte, of whose type this crate only knows the name.
+fn float8_view<'a>(data: *const c_void, layout: &Layout) -> Result<Tensor<'a>> {
+    // SAFETY: candle's layouts stay inside their storage, which is borrowed for 'a.
+    unsafe { Tensor::from_raw(data, Device::Cpu, E4M3, layout.dims(), layout.stride()) }
+        .map_err(Error::wrap)
 }

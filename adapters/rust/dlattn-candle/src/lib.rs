@@ -12,11 +12,11 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
-//! Tensors are f16, bf16, f32 or f64, with any strides: transposed, narrowed and broadcast views are
-//! read where they are. Errors are candle's, with the library's message. The library is found as
-//! [`dlattn::Library::get`] says. Gradients of query, key and value are the library's, too, those that
-//! candle tracks alone; where one would have to flow into an optional tensor, candle's `backward` says
-//! so.
+//! Tensors are f16, bf16, f32 or f64 (key and value, on the CPU, also F8E4M3), with any strides:
+//! transposed, narrowed and broadcast views are read where they are. Errors are candle's, with the
+//! library's message. The library is found as [`dlattn::Library::get`] says. Gradients of query, key
+//! and value are the library's, too, those that candle tracks alone; where one would have to flow into
+//! an optional tensor, candle's `backward` says so.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -25,6 +25,7 @@ mod cuda;
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, StorageRef, Tensor,
 };
+use dlattn::ffi::DLDataType;
 pub use dlattn::{Alignment, Options};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -128,7 +129,9 @@ impl Attention {
         let mut all = self.clone();
         for (name, tensor) in [("query", query), ("key", key), ("value", value)] {
             expect_device(name, tensor, query.device())?;
-            expect_float(name, tensor)?;
+            if tensor.dtype() != DType::F8E4M3 || name == "query" || !tensor.device().is_cpu() {
+                expect_float(name, tensor)?;
+            }
         }
         for (name, tensor) in [("bias", &mut all.bias), ("mask", &mut all.mask)] {
             replace(tensor, |mut t| {
@@ -197,6 +200,13 @@ fn expect_device(name: &str, tensor: &Tensor, device: &Device) -> Result<()> {
         "dlattn: {name}: is on {on:?}, query is on {query_on:?}"
     )))
 }
+
+/// candle's F8E4M3.
+const E4M3: DLDataType = DLDataType {
+    code: dlattn::ffi::DL_FLOAT8_E4M3FN,
+    bits: 8,
+    lanes: 1,
+};
 
 fn expect_float(name: &str, tensor: &Tensor) -> Result<()> {
     match tensor.dtype() {

@@ -301,6 +301,29 @@ fn packed_sequences() -> Result<()> {
     Ok(())
 }
 
+/// Keys and values of 8 bits, sliced too, beside what they stand for.
+#[test]
+fn float8_caches() -> Result<()> {
+    let (q, k, v) = inputs(&Device::Cpu, DType::F32, 64)?;
+    let (k, v) = (k.to_dtype(DType::F8E4M3)?, v.to_dtype(DType::F8E4M3)?);
+    let options = Options::default();
+    for keys in [0..11, 3..9] {
+        let (k, v) = (k.i((.., .., keys.clone()))?, v.i((.., .., keys))?);
+        let ours = attention(&q, &k, &v, &options)?;
+        // The float8 crate's own way to f64 does not end for every number.
+        let (k, v) = (k.to_dtype(DType::F32)?, v.to_dtype(DType::F32)?);
+        let (wanted, _) = reference(&q, &k, &v, None)?;
+        let apart = (ours.to_dtype(DType::F64)? - wanted)?.abs()?.max_all()?;
+        assert!(apart.to_scalar::<f64>()? < 1e-5);
+    }
+    let says = attention(&k, &k, &v, &options).unwrap_err().to_string();
+    assert!(says.contains("query: candle's F8E4M3"), "{says}");
+    let loss = attention(Var::from_tensor(&q)?.as_tensor(), &k, &v, &options)?.sum_all()?;
+    let says = loss.backward().unwrap_err().to_string();
+    assert!(says.contains("float8"), "{says}");
+    Ok(())
+}
+
 #[test]
 fn refusals() -> Result<()> {
     for (device, dtype, _) in devices() {

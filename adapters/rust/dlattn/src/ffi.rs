@@ -17,6 +17,7 @@ pub const DL_UINT: u8 = 1;
 pub const DL_FLOAT: u8 = 2;
 pub const DL_BFLOAT: u8 = 4;
 pub const DL_BOOL: u8 = 6;
+pub const DL_FLOAT8_E4M3FN: u8 = 10;
 
 /// `dlattn_sku.flags`
 pub const KERNEL_REFERENCE: u64 = 1;
