@@ -2,7 +2,7 @@
 
 Used by hatchling when the wheel is built from a checkout where `./dev lib` has run once; needs
 Bazel and, to leave out debug information, strip. Whoever builds the libraries himself names their
-folder by DLATTN_NATIVE.
+folder by DLATTN_NATIVE. DLATTN_CUDA=off leaves out the kernels for GPUs, as it does for `./dev`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class NativeBuildHook(BuildHookInterface):
         folder = os.environ.get("DLATTN_NATIVE")
         if folder is None:
             targets = ["//" + ":".join(name.rpartition("/")[::2]) for name in NATIVE]
-            subprocess.run(["bazel", "build", *targets], cwd=ROOT, check=True)
+            config = ["--config=cpu"] if os.environ.get("DLATTN_CUDA") == "off" else []
+            subprocess.run(["bazel", "build", *config, *targets], cwd=ROOT, check=True)
         self.folder = tempfile.TemporaryDirectory()
         minors = []
         for name in NATIVE:
