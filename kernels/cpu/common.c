@@ -211,7 +211,8 @@ struct row_total row_total_of(const struct problem *p, int64_t h, float max, flo
 /* Of all values that query head h sees; 1 where they differ. */
 static float value_scale_of(const struct problem *p, int64_t b, int64_t h) {
     const struct view *scale = &p->value_scale;
-    return scale->data && !differs_by_page(p, scale) ? scale_at(scale, b, h / group_of(p)) : 1;
+    const int64_t kv_head = h * p->heads_kv / p->heads_q;
+    return scale->data && !differs_by_page(p, scale) ? scale_at(scale, b, kv_head) : 1;
 }
 
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,
