@@ -34,7 +34,7 @@ struct scratch {
     float *rows; /* one block, row-major: on the way in or out */
     /* Copies of what has an inner stride other than 1; the rows are a block's, of query or output. */
     char *dense_key, *dense_value, *dense_rows;
-    const char **pointers[2]; /* of this tile's keys and values, and of the next one's */
+    const char **pointers[2];       /* of this tile's keys and values, and of the next one's */
     float *key_scale, *value_scale; /* where pages differ in them */
     double *exact;
 };
@@ -241,10 +241,10 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
         kv_tile_at(p, &t->s, t->b, t->first_head / t->heads, least(first, end) / tile_k * tile_k,
                    end, tile_k, w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {
-        const struct rows keys = dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->key.dtype,
-                                            w->dense_key);
-        struct rows values = dense_rows(&tile.values, tile.n, p->dim_v, &p->value, p->value.dtype,
-                                        w->dense_value);
+        const struct rows keys =
+            dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->key.dtype, w->dense_key);
+        struct rows values =
+            dense_rows(&tile.values, tile.n, p->dim_v, &p->value, p->value.dtype, w->dense_value);
         values.scale = page_scales(p, &p->value_scale, t->b, t->first_head / t->heads, tile.first,
                                    tile.n, w->value_scale);
         const struct operand key = body->load_key(w->key, &keys, tile.n, p->dim_qk, p->key.dtype);

@@ -4,7 +4,8 @@
 VEC_FN static void copy_pairs(float *to, const char *from, int64_t dim, enum dtype dtype) {
     if (dtype != DTYPE_BF16) {
         for (int64_t d = 0; d < dim; d += 2 * VEC_LANES)
-            vec_store(to + d / 2, pairs_of_float8(from + d, at_most(dim - d, 2 * VEC_LANES), dtype));
+            vec_store(to + d / 2,
+                      pairs_of_float8(from + d, at_most(dim - d, 2 * VEC_LANES), dtype));
         return;
     }
     const int64_t words = padded((dim + 1) / 2, 16);

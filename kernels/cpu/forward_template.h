@@ -70,8 +70,8 @@ VEC_FN static void apply_rule(float *s, const struct logit_rule *rule, const str
     for (int32_t v = 0; v < b->vectors; v++) {
         const vec position = vec_load(b->position + v * VEC_LANES),
                   slope = vec_load(b->slope + v * VEC_LANES),
-                  row_scale = rule->query_scale ? vec_load(rule->query_scale + v * VEC_LANES)
-                                                : vec_set(1);
+                  row_scale =
+                      rule->query_scale ? vec_load(rule->query_scale + v * VEC_LANES) : vec_set(1);
         for (int32_t j = 0; j < n; j++) {
             const int64_t at = j * LANES + v * VEC_LANES;
             const vec distance = vec_abs(vec_sub(position, vec_set((float)(first_key + j))));

@@ -122,9 +122,9 @@ static int32_t backward_wild(const dlattn_forward_desc *desc, const dlattn_tenso
 
 /* Every row with each kind of integer tensor. */
 static int call_wild(const dlattn_api *api) {
-    static const char *const wild_features[] = {
-        "lengths_causal",   "varlen_causal",      "varlen_lengths", "paged_causal",
-        "paged_everything", "cache_paged_window"};
+    static const char *const wild_features[] = {"lengths_causal",   "varlen_causal",
+                                                "varlen_lengths",   "paged_causal",
+                                                "paged_everything", "cache_paged_window"};
     for (int32_t i = 0; i < api->kernel_count(); i++) {
         dlattn_kernel_info row;
         for (int n = 0; row_here(api, i, &row) && n < 6; n++) {

@@ -197,8 +197,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
     VEC_FN static struct operand load_value_##name(float *to, const struct rows *rows, int32_t n,  \
                                                    int64_t dim, enum dtype dtype) {                \
         const int32_t tile_k = TILE_K(count);                                                      \
-        return dtype == DTYPE_E4M3                                                                 \
-                   ? load_value_terms(to, rows, n, dim, DTYPE_E4M3, count, tile_k)                 \
+        return dtype == DTYPE_E4M3 ? load_value_terms(to, rows, n, dim, DTYPE_E4M3, count, tile_k) \
                : dtype == DTYPE_E5M2                                                               \
                    ? load_value_terms(to, rows, n, dim, DTYPE_E5M2, count, tile_k)                 \
                    : load_value_terms(to, rows, n, dim, element, count, tile_k);                   \

@@ -33,10 +33,10 @@ VEC_FN static struct operand load_value(float *to, const struct rows *rows, int3
             const int64_t some = at_most(dim - d, VEC_LANES);
             float *at = to + r / 2 * stride + d;
             if (dtype == DTYPE_BF16 && !rows->scale)
-                vec_store(at, pair_words((const uint16_t *)row_at(rows, r) + d,
-                                         r + 1 < n ? (const uint16_t *)row_at(rows, r + 1) + d
-                                                   : NULL,
-                                         some));
+                vec_store(at,
+                          pair_words((const uint16_t *)row_at(rows, r) + d,
+                                     r + 1 < n ? (const uint16_t *)row_at(rows, r + 1) + d : NULL,
+                                     some));
             else
                 vec_store(at, pack_pairs(value_elements(rows, r, n, d, some, dtype),
                                          value_elements(rows, r + 1, n, d, some, dtype)));
