@@ -56,16 +56,18 @@ def describe(array, dtype):
 
 
 class Call:
-    """A planned call, the name of the row that runs it, and its output."""
+    """A planned call, the name of the row that runs it, and its output. Keys and values may be of
+    another dtype than the query."""
 
-    def __init__(self, library, desc, inputs, dtype):
+    def __init__(self, library, desc, inputs, dtype, of_keys=None):
         self.library, self.inputs = library, inputs
         self.output = np.zeros_like(inputs[0])
         names = ("query", "key", "value", "output")
+        dtypes = (dtype, of_keys or dtype, of_keys or dtype, dtype)
         self.tensors = Tensors(
             **{
-                name: ctypes.pointer(describe(array, dtype))
-                for name, array in zip(names, (*inputs, self.output))
+                name: ctypes.pointer(describe(array, of_array))
+                for name, array, of_array in zip(names, (*inputs, self.output), dtypes)
             }
         )
         sku, self.plan, at = Sku(), ctypes.c_void_p(), ctypes.addressof
@@ -78,11 +80,15 @@ class Call:
             workspace=self.memory.ctypes.data + start, workspace_bytes=sku.workspace_bytes
         )
 
-    def seconds(self):
+    def __call__(self):
         at = ctypes.addressof
-        begin = time.perf_counter()
         self.library.check(self.library.plan_run(self.plan, at(self.tensors), at(self.exec)))
-        return time.perf_counter() - begin
+
+
+def seconds(function):
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
 
 
 def compare(libraries, shape, dtype, rounds, threads):
@@ -92,7 +98,7 @@ def compare(libraries, shape, dtype, rounds, threads):
     key, value = (random(rng, (batch, heads_kv, len_k, dim), dtype) for _ in range(2))
     desc = Desc(causal=causal, num_threads=threads)
     calls = [Call(library, desc, (query, key, value), dtype) for library in libraries]
-    times = [[call.seconds() for call in calls] for _ in range(rounds + 1)][1:]
+    times = [[seconds(call) for call in calls] for _ in range(rounds + 1)][1:]
     old, new = (min(column) for column in zip(*times))
     same = np.array_equal(calls[0].output, calls[1].output)
     return old / new, new, calls[1].kernel, same

@@ -1,6 +1,6 @@
 """Float8 keys and values on a CPU beside those of the query's dtype, in one process and in turns.
 
-    DLATTN_LIBRARY=./libdlattn.so.1 python3 bench/cpu_float8.py RESULTS.csv [--rounds N] [FILTER]
+    DLATTN_LIBRARY=./libdlattn.so.1 python3 bench/cpu_float8.py RESULTS.csv [FILTER] [--rounds N]
 
 Writes a line for each row and mixture of dtypes, and prints how many times as fast float8 is; only
 cases whose line has FILTER in it. Figures are medians of the rounds of one thread, spread_pct the
@@ -10,25 +10,20 @@ and values of the decoding that follows it have. NumPy is all that it needs.
 
 import argparse
 import csv
-import ctypes
 import datetime
 import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / "abi"))
-from cpu_compare import describe, random
-from dlattn_ctypes import Api, Desc, Exec, Sku, Tensors
+from cpu_compare import Call, random, seconds
+from cpu_model import COLUMNS, commit, device
+from dlattn_ctypes import Api, Desc
 
-HEAD = (
-    "date,commit,device,op,dtype,B,Hq,Hkv,Lq,Lk,D,Dv,causal,threads,impl,kernel,median_us,"
-    "spread_pct,tflops,gbs"
-)
+HEAD = COLUMNS[:-1]  # no framework
 BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
 FORWARD = ("cpu_fwd_amx", "cpu_fwd_avx512", "cpu_fwd_avx2")
 DECODE = ("cpu_decode_avx512", "cpu_decode_avx2")
@@ -45,38 +40,14 @@ CASES = [
 ]
 
 
-class Call:
-    """A planned call of one row, on one thread."""
-
-    def __init__(self, library, kernel, causal, tensors):
-        self.library, self.kept = library, tensors
-        desc = Desc(causal=causal, num_threads=1, kernel=kernel.encode())
-        self.tensors = Tensors(
-            **{name: ctypes.pointer(describe(*tensor)) for name, tensor in tensors.items()}
-        )
-        sku, self.plan, at = Sku(), ctypes.c_void_p(), ctypes.addressof
-        library.check(library.query(at(desc), at(self.tensors), at(sku)))
-        library.check(library.plan_create(at(desc), at(self.tensors), at(self.plan)))
-        self.memory = np.zeros(sku.workspace_bytes + 4096, np.uint8)
-        start = -self.memory.ctypes.data % 4096
-        self.exec = Exec(
-            workspace=self.memory.ctypes.data + start, workspace_bytes=sku.workspace_bytes
-        )
-
-    def __call__(self):
-        at = ctypes.addressof
-        self.library.check(self.library.plan_run(self.plan, at(self.tensors), at(self.exec)))
-
-
 def timed(functions, rounds):
     """Median in seconds and spread in percent of each function, all of them in turns."""
     times = {name: [] for name in functions}
     for n in range(rounds + 1):
         for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
+            time = seconds(function)
             if n:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time)
     result = {}
     for name, of in times.items():
         quartiles = statistics.quantiles(of, n=4)
@@ -90,16 +61,11 @@ def measure(library, case, kernel, dtype, rounds):
     op, _, _, (batch, heads, heads_kv, len_q, len_k, dim, causal) = case
     rng = np.random.default_rng(1)
     query = random(rng, (batch, heads, len_q, dim), dtype)
+    desc = Desc(causal=causal, num_threads=1, kernel=kernel.encode())
     functions = {}
     for of_keys in (dtype, "e4m3", "e5m2"):
         key, value = (random(rng, (batch, heads_kv, len_k, dim), of_keys) for _ in range(2))
-        tensors = {
-            "query": (query, dtype),
-            "key": (key, of_keys),
-            "value": (value, of_keys),
-            "output": (np.zeros_like(query), dtype),
-        }
-        functions[of_keys] = Call(library, kernel, causal, tensors)
+        functions[of_keys] = Call(library, desc, (query, key, value), dtype, of_keys)
         if op == "decode" and of_keys != "e5m2":
             words = [x.reshape(-1).view(np.uint64) for x in (key, value)]
             functions["read " + of_keys] = lambda words=words: [x.max() for x in words]
@@ -138,16 +104,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     library = Api(os.environ["DLATTN_LIBRARY"])
-    commit = os.environ.get("DLATTN_COMMIT") or subprocess.check_output(
-        ["git", "rev-parse", "--short", "HEAD"], text=True
-    )
-    same = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
-        "device": "intel-xeon-processor",
-    }
+    same = {"date": datetime.date.today().isoformat(), "commit": commit(), "device": device()}
     with open(given.results, "w", newline="") as file:
-        out = csv.DictWriter(file, HEAD.split(","), lineterminator="\n")
+        out = csv.DictWriter(file, HEAD, lineterminator="\n")
         out.writeheader()
         for case in CASES:
             for kernel in case[1]:

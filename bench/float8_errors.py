@@ -17,12 +17,11 @@ Needs the package, NumPy and ml_dtypes.
 import argparse
 import csv
 import datetime
-import os
-import subprocess
 
 import dlattn
 import ml_dtypes
 import numpy as np
+from cpu_model import commit
 
 HEADS, DIM = 8, 64
 INPUTS = {"random": (64, 2048), "outliers": (64, 2048), "long": (8, 65536)}
@@ -102,10 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results")
     given = parser.parse_args()
-    commit = os.environ.get("DLATTN_COMMIT") or subprocess.check_output(
-        ["git", "rev-parse", "--short", "HEAD"], text=True
-    )
-    same = {"date": datetime.date.today().isoformat(), "commit": commit.strip()}
+    same = {"date": datetime.date.today().isoformat(), "commit": commit()}
     with open(given.results, "w", newline="") as file:
         out = csv.DictWriter(file, HEAD, lineterminator="\n")
         out.writeheader()

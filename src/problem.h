@@ -10,6 +10,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 enum operation { FORWARD, BACKWARD, MERGE, APPEND, OPERATION_COUNT };
 const char *operation_name(enum operation operation);
@@ -29,6 +30,17 @@ struct view {
     int64_t stride[4];
     enum dtype dtype;
 };
+
+/* A factor of the tensor whose scale this is; 1 without one. `b`: the batch entry, or the page. */
+static inline float scale_at(const struct view *scale, int64_t b, int64_t h) {
+    float factor = 1;
+    if (scale->data)
+        memcpy(&factor,
+               (const char *)scale->data +
+                   (b * scale->stride[0] + h * scale->stride[1]) * (int64_t)sizeof factor,
+               sizeof factor);
+    return factor;
+}
 
 struct problem {
     enum operation operation;

@@ -70,11 +70,7 @@ static int32_t check_scales(const char *name, const struct view *v, int64_t entr
     entries = v->stride[0] || entries == 0 ? entries : 1;
     heads = v->stride[1] || heads == 0 ? heads : 1;
     for (int64_t n = 0; n < entries * heads; n++) {
-        float scale;
-        memcpy(&scale,
-               (const char *)v->data +
-                   (n / heads * v->stride[0] + n % heads * v->stride[1]) * (int64_t)sizeof scale,
-               sizeof scale);
+        const float scale = scale_at(v, n / heads, n % heads);
         if (!(scale > 0) || isinf(scale))
             return fail(DLATTN_INVALID_ARGUMENT,
                         "%s: entry [%lld, %lld] is %g, must be positive and finite", name,

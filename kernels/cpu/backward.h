@@ -103,8 +103,8 @@ struct backward_body {
     /* A worker's set-up and clean-up. */
     void (*enter)(void);
     void (*leave)(void);
-    /* rows[lane] for sums over d and over lanes; NULL: a row of zeros. False if some of it is not finite. scratch: lanes *
-     * padded row. */
+    /* rows[lane] for sums over d and over lanes; NULL: a row of zeros. False if some of it is not finite. scratch: a
+     * row. */
     bool (*pack)(const struct block *b, float *transposed, float *rows_of_lanes,
                  const char *const *rows, int64_t dim, enum dtype dtype, float *scratch);
     /* n rows of keys or values as operands: in place where they can be used so, else in `to`. */

@@ -66,10 +66,7 @@ VEC_FN static struct operand load_key(float *to, const struct rows *rows, int32_
                                       enum dtype dtype) {
     if (dtype == DTYPE_F32 && rows->stride == dim * 4)
         return (struct operand){(const float *)(const void *)rows->data, dim};
-    const int64_t stride = padded(dim, 16);
-    for (int32_t r = 0; r < n; r++)
-        widen(to + r * stride, row_at(rows, r), dim, dtype);
-    return (struct operand){to, stride};
+    return widen_rows(to, rows, n, dim, dtype);
 }
 
 static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,

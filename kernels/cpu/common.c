@@ -113,12 +113,6 @@ bool has_mask(const struct problem *p) {
     return p->mask.data || p->query_segments.data || p->block_mask.data;
 }
 
-float scale_at(const struct view *scale, int64_t b, int64_t h) {
-    return scale->data ? (float)load_element(scale->data, DTYPE_F32,
-                                             b * scale->stride[0] + h * scale->stride[1])
-                       : 1;
-}
-
 bool differs_by_page(const struct problem *p, const struct view *scale) {
     return p->features & DLATTN_FEATURE_PAGED && scale->stride[0] != 0;
 }
@@ -211,8 +205,9 @@ struct row_total row_total_of(const struct problem *p, int64_t h, float max, flo
 /* Of all values that query head h sees; 1 where they differ. */
 static float value_scale_of(const struct problem *p, int64_t b, int64_t h) {
     const struct view *scale = &p->value_scale;
-    const int64_t kv_head = h * p->heads_kv / p->heads_q;
-    return scale->data && !differs_by_page(p, scale) ? scale_at(scale, b, kv_head) : 1;
+    if (!scale->data || differs_by_page(p, scale))
+        return 1;
+    return scale_at(scale, b, h * p->heads_kv / p->heads_q);
 }
 
 float end_row(const struct problem *p, const struct sequence *s, int64_t b, int64_t h, int64_t i,

@@ -146,9 +146,6 @@ bool has_mask(const struct problem *p);
 const struct problem *problem_of_head(const struct problem *p, int64_t b, int64_t kv_head,
                                       struct problem *own);
 
-/* A factor of the tensor whose scale this is; 1 without one. `b`: the batch, or the page. */
-float scale_at(const struct view *scale, int64_t b, int64_t h);
-
 /* Keys, or values, of one head differ in their scale. */
 bool differs_by_page(const struct problem *p, const struct view *scale);
 

@@ -95,8 +95,7 @@ static void load_query(const struct call *c, const struct task *t, int32_t r, fl
                       dense = dense_rows(&row, 1, p->dim_qk, &p->query, dtype, w->dense_row);
     c->body->widen(to, dense.data, p->dim_qk, dtype, p->key.dtype);
     const float factor =
-        float8_unit(p->key.dtype) *
-        (p->query_scale.data ? scale_at(&p->query_scale, t->b, query_head(t, r)) : 1);
+        float8_unit(p->key.dtype) * scale_at(&p->query_scale, t->b, query_head(t, r));
     for (int64_t d = 0; factor != 1 && d < p->dim_qk; d++)
         to[d] *= factor;
 }

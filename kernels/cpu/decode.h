@@ -26,12 +26,11 @@ struct part {
     enum dtype key_dtype, value_dtype;
     int32_t rows; /* 1 or a multiple of ROW_GROUP */
     int64_t dim_qk, dim_v;
-    float *query;  /* [row][dim_qk, padded to 16], in the order and times the unit of keys */
-    float *scores; /* MAX_ROWS * DECODE_TILE_K */
-    float *
-        output; /* [row][dim_v, padded to 16], in order and unit of values, not yet divided by sum */
-    float *max, *sum;      /* [row]; max is the score that sum and output are relative to */
-    struct origin *origin; /* [row]: origin_of() it */
+    float *query;     /* [row][dim_qk, padded to 16], in the order and times the unit of keys */
+    float *scores;    /* MAX_ROWS * DECODE_TILE_K */
+    float *output;    /* [row][dim_v, padded to 16], not yet divided by sum, likewise of values */
+    float *max, *sum; /* [row]; max is the score that sum and output are relative to */
+    struct origin *origin;              /* [row]: origin_of() it */
     int64_t lo[MAX_ROWS], hi[MAX_ROWS]; /* keys that a row sees */
     float position[MAX_ROWS], slope[MAX_ROWS];
 };

@@ -32,15 +32,21 @@ VEC_FN static void transpose_in(float *to, const float *from, int64_t stride, in
             vec_transpose(to + c * LANES + r, LANES, from + r * stride + c, stride);
 }
 
-/* Rows as f32: in place where they are that and lie evenly, else in `to`. */
-VEC_FN static inline struct operand load_floats(float *to, const struct rows *rows, int32_t n,
-                                                int64_t dim, enum dtype dtype) {
-    if (dtype == DTYPE_F32 && !rows->rows && rows->stride % 4 == 0)
-        return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
+/* Rows as f32, in `to`. */
+VEC_FN static inline struct operand widen_rows(float *to, const struct rows *rows, int32_t n,
+                                               int64_t dim, enum dtype dtype) {
     const int64_t stride = padded(dim, 16);
     for (int32_t r = 0; r < n; r++)
         widen(to + r * stride, row_at(rows, r), dim, dtype);
     return (struct operand){to, stride};
+}
+
+/* The same in place where they are that and lie evenly. */
+VEC_FN static inline struct operand load_floats(float *to, const struct rows *rows, int32_t n,
+                                                int64_t dim, enum dtype dtype) {
+    if (dtype == DTYPE_F32 && !rows->rows && rows->stride % 4 == 0)
+        return (struct operand){(const float *)(const void *)rows->data, rows->stride / 4};
+    return widen_rows(to, rows, n, dim, dtype);
 }
 
 /* ---- Logits ----------------------------------------------------------------------------------------------------- */

@@ -69,13 +69,6 @@ static inline bool unmasked(const struct query_row *r, int64_t j) {
     return !masked(r, j);
 }
 
-/* A factor of query, key or value: 1 without a scale. `b`: batch entry, or the page. */
-static inline double scale_at(const struct view *scale, int64_t b, int64_t h) {
-    return scale->data
-               ? load_element(scale->data, DTYPE_F32, b * scale->stride[0] + h * scale->stride[1])
-               : 1;
-}
-
 static inline double key_scale_at(const struct query_row *r, const struct view *scale, int64_t j) {
     const bool paged = r->p->features & DLATTN_FEATURE_PAGED && scale->data;
     return scale_at(scale, paged ? problem_page(r->p, r->b, j) : r->b, kv_head(r->p, r->h));
