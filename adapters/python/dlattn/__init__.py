@@ -232,7 +232,7 @@ def attention(
     framework = _FRAMEWORKS.get(type(query)) or _framework(type(query))
     if framework.attention is not None:
         options = {name: x for name, x in locals().items() if name != "framework"}
-        return framework.attention(**_without_defaults(options, framework.taken))
+        return framework.attention(**_without_defaults(options, framework.lacks))
     if out is None:
         out = framework.empty(query, output_shape(query, value))
     if stream is None and framework.stream:
@@ -432,14 +432,19 @@ def _more(o: dict[str, Any]) -> dict[str, Any]:
     return more
 
 
-def _without_defaults(o: dict[str, Any], taken: Any) -> dict[str, Any]:
-    """Other frameworks' functions lack some of what came later: it is refused where it is asked."""
-    later = {*_MORE_TENSORS, *_MORE_OPTIONS, "block_size"} - set(taken)
+def _lacking(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Other frameworks' functions do not have all of what came later."""
+    later = (*_MORE_TENSORS, *_MORE_OPTIONS, "block_size")
+    return tuple(name for name in later if name not in function.__kwdefaults__)
+
+
+def _without_defaults(o: dict[str, Any], lacks: tuple[str, ...]) -> dict[str, Any]:
+    """What is lacking is refused where it is asked."""
     defaults = attention.__kwdefaults__
-    for name in sorted(later):
+    for name in lacks:
         if o[name] is not None and (defaults[name] is None or o[name] != defaults[name]):
             raise Unsupported(f"{name}: is not supported yet for arrays of {type(o['query'])}")
-    return {name: x for name, x in o.items() if name not in later}
+    return {name: x for name, x in o.items() if name not in lacks}
 
 
 class _Framework(NamedTuple):
@@ -448,7 +453,7 @@ class _Framework(NamedTuple):
     empty: Callable[[Any, tuple[int, ...]], Any]
     workspace: Callable[[Any, int], Any]
     attention: Callable[..., Any] | None = None
-    taken: Any = ()  # names of what that function takes
+    lacks: tuple[str, ...] = ()  # of our options, what that function does not have
     stream: Callable[[Any], int | None] | None = None  # that is current on the array's device
 
 
@@ -468,12 +473,12 @@ def _framework(kind: type) -> _Framework:
             lambda like, shape: like.new_empty(shape),
             torch._workspace,
             torch.attention,
-            torch.attention.__kwdefaults__,
+            _lacking(torch.attention),
         )
     elif name == "jax":
         from . import jax
 
-        made = _Framework(_no_output, _no_workspace, _jax_attention, jax.attention.__kwdefaults__)
+        made = _Framework(_no_output, _no_workspace, _jax_attention, _lacking(jax.attention))
     elif name == "cupy":
         made = _Framework(_cupy_empty, _cupy_workspace, stream=_cupy_stream)
     elif hasattr(kind, "__array_namespace__"):

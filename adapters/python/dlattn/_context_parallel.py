@@ -304,6 +304,15 @@ class Cover:
 Axes = tuple[tuple[int, bool], ...]  # extents, and whether 1 stands for them
 
 
+def length_of(name: str, given: int | None, most: int) -> int:
+    """Of the sequence without its padding; all of it unless given."""
+    if given is None:
+        return most
+    if not 0 <= given <= most:
+        raise InvalidArgument(f"{name}: is {given}, must be from 0 to {most}")
+    return given
+
+
 def check_shapes(
     shapes: Mapping[str, Sequence[int]],
     batch: int,

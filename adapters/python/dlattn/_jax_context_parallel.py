@@ -32,6 +32,7 @@ from ._context_parallel import (
     depth,
     far_lse,
     in_order,
+    length_of,
     places_of,
     plan,
     shards,
@@ -116,8 +117,8 @@ def attention(
     chosen = choose(way, ulysses_degree, _sizes(given, n))
     options = _Options(
         Options(scale, float(softcap), left, right, bool(causal), alignment_code(alignment)),
-        _length("query_length", query_length, rows),
-        _length("key_length", key_length, keys),
+        length_of("query_length", query_length, rows),
+        length_of("key_length", key_length, keys),
         *(layout, chosen.ulysses, chosen.gathers, axis_name),
     )
     output, lse = _exchanged(options, given)
@@ -207,14 +208,6 @@ def _check(given: Tensors, n: int) -> None:
     for name in MAIN:
         options.pop(name)
     check_shapes(options, *query.shape[:3], key.shape[ROWS], n)
-
-
-def _length(name: str, given: int | None, most: int) -> int:
-    if given is None:
-        return most
-    if not 0 <= given <= most:
-        raise InvalidArgument(f"{name}: is {given}, must be from 0 to {most}")
-    return given
 
 
 def _sizes(given: Tensors, n: int) -> Sizes:

@@ -42,6 +42,7 @@ from ._context_parallel import (
     depth,
     far_lse,
     in_order,
+    length_of,
     places_of,
     plan,
     shards,
@@ -148,7 +149,7 @@ def attention(
         check_layout(layout)
         whole = [x.shape[ROWS] * group.size() for x in tensors[:2]]
         lengths = [
-            _length(name, given, most)
+            length_of(name, given, most)
             for name, given, most in zip(_LENGTHS, (query_length, key_length), whole)
         ]
         options = _Options(
@@ -440,14 +441,6 @@ def _check_options(tensors: _Tensors, group: dist.ProcessGroup) -> None:
             raise InvalidArgument(f"{name}: is {x.dtype}, must be {kinds}")
         given[name] = x.shape
     check_shapes(given, *query.shape[:3], tensors.key.shape[ROWS], group.size())
-
-
-def _length(name: str, given: int | None, most: int) -> int:
-    if given is None:
-        return most
-    if not 0 <= given <= most:
-        raise InvalidArgument(f"{name}: is {given}, must be from 0 to {most}")
-    return given
 
 
 def _sizes(tensors: _Tensors, group: dist.ProcessGroup) -> Sizes:

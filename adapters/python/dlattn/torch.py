@@ -250,8 +250,8 @@ def attention(
         *(bias, mask, alibi_slopes, sinks, query_lengths, key_lengths),
         *(cu_seqlens_q, cu_seqlens_k, block_table),
     )
-    scales = {"query_scale": query_scale, "key_scale": key_scale, "value_scale": value_scale}
-    scales = {name: x for name, x in scales.items() if x is not None}
+    named = ("query_scale", query_scale), ("key_scale", key_scale), ("value_scale", value_scale)
+    scales = {name: x for name, x in named if x is not None}
     is_plain = not _is_compiling() and _core.is_plain(
         query, key, value, *tensors, out, lse, *scales.values()
     )
