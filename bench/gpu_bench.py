@@ -466,9 +466,8 @@ def backward_rows(library, dtypes, quick, dims, kernels, count):
         yield list(case_rows("bwd", dtype, q, k, v, causal, found, times))
 
 
-def decode_rows(library, kernels, count):
-    """The case_rows of each case of DECODE, with the GB/s of its keys and values."""
-    other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
+def decode_cases():
+    """The cases of DECODE: dtype, query, key, value."""
     for dtype, batch, heads, heads_kv, length, dim in DECODE:
         own, _, cached = dtype.partition("+")
         q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPES[own])
@@ -478,12 +477,19 @@ def decode_rows(library, kernels, count):
         )
         if cached:
             k, v = (t.to(FLOAT8[cached]) for t in (k, v))
+        yield dtype, q, k, v
+
+
+def decode_rows(library, kernels, count):
+    """The case_rows of each of decode_cases(), with the GB/s of its keys and values."""
+    other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
+    for dtype, q, k, v in decode_cases():
         found = implementations(library, q, k, v, False, None, kernels)
         cold = {}
         for name, (_, function) in found.items():
             cold[f"before {name}"] = other.max
             cold[name] = function
-        read = 2 * batch * heads_kv * length * dim * k.element_size()
+        read = 2 * k.numel() * k.element_size()
         yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
 
 

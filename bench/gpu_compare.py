@@ -14,7 +14,7 @@ import math
 import os
 
 import torch
-from gpu_bench import COLUMNS, DECODE, DTYPES, Library, case_rows, grid, random_rows, rounds
+from gpu_bench import COLUMNS, Library, case_rows, decode_cases, grid, random_rows, rounds
 
 
 def forward_cases():
@@ -23,16 +23,6 @@ def forward_cases():
         if op == "fwd":
             q, k, v = (random_rows(dtype, length, 2048 // dim, dim) for _ in range(3))
             yield op, dtype, q, k, v, causal
-
-
-def decode_cases():
-    for dtype, batch, heads, heads_kv, length, dim in DECODE:
-        q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=DTYPES[dtype])
-        k, v = (
-            torch.randn(batch, heads_kv, length, dim, device="cuda", dtype=DTYPES[dtype])
-            for _ in range(2)
-        )
-        yield "decode", dtype, q, k, v, False
 
 
 def time_case(libraries, case, count, flush):
@@ -77,7 +67,8 @@ def main():
     libraries = {"old": Library(given.old), "new": Library(given.new)}
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
     ratios, lines = {"fwd": [], "decode": []}, []
-    for case in (*forward_cases(), *decode_cases()):
+    decoding = (("decode", *case, False) for case in decode_cases())
+    for case in (*forward_cases(), *decoding):
         calls, times = time_case(libraries, case, given.rounds, other.max)
         ratio = times["old"][0] / times["new"][0]
         op, dtype, q, k, *_, causal = case

@@ -198,12 +198,18 @@ def documents(dim, flex):
     yield case
 
 
-def packed(dim, flex):
+def packed_lengths():
+    """Name and lengths, in random order, of what is packed."""
     for name, lengths in (
         ("packed-12", [200 + round(3800 * i / 11) for i in range(12)]),
         ("packed-64", [128 + round(896 * i / 63) for i in range(64)]),
     ):
         random.Random(1).shuffle(lengths)
+        yield name, lengths
+
+
+def packed(dim, flex):
+    for name, lengths in packed_lengths():
         total, longest = sum(lengths), max(lengths)
         case = Case(name, dim, causal=1, max_seqlen_q=longest, max_seqlen_k=longest)
         case.pairs = sum(n * (n + 1) // 2 for n in lengths)

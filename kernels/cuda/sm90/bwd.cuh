@@ -91,7 +91,7 @@ template <class C>
 __device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
     constexpr int CONSUMER_WARPS = 8;
     mbarrier_init(s.task_ring().full, 1);
-    mbarrier_init(s.task_ring().empty, CONSUMER_WARPS + 1);
+    mbarrier_init(s.task_ring().empty, 32 * (CONSUMER_WARPS + 1)); // each thread reads the task
     for (int i = 0; i < 2; i++) {
         mbarrier_init(s.summed_barrier(i), CONSUMER_WARPS);
         mbarrier_init(s.d_score_ring().full + 8 * i, CONSUMER_WARPS);
@@ -203,7 +203,7 @@ __device__ __forceinline__ void report(const sm90_bwd_params &p, const BwdShared
         const bool any = s.task()->key_tile >= 0;
         uint32_t *const facts = facts_of<C::DIM>(p, s.task()->batch, s.task()->kv_head);
         __syncwarp();
-        release(tasks.empty);
+        mbarrier_arrive(tasks.empty);
         if (!any)
             return;
         mbarrier_wait(s.summed_barrier(n), n >> 1 & 1);
@@ -486,7 +486,7 @@ __device__ __forceinline__ void Keys<C>::step(const sm90_bwd_params &p, const Ta
     wgmma_wait<1>(); // dP
     pin(d_weight);
     if (LAST && !C::KEYS_IN_REGISTERS)
-        release(s.task_ring().empty); // the next K and V may come
+        mbarrier_arrive(s.task_ring().empty); // the next K and V may come
     find_d_scores();
     Ring<2> before = d_scores;
     share_d_scores();
@@ -534,7 +534,7 @@ __device__ __forceinline__ void Keys<C>::run(const sm90_bwd_params &p, const Tas
         load_operand(key_operand, s.base + C::KEY);
         load_operand(value_operand, s.base + C::VALUE);
         __syncwarp();
-        release(s.task_ring().empty); // the next K and V may come
+        mbarrier_arrive(s.task_ring().empty); // the next K and V may come
     }
     mbarrier_wait(queries.full_barrier(), queries.phase);
     start_scores(queries.stage);
@@ -635,7 +635,7 @@ __device__ __forceinline__ void consume_tasks(const sm90_bwd_params &p, const Bw
             __syncwarp();
         } else {
             __syncwarp();
-            release(tasks.empty);
+            mbarrier_arrive(tasks.empty);
         }
         release(s.summed_barrier(n));
         if (t.skipped)

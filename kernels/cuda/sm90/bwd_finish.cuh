@@ -268,6 +268,16 @@ __device__ __forceinline__ void finish(const sm90_bwd_params &p, const Unit &uni
         count_release(facts + SM90_BWD_FINISHED);
 }
 
+// Tasks begin when their unit is prepared; a sequence without keys has none.
+template <int D>
+__device__ __forceinline__ void wait_until_summed(const sm90_bwd_params &p, const Unit &unit) {
+    const uint32_t *const facts = facts_of<D>(p, unit.index);
+    if (unit.key_tiles() > 0)
+        wait_for_count(facts + SM90_BWD_SUMMED, unit.key_tiles());
+    else
+        wait_for_count(facts + SM90_BWD_PREPARED, unit.errands());
+}
+
 // Warps claim errands in this order: round by round, those that prepare unit `round`, then those that finish unit round - behind. One
 // waits for earlier ones, and for tasks whose unit earlier ones prepare, so somebody can always go on.
 template <typename E, int D>
@@ -283,15 +293,15 @@ __device__ __forceinline__ void run_errands(const sm90_bwd_params &p, const Buff
             return;
         if (threadIdx.x % 32 == 0) // long before it is needed
             next = atomicAdd(p.next + SM90_BWD_NEXT_ERRAND, 1);
-        if (number < 0 || number >= p.units)
-            continue;
-        const Unit unit(p, number);
-        if (finishes && errand < unit.row_errands()) {
+        const Unit unit(p, min(max(number, 0), p.units - 1));
+        if (unit.index != number || errand >= (finishes ? unit.row_errands() : unit.errands())) {
+            pass_over(p, SM90_BWD_NEXT_ERRAND, index - errand + p.errands);
+        } else if (finishes) {
             if (summed != number)
-                wait_for_count(facts_of<D>(p, number) + SM90_BWD_SUMMED, unit.key_tiles());
+                wait_until_summed<D>(p, unit);
             summed = number;
             finish<E, D>(p, unit, errand * ERRAND, buffers);
-        } else if (!finishes && errand < unit.errands()) {
+        } else {
             const int before = number - p.slots; // in the slot
             if (before >= 0 && free != before)
                 wait_for_count(facts_of<D>(p, before) + SM90_BWD_FINISHED,

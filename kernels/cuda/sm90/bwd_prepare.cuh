@@ -322,5 +322,7 @@ __device__ __forceinline__ void run_first_errands(const sm90_bwd_params &p,
         const int errand = index % p.errands;
         if (errand < unit.errands())
             prepare<E, D>(p, unit, errand * ERRAND, buffers);
+        else
+            pass_over(p, SM90_BWD_NEXT_FIRST, index - errand + p.errands);
     }
 }

@@ -135,6 +135,12 @@ __device__ __forceinline__ int claim(const sm90_bwd_params &p, int counter) {
     return uniform(threadIdx.x % 32 == 0 ? atomicAdd(p.next + counter, 1) : 0);
 }
 
+// Numbers below `next` have nothing for anybody: nobody need claim them.
+__device__ __forceinline__ void pass_over(const sm90_bwd_params &p, int counter, int next) {
+    if (threadIdx.x % 32 == 0)
+        atomicMax(p.next + counter, next);
+}
+
 // Waits for the kernel before this one in the stream, which this one may have overtaken.
 __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -199,9 +205,9 @@ __device__ __forceinline__ Task next_task(const sm90_bwd_params &p) {
     do {
         const int index = claim(p, SM90_BWD_NEXT_TASK);
         number = index / p.key_tiles;
-        if (number >= p.units)
+        t.key_tile = number < p.units ? index % p.key_tiles : -1;
+        if (t.key_tile < 0)
             return t;
-        t.key_tile = index % p.key_tiles;
     } while (t.key_tile >= Unit(p, number).key_tiles());
     const Unit unit(p, number);
     uint32_t *const facts = facts_of<D>(p, number);

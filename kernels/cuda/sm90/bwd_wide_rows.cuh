@@ -65,7 +65,7 @@ struct WideRowsProducer {
         : p(p), s(s), tasks(s.task_ring()), queries(s.query_ring()), d_outputs(s.d_output_ring()),
           keys(s.key_ring()), values(s.value_ring()), leads(threadIdx.x % 32 == 0) {}
 
-    // Q or dO of both warpgroups.
+    // Q or dO of both warpgroups. No box begins behind the rows (see packed_row()); what the second then has, nobody uses.
     template <int DIM>
     __device__ __forceinline__ void load_own(const cuda_tensor_map &map, Ring<1> &ring,
                                              uint32_t dst, const WideTask &t) {
@@ -75,8 +75,9 @@ struct WideRowsProducer {
             mbarrier_expect_bytes(ring.full_barrier(), 2 * BYTES);
             for (int wg = 0; wg < 2; wg++)
                 load_rows<DIM / 64, WIDE_COLUMN>(map, dst + wg * BYTES, ring.full_barrier(),
-                                                 t.own + wg * WIDE_TILE, t.s.q_start, t.s.q_len,
-                                                 p.len_q, t.head, p.cu_seqlens_q ? 0 : t.batch);
+                                                 min(t.own + wg * WIDE_TILE, t.s.q_len - 1),
+                                                 t.s.q_start, t.s.q_len, p.len_q, t.head,
+                                                 p.cu_seqlens_q ? 0 : t.batch);
         }
         ring.advance();
     }

@@ -72,13 +72,23 @@ struct walk {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static struct walk walk_of(const struct problem *p) {
-    const int64_t tasks = ceil_divide(p->len_k, SM90_BWD_TILE_K);
+/* A walk over units of so many tasks. */
+static struct walk walk_over(const struct problem *p, int64_t tasks) {
     struct walk w = {.units = p->batch * p->heads_kv};
     w.ahead = least(ceil_divide(TASKS_AHEAD, tasks), w.units);
     w.behind = least(ceil_divide(TASKS_BEHIND, tasks), w.units);
     w.slots = least(w.behind + ceil_divide(TASKS_SPARE, tasks), w.units);
     return w;
+}
+
+/* Packed sequences have the tasks of one of mean length, unless their slots, each as long as the longest, would take more than twice
+ * what sums of all rows do. */
+static struct walk walk_of(const struct problem *p) {
+    const int64_t mean = p->total_k > 0 ? ceil_divide(p->total_k, p->batch) : p->len_k;
+    const struct walk w = walk_over(p, ceil_divide(mean, SM90_BWD_TILE_K));
+    const bool small =
+        w.slots * ceil_divide(p->len_q, SM90_BWD_TILE_Q) <= 2 * p->heads_kv * row_tiles(p);
+    return small ? w : walk_over(p, ceil_divide(p->len_k, SM90_BWD_TILE_K));
 }
 
 /* How many rows see a key, more or less. */
@@ -133,17 +143,18 @@ static int64_t key_blocks(const struct problem *p) { return tiles_of_keys(p, SM9
 static int64_t row_blocks(const struct problem *p) { return tiles_of_rows(p, SM90_BWD_TILE_Q); }
 
 static bool takes(const struct problem *p) {
-    const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k;
+    const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k,
+                  q_batch = p->total_q > 0 ? 1 : p->batch, k_batch = p->total_k > 0 ? 1 : p->batch;
     return p->scale > 0 && p->dim_qk % 8 == 0 && p->dim_v % 8 == 0 && p->len_q > 0 &&
            p->len_k > 0 && longest <= SM90_MAX_LENGTH && p->lse.dtype == DTYPE_F32 &&
            (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
            4 * p->batch * p->heads_kv * ceil_divide(longest, SM90_BWD_ERRAND) <= INT32_MAX &&
            row_blocks(p) <= INT32_MAX && row_tiles(p) <= INT32_MAX &&
            tiles_of_keys(p, SM90_BWD_WIDE_TILE) + p->heads_q <= INT32_MAX &&
-           mappable(&p->query, p->batch, p->heads_q, p->len_q, 1) &&
-           mappable(&p->d_output, p->batch, p->heads_q, p->len_q, 1) &&
-           mappable(&p->key, p->batch, p->heads_kv, p->len_k, 1) &&
-           mappable(&p->value, p->batch, p->heads_kv, p->len_k, 1);
+           mappable(&p->query, q_batch, p->heads_q, p->len_q, 1) &&
+           mappable(&p->d_output, q_batch, p->heads_q, p->len_q, 1) &&
+           mappable(&p->key, k_batch, p->heads_kv, p->len_k, 1) &&
+           mappable(&p->value, k_batch, p->heads_kv, p->len_k, 1);
 }
 
 ROW_FUNCTIONS(cuda_bwd_sm90);
