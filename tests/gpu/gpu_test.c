@@ -49,6 +49,143 @@ Test(gpu, same_bits_a_thousand_times) {
     }
 }
 
+/* Self-attention, its gradients, and what they are made from besides. */
+struct training {
+    struct attention a, other; /* other: d_output, d_query, d_key, d_value */
+    DLTensor lse;
+    dlattn_gradients gradients;
+    dlattn_exec exec;
+};
+
+static void make_training(const dlattn_api *api, struct training *t,
+                          const dlattn_kernel_info *row, const int64_t shape[4]) {
+    make_on(&t->a, 0, dtype_of(row), shape, 21);
+    make_on(&t->other, 0, dtype_of(row), shape, 22);
+    t->lse = (DLTensor){
+        .data = cuda_take((size_t)(shape[0] * shape[1] * shape[2]) * sizeof(float)),
+        .device = {kDLCUDA, 0},
+        .ndim = 3,
+        .dtype = f32,
+        .shape = t->a.shape};
+    t->a.tensors.lse = &t->lse;
+    MUST(forward(api, &t->a, NULL));
+    t->gradients = (dlattn_gradients){.struct_size = sizeof t->gradients,
+                                      .d_output = &t->other.tensor[0],
+                                      .d_query = &t->other.tensor[1],
+                                      .d_key = &t->other.tensor[2],
+                                      .d_value = &t->other.tensor[3]};
+    t->a.desc.kernel = row->name;
+    dlattn_sku sku = {.struct_size = sizeof sku};
+    MUST(api->backward_query(&t->a.desc, &t->a.tensors, &t->gradients, &sku));
+    t->exec = (dlattn_exec){.struct_size = sizeof t->exec,
+                            .workspace = cuda_take(sku.workspace_bytes),
+                            .workspace_bytes = sku.workspace_bytes};
+}
+
+static void drop_training(struct training *t) {
+    cuda_give(t->exec.workspace);
+    cuda_give(t->lse.data);
+    drop(&t->a);
+    drop(&t->other);
+}
+
+/* d_query, d_key and d_value one after the other, freshly allocated. */
+static unsigned char *gradients_of(const struct training *t) {
+    unsigned char *const image = malloc(3 * t->a.bytes);
+    cr_assert(image != NULL);
+    cuda_wait();
+    for (int i = 0; i < 3; i++)
+        cuda_fetch(image + (size_t)i * t->a.bytes, t->other.tensor[1 + i].data, t->a.bytes);
+    return image;
+}
+
+static void poison_gradients(const struct training *t) {
+    unsigned char *const image = malloc(t->a.bytes);
+    cr_assert(image != NULL);
+    memset(image, 0xff, t->a.bytes);
+    for (int i = 1; i < 4; i++)
+        cuda_store(t->other.tensor[i].data, image, t->a.bytes);
+    free(image);
+}
+
+static void repeat_gradients(const dlattn_api *api, const dlattn_kernel_info *row, int64_t dim,
+                             const struct attention *meanwhile, void *stream) {
+    struct training t;
+    make_training(api, &t, row, (const int64_t[]){3, 8, 333, dim});
+    unsigned char *first = NULL;
+    for (int run = 0; run < 1000; run++) {
+        if (run % 3 == 0)
+            MUST(forward(api, meanwhile, stream));
+        MUST(api->backward(&t.a.desc, &t.a.tensors, &t.gradients, &t.exec));
+        if (run % 20)
+            continue;
+        unsigned char *const again = gradients_of(&t);
+        if (!first) {
+            first = again;
+            continue;
+        }
+        cr_assert(memcmp(first, again, 3 * t.a.bytes) == 0, "%s, head dim %d, run %d", row->name,
+                  (int)dim, run);
+        free(again);
+        poison_gradients(&t);
+    }
+    free(first);
+    drop_training(&t);
+}
+
+/* The next of the GPU's backward rows that run here, from number *i on. */
+static bool next_backward(const dlattn_api *api, int32_t *i, dlattn_kernel_info *row) {
+    for (; *i < api->kernel_count(); ++*i) {
+        *row = (dlattn_kernel_info){.struct_size = sizeof *row};
+        MUST(api->kernel_info(*i, row));
+        if (strcmp(row->backend, "cuda") == 0 && strcmp(row->operation, "backward") == 0 &&
+            row->available)
+            return true;
+    }
+    return false;
+}
+
+/* Sums of many blocks come in another order each time, above all while other work holds multiprocessors. */
+Test(gpu, same_gradients_a_thousand_times) {
+    const dlattn_api *api = gpu_api();
+    struct attention meanwhile;
+    make(&meanwhile, 1, 4, 700, 64, 23);
+    void *const stream = cuda_stream();
+    dlattn_kernel_info row;
+    for (int32_t i = 0; next_backward(api, &i, &row); i++)
+        for (int64_t dim = 64; dim <= 256; dim += 64)
+            repeat_gradients(api, &row, dim, &meanwhile, stream);
+    cuda_wait();
+    drop(&meanwhile);
+}
+
+Test(gpu, gradients_in_a_graph) {
+    const dlattn_api *api = gpu_api();
+    void *const stream = cuda_stream();
+    dlattn_kernel_info row;
+    for (int32_t i = 0; next_backward(api, &i, &row); i++) {
+        struct training t;
+        make_training(api, &t, &row, (const int64_t[]){2, 4, 300, 64});
+        MUST(api->backward(&t.a.desc, &t.a.tensors, &t.gradients, &t.exec));
+        unsigned char *const direct = gradients_of(&t);
+        t.exec.stream = stream;
+        cuda_record_begin(stream);
+        const int32_t status = api->backward(&t.a.desc, &t.a.tensors, &t.gradients, &t.exec);
+        void *const graph = cuda_record_end(stream);
+        MUST(status);
+        for (int replay = 0; replay < 3; replay++) {
+            poison_gradients(&t);
+            cuda_replay(graph, stream);
+            unsigned char *const replayed = gradients_of(&t);
+            cr_expect(memcmp(direct, replayed, 3 * t.a.bytes) == 0, "%s, replay %d", row.name,
+                      replay);
+            free(replayed);
+        }
+        free(direct);
+        drop_training(&t);
+    }
+}
+
 /* The very first call of the process is recorded: loading the code must be legal while a stream is captured. */
 Test(gpu, first_call_in_a_graph) {
     const dlattn_api *api = gpu_api();
