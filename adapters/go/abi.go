@@ -13,7 +13,8 @@ import (
 	"github.com/ebitengine/purego"
 )
 
-// The structs of abi/dlattn.h as they were in 1.0: a library takes shorter ones than its own. What they point to is pinned.
+// The structs of abi/dlattn.h as far as they are used: a library takes shorter ones than its own, and longer ones whose end is
+// zero. What they point to is pinned.
 
 type dlTensor struct {
 	data       unsafe.Pointer
@@ -45,6 +46,9 @@ type tensors struct {
 	bias, mask, alibiSlopes, sinks     *dlTensor
 	queryLengths, keyLengths           *dlTensor
 	cuSeqlensQ, cuSeqlensK, blockTable *dlTensor
+	querySegments, keySegments         *dlTensor // since 1.1, as those that follow
+	blockMask                          *dlTensor
+	queryScale, keyScale, valueScale   *dlTensor
 }
 
 type execution struct {
@@ -180,14 +184,32 @@ func describe(pins *runtime.Pinner, o Options) (*forwardDesc, error) {
 	return desc, nil
 }
 
-// pinned is a tensor for the library, which stays where it is until the pins are taken out.
-func pinned[E Element](pins *runtime.Pinner, t Tensor[E]) *dlTensor {
-	shape := make([]int64, len(t.Shape))
-	for i, extent := range t.Shape {
-		shape[i] = int64(extent)
+// setScales puts those that the options have into their slots.
+func (t *tensors) setScales(pins *runtime.Pinner, o Options) error {
+	for _, s := range []struct {
+		name  string
+		scale *Tensor[float32]
+		slot  **dlTensor
+	}{{"QueryScale", o.QueryScale, &t.queryScale}, {"KeyScale", o.KeyScale, &t.keyScale}, {"ValueScale", o.ValueScale, &t.valueScale}} {
+		if s.scale == nil {
+			continue
+		}
+		if err := filled(s.name, *s.scale); err != nil {
+			return err
+		}
+		*s.slot = pinned(pins, *s.scale)
 	}
-	pins.Pin(&shape[0])
-	d := &dlTensor{deviceType: cpu, ndim: int32(len(shape)), lanes: 1, shape: &shape[0]}
+	return nil
+}
+
+// pinned is a tensor for the library, which stays where it is until the pins are taken out.
+func pinned[E Stored](pins *runtime.Pinner, t Tensor[E]) *dlTensor {
+	shape := make([]int64, 0, 4)
+	for _, extent := range t.Shape {
+		shape = append(shape, int64(extent))
+	}
+	pins.Pin(unsafe.SliceData(shape))
+	d := &dlTensor{deviceType: cpu, ndim: int32(len(shape)), lanes: 1, shape: unsafe.SliceData(shape)}
 	d.code, d.bits = kindOf[E]()
 	if len(t.Data) > 0 {
 		pins.Pin(&t.Data[0])
@@ -198,9 +220,13 @@ func pinned[E Element](pins *runtime.Pinner, t Tensor[E]) *dlTensor {
 }
 
 // kindOf is DLPack's code and the bits.
-func kindOf[E Element]() (code, bits uint8) {
+func kindOf[E Stored]() (code, bits uint8) {
 	var e E
 	switch any(e).(type) {
+	case Float8E4M3FN:
+		return 10, 8
+	case Float8E5M2:
+		return 12, 8
 	case BFloat16:
 		return 4, 16
 	case Float16:

@@ -6,26 +6,44 @@
 package dlattn
 
 import (
+	"cmp"
 	"fmt"
 	"runtime"
 	"unsafe"
 )
 
-// Float16 and BFloat16 are the bits of numbers that Go has no type for.
+// The bits of numbers that Go has no type for.
 type (
-	Float16  uint16
-	BFloat16 uint16
+	Float16      uint16
+	BFloat16     uint16
+	Float8E4M3FN uint8
+	Float8E5M2   uint8
 )
 
-// Element is what a tensor holds.
+// Element is what an output holds.
 type Element interface {
 	float32 | float64 | Float16 | BFloat16
 }
 
+// Stored is what a query, key or value holds.
+type Stored interface {
+	Element | Float8E4M3FN | Float8E5M2
+}
+
 // Tensor is row-major without gaps; for attention its axes are [batch, heads, length, head_dim].
-type Tensor[E Element] struct {
+type Tensor[E Stored] struct {
 	Data  []E
 	Shape []int
+}
+
+// Float8 is a tensor over bytes that hold float8: Float8[Float8E4M3FN](bytes, 1, 8, 128, 64).
+func Float8[E Float8E4M3FN | Float8E5M2](bytes []byte, shape ...int) Tensor[E] {
+	return Tensor[E]{Data: unsafe.Slice((*E)(unsafe.Pointer(unsafe.SliceData(bytes))), len(bytes)), Shape: shape}
+}
+
+// Scale is one scale for a whole tensor.
+func Scale(scale float32) *Tensor[float32] {
+	return &Tensor[float32]{Data: []float32{scale}, Shape: []int{1}}
 }
 
 // Options of a call; the zero value is softmax(query key^T / sqrt(head_dim)) value over all keys.
@@ -38,6 +56,9 @@ type Options struct {
 	NumThreads  int     // 0 is as many as pay
 	Kernel      string  // the row to use; "" is the best
 	LSE         bool    // whether the log-sum-exp of each row is wanted, too
+
+	// What a tensor is multiplied with, positive and finite; nil is 1. [1], or [B|1, H|1]; of key and value [B|1, H_kv|1].
+	QueryScale, KeyScale, ValueScale *Tensor[float32]
 }
 
 // Status is what the library answers. It is an error, for errors.Is.
@@ -84,22 +105,20 @@ func Version() (string, error) {
 
 // Attention is softmax(scale * query key^T) value over the keys that are visible. query is [B, H, Lq, D], key
 // [B, H_kv, Lk, D], value [B, H_kv, Lk, D_v], and H a multiple of H_kv; the output is [B, H, Lq, D_v] and the log-sum-exp, if
-// Options.LSE, [B, H, Lq]. It returns when the result is there, and may be called from many goroutines.
-func Attention[E Element](query, key, value Tensor[E], options Options) (output Tensor[E], lse Tensor[float32], err error) {
+// Options.LSE, [B, H, Lq]. Key and value are of the query's type or float8, each its own. It returns when the result is there,
+// and may be called from many goroutines.
+func Attention[E Element, K, V Stored](query Tensor[E], key Tensor[K], value Tensor[V], options Options) (output Tensor[E], lse Tensor[float32], err error) {
+	return AttentionAs[E](query, key, value, options)
+}
+
+// AttentionAs is Attention with an output of type E, which a query of float8 needs: AttentionAs[float32](query, key, value, options).
+func AttentionAs[E Element, Q, K, V Stored](query Tensor[Q], key Tensor[K], value Tensor[V], options Options) (output Tensor[E], lse Tensor[float32], err error) {
 	api, err := load()
 	if err != nil {
 		return output, lse, err
 	}
-	for _, t := range []struct {
-		name string
-		Tensor[E]
-	}{{"query", query}, {"key", key}, {"value", value}} {
-		if len(t.Shape) != 4 {
-			return output, lse, refused("%s: has %d axes, must have 4", t.name, len(t.Shape))
-		}
-		if len(t.Data) != count(t.Shape) {
-			return output, lse, refused("%s: has %d elements, %v has %d", t.name, len(t.Data), t.Shape, count(t.Shape))
-		}
+	if err := cmp.Or(fourAxes("query", query), fourAxes("key", key), fourAxes("value", value)); err != nil {
+		return output, lse, err
 	}
 	made := Tensor[E]{Shape: append(append([]int{}, query.Shape[:3]...), value.Shape[3])}
 	made.Data = make([]E, count(made.Shape))
@@ -111,6 +130,9 @@ func Attention[E Element](query, key, value Tensor[E], options Options) (output 
 	}
 	slots := &tensors{query: pinned(&pins, query), key: pinned(&pins, key), value: pinned(&pins, value), output: pinned(&pins, made)}
 	slots.structSize = unsafe.Sizeof(*slots)
+	if err := slots.setScales(&pins, options); err != nil {
+		return output, lse, err
+	}
 	sums := Tensor[float32]{}
 	if options.LSE {
 		sums.Shape = made.Shape[:3:3]
@@ -122,6 +144,22 @@ func Attention[E Element](query, key, value Tensor[E], options Options) (output 
 		return output, lse, err
 	}
 	return made, sums, nil
+}
+
+// fourAxes refuses a tensor that has others, or is not filled.
+func fourAxes[E Stored](name string, t Tensor[E]) error {
+	if len(t.Shape) != 4 {
+		return refused("%s: has %d axes, must have 4", name, len(t.Shape))
+	}
+	return filled(name, t)
+}
+
+// filled refuses a tensor of more or fewer elements than its shape has.
+func filled[E Stored](name string, t Tensor[E]) error {
+	if len(t.Data) != count(t.Shape) {
+		return refused("%s: has %d elements, %v has %d", name, len(t.Data), t.Shape, count(t.Shape))
+	}
+	return nil
 }
 
 func refused(format string, arguments ...any) error {

@@ -3,6 +3,7 @@ package dlattn
 import (
 	"errors"
 	"math"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -102,6 +103,90 @@ func TestBFloat16(t *testing.T) {
 	output, _, err := Attention(one, one, one, Options{})
 	if err != nil || output.Data[3] != 0x3f80 {
 		t.Fatal(err, output)
+	}
+}
+
+// codes are bytes of float8 between 1/8 and 2, of either sign, the first of which is given, and so many follow.
+func codes(first byte, many int, shape ...int) []byte {
+	made := make([]byte, count(shape))
+	for i := range made {
+		made[i] = first + byte(7*i%many) | byte(i%3%2)<<7
+	}
+	return made
+}
+
+// widened is what bytes of so many bits of mantissa stand for, each of the equal parts of the tensor times its own scale.
+func widened(mantissa int, bytes []byte, scales []float32, shape ...int) Tensor[float32] {
+	t := Tensor[float32]{Shape: shape, Data: make([]float32, len(bytes))}
+	for i, code := range bytes {
+		bias := 1<<(6-mantissa) - 1
+		exponent, fraction := int(code&0x7f)>>mantissa, int(code)&(1<<mantissa-1)
+		x := math.Ldexp(float64(fraction|1<<mantissa), exponent-bias-mantissa)
+		if code&0x80 != 0 {
+			x = -x
+		}
+		t.Data[i] = float32(x) * scales[i*len(scales)/len(bytes)]
+	}
+	return t
+}
+
+func TestFloat8(t *testing.T) {
+	q := numbers[float32](1, 2, 4, 5, 8)
+	k, v := codes(0x20, 32, 2, 2, 7, 8), codes(0x30, 16, 2, 2, 7, 6)
+	keyScale := &Tensor[float32]{Data: []float32{0.5, 2, 1, 0.25}, Shape: []int{2, 2}}
+	valueScale := &Tensor[float32]{Data: []float32{4, 0.5}, Shape: []int{2, 1}}
+	wideK, wideV := widened(3, k, keyScale.Data, 2, 2, 7, 8), widened(2, v, valueScale.Data, 2, 2, 7, 6)
+	key, value := Float8[Float8E4M3FN](k, 2, 2, 7, 8), Float8[Float8E5M2](v, 2, 2, 7, 6)
+	options := Options{KeyScale: keyScale, ValueScale: valueScale, LSE: true}
+	output, lse, err := Attention(q, key, value, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wanted, sums := reference(q, wideK, wideV, 1/math.Sqrt(8), func(row, key int) bool { return true })
+	near(t, output.Data, wanted, 1e-5)
+	near(t, lse.Data, sums, 1e-5)
+
+	// In double, scales that are powers of two give the very bits.
+	options.Kernel = "cpu_fwd_ref"
+	output, _, err = Attention(q, key, value, options)
+	wide, _, wideErr := Attention(q, wideK, wideV, Options{Kernel: "cpu_fwd_ref"})
+	if err != nil || wideErr != nil || !slices.Equal(output.Data, wide.Data) {
+		t.Fatal(err, wideErr, output.Data, wide.Data)
+	}
+
+	// A query of float8 with a scale; the output is of another type.
+	bytes := codes(0x20, 32, 2, 4, 5, 8)
+	options = Options{QueryScale: Scale(0.5), KeyScale: keyScale, ValueScale: valueScale}
+	output, _, err = AttentionAs[float32](Float8[Float8E4M3FN](bytes, q.Shape...), key, value, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wanted, _ = reference(widened(3, bytes, []float32{0.5}, q.Shape...), wideK, wideV, 1/math.Sqrt(8), func(row, key int) bool { return true })
+	near(t, output.Data, wanted, 1e-5)
+}
+
+func TestFloat8Refusals(t *testing.T) {
+	q := numbers[float32](1, 1, 4, 5, 8)
+	k := Float8[Float8E4M3FN](codes(0x20, 32, 1, 2, 7, 8), 1, 2, 7, 8)
+	for _, c := range []struct {
+		options Options
+		says    string
+	}{
+		{Options{KeyScale: Scale(-1)}, "key_scale: entry [0, 0] is -1, must be positive and finite"},
+		{Options{ValueScale: Scale(0)}, "value_scale: entry [0, 0] is 0, must be positive and finite"},
+		{Options{QueryScale: Scale(float32(math.Inf(1)))}, "query_scale: entry [0, 0] is inf"},
+		{Options{KeyScale: &Tensor[float32]{Data: make([]float32, 3), Shape: []int{1, 3}}}, "key_scale: axis 1 (heads) is 3"},
+		{Options{KeyScale: &Tensor[float32]{Shape: []int{1, 2}}}, "KeyScale: has 0 elements, [1 2] has 2"},
+		{Options{KeyScale: &Tensor[float32]{Data: []float32{1}}}, "key_scale: has 0 axes"},
+	} {
+		_, _, err := Attention(q, k, k, c.options)
+		if !errors.Is(err, InvalidArgument) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%v, wanted %q", err, c.says)
+		}
+	}
+	_, _, err := Attention(q, k, numbers[float64](1, 1, 2, 7, 8), Options{})
+	if !errors.Is(err, InvalidArgument) || !strings.Contains(err.Error(), "value: dtype is float64, query's is float32") {
+		t.Error(err)
 	}
 }
 
