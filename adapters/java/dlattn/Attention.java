@@ -27,25 +27,36 @@ public final class Attention {
 
     /**
      * softmax(scale * query key^T) value over the keys that are visible. query is [B, H, Lq, D], key [B, H_kv, Lk, D], value
-     * [B, H_kv, Lk, D_v], all of one type, and H a multiple of H_kv. The results are made in the arena, and are there on return.
+     * [B, H_kv, Lk, D_v], and H a multiple of H_kv. They are of one type, or of float8, each its own. The output is of the query's
+     * type, or FLOAT32 if that is float8. The results are made in the arena, and are there on return.
      */
     public static Result run(Arena arena, Tensor query, Tensor key, Tensor value, Options options) {
         final long[] rows = query.shape(), shape = rows.clone();
         if (rows.length != 4 || value.shape().length != 4)
             throw new IllegalArgumentException("query, value: must have 4 axes");
         shape[3] = value.shape()[3];
-        final Tensor output = Tensor.zeros(arena, query.type(), shape);
+        final Tensor output = Tensor.zeros(arena, query.type().bits == 8 ? Tensor.Type.FLOAT32 : query.type(), shape);
         final Tensor lse = options.lse() ? Tensor.zeros(arena, Tensor.Type.FLOAT32, Arrays.copyOf(rows, 3)) : null;
         try (Arena call = Arena.ofConfined()) {
-            final MemorySegment slots = call.allocate(Library.TENSORS, 8);
-            slots.set(ValueLayout.JAVA_LONG, 0, Library.TENSORS);
-            final Tensor[] tensors = {query, key, value, output, lse};
-            for (int i = 0; i < tensors.length; i++)
-                if (tensors[i] != null)
-                    slots.set(ValueLayout.ADDRESS, 8 + 8 * i, described(call, tensors[i]));
-            Library.get().forward(call, described(call, options), slots);
+            final Tensor[] tensors = Arrays.copyOf(new Tensor[] {query, key, value, output, lse}, Library.SLOTS);
+            final Options.Scales scales = options.scales();
+            tensors[Library.QUERY_SCALE] = scales.query();
+            tensors[Library.QUERY_SCALE + 1] = scales.key();
+            tensors[Library.QUERY_SCALE + 2] = scales.value();
+            Library.get().forward(call, described(call, options), slots(call, tensors));
         }
         return new Result(output, lse);
+    }
+
+    /** A dlattn_tensors. */
+    private static MemorySegment slots(Arena arena, Tensor[] tensors) {
+        final long bytes = 8 + 8 * tensors.length;
+        final MemorySegment slots = arena.allocate(bytes, 8);
+        slots.set(ValueLayout.JAVA_LONG, 0, bytes);
+        for (int i = 0; i < tensors.length; i++)
+            if (tensors[i] != null)
+                slots.set(ValueLayout.ADDRESS, 8 + 8 * i, described(arena, tensors[i]));
+        return slots;
     }
 
     /** A DLTensor; without strides it is row-major. */

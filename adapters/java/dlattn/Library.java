@@ -15,7 +15,8 @@ import java.nio.file.Path;
 final class Library {
     static final int CPU = 1;                 // kDLCPU
     static final long WINDOW = 1;             // DLATTN_WINDOW
-    static final long TENSORS = 8 + 14 * 8;   // sizeof(dlattn_tensors) in ABI 1.0
+    static final int SLOTS = 20;              // of dlattn_tensors in ABI 1.1; older libraries take zeros behind what they know
+    static final int QUERY_SCALE = 17;        // its slot, before those of key and value
     private static final long SKU = 104, EXEC = 56, TABLE = 56;
     private static final String SONAME = "libdlattn.so.1";
     private static final AddressLayout TEXT =

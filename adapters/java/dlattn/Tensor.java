@@ -9,9 +9,9 @@ import java.lang.foreign.ValueLayout;
  * Its memory lives as long as the arena that it came from.
  */
 public record Tensor(MemorySegment data, Type type, long... shape) {
-    /** What a tensor holds; of the 16-bit ones Java has only the bits. */
+    /** What a tensor holds; of those of 16 and 8 bits Java has only the bits. */
     public enum Type {
-        FLOAT16(2, 16), BFLOAT16(4, 16), FLOAT32(2, 32), FLOAT64(2, 64);
+        FLOAT16(2, 16), BFLOAT16(4, 16), FLOAT32(2, 32), FLOAT64(2, 64), FLOAT8_E4M3FN(10, 8), FLOAT8_E5M2(12, 8);
 
         final byte code, bits; // of DLPack
 
@@ -37,6 +37,11 @@ public record Tensor(MemorySegment data, Type type, long... shape) {
     /** A copy of these numbers. */
     public static Tensor of(Arena arena, double[] numbers, long... shape) {
         return new Tensor(arena.allocateFrom(ValueLayout.JAVA_DOUBLE, numbers), Type.FLOAT64, shape);
+    }
+
+    /** A copy of these bytes, which hold numbers of that type: the codes of float8, one a byte. */
+    public static Tensor of(Arena arena, byte[] bytes, Type type, long... shape) {
+        return new Tensor(arena.allocate(bytes.length, 8).copyFrom(MemorySegment.ofArray(bytes)), type, shape);
     }
 
     /** Zeros. */

@@ -3,6 +3,8 @@ import dlattn.DlattnException;
 import dlattn.Options;
 import dlattn.Tensor;
 import java.lang.foreign.Arena;
+import java.util.Arrays;
+import java.util.function.BiFunction;
 import java.util.function.BiPredicate;
 
 /** Runs its tests and prints how many passed and failed; the exit status is 1 if some failed. */
@@ -34,16 +36,15 @@ public final class AttentionTest {
     }
 
     private static Tensor floats(Arena arena, int seed, long... shape) {
-        final double[] wide = numbers(seed, shape);
-        final float[] made = new float[wide.length];
-        for (int i = 0; i < made.length; i++)
-            made[i] = (float) wide[i];
-        return Tensor.of(arena, made, shape);
+        return narrow(arena, numbers(seed, shape), shape);
     }
 
     /** Output, then log-sum-exp, of query [2, 4, 5, 8], key [2, 2, 7, 8] and value [2, 2, 7, 6], in plain loops. */
     private static double[][] reference(double scale, BiPredicate<Integer, Integer> visible) {
-        final double[] q = numbers(1, 2, 4, 5, 8), k = numbers(2, 2, 2, 7, 8), v = numbers(3, 2, 2, 7, 6);
+        return reference(numbers(1, 2, 4, 5, 8), numbers(2, 2, 2, 7, 8), numbers(3, 2, 2, 7, 6), scale, visible);
+    }
+
+    private static double[][] reference(double[] q, double[] k, double[] v, double scale, BiPredicate<Integer, Integer> visible) {
         final double[] output = new double[2 * 4 * 5 * 6], lse = new double[2 * 4 * 5];
         for (int row = 0; row < lse.length; row++) {
             final int head = row / 5, kv = head / 4 * 2 + head % 4 / 2;
@@ -73,6 +74,80 @@ public final class AttentionTest {
     private static void check(boolean holds, String message) {
         if (!holds)
             throw new AssertionError(message);
+    }
+
+    /** Bytes of float8, of either sign, between 1/8 and 2: from the first code on, so many. */
+    private static byte[] codes(int first, int many, int count) {
+        final byte[] made = new byte[count];
+        for (int i = 0; i < count; i++)
+            made[i] = (byte) (first + 7 * i % many | i % 3 % 2 << 7);
+        return made;
+    }
+
+    /** What such bytes with so many bits of mantissa stand for, each of the equal parts times its own scale. */
+    private static double[] widened(int mantissa, byte[] bytes, float... scales) {
+        final double[] made = new double[bytes.length];
+        for (int i = 0; i < bytes.length; i++) {
+            final int code = bytes[i] & 0x7f, bias = (1 << 6 - mantissa) - 1;
+            final double x = Math.scalb((double) (code & (1 << mantissa) - 1 | 1 << mantissa), (code >> mantissa) - bias - mantissa);
+            made[i] = (bytes[i] < 0 ? -x : x) * scales[i * scales.length / bytes.length];
+        }
+        return made;
+    }
+
+    private static Tensor narrow(Arena arena, double[] wide, long... shape) {
+        final float[] made = new float[wide.length];
+        for (int i = 0; i < made.length; i++)
+            made[i] = (float) wide[i];
+        return Tensor.of(arena, made, shape);
+    }
+
+    private static void float8(Arena arena) {
+        final double scale = 1 / Math.sqrt(8);
+        final byte[] q = codes(0x20, 32, 2 * 4 * 5 * 8), k = codes(0x20, 32, 2 * 2 * 7 * 8), v = codes(0x30, 16, 2 * 2 * 7 * 6);
+        final float[] keyScale = {0.5f, 2, 1, 0.25f}, valueScale = {4, 0.5f};
+        final double[] wideK = widened(3, k, keyScale), wideV = widened(2, v, valueScale);
+        final Tensor query = floats(arena, 1, 2, 4, 5, 8);
+        final Tensor key = Tensor.of(arena, k, Tensor.Type.FLOAT8_E4M3FN, 2, 2, 7, 8);
+        final Tensor value = Tensor.of(arena, v, Tensor.Type.FLOAT8_E5M2, 2, 2, 7, 6);
+        final Options options = new Options().withKeyScale(Tensor.of(arena, keyScale, 2, 2)).withValueScale(Tensor.of(arena, valueScale, 2, 1));
+        final var result = Attention.run(arena, query, key, value, options.withLse());
+        final double[][] wanted = reference(numbers(1, 2, 4, 5, 8), wideK, wideV, scale, (row, column) -> true);
+        near(result.output().floats(), wanted[0]);
+        near(result.lse().floats(), wanted[1]);
+
+        // In double, scales that are powers of two give the very bits.
+        final Options exact = new Options().withKernel("cpu_fwd_ref");
+        final Tensor wide = Attention.run(arena, query, narrow(arena, wideK, 2, 2, 7, 8), narrow(arena, wideV, 2, 2, 7, 6), exact).output();
+        final Tensor same = Attention.run(arena, query, key, value, options.withKernel("cpu_fwd_ref")).output();
+        check(Arrays.equals(same.floats(), wide.floats()), "other bits than those of the widened numbers");
+
+        final Tensor bytes = Tensor.of(arena, q, Tensor.Type.FLOAT8_E4M3FN, 2, 4, 5, 8);
+        final Tensor output = Attention.run(arena, bytes, key, value, options.withQueryScale(Tensor.of(arena, new float[] {0.5f}, 1))).output();
+        near(output.floats(), reference(widened(3, q, 0.5f), wideK, wideV, scale, (row, column) -> true)[0]);
+    }
+
+    private static void float8Refusals() {
+        final float[] three = {1, 1, 1};
+        refusedScale("negative", "key_scale: entry [0, 0] is -1, must be positive and finite", Options::withKeyScale, new float[] {-1}, 1);
+        refusedScale("zero", "value_scale: entry [0, 1] is 0, must be positive", Options::withValueScale, new float[] {1, 0}, 1, 2);
+        refusedScale("infinite", "query_scale: entry [0, 0] is inf", Options::withQueryScale, new float[] {1f / 0}, 1, 1);
+        refusedScale("shape", "key_scale: axis 1 (heads) is 3", Options::withKeyScale, three, 1, 3);
+        refusedScale("no axis", "key_scale: has 0 axes", Options::withKeyScale, new float[1]);
+        refused("scale of double", DlattnException.class, "key_scale: dtype is float64", arena -> {
+            final Tensor x = Tensor.zeros(arena, Tensor.Type.FLOAT8_E4M3FN, 1, 2, 5, 8);
+            final Tensor scale = Tensor.of(arena, new double[] {1}, 1);
+            Attention.run(arena, floats(arena, 1, 1, 2, 5, 8), x, x, new Options().withKeyScale(scale));
+        });
+        refused("bytes", IllegalArgumentException.class, "data: has 3 bytes, shape needs 4",
+                arena -> Tensor.of(arena, new byte[3], Tensor.Type.FLOAT8_E5M2, 1, 1, 2, 2));
+    }
+
+    private static void refusedScale(String name, String words, BiFunction<Options, Tensor, Options> with, float[] scale, long... shape) {
+        refused(name + " scale", DlattnException.class, words, arena -> {
+            final Tensor x = Tensor.of(arena, codes(0x20, 32, 80), Tensor.Type.FLOAT8_E4M3FN, 1, 2, 5, 8);
+            Attention.run(arena, floats(arena, 1, 1, 2, 5, 8), x, x, with.apply(new Options(), Tensor.of(arena, scale, shape)));
+        });
     }
 
     private static void option(String name, Options options, double scale, BiPredicate<Integer, Integer> visible) {
@@ -110,6 +185,8 @@ public final class AttentionTest {
             final var result = Attention.run(arena, one, one, one, new Options().withCausal());
             check(result.lse() == null && result.output().doubles()[1] == 2, "row 0 is not its value");
         });
+        test("float8", AttentionTest::float8);
+        float8Refusals();
         test("version", arena -> check(Attention.version().matches("\\d+\\.\\d+\\.\\d+"), Attention.version()));
         refused("heads", DlattnException.class, "has 3 heads, must divide the query's 4", arena -> {
             final Tensor three = floats(arena, 2, 1, 3, 5, 8);
