@@ -22,7 +22,7 @@ const Desc = koffi.struct({
     ...fields("int64", "max_seqlen_q max_seqlen_k"), kernel: "char *", ...fields("int32", "num_threads reserved0"),
 });
 const slots = "query key value output lse bias mask alibi_slopes sinks query_lengths key_lengths " +
-    "cu_seqlens_q cu_seqlens_k block_table";
+    "cu_seqlens_q cu_seqlens_k block_table query_segments key_segments block_mask query_scale key_scale value_scale";
 const Tensors = koffi.struct({ struct_size: "size_t", ...fields(koffi.pointer(DLTensor), slots) });
 const Exec = koffi.struct({
     struct_size: "size_t", flags: "uint64", ...fields("void *", "stream workspace"), workspace_bytes: "size_t",
@@ -59,22 +59,39 @@ const select = bind(api.forward_query, "int32", [...arguments_, koffi.inout(koff
 const forward = bind(api.forward, "int32", [...arguments_, koffi.pointer(Exec)]);
 const check = (status) => { if (status !== 0) throw new Error(lastError()); };
 
-const KINDS = new Map([[Float32Array, 32], [Float64Array, 64]]);
+const FLOATS = new Map([[Float32Array, { code: 2, bits: 32 }], [Float64Array, { code: 2, bits: 64 }]]);
+const FLOAT8 = new Map([["float8_e4m3fn", { code: 10, bits: 8 }], ["float8_e5m2", { code: 12, bits: 8 }]]);
 
-/** A typed array, Float32Array or Float64Array, as a tensor of this shape, row-major without gaps. */
-export function tensor(data, shape) {
+/** DLPack's code and bits. */
+function kindOf(data, dtype) {
+    if (data instanceof Uint8Array) {
+        if (!FLOAT8.has(dtype)) throw new TypeError(`dtype: is ${dtype}, a Uint8Array needs ${[...FLOAT8.keys()].join(" or ")}`);
+        return FLOAT8.get(dtype);
+    }
+    if (!FLOATS.has(data?.constructor)) throw new TypeError("data: must be a Float32Array, a Float64Array or a Uint8Array with a dtype");
+    if (dtype !== undefined) throw new TypeError(`dtype: is ${dtype}, only a Uint8Array has one`);
+    return FLOATS.get(data.constructor);
+}
+
+/**
+ * A typed array as a tensor of this shape, row-major without gaps: a Float32Array, a Float64Array, or a Uint8Array with the dtype that
+ * its bytes hold, "float8_e4m3fn" or "float8_e5m2".
+ */
+export function tensor(data, shape, dtype) {
     const count = shape.reduce((a, b) => a * b, 1);
-    if (!KINDS.has(data?.constructor)) throw new TypeError("data: must be a Float32Array or a Float64Array");
+    kindOf(data, dtype);
     if (data.length !== count) throw new RangeError(`data: has ${data.length} elements, [${shape}] has ${count}`);
-    return { data, shape };
+    return { data, shape, dtype };
 }
 
 // Null strides say "row-major, no gaps".
-const dlpack = ({ data, shape }) => zero(DLTensor, {
-    data, device_type: 1, ndim: shape.length, code: 2, bits: KINDS.get(data.constructor), lanes: 1,
-    shape: BigInt64Array.from(shape, BigInt),
+const dlpack = ({ data, shape, dtype }) => zero(DLTensor, {
+    data, device_type: 1, ndim: shape.length, ...kindOf(data, dtype), lanes: 1, shape: BigInt64Array.from(shape, BigInt),
 });
-const OPTIONS = new Set(["causal", "scale", "softcap", "window", "alignment", "numThreads", "kernel", "lse"]);
+const SCALES = { queryScale: "query_scale", keyScale: "key_scale", valueScale: "value_scale" };
+const OPTIONS = new Set([
+    "causal", "scale", "softcap", "window", "alignment", "numThreads", "kernel", "lse", ...Object.keys(SCALES),
+]);
 const ALIGNMENTS = { topLeft: 0, bottomRight: 1 };
 const WINDOW = 1n; // DLATTN_WINDOW of dlattn.h
 
@@ -91,20 +108,35 @@ function describe(options) {
     });
 }
 
+/** The slots of the scales that there are; a number is one for the whole tensor. */
+function scaleSlots(options) {
+    const slots = {};
+    for (const [name, slot] of Object.entries(SCALES)) {
+        const given = options[name] ?? null;
+        if (given === null) continue;
+        const scale = typeof given === "number" ? tensor(Float32Array.of(given), [1]) : given;
+        if (!(scale.data instanceof Float32Array)) throw new TypeError(`${name}: must be a number or a tensor of a Float32Array`);
+        slots[slot] = dlpack(scale);
+    }
+    return slots;
+}
+
 /**
  * softmax(scale * query key^T) value over the keys that are visible.
  *
- * query: tensor of [B, H, Lq, D]; key [B, H_kv, Lk, D]; value [B, H_kv, Lk, D_v]. Options: causal, scale (default
- * 1 / sqrt(D)), softcap, window [left, right] (-1 is unbounded), alignment "topLeft" or "bottomRight" of causal and window,
- * numThreads, kernel, and lse: true for the log-sum-exp of each row. Returns { output, lse }, both tensors.
+ * query: tensor of [B, H, Lq, D]; key [B, H_kv, Lk, D]; value [B, H_kv, Lk, D_v]; all of one type, or of float8, each its own. Options:
+ * causal, scale (default 1 / sqrt(D)), softcap, window [left, right] (-1 is unbounded), alignment "topLeft" or "bottomRight" of causal
+ * and window, numThreads, kernel, lse: true for the log-sum-exp of each row, and queryScale, keyScale, valueScale, which multiply these
+ * tensors: a positive number, or a tensor of a Float32Array, [B|1, H|1] or [B|1, H_kv|1]. Returns { output, lse }, both tensors; the
+ * output is of the query's type, or of float32 if that is float8.
  */
 export function attention(query, key, value, options = {}) {
     const desc = describe(options);
     const shape = [...query.shape.slice(0, -1), value.shape.at(-1)];
     const made = (dims, Kind) => tensor(new Kind(dims.reduce((a, b) => a * b, 1)), dims);
-    const output = made(shape, query.data.constructor);
+    const output = made(shape, query.dtype ? Float32Array : query.data.constructor);
     const lse = options.lse ? made(shape.slice(0, -1), Float32Array) : undefined;
-    const slots = { query: dlpack(query), key: dlpack(key), value: dlpack(value), output: dlpack(output) };
+    const slots = { query: dlpack(query), key: dlpack(key), value: dlpack(value), output: dlpack(output), ...scaleSlots(options) };
     const tensors = zero(Tensors, lse ? { ...slots, lse: dlpack(lse) } : slots);
     const sku = zero(Sku, {});
     check(select(desc, tensors, sku));
