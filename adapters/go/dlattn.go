@@ -107,12 +107,17 @@ func Version() (string, error) {
 // [B, H_kv, Lk, D], value [B, H_kv, Lk, D_v], and H a multiple of H_kv; the output is [B, H, Lq, D_v] and the log-sum-exp, if
 // Options.LSE, [B, H, Lq]. Key and value are of the query's type or float8, each its own. It returns when the result is there,
 // and may be called from many goroutines.
-func Attention[E Element, K, V Stored](query Tensor[E], key Tensor[K], value Tensor[V], options Options) (output Tensor[E], lse Tensor[float32], err error) {
+func Attention[E Element, K, V Stored](
+	query Tensor[E], key Tensor[K], value Tensor[V], options Options,
+) (output Tensor[E], lse Tensor[float32], err error) {
 	return AttentionAs[E](query, key, value, options)
 }
 
-// AttentionAs is Attention with an output of type E, which a query of float8 needs: AttentionAs[float32](query, key, value, options).
-func AttentionAs[E Element, Q, K, V Stored](query Tensor[Q], key Tensor[K], value Tensor[V], options Options) (output Tensor[E], lse Tensor[float32], err error) {
+// AttentionAs is Attention with an output of type E, which a query of float8 needs:
+// AttentionAs[float32](query, key, value, options).
+func AttentionAs[E Element, Q, K, V Stored](
+	query Tensor[Q], key Tensor[K], value Tensor[V], options Options,
+) (output Tensor[E], lse Tensor[float32], err error) {
 	api, err := load()
 	if err != nil {
 		return output, lse, err

@@ -48,5 +48,7 @@ public record Options(boolean causal, boolean bottomRight, long[] window, double
 
     public Options withValueScale(Tensor scale) { return withScales(new Scales(scales.query, scales.key, scale)); }
 
-    private Options withScales(Scales scales) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales); }
+    private Options withScales(Scales scales) {
+        return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales);
+    }
 }

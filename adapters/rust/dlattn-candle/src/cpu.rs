@@ -1,11 +1,11 @@
 use crate::{
-    backward_call, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients, E4M3,
+    backward_call, lse_dims, no_dtype, output_dims, set_extras, Backward, Forward, Gradients,
 };
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, DType, Error, Layout, Result, Shape, Storage, StorageRef, WithDType,
 };
-use dlattn::{Device, Element, Library, Tensor, TensorMut, Tensors};
+use dlattn::{Device, Element, Float8, Library, Tensor, TensorMut, Tensors};
 use half::{bf16, f16};
 use std::ffi::c_void;
 
@@ -133,6 +133,14 @@ fn view<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<Tensor<'a>> 
 /// Elements of one byte, of whose type this crate only knows the name.
 fn float8_view<'a>(data: *const c_void, layout: &Layout) -> Result<Tensor<'a>> {
     // SAFETY: candle's layouts stay inside their storage, which is borrowed for 'a.
-    unsafe { Tensor::from_raw(data, Device::Cpu, E4M3, layout.dims(), layout.stride()) }
-        .map_err(Error::wrap)
+    unsafe {
+        Tensor::from_raw(
+            data,
+            Device::Cpu,
+            Float8::E4M3Fn.dtype(),
+            layout.dims(),
+            layout.stride(),
+        )
+    }
+    .map_err(Error::wrap)
 }

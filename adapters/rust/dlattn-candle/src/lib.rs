@@ -25,7 +25,6 @@ mod cuda;
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Error, Layout, Result, Shape, Storage, StorageRef, Tensor,
 };
-use dlattn::ffi::DLDataType;
 pub use dlattn::{Alignment, Options};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -67,6 +66,12 @@ pub struct Attention {
     pub cu_seqlens_k: Option<Tensor>,
     /// Integers `[B, max_pages]`: the pages of a paged key and value.
     pub block_table: Option<Tensor>,
+    /// f32 `[1]` or `[B|1, H|1]`, other floats are converted: what is multiplied with the query.
+    pub query_scale: Option<Tensor>,
+    /// The same for the key, `[B|1, H_kv|1]`, of pages `[pages|1, H_kv|1]`.
+    pub key_scale: Option<Tensor>,
+    /// The same for the value.
+    pub value_scale: Option<Tensor>,
 }
 
 impl Attention {
@@ -148,6 +153,9 @@ impl Attention {
         for (name, tensor) in [
             ("alibi_slopes", &mut all.alibi_slopes),
             ("sinks", &mut all.sinks),
+            ("query_scale", &mut all.query_scale),
+            ("key_scale", &mut all.key_scale),
+            ("value_scale", &mut all.value_scale),
         ] {
             replace(tensor, |t| {
                 expect_device(name, &t, query.device())?;
@@ -182,6 +190,9 @@ impl Attention {
             &self.cu_seqlens_q,
             &self.cu_seqlens_k,
             &self.block_table,
+            &self.query_scale,
+            &self.key_scale,
+            &self.value_scale,
         ]
     }
 }
@@ -200,13 +211,6 @@ fn expect_device(name: &str, tensor: &Tensor, device: &Device) -> Result<()> {
         "dlattn: {name}: is on {on:?}, query is on {query_on:?}"
     )))
 }
-
-/// candle's F8E4M3.
-const E4M3: DLDataType = DLDataType {
-    code: dlattn::ffi::DL_FLOAT8_E4M3FN,
-    bits: 8,
-    lanes: 1,
-};
 
 fn expect_float(name: &str, tensor: &Tensor) -> Result<()> {
     match tensor.dtype() {
@@ -248,7 +252,7 @@ fn in_32_bits(name: &str, tensor: Tensor) -> Result<Tensor> {
     )
 }
 
-const EXTRAS: usize = 9;
+const EXTRAS: usize = 12;
 
 fn set_extras<'a>(tensors: &mut dlattn::Tensors<'a>, extras: [Option<dlattn::Tensor<'a>>; EXTRAS]) {
     [
@@ -261,6 +265,9 @@ fn set_extras<'a>(tensors: &mut dlattn::Tensors<'a>, extras: [Option<dlattn::Ten
         tensors.cu_seqlens_q,
         tensors.cu_seqlens_k,
         tensors.block_table,
+        tensors.query_scale,
+        tensors.key_scale,
+        tensors.value_scale,
     ] = extras;
 }
 

@@ -318,6 +318,21 @@ fn float8_caches() -> Result<()> {
     }
     let says = attention(&k, &k, &v, &options).unwrap_err().to_string();
     assert!(says.contains("query: candle's F8E4M3"), "{says}");
+    let mut scaled = Attention {
+        key_scale: Some(Tensor::new(&[[0.5f32], [2.0]], &Device::Cpu)?),
+        value_scale: Some(Tensor::new(&[3f64], &Device::Cpu)?),
+        ..Attention::new(options.clone())
+    };
+    let ours = scaled.forward(&q, &k, &v)?;
+    let wide = k
+        .to_dtype(DType::F32)?
+        .broadcast_mul(&Tensor::new(&[[[[0.5f32]]], [[[2.0]]]], &Device::Cpu)?)?;
+    let (wanted, _) = reference(&q, &wide, &(v.to_dtype(DType::F32)? * 3.0)?, None)?;
+    let apart = (ours.to_dtype(DType::F64)? - wanted)?.abs()?.max_all()?;
+    assert!(apart.to_scalar::<f64>()? < 1e-5);
+    scaled.value_scale = Some(Tensor::new(&[-1f32], &Device::Cpu)?);
+    let says = scaled.forward(&q, &k, &v).unwrap_err().to_string();
+    assert!(says.contains("value_scale: entry [0, 0] is -1"), "{says}");
     let loss = attention(Var::from_tensor(&q)?.as_tensor(), &k, &v, &options)?.sum_all()?;
     let says = loss.backward().unwrap_err().to_string();
     assert!(says.contains("float8"), "{says}");

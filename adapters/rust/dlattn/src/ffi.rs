@@ -18,6 +18,7 @@ pub const DL_FLOAT: u8 = 2;
 pub const DL_BFLOAT: u8 = 4;
 pub const DL_BOOL: u8 = 6;
 pub const DL_FLOAT8_E4M3FN: u8 = 10;
+pub const DL_FLOAT8_E5M2: u8 = 12;
 
 /// `dlattn_sku.flags`
 pub const KERNEL_REFERENCE: u64 = 1;
@@ -86,6 +87,13 @@ pub struct Tensors {
     pub cu_seqlens_q: *const DLTensor,
     pub cu_seqlens_k: *const DLTensor,
     pub block_table: *const DLTensor,
+    // ABI 1.1
+    pub query_segments: *const DLTensor,
+    pub key_segments: *const DLTensor,
+    pub block_mask: *const DLTensor,
+    pub query_scale: *const DLTensor,
+    pub key_scale: *const DLTensor,
+    pub value_scale: *const DLTensor,
 }
 
 /// ABI 1.1.
@@ -278,7 +286,7 @@ const _: () = {
     use std::mem::{offset_of, size_of};
     assert!(size_of::<DLTensor>() == 48 && offset_of!(DLTensor, byte_offset) == 40);
     assert!(size_of::<ForwardDesc>() == 88 && offset_of!(ForwardDesc, kernel) == 72);
-    assert!(size_of::<Tensors>() == 120 && offset_of!(Tensors, block_table) == 112);
+    assert!(size_of::<Tensors>() == 168 && offset_of!(Tensors, value_scale) == 160);
     assert!(size_of::<Exec>() == 56 && offset_of!(Exec, parallel_ctx) == 48);
     assert!(size_of::<Sku>() == 120 && offset_of!(Sku, contiguous) == 72);
     assert!(size_of::<Gradients>() == 72 && size_of::<Partials>() == 48);

@@ -31,4 +31,4 @@ mod tensor;
 pub use error::{Error, Status};
 pub use library::{Exec, Kernel, Library, Plan, Sku};
 pub use options::{Alignment, Append, Gradients, Options, Tensors};
-pub use tensor::{compact, Device, Element, Stride, Tensor, TensorMut, MAX_AXES};
+pub use tensor::{compact, Device, Element, Float8, Stride, Tensor, TensorMut, MAX_AXES};

@@ -92,7 +92,8 @@ impl Options {
 }
 
 /// The tensors of one call, all on one device. E is f16, bf16, f32 or f64, the same for query, key,
-/// value and output.
+/// value and output; query, key and value may also hold float8, each its own
+/// ([`Tensor::holding`]).
 #[derive(Debug)]
 pub struct Tensors<'a> {
     /// E `[B, H, Lq, D]`, or packed `[total_q, H, D]` with `cu_seqlens_q`.
@@ -124,6 +125,12 @@ pub struct Tensors<'a> {
     pub cu_seqlens_k: Option<Tensor<'a>>,
     /// i32 `[B, max_pages]`: the page of each `page_size` keys of a batch.
     pub block_table: Option<Tensor<'a>>,
+    /// f32 `[1]` or `[B|1, H|1]`, positive and finite: what is multiplied with the query.
+    pub query_scale: Option<Tensor<'a>>,
+    /// f32 `[1]` or `[B|1, H_kv|1]`, of pages `[pages|1, H_kv|1]`: the same for the key.
+    pub key_scale: Option<Tensor<'a>>,
+    /// As `key_scale`, for the value.
+    pub value_scale: Option<Tensor<'a>>,
 }
 
 impl<'a> Tensors<'a> {
@@ -149,6 +156,9 @@ impl<'a> Tensors<'a> {
             cu_seqlens_q: None,
             cu_seqlens_k: None,
             block_table: None,
+            query_scale: None,
+            key_scale: None,
+            value_scale: None,
         }
     }
 
@@ -171,6 +181,9 @@ impl<'a> Tensors<'a> {
             &self.cu_seqlens_q,
             &self.cu_seqlens_k,
             &self.block_table,
+            &self.query_scale,
+            &self.key_scale,
+            &self.value_scale,
         ]
         .map(|tensor| tensor.as_ref().map(Tensor::dl));
         body(&ffi::Tensors {
@@ -189,6 +202,12 @@ impl<'a> Tensors<'a> {
             cu_seqlens_q: at(&inputs[6]),
             cu_seqlens_k: at(&inputs[7]),
             block_table: at(&inputs[8]),
+            query_segments: null(),
+            key_segments: null(),
+            block_mask: null(),
+            query_scale: at(&inputs[9]),
+            key_scale: at(&inputs[10]),
+            value_scale: at(&inputs[11]),
         })
     }
 }
@@ -263,7 +282,7 @@ impl<'a> Gradients<'a> {
 }
 
 /// New keys and values, and the cache behind whose rows they go, all in host memory. E is f16, bf16,
-/// f32 or f64; the caches may be of another of them.
+/// f32 or f64; the caches may be of another of them or hold float8 ([`TensorMut::holding`]).
 #[derive(Debug)]
 pub struct Append<'a> {
     /// E `[B, H_kv, Ln, D]`, or packed `[total, H_kv, D]` with `cu_seqlens`.
@@ -282,6 +301,11 @@ pub struct Append<'a> {
     pub cu_seqlens: Option<Tensor<'a>>,
     /// i32 `[B, max_pages]`.
     pub block_table: Option<Tensor<'a>>,
+    /// f32 `[1]` or `[B|1, H_kv|1]`, of pages `[pages|1, H_kv|1]`, positive and finite: what keys are
+    /// divided by.
+    pub key_scale: Option<Tensor<'a>>,
+    /// The same for values.
+    pub value_scale: Option<Tensor<'a>>,
 }
 
 impl Append<'_> {
@@ -290,8 +314,14 @@ impl Append<'_> {
         let (key, value) = (self.key.dl(), self.value.dl());
         let (key_cache, value_cache) = (self.key_cache.dl(), self.value_cache.dl());
         let cache_lengths = self.cache_lengths.dl();
-        let optional = [&self.new_lengths, &self.cu_seqlens, &self.block_table]
-            .map(|tensor| tensor.as_ref().map(Tensor::dl));
+        let optional = [
+            &self.new_lengths,
+            &self.cu_seqlens,
+            &self.block_table,
+            &self.key_scale,
+            &self.value_scale,
+        ]
+        .map(|tensor| tensor.as_ref().map(Tensor::dl));
         let own = ffi::DLDataType {
             code: 0,
             bits: 0,
@@ -307,8 +337,8 @@ impl Append<'_> {
             new_lengths: at(&optional[0]),
             cu_seqlens: at(&optional[1]),
             block_table: at(&optional[2]),
-            key_scale: null(),
-            value_scale: null(),
+            key_scale: at(&optional[3]),
+            value_scale: at(&optional[4]),
             key_cache_dtype: own,
             value_cache_dtype: own,
         })

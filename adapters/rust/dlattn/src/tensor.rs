@@ -1,5 +1,5 @@
 use crate::ffi::{self, DLDataType, DLTensor};
-use crate::Error;
+use crate::{Error, Status};
 use std::ffi::c_void;
 use std::fmt::Debug;
 use std::marker::PhantomData;
@@ -48,6 +48,30 @@ pub enum Device {
     Cpu,
     /// The memory of one NVIDIA GPU, by its ordinal.
     Cuda(i32),
+}
+
+/// What the bytes of a u8 tensor may hold, see [`Tensor::holding`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Float8 {
+    /// `float8_e4m3fn`: 4 bits of exponent and 3 of mantissa, no infinity.
+    E4M3Fn,
+    /// `float8_e5m2`: the upper half of an f16.
+    E5M2,
+}
+
+impl Float8 {
+    /// The DLPack type.
+    pub const fn dtype(self) -> DLDataType {
+        let code = match self {
+            Self::E4M3Fn => ffi::DL_FLOAT8_E4M3FN,
+            Self::E5M2 => ffi::DL_FLOAT8_E5M2,
+        };
+        DLDataType {
+            code,
+            bits: 8,
+            lanes: 1,
+        }
+    }
 }
 
 /// A tensor that a call reads: up to four axes, any strides, borrowed for `'a`.
@@ -136,6 +160,17 @@ impl<'a> Tensor<'a> {
         })
     }
 
+    /// The same bytes as float8: `Tensor::new(&bytes, &shape)?.holding(Float8::E4M3Fn)?`.
+    ///
+    /// # Errors
+    /// [`Error::Call`] if it is not a tensor of u8.
+    pub fn holding(self, float8: Float8) -> Result<Self, Error> {
+        Ok(Self {
+            raw: self.raw.holding(float8)?,
+            ..self
+        })
+    }
+
     /// Where it lives.
     pub fn device(&self) -> Device {
         self.raw.device
@@ -191,6 +226,17 @@ impl<'a> TensorMut<'a> {
         Ok(Self {
             raw,
             borrow: PhantomData,
+        })
+    }
+
+    /// The same bytes as float8, as [`Tensor::holding`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn holding(self, float8: Float8) -> Result<Self, Error> {
+        Ok(Self {
+            raw: self.raw.holding(float8)?,
+            ..self
         })
     }
 
@@ -276,6 +322,22 @@ impl Raw {
         Err(Error::Shape(format!(
             "shape {shape:?} with strides {strides:?} from element {first} reaches beyond a slice of {len} elements"
         )))
+    }
+
+    fn holding(self, float8: Float8) -> Result<Self, Error> {
+        if self.dtype != u8::DTYPE {
+            let DLDataType { code, bits, .. } = self.dtype;
+            return Err(Error::Call {
+                status: Status::InvalidArgument,
+                message: format!(
+                    "{float8:?}: is held by tensors of u8; this one has DLPack's type {code} of {bits} bits"
+                ),
+            });
+        }
+        Ok(Self {
+            dtype: float8.dtype(),
+            ..self
+        })
     }
 
     /// Points into `self`, so it is valid as long as `self` stays where it is.

@@ -1,8 +1,8 @@
 //! The crate against plain loops in f64. `DLATTN_LIBRARY` names the library.
 
 use dlattn::{
-    compact, Alignment, Append, Error, Gradients, Library, Options, Status, Tensor, TensorMut,
-    Tensors,
+    compact, Alignment, Append, Error, Float8, Gradients, Library, Options, Status, Tensor,
+    TensorMut, Tensors,
 };
 use half::{bf16, f16};
 
@@ -464,10 +464,222 @@ fn append_to_a_cache() {
         new_lengths: None,
         cu_seqlens: None,
         block_table: None,
+        key_scale: None,
+        value_scale: None,
     };
     library().append(&mut tensors).unwrap();
     for (cache, rows) in [(&key_cache, &key), (&value_cache, &value)] {
         assert_eq!(cache[4..12], rows[..]);
         assert!(cache[..4].iter().chain(&cache[12..]).all(|&x| x == 7.0));
+    }
+}
+
+/// What the bytes of a cache stand for.
+fn widened(codes: &[u8], float8: Float8) -> Vec<f32> {
+    let wide = |&code: &u8| match float8 {
+        Float8::E5M2 => f16::from_bits(u16::from(code) << 8).to_f32(),
+        // An f16 of 2^-8 the size.
+        Float8::E4M3Fn => {
+            let sign = u16::from(code & 0x80) << 8;
+            f16::from_bits(sign | u16::from(code & 0x7f) << 7).to_f32() * 256.0
+        }
+    };
+    codes.iter().map(wide).collect()
+}
+
+/// Bytes of float8 between 1/8 and 2, of either sign.
+fn codes(seed: u64, count: usize, float8: Float8) -> Vec<u8> {
+    let (first, values) = match float8 {
+        Float8::E4M3Fn => (0x20, 32.0),
+        Float8::E5M2 => (0x30, 16.0),
+    };
+    let code = |x: f32| (first + (x.abs() / 2.0 * values) as u8) | if x < 0.0 { 0x80 } else { 0 };
+    // numbers() may be -2, whose code would be one too far.
+    numbers(seed, count)
+        .iter()
+        .map(|&x| code(x * 0.99))
+        .collect()
+}
+
+fn float8_tensor<'a>(codes: &'a [u8], shape: &[usize], float8: Float8) -> Tensor<'a> {
+    let bytes = Tensor::new(codes, shape).unwrap();
+    bytes.holding(float8).unwrap()
+}
+
+/// Each of so many groups of elements times its own scale.
+fn scaled(x: &[f32], scales: &[f32]) -> Vec<f32> {
+    let group = x.len() / scales.len();
+    x.iter()
+        .enumerate()
+        .map(|(i, x)| x * scales[i / group])
+        .collect()
+}
+
+/// Keys of e4m3 and values of e5m2 with scales: beside loops over what they stand for, and, in double,
+/// the bits that those numbers give as f32.
+#[test]
+fn float8_with_scales() {
+    let q = numbers(1, QUERY.iter().product());
+    let k = codes(2, KEY.iter().product(), Float8::E4M3Fn);
+    let v = codes(3, VALUE.iter().product(), Float8::E5M2);
+    let (key_scale, value_scale, query_scale) = ([0.5f32, 2.0, 1.0, 0.25], [4f32, 0.5], [2f32]);
+    let wide_q = scaled(&q, &query_scale);
+    let wide_k = scaled(&widened(&k, Float8::E4M3Fn), &key_scale);
+    let wide_v = scaled(&widened(&v, Float8::E5M2), &value_scale);
+    let run = |float8: bool, kernel: Option<&str>| {
+        let mut o = vec![f32::NAN; OUTPUT.iter().product()];
+        let mut tensors = Tensors::new(
+            Tensor::new(if float8 { &q } else { &wide_q }, &QUERY).unwrap(),
+            Tensor::new(&wide_k, &KEY).unwrap(),
+            Tensor::new(&wide_v, &VALUE).unwrap(),
+            TensorMut::new(&mut o, &OUTPUT).unwrap(),
+        );
+        if float8 {
+            tensors.key = float8_tensor(&k, &KEY, Float8::E4M3Fn);
+            tensors.value = float8_tensor(&v, &VALUE, Float8::E5M2);
+            tensors.query_scale = Some(Tensor::new(&query_scale, &[1]).unwrap());
+            tensors.key_scale = Some(Tensor::new(&key_scale, &[2, 2]).unwrap());
+            tensors.value_scale = Some(Tensor::new(&value_scale, &[2, 1]).unwrap());
+        }
+        let kernel = kernel.map(str::to_owned);
+        let options = Options { kernel, ..causal() };
+        library().forward(&options, &mut tensors).unwrap();
+        o
+    };
+    let (expected, _) = reference(QUERY, [2, 9, 12], (&wide_q, &wide_k, &wide_v), true);
+    assert_close(run(true, None).iter().map(|&x| x.into()), &expected, 1e-5);
+    assert_eq!(
+        run(true, Some("cpu_fwd_ref")),
+        run(false, Some("cpu_fwd_ref"))
+    );
+}
+
+/// Pages of float8, each with scales of its own, beside pages of what they stand for.
+#[test]
+fn float8_pages_with_scales() {
+    let (pages, query) = ([3, 2, 4, 16], [2, 4, 1, 16]); // of 4 keys; one row for each batch
+    let q = numbers(1, query.iter().product());
+    let k = codes(2, pages.iter().product(), Float8::E4M3Fn);
+    let v = codes(3, pages.iter().product(), Float8::E4M3Fn);
+    let (key_scale, value_scale) = ([0.5f32, 2.0, 1.0, 0.25, 4.0, 1.0], [2f32, 1.0, 0.5]);
+    let wide_k = scaled(&widened(&k, Float8::E4M3Fn), &key_scale);
+    let wide_v = scaled(&widened(&v, Float8::E4M3Fn), &value_scale);
+    let (table, lengths) = ([2i32, 0, 1, 1], [7i32, 3]);
+    let run = |float8: bool| {
+        let mut o = vec![f32::NAN; query.iter().product()];
+        let mut tensors = Tensors::new(
+            Tensor::new(&q, &query).unwrap(),
+            Tensor::new(&wide_k, &pages).unwrap(),
+            Tensor::new(&wide_v, &pages).unwrap(),
+            TensorMut::new(&mut o, &query).unwrap(),
+        );
+        tensors.block_table = Some(Tensor::new(&table, &[2, 2]).unwrap());
+        tensors.key_lengths = Some(Tensor::new(&lengths, &[2]).unwrap());
+        if float8 {
+            tensors.key = float8_tensor(&k, &pages, Float8::E4M3Fn);
+            tensors.value = float8_tensor(&v, &pages, Float8::E4M3Fn);
+            tensors.key_scale = Some(Tensor::new(&key_scale, &[3, 2]).unwrap());
+            tensors.value_scale = Some(Tensor::new(&value_scale, &[3, 1]).unwrap());
+        }
+        library()
+            .forward(&Options::default(), &mut tensors)
+            .unwrap();
+        o
+    };
+    let wide: Vec<f64> = run(false).iter().map(|&x| x.into()).collect();
+    assert_close(run(true).iter().map(|&x| x.into()), &wide, 1e-5);
+}
+
+#[test]
+fn float8_refusals() {
+    let (q, bytes) = (numbers(1, 2 * 4 * 7 * 16), vec![0x38u8; 2 * 2 * 9 * 16]);
+    let mut o = vec![5f32; 2 * 4 * 7 * 16];
+    let error = Tensor::new(&q, &QUERY).unwrap().holding(Float8::E5M2);
+    assert!(
+        error.is_err_and(|e| e.to_string().starts_with("E5M2: is held by tensors of u8")),
+        "f32 is not float8"
+    );
+    let negative = [1f32, -1.0];
+    let three = [1f32; 3];
+    for (float8, scale, says) in [
+        (false, None, "key: dtype is uint8"),
+        (
+            true,
+            Some((&negative[1..], [1, 1])),
+            "key_scale: entry [0, 0] is -1, must be positive",
+        ),
+        (
+            true,
+            Some((&negative[..], [2, 1])),
+            "key_scale: entry [1, 0] is -1, must be positive",
+        ),
+        (
+            true,
+            Some((&three[..], [1, 3])),
+            "key_scale: axis 1 (heads) is 3",
+        ),
+    ] {
+        let cache = || match float8 {
+            true => float8_tensor(&bytes, &KEY, Float8::E4M3Fn),
+            false => Tensor::new(&bytes, &KEY).unwrap(),
+        };
+        let mut tensors = Tensors::new(
+            Tensor::new(&q, &QUERY).unwrap(),
+            cache(),
+            cache(),
+            TensorMut::new(&mut o, &QUERY).unwrap(),
+        );
+        tensors.key_scale = scale.map(|(data, shape)| Tensor::new(data, &shape).unwrap());
+        let error = library().forward(&causal(), &mut tensors).unwrap_err();
+        assert!(error.to_string().starts_with(says), "{error}, not {says}");
+    }
+    assert!(o.iter().all(|&x| x == 5.0), "a refused call writes nothing");
+}
+
+/// Rows are divided by their scale and rounded, beyond 448 to 448; a refused call writes nothing.
+#[test]
+fn append_to_a_cache_of_float8() {
+    let rows = [1f32, -1.0, 1.0625, 1e6];
+    let (mut key_cache, mut value_cache) = ([7u8; 3 * 4], [7u8; 3 * 4]);
+    let lengths = [1i32];
+    for (scale, says) in [(-1f32, "value_scale: entry [0, 0] is -1"), (0.5, "")] {
+        let scales = [scale];
+        let mut tensors = Append {
+            key: Tensor::new(&rows, &[1, 1, 1, 4]).unwrap(),
+            value: Tensor::new(&rows, &[1, 1, 1, 4]).unwrap(),
+            key_cache: TensorMut::new(&mut key_cache, &[1, 1, 3, 4])
+                .and_then(|cache| cache.holding(Float8::E4M3Fn))
+                .unwrap(),
+            value_cache: TensorMut::new(&mut value_cache, &[1, 1, 3, 4])
+                .and_then(|cache| cache.holding(Float8::E5M2))
+                .unwrap(),
+            cache_lengths: Tensor::new(&lengths, &[1]).unwrap(),
+            new_lengths: None,
+            cu_seqlens: None,
+            block_table: None,
+            key_scale: None,
+            value_scale: Some(Tensor::new(&scales, &[1, 1]).unwrap()),
+        };
+        match library().append(&mut tensors) {
+            Ok(()) => assert_eq!(says, ""),
+            Err(error) => {
+                assert!(
+                    !says.is_empty() && error.to_string().starts_with(says),
+                    "{error}"
+                );
+                assert!(key_cache.iter().chain(&value_cache).all(|&code| code == 7));
+            }
+        }
+    }
+    assert_eq!(
+        widened(&key_cache[4..8], Float8::E4M3Fn),
+        [1.0, -1.0, 1.0, 448.0]
+    );
+    assert_eq!(
+        widened(&value_cache[4..8], Float8::E5M2),
+        [2.0, -2.0, 2.0, 57344.0]
+    );
+    for cache in [key_cache, value_cache] {
+        assert!(cache[..4].iter().chain(&cache[8..]).all(|&code| code == 7));
     }
 }
