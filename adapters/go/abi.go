@@ -1,6 +1,7 @@
 package dlattn
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"os"
@@ -184,26 +185,29 @@ func describe(pins *runtime.Pinner, o Options) (*forwardDesc, error) {
 	return desc, nil
 }
 
-// setScales puts those that the options have into their slots.
-func (t *tensors) setScales(pins *runtime.Pinner, o Options) error {
-	for _, s := range []struct {
-		name  string
-		scale *Tensor[float32]
-		slot  **dlTensor
-	}{{"QueryScale", o.QueryScale, &t.queryScale}, {"KeyScale", o.KeyScale, &t.keyScale}, {"ValueScale", o.ValueScale, &t.valueScale}} {
-		if s.scale == nil {
-			continue
-		}
-		if err := filled(s.name, *s.scale); err != nil {
-			return err
-		}
-		*s.slot = pinned(pins, *s.scale)
+// setOptional fills the slots of the tensors that the options have.
+func (t *tensors) setOptional(pins *runtime.Pinner, o Options) error {
+	return cmp.Or(
+		optional(pins, &t.keyLengths, "KeyLengths", o.KeyLengths),
+		optional(pins, &t.blockTable, "BlockTable", o.BlockTable),
+		optional(pins, &t.queryScale, "QueryScale", o.QueryScale),
+		optional(pins, &t.keyScale, "KeyScale", o.KeyScale),
+		optional(pins, &t.valueScale, "ValueScale", o.ValueScale))
+}
+
+func optional[E Number](pins *runtime.Pinner, slot **dlTensor, name string, t *Tensor[E]) error {
+	if t == nil {
+		return nil
 	}
+	if err := filled(name, *t); err != nil {
+		return err
+	}
+	*slot = pinned(pins, *t)
 	return nil
 }
 
 // pinned is a tensor for the library, which stays where it is until the pins are taken out.
-func pinned[E Stored](pins *runtime.Pinner, t Tensor[E]) *dlTensor {
+func pinned[E Number](pins *runtime.Pinner, t Tensor[E]) *dlTensor {
 	shape := make([]int64, 0, 4)
 	for _, extent := range t.Shape {
 		shape = append(shape, int64(extent))
@@ -220,9 +224,11 @@ func pinned[E Stored](pins *runtime.Pinner, t Tensor[E]) *dlTensor {
 }
 
 // kindOf is DLPack's code and the bits.
-func kindOf[E Stored]() (code, bits uint8) {
+func kindOf[E Number]() (code, bits uint8) {
 	var e E
 	switch any(e).(type) {
+	case int32:
+		return 0, 32
 	case Float8E4M3FN:
 		return 10, 8
 	case Float8E5M2:

@@ -30,8 +30,13 @@ type Stored interface {
 	Element | Float8E4M3FN | Float8E5M2
 }
 
+// Number is what a tensor holds: beside those, the integers of Options.
+type Number interface {
+	Stored | int32
+}
+
 // Tensor is row-major without gaps; for attention its axes are [batch, heads, length, head_dim].
-type Tensor[E Stored] struct {
+type Tensor[E Number] struct {
 	Data  []E
 	Shape []int
 }
@@ -57,7 +62,11 @@ type Options struct {
 	Kernel      string  // the row to use; "" is the best
 	LSE         bool    // whether the log-sum-exp of each row is wanted, too
 
-	// What a tensor is multiplied with, positive and finite; nil is 1. [1], or [B|1, H|1]; of key and value [B|1, H_kv|1].
+	KeyLengths *Tensor[int32] // [B]: keys from there on are not read; nil is all
+	BlockTable *Tensor[int32] // [B, max_pages], with KeyLengths: key and value are pages [pages, H_kv, page_size, D], and these are each batch's
+
+	// What a tensor is multiplied with, positive and finite; nil is 1. [1] or [B|1, H|1]; of key and value [1] or [B|1, H_kv|1],
+	// of pages [pages|1, H_kv|1].
 	QueryScale, KeyScale, ValueScale *Tensor[float32]
 }
 
@@ -135,7 +144,7 @@ func AttentionAs[E Element, Q, K, V Stored](
 	}
 	slots := &tensors{query: pinned(&pins, query), key: pinned(&pins, key), value: pinned(&pins, value), output: pinned(&pins, made)}
 	slots.structSize = unsafe.Sizeof(*slots)
-	if err := slots.setScales(&pins, options); err != nil {
+	if err := slots.setOptional(&pins, options); err != nil {
 		return output, lse, err
 	}
 	sums := Tensor[float32]{}
@@ -160,7 +169,7 @@ func fourAxes[E Stored](name string, t Tensor[E]) error {
 }
 
 // filled refuses a tensor of more or fewer elements than its shape has.
-func filled[E Stored](name string, t Tensor[E]) error {
+func filled[E Number](name string, t Tensor[E]) error {
 	if len(t.Data) != count(t.Shape) {
 		return refused("%s: has %d elements, %v has %d", name, len(t.Data), t.Shape, count(t.Shape))
 	}

@@ -165,6 +165,24 @@ func TestFloat8(t *testing.T) {
 	near(t, output.Data, wanted, 1e-5)
 }
 
+// Pages of float8 with scales of their own; two of them hold 7 keys.
+func TestFloat8Pages(t *testing.T) {
+	q, bytes, scales := numbers[float32](1, 1, 2, 1, 8), codes(0x20, 32, 3, 1, 4, 8), []float32{0.5, 2, 3}
+	pages, wide := Float8[Float8E4M3FN](bytes, 3, 1, 4, 8), widened(3, bytes, scales, 3, 1, 4, 8)
+	keys := Tensor[float32]{Data: append(wide.Data[64:96:96], wide.Data[:32]...), Shape: []int{1, 1, 8, 8}}
+	output, _, err := Attention(q, pages, pages, Options{
+		BlockTable: &Tensor[int32]{Data: []int32{2, 0}, Shape: []int{1, 2}},
+		KeyLengths: &Tensor[int32]{Data: []int32{7}, Shape: []int{1}},
+		KeyScale:   &Tensor[float32]{Data: scales, Shape: []int{3, 1}},
+		ValueScale: &Tensor[float32]{Data: scales, Shape: []int{3, 1}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wanted, _ := reference(q, keys, keys, 1/math.Sqrt(8), func(row, key int) bool { return key < 7 })
+	near(t, output.Data, wanted, 1e-5)
+}
+
 func TestFloat8Refusals(t *testing.T) {
 	q := numbers[float32](1, 1, 4, 5, 8)
 	k := Float8[Float8E4M3FN](codes(0x20, 32, 1, 2, 7, 8), 1, 2, 7, 8)
@@ -178,6 +196,8 @@ func TestFloat8Refusals(t *testing.T) {
 		{Options{KeyScale: &Tensor[float32]{Data: make([]float32, 3), Shape: []int{1, 3}}}, "key_scale: axis 1 (heads) is 3"},
 		{Options{KeyScale: &Tensor[float32]{Shape: []int{1, 2}}}, "KeyScale: has 0 elements, [1 2] has 2"},
 		{Options{KeyScale: &Tensor[float32]{Data: []float32{1}}}, "key_scale: has 0 axes"},
+		{Options{KeyLengths: &Tensor[int32]{Data: []int32{8}, Shape: []int{1}}}, "key_lengths: entry 0 is 8"},
+		{Options{BlockTable: &Tensor[int32]{Data: []int32{0}, Shape: []int{1, 1}}}, "key_lengths: is absent, block_table needs it"},
 	} {
 		_, _, err := Attention(q, k, k, c.options)
 		if !errors.Is(err, InvalidArgument) || !strings.Contains(err.Error(), c.says) {

@@ -59,7 +59,9 @@ const select = bind(api.forward_query, "int32", [...arguments_, koffi.inout(koff
 const forward = bind(api.forward, "int32", [...arguments_, koffi.pointer(Exec)]);
 const check = (status) => { if (status !== 0) throw new Error(lastError()); };
 
-const FLOATS = new Map([[Float32Array, { code: 2, bits: 32 }], [Float64Array, { code: 2, bits: 64 }]]);
+const KINDS = new Map([
+    [Float32Array, { code: 2, bits: 32 }], [Float64Array, { code: 2, bits: 64 }], [Int32Array, { code: 0, bits: 32 }],
+]);
 const FLOAT8 = new Map([["float8_e4m3fn", { code: 10, bits: 8 }], ["float8_e5m2", { code: 12, bits: 8 }]]);
 
 /** DLPack's code and bits. */
@@ -68,14 +70,14 @@ function kindOf(data, dtype) {
         if (!FLOAT8.has(dtype)) throw new TypeError(`dtype: is ${dtype}, a Uint8Array needs ${[...FLOAT8.keys()].join(" or ")}`);
         return FLOAT8.get(dtype);
     }
-    if (!FLOATS.has(data?.constructor)) throw new TypeError("data: must be a Float32Array, a Float64Array or a Uint8Array with a dtype");
+    if (!KINDS.has(data?.constructor)) throw new TypeError("data: must be a Float32Array, Float64Array, Int32Array or a Uint8Array with a dtype");
     if (dtype !== undefined) throw new TypeError(`dtype: is ${dtype}, only a Uint8Array has one`);
-    return FLOATS.get(data.constructor);
+    return KINDS.get(data.constructor);
 }
 
 /**
- * A typed array as a tensor of this shape, row-major without gaps: a Float32Array, a Float64Array, or a Uint8Array with the dtype that
- * its bytes hold, "float8_e4m3fn" or "float8_e5m2".
+ * A typed array as a tensor of this shape, row-major without gaps: a Float32Array, a Float64Array, an Int32Array (lengths, pages), or a
+ * Uint8Array with the dtype that its bytes hold, "float8_e4m3fn" or "float8_e5m2".
  */
 export function tensor(data, shape, dtype) {
     const count = shape.reduce((a, b) => a * b, 1);
@@ -88,9 +90,15 @@ export function tensor(data, shape, dtype) {
 const dlpack = ({ data, shape, dtype }) => zero(DLTensor, {
     data, device_type: 1, ndim: shape.length, ...kindOf(data, dtype), lanes: 1, shape: BigInt64Array.from(shape, BigInt),
 });
-const SCALES = { queryScale: "query_scale", keyScale: "key_scale", valueScale: "value_scale" };
+// The optional tensors: their slots, what they hold, and what may be said instead.
+const INTEGERS = { Kind: Int32Array, must: "must be a tensor of an Int32Array" };
+const SCALE = { Kind: Float32Array, must: "must be a number or a tensor of a Float32Array" };
+const OPTIONAL = {
+    keyLengths: { slot: "key_lengths", ...INTEGERS }, blockTable: { slot: "block_table", ...INTEGERS },
+    queryScale: { slot: "query_scale", ...SCALE }, keyScale: { slot: "key_scale", ...SCALE }, valueScale: { slot: "value_scale", ...SCALE },
+};
 const OPTIONS = new Set([
-    "causal", "scale", "softcap", "window", "alignment", "numThreads", "kernel", "lse", ...Object.keys(SCALES),
+    "causal", "scale", "softcap", "window", "alignment", "numThreads", "kernel", "lse", ...Object.keys(OPTIONAL),
 ]);
 const ALIGNMENTS = { topLeft: 0, bottomRight: 1 };
 const WINDOW = 1n; // DLATTN_WINDOW of dlattn.h
@@ -108,15 +116,16 @@ function describe(options) {
     });
 }
 
-/** The slots of the scales that there are; a number is one for the whole tensor. */
-function scaleSlots(options) {
+/** The slots of the optional tensors that there are; a number is a scale of the whole tensor. */
+function optionalSlots(options) {
     const slots = {};
-    for (const [name, slot] of Object.entries(SCALES)) {
+    for (const [name, { slot, Kind, must }] of Object.entries(OPTIONAL)) {
         const given = options[name] ?? null;
         if (given === null) continue;
-        const scale = typeof given === "number" ? tensor(Float32Array.of(given), [1]) : given;
-        if (!(scale.data instanceof Float32Array)) throw new TypeError(`${name}: must be a number or a tensor of a Float32Array`);
-        slots[slot] = dlpack(scale);
+        const isScale = typeof given === "number" && Kind === Float32Array;
+        const found = isScale ? tensor(Float32Array.of(given), [1]) : given;
+        if (!(found.data instanceof Kind)) throw new TypeError(`${name}: ${must}`);
+        slots[slot] = dlpack(found);
     }
     return slots;
 }
@@ -126,9 +135,12 @@ function scaleSlots(options) {
  *
  * query: tensor of [B, H, Lq, D]; key [B, H_kv, Lk, D]; value [B, H_kv, Lk, D_v]; all of one type, or of float8, each its own. Options:
  * causal, scale (default 1 / sqrt(D)), softcap, window [left, right] (-1 is unbounded), alignment "topLeft" or "bottomRight" of causal
- * and window, numThreads, kernel, lse: true for the log-sum-exp of each row, and queryScale, keyScale, valueScale, which multiply these
- * tensors: a positive number, or a tensor of a Float32Array, [B|1, H|1] or [B|1, H_kv|1]. Returns { output, lse }, both tensors; the
- * output is of the query's type, or of float32 if that is float8.
+ * and window, numThreads, kernel, and lse: true for the log-sum-exp of each row;
+ * keyLengths [B]: keys from there on are not read; with it blockTable [B, max_pages]: key and value are pages [pages, H_kv, page_size, D],
+ * and these are each batch's; both of an Int32Array;
+ * queryScale, keyScale, valueScale, which multiply these tensors: a positive number, or a tensor of a Float32Array, [B|1, H|1] or
+ * [B|1, H_kv|1], of pages [pages|1, H_kv|1].
+ * Returns { output, lse }, both tensors; the output is of the query's type, or of float32 if that is float8.
  */
 export function attention(query, key, value, options = {}) {
     const desc = describe(options);
@@ -136,7 +148,7 @@ export function attention(query, key, value, options = {}) {
     const made = (dims, Kind) => tensor(new Kind(dims.reduce((a, b) => a * b, 1)), dims);
     const output = made(shape, query.dtype ? Float32Array : query.data.constructor);
     const lse = options.lse ? made(shape.slice(0, -1), Float32Array) : undefined;
-    const slots = { query: dlpack(query), key: dlpack(key), value: dlpack(value), output: dlpack(output), ...scaleSlots(options) };
+    const slots = { query: dlpack(query), key: dlpack(key), value: dlpack(value), output: dlpack(output), ...optionalSlots(options) };
     const tensors = zero(Tensors, lse ? { ...slots, lse: dlpack(lse) } : slots);
     const sku = zero(Sku, {});
     check(select(desc, tensors, sku));

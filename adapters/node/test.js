@@ -89,6 +89,19 @@ test("float8", () => {
     close(narrow.data, reference(widened(qBytes, q.shape, 3, [0.5]), wideK, wideV, () => true).output, 1e-5);
 });
 
+test("float8 pages with scales of their own", () => {
+    const [query, bytes, scales] = [make([1, 2, 1, 8], 1), codes(96, 0x20, 32), [0.5, 2, 3]];
+    const pages = tensor(bytes, [3, 1, 4, 8], "float8_e4m3fn"), { data } = widened(bytes, [3, 1, 4, 8], 3, scales);
+    const scale = tensor(Float32Array.from(scales), [3, 1]);
+    const options = {
+        blockTable: tensor(Int32Array.of(2, 0), [1, 2]), keyLengths: tensor(Int32Array.of(7), [1]), keyScale: scale, valueScale: scale,
+    };
+    const keys = tensor(Float32Array.of(...data.subarray(64), ...data.subarray(0, 24)), [1, 1, 7, 8]);
+    close(attention(query, pages, pages, options).output.data, reference(query, keys, keys, () => true).output, 1e-5);
+    assert.throws(() => attention(query, pages, pages, { ...options, keyLengths: undefined }), /key_lengths: is absent, block_table needs it/);
+    assert.throws(() => attention(query, pages, pages, { ...options, keyLengths: 7 }), /keyLengths: must be a tensor of an Int32Array/);
+});
+
 test("float8 refusals", () => {
     const key = tensor(codes(224, 0x20, 32), k.shape, "float8_e4m3fn");
     const refused = (options, says) => assert.throws(() => attention(q, key, key, options), says);
@@ -107,7 +120,7 @@ test("float8 refusals", () => {
 test("refusals", () => {
     assert.match(version, /^\d+\.\d+\.\d+$/);
     assert.throws(() => tensor(new Float32Array(3), [1, 1, 2, 2]), /data: has 3 elements, \[1,1,2,2\] has 4/);
-    assert.throws(() => tensor([1, 2], [1, 1, 1, 2]), /data: must be a Float32Array, a Float64Array or a Uint8Array with a dtype/);
+    assert.throws(() => tensor([1, 2], [1, 1, 1, 2]), /data: must be a Float32Array, Float64Array, Int32Array or a Uint8Array with a dtype/);
     assert.throws(() => attention(q, k, v, { casual: true }), /casual: is no option of attention/);
     assert.throws(() => attention(q, k, v, { alignment: "left" }), /alignment: is left, must be topLeft or/);
     assert.throws(() => attention(q, make([2, 3, 7, 8], 2), v), /value: axis 1 \(heads\) is 2, must be 3 as in key/);

@@ -39,10 +39,12 @@ public final class Attention {
         final Tensor lse = options.lse() ? Tensor.zeros(arena, Tensor.Type.FLOAT32, Arrays.copyOf(rows, 3)) : null;
         try (Arena call = Arena.ofConfined()) {
             final Tensor[] tensors = Arrays.copyOf(new Tensor[] {query, key, value, output, lse}, Library.SLOTS);
-            final Options.Scales scales = options.scales();
-            tensors[Library.QUERY_SCALE] = scales.query();
-            tensors[Library.QUERY_SCALE + 1] = scales.key();
-            tensors[Library.QUERY_SCALE + 2] = scales.value();
+            final Options.Tensors optional = options.tensors();
+            tensors[Library.KEY_LENGTHS] = optional.keyLengths();
+            tensors[Library.BLOCK_TABLE] = optional.blockTable();
+            tensors[Library.QUERY_SCALE] = optional.queryScale();
+            tensors[Library.KEY_SCALE] = optional.keyScale();
+            tensors[Library.VALUE_SCALE] = optional.valueScale();
             Library.get().forward(call, described(call, options), slots(call, tensors));
         }
         return new Result(output, lse);

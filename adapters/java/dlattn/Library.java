@@ -16,7 +16,7 @@ final class Library {
     static final int CPU = 1;                 // kDLCPU
     static final long WINDOW = 1;             // DLATTN_WINDOW
     static final int SLOTS = 20;              // of dlattn_tensors in ABI 1.1; older libraries take zeros behind what they know
-    static final int QUERY_SCALE = 17;        // its slot, before those of key and value
+    static final int KEY_LENGTHS = 10, BLOCK_TABLE = 13, QUERY_SCALE = 17, KEY_SCALE = 18, VALUE_SCALE = 19; // among these
     private static final long SKU = 104, EXEC = 56, TABLE = 56;
     private static final String SONAME = "libdlattn.so.1";
     private static final AddressLayout TEXT =

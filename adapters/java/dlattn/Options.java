@@ -12,43 +12,63 @@ package dlattn;
  * @param numThreads  0 is as many as pay
  * @param kernel      the row to use; null is the best
  * @param lse         whether the log-sum-exp of each row is wanted, too
- * @param scales      what query, key and value are multiplied with
+ * @param tensors     lengths, pages and scales
  */
 public record Options(boolean causal, boolean bottomRight, long[] window, double scale, double softcap, int numThreads,
-                      String kernel, boolean lse, Scales scales) {
+                      String kernel, boolean lse, Tensors tensors) {
     /**
-     * FLOAT32 [1], or [B|1, H|1] and, of key and value, [B|1, H_kv|1]; positive and finite; null is 1. Their memory has to be there
-     * as long as the options are in use.
+     * Tensors that a call may have; null is absent. Their memory has to be there as long as the options are in use.
+     *
+     * @param keyLengths INT32 [B]: keys from there on are not read
+     * @param blockTable INT32 [B, max_pages], with keyLengths: key and value are pages [pages, H_kv, page_size, D], and these are
+     *                   each batch's
+     * @param queryScale FLOAT32 [1] or [B|1, H|1], positive and finite: what the query is multiplied with
+     * @param keyScale   FLOAT32 [1] or [B|1, H_kv|1], of pages [pages|1, H_kv|1]: the same for the key
+     * @param valueScale the same for the value
      */
-    public record Scales(Tensor query, Tensor key, Tensor value) {}
+    public record Tensors(Tensor keyLengths, Tensor blockTable, Tensor queryScale, Tensor keyScale, Tensor valueScale) {}
 
-    public Options() { this(false, false, null, 0, 0, 0, null, false, new Scales(null, null, null)); }
+    public Options() { this(false, false, null, 0, 0, 0, null, false, new Tensors(null, null, null, null, null)); }
 
-    public Options withCausal() { return new Options(true, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales); }
+    public Options withCausal() { return new Options(true, bottomRight, window, scale, softcap, numThreads, kernel, lse, tensors); }
 
-    public Options withBottomRight() { return new Options(causal, true, window, scale, softcap, numThreads, kernel, lse, scales); }
+    public Options withBottomRight() { return new Options(causal, true, window, scale, softcap, numThreads, kernel, lse, tensors); }
 
     public Options withWindow(long left, long right) {
-        return new Options(causal, bottomRight, new long[] {left, right}, scale, softcap, numThreads, kernel, lse, scales);
+        return new Options(causal, bottomRight, new long[] {left, right}, scale, softcap, numThreads, kernel, lse, tensors);
     }
 
-    public Options withScale(double scale) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales); }
+    public Options withScale(double scale) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, tensors); }
 
-    public Options withSoftcap(double softcap) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales); }
+    public Options withSoftcap(double softcap) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, tensors); }
 
-    public Options withNumThreads(int numThreads) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales); }
+    public Options withNumThreads(int numThreads) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, tensors); }
 
-    public Options withKernel(String kernel) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales); }
+    public Options withKernel(String kernel) { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, tensors); }
 
-    public Options withLse() { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, true, scales); }
+    public Options withLse() { return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, true, tensors); }
 
-    public Options withQueryScale(Tensor scale) { return withScales(new Scales(scale, scales.key, scales.value)); }
+    public Options withKeyLengths(Tensor lengths) {
+        return with(new Tensors(lengths, tensors.blockTable, tensors.queryScale, tensors.keyScale, tensors.valueScale));
+    }
 
-    public Options withKeyScale(Tensor scale) { return withScales(new Scales(scales.query, scale, scales.value)); }
+    public Options withBlockTable(Tensor pages) {
+        return with(new Tensors(tensors.keyLengths, pages, tensors.queryScale, tensors.keyScale, tensors.valueScale));
+    }
 
-    public Options withValueScale(Tensor scale) { return withScales(new Scales(scales.query, scales.key, scale)); }
+    public Options withQueryScale(Tensor factor) {
+        return with(new Tensors(tensors.keyLengths, tensors.blockTable, factor, tensors.keyScale, tensors.valueScale));
+    }
 
-    private Options withScales(Scales scales) {
-        return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, scales);
+    public Options withKeyScale(Tensor factor) {
+        return with(new Tensors(tensors.keyLengths, tensors.blockTable, tensors.queryScale, factor, tensors.valueScale));
+    }
+
+    public Options withValueScale(Tensor factor) {
+        return with(new Tensors(tensors.keyLengths, tensors.blockTable, tensors.queryScale, tensors.keyScale, factor));
+    }
+
+    private Options with(Tensors tensors) {
+        return new Options(causal, bottomRight, window, scale, softcap, numThreads, kernel, lse, tensors);
     }
 }

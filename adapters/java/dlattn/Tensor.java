@@ -11,7 +11,7 @@ import java.lang.foreign.ValueLayout;
 public record Tensor(MemorySegment data, Type type, long... shape) {
     /** What a tensor holds; of those of 16 and 8 bits Java has only the bits. */
     public enum Type {
-        FLOAT16(2, 16), BFLOAT16(4, 16), FLOAT32(2, 32), FLOAT64(2, 64), FLOAT8_E4M3FN(10, 8), FLOAT8_E5M2(12, 8);
+        FLOAT16(2, 16), BFLOAT16(4, 16), FLOAT32(2, 32), FLOAT64(2, 64), FLOAT8_E4M3FN(10, 8), FLOAT8_E5M2(12, 8), INT32(0, 32);
 
         final byte code, bits; // of DLPack
 
@@ -37,6 +37,11 @@ public record Tensor(MemorySegment data, Type type, long... shape) {
     /** A copy of these numbers. */
     public static Tensor of(Arena arena, double[] numbers, long... shape) {
         return new Tensor(arena.allocateFrom(ValueLayout.JAVA_DOUBLE, numbers), Type.FLOAT64, shape);
+    }
+
+    /** A copy of these numbers. */
+    public static Tensor of(Arena arena, int[] numbers, long... shape) {
+        return new Tensor(arena.allocateFrom(ValueLayout.JAVA_INT, numbers), Type.INT32, shape);
     }
 
     /** A copy of these bytes, which hold numbers of that type: the codes of float8, one a byte. */

@@ -6,6 +6,7 @@ import java.lang.foreign.Arena;
 import java.util.Arrays;
 import java.util.function.BiFunction;
 import java.util.function.BiPredicate;
+import java.util.stream.IntStream;
 
 /** Runs its tests and prints how many passed and failed; the exit status is 1 if some failed. */
 public final class AttentionTest {
@@ -127,6 +128,22 @@ public final class AttentionTest {
         near(output.floats(), reference(widened(3, q, 0.5f), wideK, wideV, scale, (row, column) -> true)[0]);
     }
 
+    /** Pages of float8 with scales of their own, two of which hold 7 keys, beside those keys as floats. */
+    private static void float8Pages(Arena arena) {
+        final byte[] bytes = codes(0x20, 32, 3 * 4 * 8);
+        final double[] wide = widened(3, bytes, 0.5f, 2, 3), keys = new double[7 * 8];
+        for (int i = 0; i < keys.length; i++)
+            keys[i] = wide[i < 32 ? 64 + i : i - 32];
+        final Tensor query = floats(arena, 1, 1, 2, 1, 8), scale = Tensor.of(arena, new float[] {0.5f, 2, 3}, 3, 1);
+        final Tensor pages = Tensor.of(arena, bytes, Tensor.Type.FLOAT8_E4M3FN, 3, 1, 4, 8), key = narrow(arena, keys, 1, 1, 7, 8);
+        final Options options = new Options().withBlockTable(Tensor.of(arena, new int[] {2, 0}, 1, 2))
+            .withKeyLengths(Tensor.of(arena, new int[] {7}, 1)).withKeyScale(scale).withValueScale(scale);
+        final float[] wanted = Attention.run(arena, query, key, key, new Options()).output().floats();
+        near(Attention.run(arena, query, pages, pages, options).output().floats(), IntStream.range(0, 16).mapToDouble(i -> wanted[i]).toArray());
+        refused("pages without lengths", DlattnException.class, "key_lengths: is absent, block_table needs it",
+                other -> Attention.run(other, query, pages, pages, options.withKeyLengths(null)));
+    }
+
     private static void float8Refusals() {
         final float[] three = {1, 1, 1};
         refusedScale("negative", "key_scale: entry [0, 0] is -1, must be positive and finite", Options::withKeyScale, new float[] {-1}, 1);
@@ -186,6 +203,7 @@ public final class AttentionTest {
             check(result.lse() == null && result.output().doubles()[1] == 2, "row 0 is not its value");
         });
         test("float8", AttentionTest::float8);
+        test("float8 pages", AttentionTest::float8Pages);
         float8Refusals();
         test("version", arena -> check(Attention.version().matches("\\d+\\.\\d+\\.\\d+"), Attention.version()));
         refused("heads", DlattnException.class, "has 3 heads, must divide the query's 4", arena -> {
