@@ -63,7 +63,8 @@ type Options struct {
 	LSE         bool    // whether the log-sum-exp of each row is wanted, too
 
 	KeyLengths *Tensor[int32] // [B]: keys from there on are not read; nil is all
-	BlockTable *Tensor[int32] // [B, max_pages], with KeyLengths: key and value are pages [pages, H_kv, page_size, D], and these are each batch's
+	// [B, max_pages], with KeyLengths: which pages are each batch's, where key and value are [pages, H_kv, page_size, D].
+	BlockTable *Tensor[int32]
 
 	// What a tensor is multiplied with, positive and finite; nil is 1. [1] or [B|1, H|1]; of key and value [1] or [B|1, H_kv|1],
 	// of pages [pages|1, H_kv|1].

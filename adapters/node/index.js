@@ -136,8 +136,8 @@ function optionalSlots(options) {
  * query: tensor of [B, H, Lq, D]; key [B, H_kv, Lk, D]; value [B, H_kv, Lk, D_v]; all of one type, or of float8, each its own. Options:
  * causal, scale (default 1 / sqrt(D)), softcap, window [left, right] (-1 is unbounded), alignment "topLeft" or "bottomRight" of causal
  * and window, numThreads, kernel, and lse: true for the log-sum-exp of each row;
- * keyLengths [B]: keys from there on are not read; with it blockTable [B, max_pages]: key and value are pages [pages, H_kv, page_size, D],
- * and these are each batch's; both of an Int32Array;
+ * keyLengths [B]: keys from there on are not read; with it blockTable [B, max_pages]: which pages are each batch's, where key and value
+ * are [pages, H_kv, page_size, D]; both tensors of an Int32Array;
  * queryScale, keyScale, valueScale, which multiply these tensors: a positive number, or a tensor of a Float32Array, [B|1, H|1] or
  * [B|1, H_kv|1], of pages [pages|1, H_kv|1].
  * Returns { output, lse }, both tensors; the output is of the query's type, or of float32 if that is float8.

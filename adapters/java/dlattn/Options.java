@@ -20,8 +20,8 @@ public record Options(boolean causal, boolean bottomRight, long[] window, double
      * Tensors that a call may have; null is absent. Their memory has to be there as long as the options are in use.
      *
      * @param keyLengths INT32 [B]: keys from there on are not read
-     * @param blockTable INT32 [B, max_pages], with keyLengths: key and value are pages [pages, H_kv, page_size, D], and these are
-     *                   each batch's
+     * @param blockTable INT32 [B, max_pages], with keyLengths: which pages are each batch's, where key and value are
+     *                   [pages, H_kv, page_size, D]
      * @param queryScale FLOAT32 [1] or [B|1, H|1], positive and finite: what the query is multiplied with
      * @param keyScale   FLOAT32 [1] or [B|1, H_kv|1], of pages [pages|1, H_kv|1]: the same for the key
      * @param valueScale the same for the value
