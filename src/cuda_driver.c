@@ -88,8 +88,8 @@ static struct {
 
 /* ---- Opening it, once ----------------------------------------------------------------------------------------- */
 
-/* The compiler of the embedded code, CUDA 13.0: the first driver whose version number this is takes it. */
-enum { NEEDED_VERSION = 13000 };
+/* Whose assembler made the embedded code, CUDA 12: each driver of it and of what follows takes that. Blackwell has none before 570. */
+enum { NEEDED_VERSION = 12000 };
 
 struct device {
     CUdevice handle;
@@ -118,7 +118,7 @@ static int32_t driver_failed(CUresult error, const char *call) {
             return driver_failed(error_, #function);                                               \
     } while (0)
 
-/* The versions of the functions that CUDA 13.0 defines, whatever newer ones the driver has. */
+/* The versions of the functions that CUDA 12.0 defines, whatever newer ones the driver has. */
 static bool find_functions(void *library) {
     CUresult (*version)(int *) = NULL;
     CUresult (*find)(const char *, void **, int, uint64_t, int *) = NULL;
@@ -127,7 +127,7 @@ static bool find_functions(void *library) {
     *(void **)&find = dlsym(library, "cuGetProcAddress_v2");
     if (!version || version(&have) != CUDA_SUCCESS || have < NEEDED_VERSION || !find) {
         snprintf(why_not, sizeof why_not,
-                 "the CUDA driver is too old: it serves CUDA %d.%d, needed is %d.%d (driver 580 or "
+                 "the CUDA driver is too old: it serves CUDA %d.%d, needed is %d.%d (driver 525 or "
                  "newer)",
                  have / 1000, have % 1000 / 10, NEEDED_VERSION / 1000, NEEDED_VERSION % 1000 / 10);
         return false;

@@ -20,11 +20,11 @@ says() {
 echo "not a library" >"$folder/libcuda.so.1"
 says "no driver that can be opened" "no CUDA driver: $folder/libcuda.so.1: "
 cp -L "$3" "$folder/libcuda.so.1"
-says "driver too old" "the CUDA driver is too old: it serves CUDA 12.4, needed is 13.0 (driver 580 or newer)" \
-    STUB_VERSION=12040
+says "driver too old" "the CUDA driver is too old: it serves CUDA 11.8, needed is 12.0 (driver 525 or newer)" \
+    STUB_VERSION=11080
 says "a driver without a function" "the CUDA driver has no function cuTensorMapEncodeTiled" \
-    STUB_VERSION=13000 STUB_LACKS=cuTensorMapEncodeTiled
-says "no device" "the CUDA driver finds no GPU: no CUDA-capable device is detected" STUB_VERSION=13000 STUB_INIT=100
+    STUB_VERSION=12000 STUB_LACKS=cuTensorMapEncodeTiled
+says "no device" "the CUDA driver finds no GPU: no CUDA-capable device is detected" STUB_VERSION=12000 STUB_INIT=100
 says "no device, says a newer driver" "the CUDA driver finds no GPU: no CUDA-capable device is detected" \
     STUB_VERSION=14020 STUB_INIT=100
 if [ -e /dev/nvidiactl ]; then

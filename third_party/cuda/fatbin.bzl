@@ -15,13 +15,17 @@ _FLAGS = [
     "--Werror=all-warnings",
 ]
 
-def _compile(ctx, kind, arch):
+# PTX is rewritten as of the release before: what the compiler writes is known to that one, too.
+_PTX_VERSION = "8.8"
+
+def _ptx(ctx, arch):
     """One action for one architecture, so that they run side by side and are cached one by one."""
-    target = ("sm_" if kind == "cubin" else "compute_") + arch
-    out = ctx.actions.declare_file("%s.%s.%s" % (ctx.label.name, target, kind))
+    out = ctx.actions.declare_file("%s.compute_%s.ptx" % (ctx.label.name, arch))
     arguments = ctx.actions.args()
-    arguments.add("-" + kind)
-    arguments.add("-arch=" + target)
+    arguments.add(out)
+    arguments.add(ctx.file._nvcc)
+    arguments.add("-ptx")
+    arguments.add("-arch=compute_" + arch)
     arguments.add_all(_FLAGS)
 
     # Which line code comes from is for profilers alone, and more than half of an image: `--define=lineinfo=on`.
@@ -30,23 +34,41 @@ def _compile(ctx, kind, arch):
     arguments.add_all(ctx.attr.copts)
     arguments.add_all(ctx.attr.defines, format_each = "-D%s")
     arguments.add("-I.")
-    arguments.add("-o", out)
     arguments.add(ctx.file.src)
-    ctx.actions.run(
-        executable = ctx.file._nvcc,
+    ctx.actions.run_shell(
+        command = 'out=$1 && shift && "$@" -o "$out" && sed -i "s/^\\.version 9\\.0$/.version %s/" "$out"' % _PTX_VERSION,
         arguments = [arguments],
         inputs = [ctx.file.src] + ctx.files.hdrs,
         tools = [ctx.file._nvcc] + ctx.files._compiler,
         outputs = [out],
         mnemonic = "CudaCompile",
-        progress_message = "Compiling %s for %s" % (ctx.file.src.short_path, target),
+        progress_message = "Compiling %s for compute_%s" % (ctx.file.src.short_path, arch),
         use_default_shell_env = True,  # nvcc finds clang in PATH
     )
-    return struct(kind = "elf" if kind == "cubin" else "ptx", sm = arch, file = out)
+    return struct(kind = "ptx", sm = arch, file = out)
+
+def _cubin(ctx, arch, ptx):
+    """Code that every driver of CUDA 12 and later loads: third_party/ptxas."""
+    out = ctx.actions.declare_file("%s.sm_%s.cubin" % (ctx.label.name, arch))
+    arguments = ctx.actions.args()
+    arguments.add("-arch=sm_" + arch)
+    if ctx.var.get("lineinfo") == "on":
+        arguments.add("-lineinfo")
+    arguments.add("-o", out)
+    arguments.add(ptx)
+    ctx.actions.run(
+        executable = ctx.file._ptxas,
+        arguments = [arguments],
+        inputs = [ptx],
+        outputs = [out],
+        mnemonic = "CudaAssemble",
+        progress_message = "Assembling %s for sm_%s" % (ctx.file.src.short_path, arch),
+    )
+    return struct(kind = "elf", sm = arch, file = out)
 
 def _fatbin_impl(ctx):
-    images = [_compile(ctx, "cubin", arch) for arch in ctx.attr.archs]
-    images += [_compile(ctx, "ptx", arch) for arch in ctx.attr.ptx]
+    ptx = {arch: _ptx(ctx, arch) for arch in depset(ctx.attr.archs + ctx.attr.ptx).to_list()}
+    images = [_cubin(ctx, arch, ptx[arch].file) for arch in ctx.attr.archs] + [ptx[arch] for arch in ctx.attr.ptx]
     out = ctx.actions.declare_file(ctx.label.name)
     arguments = ctx.actions.args()
     arguments.add("--create=" + out.path)
@@ -73,6 +95,7 @@ _fatbin = rule(
         "_compiler": attr.label(default = "@cuda//:compiler"),
         "_fatbinary": attr.label(default = "@cuda//:bin/fatbinary", allow_single_file = True),
         "_nvcc": attr.label(default = "@cuda//:bin/nvcc", allow_single_file = True),
+        "_ptxas": attr.label(default = "@ptxas//:bin/ptxas", allow_single_file = True),
     },
 )
 
