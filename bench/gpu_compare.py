@@ -1,15 +1,16 @@
 """Two builds of the library beside each other on a GPU, in one process and in turns.
 
-    python3 bench/gpu_compare.py ./OLD.so ./NEW.so [--out FILE.csv] [--rounds N]
+    python3 bench/gpu_compare.py ./OLD.so ./NEW.so [--out FILE.csv] [--rounds N] [--kernel NAME]
 
 The cases are those of gpu_bench.py: its grid of forward calls in bf16 and f16, and decoding with a
-cold L2. Prints old / new for each, which is above 1 where the new one is faster, and the geometric
+cold L2; with --kernel, forward calls alone, by that row. Prints old / new for each, which is above 1 where the new one is faster, and the geometric
 means. Set DLATTN_COMMIT to what the CSV shall name.
 """
 
 import argparse
 import csv
 import datetime
+import itertools
 import math
 import os
 
@@ -25,12 +26,13 @@ def forward_cases():
             yield op, dtype, q, k, v, causal
 
 
-def time_case(libraries, case, count, flush):
+def time_case(libraries, case, kernel, count, flush):
     """The calls by name, and name -> (median, spread)."""
     op, _, q, k, v, causal = case
     calls, functions = {}, {}
     for name, library in libraries.items():
-        calls[name] = library.call(causal, query=q, key=k, value=v, output=torch.empty_like(q))
+        tensors = {"query": q, "key": k, "value": v, "output": torch.empty_like(q)}
+        calls[name] = library.call(causal, kernel, **tensors)
         if op == "decode":
             functions[f"before {name}"] = flush
         functions[name] = calls[name]
@@ -63,19 +65,20 @@ def main():
     parser.add_argument("new")
     parser.add_argument("--out")
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--kernel", type=str.encode)
     given = parser.parse_args()
     libraries = {"old": Library(given.old), "new": Library(given.new)}
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
     ratios, lines = {"fwd": [], "decode": []}, []
-    decoding = (("decode", *case, False) for case in decode_cases())
-    for case in (*forward_cases(), *decoding):
-        calls, times = time_case(libraries, case, given.rounds, other.max)
+    decoding = () if given.kernel else (("decode", *case, False) for case in decode_cases())
+    for case in itertools.chain(forward_cases(), decoding):
+        calls, times = time_case(libraries, case, given.kernel, given.rounds, other.max)
         ratio = times["old"][0] / times["new"][0]
         op, dtype, q, k, *_, causal = case
         ratios[op].append(ratio)
         print(f"{op} {dtype} {list(q.shape)} {list(k.shape)} causal {int(causal)}: {ratio:.3f}")
         lines += csv_lines(case, calls, times)
-    for op, of in ratios.items():
+    for op, of in ((op, of) for op, of in ratios.items() if of):
         mean = math.exp(sum(map(math.log, of)) / len(of))
         print(f"{op}: geometric mean {mean:.4f}, lowest {min(of):.3f}, {len(of)} cases")
     if given.out:

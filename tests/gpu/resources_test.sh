@@ -2,7 +2,8 @@
 # resources_test.sh CUOBJDUMP NVDISASM FATBIN...
 # Reads what was compiled: no kernel uses static shared memory beside the dynamic one that the plan counts, none has a
 # large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or more, an HGMMA counting as
-# four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL there.
+# four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL there. And
+# drivers before 580 load code whose ELF has ABI version 7, that of CUDA 12 (//third_party/ptxas); that of CUDA 13 is 8.
 set -euo pipefail
 cuobjdump=$1 nvdisasm=$2
 shift 2
@@ -26,6 +27,10 @@ for image in "$@"; do
     path=$(realpath "$image")
     (cd "$temporary" && rm -f ./*.cubin && "$OLDPWD/$cuobjdump" --extract-elf all "$path" >/dev/null)
     for cubin in "$temporary"/*.cubin; do
+        if [ "$(od -An -tu1 -j8 -N1 "$cubin" | tr -d ' ')" -ne 7 ]; then
+            echo "$(basename "$cubin"): not code of CUDA 12"
+            failed=1
+        fi
         while read -r name most moved; do
             echo "$(basename "$cubin") $name: $moved local accesses beside $most HMMA"
             if [ "$moved" -gt 16 ]; then
