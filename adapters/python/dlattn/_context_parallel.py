@@ -221,22 +221,26 @@ class Plan(NamedTuple):
         """The keys that a position then has, which are its columns of a bias or a mask."""
         return union(self.of_keys) if self.gathers else self.by_keys[position - step]
 
-    def check_placed(self, backend: str) -> None:
+    def check_placed(self, backend: str, dtype: str) -> None:
         """Refuses calls whose diagonal no kernel of the backend can have where it is."""
-        if _takes_offsets(backend):
+        if _takes_offsets(backend, dtype):
             return
         if any(call.placed[1] for step in self.steps for calls in step for call in calls):
             raise Unsupported(
-                f"alibi_slopes: no kernel of {backend} counts distances between rows and keys from "
-                "elsewhere (diagonal_offset), as parts of the keys need it; way='ulysses' needs "
-                "none, and neither does 'all_gather' under a causal mask"
+                f"alibi_slopes: no kernel of {backend} counts distances between rows and keys of "
+                f"{dtype} from elsewhere (diagonal_offset), as parts of the keys need it; "
+                "way='ulysses' needs none, and neither does 'all_gather' under a causal mask"
             )
 
 
 @functools.cache
-def _takes_offsets(backend: str) -> bool:
+def _takes_offsets(backend: str, dtype: str) -> bool:
+    listed = {"bfloat16": "bf16"}.get(dtype, dtype.replace("float", "f"))
     return any(
-        k.operation == "forward" and k.backend == backend and k.features & DIAGONAL_OFFSET
+        k.operation == "forward"
+        and k.backend == backend
+        and k.features & DIAGONAL_OFFSET
+        and listed in k.dtypes.split()
         for k in kernels()
     )
 

@@ -548,7 +548,8 @@ def _refusal(tensors: _Tensors, options: _Options, group: dist.ProcessGroup) -> 
     asked = Options(o.scale, o.softcap, *sides, o.causal, o.alignment, 0, 0)
     more = {n: x for n, x in zip(_SEGMENTS, t[-2:]) if x is not None}
     try:
-        _plan(options, rows, keys, t, group).check_placed(t.query.device.type)
+        dtype = str(t.query.dtype).removeprefix("torch.")
+        _plan(options, rows, keys, t, group).check_placed(t.query.device.type, dtype)
         _core.query(*_arguments(given, asked, *results), **more)
     except Error as error:
         return error
