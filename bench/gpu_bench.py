@@ -1,8 +1,8 @@
 """Attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
-                                                                       [--ops fwd,bwd,decode,merge,call]
-                                                                       [--dims 64,128,192/128]
+                                                         [--ops fwd,bwd,decode,merge,call]
+                                                         [--dims 64,128,192/128]
 
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
 short busy loop of the device so that the host's own time stays out. The figures are medians; the
