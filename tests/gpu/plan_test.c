@@ -152,8 +152,8 @@ static void expect_most_offset(struct problem *p, const char *row) {
 
 /* ALiBi of a part of the keys. */
 Test(gpu_plan, forward_on_an_offset_diagonal) {
-    struct problem p = problem_of(DTYPE_BF16, 64, 64,
-                                  DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_DIAGONAL_OFFSET);
+    struct problem p =
+        problem_of(DTYPE_BF16, 64, 64, DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_DIAGONAL_OFFSET);
     p.diagonal_offset = 7;
     for (int m = 0; m < MACHINES; m++)
         cr_expect(strcmp(row_of(&machines[m], &p), "cuda_fwd_sm80") == 0, "sm_%d", machines[m].sm);
@@ -167,8 +167,9 @@ Test(gpu_plan, merge) {
         int64_t count, batch, rows;
         int32_t block_rows, blocks;
         size_t workspace_bytes;
-    } cases[] = {{2, 1, 1, 1, 2, 0},        {2, 3, 133, 1, 798, 0},      {2, 8, 75, 3, 400, 0},
-                 {2, 8, 5000, 64, 1250, 0}, {33, 8, 5000, 31, 2581, 2640}, {1024, 1, 9, 1, 18, 81920}};
+    } cases[] = {
+        {2, 1, 1, 1, 2, 0},        {2, 3, 133, 1, 798, 0},        {2, 8, 75, 3, 400, 0},
+        {2, 8, 5000, 64, 1250, 0}, {33, 8, 5000, 31, 2581, 2640}, {1024, 1, 9, 1, 18, 81920}};
     const struct caps caps = caps_of(&machines[3]);
     for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
         const dlattn_partials partials = {.count = cases[n].count};

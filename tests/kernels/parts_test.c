@@ -158,10 +158,10 @@ static void fill_row(const struct merge_case *c, struct placed *p, int n, int64_
         at[output->dl.ndim - 1] = d;
         x = random_normal(seed + (uint64_t)n, (uint64_t)(i * c->dim + d));
         tensor_set(output, at,
-                   empty                ? NAN
-                   : far && d % 3 == 0  ? INFINITY
-                   : i % 5 == 4         ? large(c->element, c->result) * (d % 2 ? -1 : 1)
-                                        : x);
+                   empty               ? NAN
+                   : far && d % 3 == 0 ? INFINITY
+                   : i % 5 == 4        ? large(c->element, c->result) * (d % 2 ? -1 : 1)
+                                       : x);
     }
 }
 
@@ -243,9 +243,10 @@ static void check_merge(const dlattn_api *api, const struct merge_case *c, uint6
     const DLTensor *outputs[MOST_PARTS], *lses[MOST_PARTS];
     char what[160];
     snprintf(what, sizeof what, "%s/%s/%s [%d, %d, %d, %d] x %d %s%s%s%s", element_name(c->element),
-             element_name(c->result), element_name(c->lse), (int)c->batch, (int)c->heads, (int)c->rows, (int)c->dim,
-             c->parts, layout_name(c->layout), c->packed ? " packed" : "",
-             c->in_place ? " in place" : "", c->with_lse ? "" : " without lse");
+             element_name(c->result), element_name(c->lse), (int)c->batch, (int)c->heads,
+             (int)c->rows, (int)c->dim, c->parts, layout_name(c->layout),
+             c->packed ? " packed" : "", c->in_place ? " in place" : "",
+             c->with_lse ? "" : " without lse");
     make_merge(c, &p);
     make_merge(c, &before);
     fill_parts(c, &p, seed);
@@ -286,8 +287,9 @@ static void check_merge(const dlattn_api *api, const struct merge_case *c, uint6
 ParameterizedTestParameters(parts, merge) { return every_set(); }
 
 ParameterizedTest(struct cpu_set *set, parts, merge) {
-    static const int64_t shapes[][4] = {{2, 3, 5, 16}, {1, 1, 1, 1}, {2, 2, 33, 40}, {1, 4, 7, 65},
-                                        {3, 2, 0, 8},  {2, 1, 3, 128}, {1, 2, 3, 0}};
+    static const int64_t shapes[][4] = {{2, 3, 5, 16}, {1, 1, 1, 1}, {2, 2, 33, 40},
+                                        {1, 4, 7, 65}, {3, 2, 0, 8}, {2, 1, 3, 128},
+                                        {1, 2, 3, 0}};
     const dlattn_api *api = api_with(set);
     uint64_t seed = 1;
     expect_rows_of(api, "merge");

@@ -2,7 +2,7 @@
 #include "kernels/cuda/merge/merge.cuh"
 
 #define INSTANCE(name, ...)                                                                        \
-    extern "C" __global__ void __launch_bounds__(MERGE_THREADS)                                  \
+    extern "C" __global__ void __launch_bounds__(MERGE_THREADS)                                    \
         name(const __grid_constant__ merge_params p) {                                             \
         cuda_merge_simt<__VA_ARGS__>(p);                                                           \
     }

@@ -22,7 +22,7 @@ enum {
 
 /* A part, or the result. */
 struct merge_part {
-    void *output, *lse; /* lse of the result: NULL if it is not wanted */
+    void *output, *lse;                      /* lse of the result: NULL if it is not wanted */
     int64_t output_stride[4], lse_stride[3]; /* of [B, H, L, D] and [B, H, L], in elements */
     int32_t output_dtype, lse_dtype;
 };
