@@ -27,10 +27,15 @@ static int64_t rows_of(const struct problem *p) { return p->batch * p->heads_q *
 
 ROW_FUNCTIONS(cuda_merge_simt);
 
-/* A block has as many rows as it has slots for, or fewer, so that there are some blocks for each multiprocessor. */
+/* A block has some columns for each of its threads, as far as there are slots, or fewer, so that there are blocks for each
+ * multiprocessor. */
 bool cuda_merge_simt_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    const int64_t count = p->partials->count, wanted = 4 * (int64_t)caps->multiprocessors,
-                  rows = least(least(MERGE_ROWS, MERGE_SLOTS / count), rows_of(p) / wanted);
+    enum { COLUMNS = 4, BLOCKS = 8 };
+    const int64_t count = p->partials->count,
+                  columns = ceil_divide(p->dim_v * dtype_bytes(p->dtype), 16),
+                  wanted = MERGE_THREADS * COLUMNS / most(1, columns),
+                  busy = rows_of(p) / (BLOCKS * (int64_t)caps->multiprocessors);
+    const int64_t rows = least(least(MERGE_SLOTS / count, MERGE_ROWS), least(wanted, busy));
     plan->tile_q = (int32_t)most(1, rows);
     const int64_t blocks = ceil_divide(rows_of(p), plan->tile_q);
     if (blocks > INT32_MAX) {

@@ -49,6 +49,10 @@ struct Slot {
     int dtype;
 };
 
+struct Result {
+    void *output, *lse; // of a row; no lse: NULL
+};
+
 // A column is one element, whatever its layout and its type.
 template <typename S>
 struct Elements {
@@ -151,31 +155,40 @@ struct Block {
 
     const merge_params &p;
     Slot<Sum> *const slots; // [part][row]
-    void **const results;   // [row]
+    Result *const results;  // [row]
     const int64_t first;
     const int rows;
 
     __device__ __forceinline__ Block(const merge_params &p, char *shared)
-        : p(p), slots((Slot<Sum> *)shared), results((void **)(slots + MERGE_SLOTS)),
+        : p(p), slots((Slot<Sum> *)shared), results((Result *)(slots + MERGE_SLOTS)),
           first((int64_t)blockIdx.x * p.block_rows),
           rows((int)min((int64_t)p.block_rows, p.rows - first)) {}
 
-    __device__ __forceinline__ void find_parts() const {
-        for (int i = threadIdx.x; i < p.count * rows; i += MERGE_THREADS) {
-            const merge_part &part = part_of(p, i / rows);
-            const Row row(p, first + i % rows);
-            slots[i] = {
-                address(part.output, part.output_dtype, row.in(part.output_stride)),
-                load<Sum>(part.lse, part.lse_dtype, row.in(part.lse_stride)),
-                part.output_dtype,
-            };
+    __device__ __forceinline__ void find_rows() const {
+        for (int i = threadIdx.x; i < (p.count + 1) * rows; i += MERGE_THREADS) {
+            const int n = i / rows, r = i - n * rows;
+            const Row row(p, first + r);
+            if (n == p.count)
+                find_result(r, row);
+            else if (p.table)
+                find_part(slots[i], p.table[n], row);
+            else
+                find_part(slots[i], p.parts[n], row);
         }
     }
-
-    // Of row r.
-    __device__ __forceinline__ void weigh_parts(int r) const {
+    __device__ __forceinline__ void find_part(Slot<Sum> &slot, const merge_part &part,
+                                              const Row &row) const {
+        slot.output = address(part.output, part.output_dtype, row.in(part.output_stride));
+        slot.weight = load<Sum>(part.lse, part.lse_dtype, row.in(part.lse_stride));
+        slot.dtype = part.output_dtype;
+    }
+    __device__ __forceinline__ void find_result(int r, const Row &row) const {
         const merge_part &to = p.result;
-        const Row row(p, first + r);
+        results[r].output = address(to.output, to.output_dtype, row.in(to.output_stride));
+        results[r].lse = to.lse ? address(to.lse, to.lse_dtype, row.in(to.lse_stride)) : nullptr;
+    }
+
+    __device__ __forceinline__ void weigh_parts(int r) const {
         Sum top = -INFINITY, total = 0;
         for (int n = 0; n < p.count; ++n)
             top = fmax(top, slots[n * rows + r].weight);
@@ -188,9 +201,8 @@ struct Block {
                 slot.output = nullptr;
             slot.weight = weight_of(slot.weight, lse);
         }
-        results[r] = address(to.output, to.output_dtype, row.in(to.output_stride));
-        if (to.lse)
-            store(to.lse, to.lse_dtype, row.in(to.lse_stride), lse);
+        if (results[r].lse)
+            store(results[r].lse, p.result.lse_dtype, 0, lse);
     }
 
     __device__ __forceinline__ void merge(int r, int column) const {
@@ -216,7 +228,7 @@ struct Block {
                     sum[c] = fma(slot[i].weight, x[c], sum[c]);
             }
         }
-        A::write(results[r], p.result, column, sum);
+        A::write(results[r].output, p.result, column, sum);
     }
 };
 
@@ -224,7 +236,7 @@ template <typename A>
 __device__ __forceinline__ void cuda_merge_simt(const merge_params &p) {
     extern __shared__ __align__(16) char shared[];
     const Block<A> block(p, shared);
-    block.find_parts();
+    block.find_rows();
     __syncthreads();
     for (int r = threadIdx.x; r < block.rows; r += MERGE_THREADS)
         block.weigh_parts(r);

@@ -10,7 +10,7 @@
 enum { MERGE_F64, MERGE_F32, MERGE_F16, MERGE_BF16 };
 
 enum {
-    MERGE_THREADS = 256,
+    MERGE_THREADS = 128,
     MERGE_PARTS = 32,   /* that the parameters have room for */
     MERGE_SLOTS = 1024, /* of a block, one for each of its rows and each part */
     MERGE_ROWS = 64,    /* at most, of a block */
@@ -18,7 +18,7 @@ enum {
 
 /* Slots, and where the result of each row goes. SUM: bytes of what sums are computed in. */
 #define MERGE_SLOT_BYTES(SUM) (8 + 2 * (SUM))
-#define MERGE_SHARED_BYTES(SUM) (MERGE_SLOTS * MERGE_SLOT_BYTES(SUM) + MERGE_ROWS * 8)
+#define MERGE_SHARED_BYTES(SUM) (MERGE_SLOTS * MERGE_SLOT_BYTES(SUM) + MERGE_ROWS * 16)
 
 /* A part, or the result. */
 struct merge_part {
