@@ -30,7 +30,7 @@ ROW_FUNCTIONS(cuda_merge_simt);
 /* A block has some columns for each of its threads, as far as there are slots, or fewer, so that there are blocks for each
  * multiprocessor. */
 bool cuda_merge_simt_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    enum { COLUMNS = 4, BLOCKS = 8 };
+    enum { COLUMNS = 4, BLOCKS = 4 };
     const int64_t count = p->partials->count,
                   columns = ceil_divide(p->dim_v * dtype_bytes(p->dtype), 16),
                   wanted = MERGE_THREADS * COLUMNS / most(1, columns),
