@@ -172,7 +172,7 @@ def cut(rows: range, keys: range, seen: Band) -> Call | None:
 def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
     """What a rank that holds these rows computes once it has these keys: one call if one window
     over all of them shows each row what it sees, as far as it is with ALiBi, else one for each pair
-    of ranges."""
+    of ranges, those of most keys first: what comes later is added up."""
     pairs, exact = [], []
     for of_rows, row_places in zip(rows, places_of(rows)):
         for of_keys, key_places in zip(keys, places_of(keys)):
@@ -195,7 +195,7 @@ def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
         inside = ((_within(r, box_rows), _within(k, box_keys)) for r, k, _ in pairs)
         if all(cut(r, k, candidate) == call for (r, k), call in zip(inside, exact)):
             return (cut(box_rows, box_keys, candidate),)
-    return tuple(busy)
+    return tuple(sorted(busy, key=lambda call: -len(call.keys)))
 
 
 def _moved(x: range, by: int) -> range:

@@ -848,10 +848,7 @@ class _Sums:
             self.terms = self.parts
         else:
             dtypes = (self.dtype, *(x.dtype for x in self.parts[1:]))
-            self.terms = [
-                torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-                for x, dtype in zip(self.parts, dtypes)
-            ]
+            self.terms = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(self.parts, dtypes)]
         return self.terms
 
     def settle(self) -> None:
@@ -1039,12 +1036,14 @@ def _backward(
     query, key, value = job.tensors[:3]
     upstream = [x.detach().contiguous() for x in (output, lse, d_output, d_lse)]
     is_shared = depth(call.rows for call in job.calls) > 1
-    of_parts = is_shared and not _takes_lse_of_all(query, lse, job.options.scale)
+    takes_lse = _takes_lse_of_all(query, lse, job.options.scale) if is_shared else True
     d_query = _Sums(_wide_like(query) if is_shared else torch.empty_like(query), dtype=query.dtype)
     d_query.dtype = d_query.totals[0].dtype
     of_options = _OptionSums(job)
-    travelling, works = None, []
+    travelling, works, of_parts = None, [], None
     for step, (keys, calls) in enumerate(job.arrivals()):
+        if of_parts is None:  # asks the device, so not before the first keys are on their way
+            of_parts = not takes_lse
         found = [_sum_for(job, x) for x in keys[:2]]
         of_options.begin(step)
         for call in calls:
@@ -1172,13 +1171,13 @@ def _sum_for(job: _Job, like: Tensor) -> _Sums:
     return _Sums(total, dtype=total.dtype)
 
 
-def _takes_lse_of_all(query: Tensor, lse: Tensor, scale: float | None) -> bool:
+def _takes_lse_of_all(query: Tensor, lse: Tensor, scale: float | None) -> Tensor | bool:
     """Whether the kernel makes weights from the log-sum-exp that it is given, and not from the
     logits that it sees: on tensor cores, but for rows whose log-sum-exp is far from 0."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     limit = far_lse(query.shape[3] ** -0.5 if scale is None else scale)
-    return not bool(((lse.abs() >= limit) & lse.isfinite()).any())
+    return ~((lse.abs() >= limit) & lse.isfinite()).any()
 
 
 def _call_backward(
