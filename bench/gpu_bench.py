@@ -1,8 +1,8 @@
 """Attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
-                                                                       [--ops fwd,bwd,decode,call]
-                                                                       [--dims 64,128,192/128]
+                                                         [--ops fwd,bwd,decode,merge,call]
+                                                         [--dims 64,128,192/128]
 
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
 short busy loop of the device so that the host's own time stays out. The figures are medians; the
@@ -12,7 +12,9 @@ matrices and a copy of 1 GiB of the same process are written beside them. FLOPs 
 ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. Decoding is one query
 row for each head, also of bf16 over e4m3 keys and values, and every call of it finds L2 cold:
 before it 256 MiB are read. (Were they written, the call would pay for writing back what of them
-is still in L2.) Its GB/s are those of keys and values. Last come host times of one call on a tiny
+is still in L2.) Its GB/s are those of keys and values. The op merge has the number of parts as
+Lk, and the bytes that it must read and write as GB/s, beside a copy that reads and writes as many.
+Last come host times of one call on a tiny
 problem: a planned call, and a bare cuLaunchKernel of an empty kernel with as many bytes of
 parameters.
 """
@@ -35,7 +37,7 @@ import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.append(str(Path(__file__).parents[1] / "abi"))
-from dlattn_ctypes import Api, Desc, DLTensor, Exec, Gradients, Sku, Tensors
+from dlattn_ctypes import Api, Desc, DLTensor, Exec, Gradients, Partials, Sku, Tensors
 
 COLUMNS = [
     "date",
@@ -118,6 +120,32 @@ class Call:
             self.exec.stream = torch.cuda.current_stream().cuda_stream
         at = ctypes.addressof
         self.library.check(self.run(self.plan, *map(at, self.slots), at(self.exec)))
+
+
+class Merge:
+    """A merge of parts into output and lse, none of which needs a workspace."""
+
+    def __init__(self, library, outputs, lses, output, lse):
+        self.library, self.keep, self.exec = library, (outputs, lses, output, lse), Exec()
+        self.partials = Partials(
+            count=len(outputs),
+            outputs=pointers(outputs),
+            lses=pointers(lses),
+            output=ctypes.pointer(describe(output)),
+            lse=ctypes.pointer(describe(lse)),
+        )
+        sku, at = Sku(), ctypes.addressof
+        library.check(library.merge_query(at(self.partials), at(sku)))
+        self.kernel = sku.kernel.decode()
+
+    def __call__(self):
+        self.exec.stream = torch.cuda.current_stream().cuda_stream
+        at = ctypes.addressof
+        self.library.check(self.library.merge(at(self.partials), at(self.exec)))
+
+
+def pointers(tensors):
+    return (ctypes.POINTER(DLTensor) * len(tensors))(*(map(ctypes.pointer, map(describe, tensors))))
 
 
 def slots(struct, tensors):
@@ -493,6 +521,64 @@ def decode_rows(library, kernels, count):
         yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
 
 
+# (dtypes of the parts, the first also of the result; B, H, L, D, whether heads are inner). Of two
+# dtypes the result is the first part, as in a ring of many steps.
+MERGE = (
+    ("bf16,bf16", 1, 32, 65536, 128, False),
+    ("bf16,bf16", 1, 32, 65536, 128, True),
+    ("f16,f16", 1, 32, 65536, 64, False),
+    ("f32,f32", 1, 32, 32768, 128, False),
+    ("f32,bf16", 1, 32, 65536, 128, False),
+    (",".join(["bf16"] * 8), 1, 32, 16384, 128, False),
+    ("bf16,bf16", 1, 32, 4096, 128, False),
+    ("bf16,bf16", 64, 32, 1, 128, False),
+)
+
+
+def parts_of(names, batch, heads, length, dim, inner):
+    """Outputs and log-sum-exps of the parts, and where they are merged into."""
+    shape = (batch, length, heads, dim) if inner else (batch, heads, length, dim)
+    outputs = [torch.randn(shape, device="cuda", dtype=DTYPES[n]) for n in names]
+    outputs = [x.transpose(1, 2) if inner else x for x in outputs]
+    lses = [torch.randn(batch, heads, length, device="cuda") for _ in names]
+    in_place = len(set(names)) > 1
+    result = [x[0] if in_place else torch.empty_like(x[0]) for x in (outputs, lses)]
+    return outputs, lses, *result
+
+
+def merged_by_operators(outputs, lses, output, lse):
+    """What PyTorch has for two parts, the first of which becomes the result."""
+    both = torch.logaddexp(*lses)
+    before, now = ((x - both).exp()[..., None] for x in lses)
+    outputs[0].mul_(before).addcmul_(outputs[1], now.to(outputs[1].dtype))
+    lses[0].copy_(both)
+
+
+def merge_rows(library, count):
+    """What the CSV has of each case of MERGE."""
+    for names, *shape in MERGE:
+        tensors = parts_of(names.split(","), *shape)
+        moved = sum(x.nbytes for x in (*tensors[0], *tensors[1], *tensors[2:]))
+        copied = torch.empty(2, moved // 2, device="cuda", dtype=torch.uint8)
+        found = {"dlattn": Merge(library, *tensors)}
+        found["copy"] = lambda copied=copied: copied[0].copy_(copied[1])
+        if len(tensors[0]) == 2:
+            found["operators"] = functools.partial(merged_by_operators, *tensors)
+        batch, heads, length, dim, _ = shape
+        for name, (median, spread) in rounds(found, count).items():
+            yield {
+                "op": "merge+strides" if shape[-1] else "merge",
+                "dtype": "+".join(dict.fromkeys(names.split(","))),
+                **{"B": batch, "Hq": heads, "Hkv": heads, "Lq": length, "Lk": len(tensors[0])},
+                **{"D": dim, "Dv": dim},
+                "impl": "dlattn" if name == "dlattn" else f"torch {name}",
+                "kernel": getattr(found[name], "kernel", ""),
+                "median_us": f"{median:.2f}",
+                "spread_pct": f"{spread:.1f}",
+                "gbs": f"{moved / median / 1e3:.0f}",
+            }
+
+
 def main():
     options = argparse.ArgumentParser()
     options.add_argument("--out")
@@ -534,6 +620,8 @@ def main():
             )
 
         rows = decode_rows(library, kernels, options.rounds) if "decode" in options.ops else ()
+        if "merge" in options.ops:
+            rows = itertools.chain(rows, merge_rows(library, options.rounds))
         for row in rows:
             out.writerow(dict(common, **row))
             print(*(row[c] for c in COLUMNS if c in row), flush=True)

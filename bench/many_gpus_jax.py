@@ -1,6 +1,6 @@
 """dlattn.jax.context_parallel over the GPUs of one process beside one of them.
 
-    python3 bench/many_gpus_jax.py OUT.csv [--lengths 32768,131072]
+    python3 bench/many_gpus_jax.py OUT.csv [--lengths 32768,131072] [--ways all_gather,ring]
 
 Checks every way first, then times causal attention as bench/many_gpus.py does, but from the host:
 a time is that until the results are there.
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from many_gpus_csv import COLUMNS, DIM, HEADS, HEADS_KV, WAYS, line, rounds_of
 
 SPEC = PartitionSpec(None, None, "rows")
+START = time.perf_counter()
 
 
 def make(rows, heads, heads_kv, placed):
@@ -48,7 +49,11 @@ def with_gradients(attention):
     return results
 
 
-def check(mesh):
+def say(*words):
+    print(f"{time.perf_counter() - START:.1f} s:", *words, flush=True)
+
+
+def check(mesh, ways):
     n = mesh.size
     whole = make(1024 * n, 8, 2, jax.devices()[0])
     one = jax.jit(with_gradients(functools.partial(dlattn.jax.attention, causal=True)))
@@ -56,7 +61,8 @@ def check(mesh):
     exact = [np.asarray(x) for x in one(*(x.astype(jnp.float32) for x in whole))]
     parts = [context_parallel.arrange(np.asarray(x), n) for x in whole]
     parts = jax.device_put(parts, NamedSharding(mesh, SPEC))
-    for way in WAYS:
+    say("one GPU has computed")
+    for way in ways:
         call = jax.jit(with_gradients(over(mesh, way)))
         found, again = ([np.asarray(x, np.float32) for x in call(*parts)] for _ in range(2))
         same = all((a == b).all() for a, b in zip(found, again))
@@ -66,7 +72,7 @@ def check(mesh):
             for results in (found, expected)
         )
         figures = " ".join(f"{a:.1e}/{b:.1e}" for a, b in zip(of_many, of_one))
-        print(f"{way}: errors beside those of one GPU {figures}, same bits {same}", flush=True)
+        say(f"{way}: errors beside those of one GPU {figures}, same bits {same}")
         if not same or any(a > 1.5 * b for a, b in zip(of_many, of_one)):
             raise SystemExit("wrong results are not timed")
 
@@ -82,27 +88,30 @@ def main():
     options = argparse.ArgumentParser()
     options.add_argument("out")
     options.add_argument("--lengths", default="32768,131072")
+    options.add_argument("--ways", default=",".join(WAYS))
     options = options.parse_args()
+    ways = options.ways.split(",")
     mesh = Mesh(np.array(jax.devices()), ("rows",))
-    check(mesh)
+    say(f"{mesh.size} devices")
+    check(mesh, ways)
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for length in map(int, options.lengths.split(",")):
             for op in ("fwd", "fwd+bwd"):
-                for found in time_case(mesh, length, op):
+                for found in time_case(mesh, length, op, ways):
                     writer.writerow(found)
                     file.flush()
                     columns = ("op", "Lq", "impl", "median_us", "tflops", "share")
-                    print(*(found[n] for n in columns), flush=True)
+                    say(*(found[n] for n in columns))
 
 
-def time_case(mesh, length, op):
+def time_case(mesh, length, op, ways):
     one = functools.partial(dlattn.jax.attention, causal=True)
     whole = make(length, HEADS, HEADS_KV, jax.devices()[0])
     parts = make(length, HEADS, HEADS_KV, NamedSharding(mesh, SPEC))
     cases = {"dlattn.jax": (one, whole)}
-    cases |= {f"dlattn.jax {way}": (over(mesh, way), parts) for way in WAYS}
+    cases |= {f"dlattn.jax {way}": (over(mesh, way), parts) for way in ways}
     calls, found = {}, {name: [] for name in cases}
     for name, (attention, tensors) in cases.items():
         backward = op == "fwd+bwd"

@@ -137,6 +137,66 @@ Test(gpu_memory, strides_past_two_to_the_31_in_every_row) {
     cuda_give(memory);
 }
 
+/* Two parts and their result, outputs before log-sum-exps. */
+enum { PARTS = 2, MERGE_TENSORS = 2 * PARTS + 2 };
+
+static void make_parts(struct tensor *t, enum element e) {
+    const int64_t shape[4] = {EXTENT, EXTENT, EXTENT, DIM};
+    for (int n = 0; n < MERGE_TENSORS; n++) {
+        int64_t index[4] = {0};
+        tensor_make(&t[n], n < PARTS + 1 ? e : F32, n < PARTS + 1 ? 4 : 3, shape, COMPACT, 0,
+                    OUTPUT_FILL);
+        for (int64_t i = 0, count = tensor_count(&t[n]); i < count; i++, tensor_next(&t[n], index))
+            tensor_set(&t[n], index, (double)random_below((uint64_t)n, (uint64_t)i, 128) / 32 - 2);
+    }
+}
+
+static void merge_spread(const dlattn_api *api, struct tensor *t, unsigned char *memory, int axis,
+                         int64_t far) {
+    const DLTensor *dl[MERGE_TENSORS];
+    for (int n = 0; n < MERGE_TENSORS; n++) {
+        unsigned char *const at = memory + n * 65536;
+        copy_spread(&t[n], at, axis, far, false);
+        t[n].dl.data = at;
+        t[n].dl.byte_offset = 0;
+        t[n].dl.device = (DLDevice){kDLCUDA, 0};
+        t[n].stride[axis] = far;
+        dl[n] = &t[n].dl;
+    }
+    const dlattn_partials partials = {.struct_size = sizeof partials,
+                                      .count = PARTS,
+                                      .outputs = dl,
+                                      .lses = dl + PARTS + 1,
+                                      .output = dl[PARTS],
+                                      .lse = dl[2 * PARTS + 1]};
+    const dlattn_exec exec = {.struct_size = sizeof exec};
+    MUST(api->merge(&partials, &exec));
+    cuda_wait();
+    for (int n = PARTS; n < MERGE_TENSORS; n += PARTS + 1)
+        copy_spread(&t[n], memory + n * 65536, axis, far, true);
+}
+
+Test(gpu_memory, merge_of_strides_past_two_to_the_31) {
+    const dlattn_api *api = gpu_api();
+    unsigned char *const memory = cuda_take(((size_t)17 << 30) + (8 << 20));
+    for (enum element e = F32; e <= BF16; e++) {
+        for (int axis = 0; axis < 3; axis++) {
+            struct tensor near[MERGE_TENSORS], apart[MERGE_TENSORS];
+            make_parts(near, e);
+            make_parts(apart, e);
+            merge_spread(api, near, memory, axis, compact(&near[0], axis));
+            merge_spread(api, apart, memory, axis, (INT64_C(1) << 32) + 4096);
+            for (int n = 0; n < MERGE_TENSORS; n++) {
+                cr_expect(memcmp(near[n].image, apart[n].image, near[n].bytes) == 0,
+                          "%s, axis %d, tensor %d", element_name(e), axis, n);
+                tensor_free(&near[n]);
+                tensor_free(&apart[n]);
+            }
+        }
+    }
+    cuda_give(memory);
+}
+
 /* ---- Integers in device memory ----------------------------------------------------------------------------------- */
 
 static DLTensor device_ints(const int32_t *values, int64_t *shape, int32_t axes) {

@@ -139,17 +139,59 @@ Test(gpu_plan, backward_follows_shared_memory) {
 }
 
 /* Indices of rows, keys and an offset diagonal meet in 32 bits. */
+static void expect_most_offset(struct problem *p, const char *row) {
+    const struct caps caps = caps_of(&machines[3]);
+    struct plan plan;
+    p->kernel = row;
+    p->diagonal_offset = -((1 << 29) - 600);
+    cr_expect(eq(int, plan_choose(&plan, p, &caps), DLATTN_OK), "%s", error_last());
+    p->diagonal_offset--;
+    cr_expect(eq(int, plan_choose(&plan, p, &caps), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "diagonal_offset") != NULL, "%s", error_last());
+}
+
+/* ALiBi of a part of the keys. */
+Test(gpu_plan, forward_on_an_offset_diagonal) {
+    struct problem p =
+        problem_of(DTYPE_BF16, 64, 64, DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_DIAGONAL_OFFSET);
+    p.diagonal_offset = 7;
+    for (int m = 0; m < MACHINES; m++)
+        cr_expect(strcmp(row_of(&machines[m], &p), "cuda_fwd_sm80") == 0, "sm_%d", machines[m].sm);
+    expect_most_offset(&p, "cuda_fwd_sm80");
+}
+
+/* Blocks of few rows while that makes more of them than four for each multiprocessor, and of no more than there are slots for;
+ * what the parameters have no room for is in the workspace. */
+Test(gpu_plan, merge) {
+    static const struct {
+        int64_t count, batch, rows;
+        int32_t block_rows, blocks;
+        size_t workspace_bytes;
+    } cases[] = {
+        {2, 1, 1, 1, 2, 0},        {2, 3, 133, 1, 798, 0},        {2, 8, 75, 3, 400, 0},
+        {2, 8, 5000, 64, 1250, 0}, {33, 8, 5000, 31, 2581, 2640}, {1024, 1, 9, 1, 18, 81920}};
+    const struct caps caps = caps_of(&machines[3]);
+    for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
+        const dlattn_partials partials = {.count = cases[n].count};
+        struct problem p = problem_of(DTYPE_F16, 64, 64, DLATTN_FEATURE_LSE);
+        struct plan plan;
+        p.operation = MERGE;
+        p.partials = &partials;
+        p.batch = cases[n].batch;
+        p.len_q = cases[n].rows;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+        cr_expect(eq(int, plan.tile_q, cases[n].block_rows), "case %zu", n);
+        cr_expect(eq(int, plan.blocks, cases[n].blocks), "case %zu", n);
+        cr_expect(eq(sz, plan.workspace_bytes, cases[n].workspace_bytes), "case %zu", n);
+    }
+}
+
 Test(gpu_plan, backward_refuses_what_an_index_cannot_hold) {
     const struct caps caps = caps_of(&machines[3]);
     struct problem p = problem_of(DTYPE_BF16, 64, 64, DLATTN_FEATURE_DIAGONAL_OFFSET);
     struct plan plan;
     p.operation = BACKWARD;
-    p.kernel = "cuda_bwd_sm80";
-    p.diagonal_offset = -((1 << 29) - 600);
-    cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
-    p.diagonal_offset--;
-    cr_expect(eq(int, plan_choose(&plan, &p, &caps), DLATTN_UNSUPPORTED));
-    cr_expect(strstr(error_last(), "diagonal_offset") != NULL, "%s", error_last());
+    expect_most_offset(&p, "cuda_bwd_sm80");
     p.diagonal_offset = 0;
     p.batch = 1 << 13;
     p.heads_q = p.heads_kv = 64;

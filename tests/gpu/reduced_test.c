@@ -27,6 +27,7 @@ static const char *const features[] = {
     "lengths_causal",      "bias_element",  "mask_bias_causal",    "alibi_causal",
     "sinks_window",        "varlen_causal", "paged_causal",        "sliced",
     "odd_causal_lengths",  "nan_key",       "cache_scales",        "cache_paged_window",
+    "offset_window_alibi",
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
 

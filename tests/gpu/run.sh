@@ -4,7 +4,8 @@
 #   run.sh [PROGRAM...] [OPTION...]  every program, or those named, Criterion's with these options, such as
 #                                    run.sh logits_test memory_test --filter '*/*huge*'; the exit status is the number of
 #                                    those that failed
-#   run.sh sanitize                  compute-sanitizer's four tools at once over every row of the table, about a minute
+#   run.sh sanitize                  compute-sanitizer's four tools at once over every row of the table, about a minute; of
+#                                    merge two, over its own test
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/root" || exit 1
 export LD_LIBRARY_PATH=../lib DLATTN_LIBRARY=$PWD/libdlattn.so.1 failed=0
@@ -13,23 +14,26 @@ reduced=./tests/gpu/reduced_test
 if [ "${1-}" = sanitize ]; then
     logs=$(mktemp -d)
     trap 'rm -rf "$logs"' EXIT
-    # start NAME TOOL-WITH-OPTIONS ARGUMENT...
+    # start NAME TOOL-WITH-OPTIONS PROGRAM ARGUMENT...
     start() {
         local tool
         names+=("$1")
         read -ra tool <<<"$2"
-        { timeout 60 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 $reduced "${@:3}" && touch "$logs/$1.ok"; } \
+        { timeout 60 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 "${@:3}" && touch "$logs/$1.ok"; } \
             >"$logs/$1" 2>&1 &
     }
     names=()
-    start memcheck "memcheck --padding 1024" # or one tensor would begin where another ends
-    start memcheck-wild "memcheck --padding 1024" wild
-    start initcheck initcheck
-    start synccheck synccheck
+    start memcheck "memcheck --padding 1024" $reduced # or one tensor would begin where another ends
+    start memcheck-wild "memcheck --padding 1024" $reduced wild
+    start initcheck initcheck $reduced
+    start synccheck synccheck $reduced
     for row in $($reduced rows); do # by far the slowest
-        start "racecheck-$row" racecheck few "$row"
+        start "racecheck-$row" racecheck $reduced few "$row"
     done
-    start wrong "memcheck --padding 1024" wrong
+    for tool in "memcheck --padding 1024" racecheck; do
+        start "${tool%% *}-merge" "$tool --target-processes all" ./tests/gpu/gpu_parts_test -j1 --filter parts/merge
+    done
+    start wrong "memcheck --padding 1024" $reduced wrong
     wait
     # It must see a read past the end of a key.
     rm -f "$logs/wrong.ok"

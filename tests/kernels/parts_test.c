@@ -1,7 +1,7 @@
 /*
  * merge and append, whichever row the library chooses on this machine and on lesser ones, against plain loops in double: every
  * layout and dtype, packed and paged, between guard pages, outputs and gaps filled before. A call cannot name a row of these
- * operations, so DLATTN_CPU takes instruction sets away instead.
+ * operations, so DLATTN_CPU takes instruction sets away instead. Built twice, as kernels_test is.
  */
 #define _POSIX_C_SOURCE 200112L /* setenv */
 #include "tests/support/check.h"
@@ -16,7 +16,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FILL = 0xa5, MOST_PARTS = 5, MOST_TENSORS = 2 * MOST_PARTS + 2 };
+#ifndef BACKEND
+#define BACKEND "cpu"
+#define PLACE place_cpu
+#endif
+
+enum { FILL = 0xa5, MOST_PARTS = 70, MOST_TENSORS = 2 * MOST_PARTS + 2 };
 
 struct cpu_set {
     char cpu[32]; /* DLATTN_CPU; "all" = not set */
@@ -26,15 +31,34 @@ static void free_sets(struct criterion_test_params *params) { cr_free(params->pa
 
 static struct criterion_test_params every_set(void) {
     static const struct cpu_set sets[] = {{"all"}, {""}, {"avx2"}, {"avx2,avx512"}};
+    const size_t count = strcmp(BACKEND, "cpu") == 0 ? sizeof sets / sizeof sets[0] : 1;
     struct cpu_set *copy = cr_malloc(sizeof sets);
     memcpy(copy, sets, sizeof sets);
-    return cr_make_param_array(struct cpu_set, copy, sizeof sets / sizeof sets[0], free_sets);
+    return cr_make_param_array(struct cpu_set, copy, count, free_sets);
 }
 
 static const dlattn_api *api_with(const struct cpu_set *set) {
     if (strcmp(set->cpu, "all") != 0)
         setenv("DLATTN_CPU", set->cpu, 1);
     return test_api();
+}
+
+/* Skips an operation that no row of this backend, or not the one of DLATTN_TEST_ROW, does. */
+static void expect_rows_of(const dlattn_api *api, const char *operation) {
+    const char *const only = getenv("DLATTN_TEST_ROW");
+    for (int32_t row = 0; row < api->kernel_count(); row++) {
+        dlattn_kernel_info info = {.struct_size = sizeof info};
+        cr_assert(eq(int, api->kernel_info(row, &info), DLATTN_OK));
+        if (strcmp(info.backend, BACKEND) == 0 && strcmp(info.operation, operation) == 0 &&
+            (!only || !only[0] || strcmp(info.name, only) == 0))
+            return;
+    }
+    cr_skip_test("%s: no row of " BACKEND " is to be tested", operation);
+}
+
+static void wait_for_results(void) {
+    if (PLACE.wait)
+        PLACE.wait();
 }
 
 /* ---- Tensors between guard pages ---------------------------------------------------------------------------- */
@@ -59,9 +83,9 @@ static struct tensor *add(struct placed *p, enum element e, int ndim, const int6
 static void put(struct placed *p, enum side side) {
     for (int n = 0; n < p->count; n++) {
         struct tensor *t = &p->tensor[n];
-        p->block[n] = place_cpu.take(t->bytes, t->alignment, side);
-        place_cpu.store(&p->block[n], t->image);
-        t->dl.device = place_cpu.device;
+        p->block[n] = PLACE.take(t->bytes, t->alignment, side);
+        PLACE.store(&p->block[n], t->image);
+        t->dl.device = PLACE.device;
         t->dl.data = p->block[n].data;
         t->dl.byte_offset = t->first;
     }
@@ -75,13 +99,13 @@ static void take_back(struct placed *p, const char *what) {
         unsigned char *before = malloc(t->bytes + 1);
         cr_assert(before != NULL);
         memcpy(before, t->image, t->bytes);
-        cr_expect(place_cpu.fetch(&p->block[n], t->image), "%s: tensor %d, around it", what, n);
+        cr_expect(PLACE.fetch(&p->block[n], t->image), "%s: tensor %d, around it", what, n);
         cr_expect(p->written[n] || memcmp(before, t->image, t->bytes) == 0,
                   "%s: input %d was written", what, n);
         cr_expect(tensor_gaps_hold(t, FILL, &at), "%s: tensor %d, byte %zu between elements", what,
                   n, at);
         free(before);
-        place_cpu.give(&p->block[n]);
+        PLACE.give(&p->block[n]);
     }
 }
 
@@ -95,7 +119,7 @@ static void drop(struct placed *p) {
 struct merge_case {
     int64_t batch, heads, rows, dim;
     int parts;
-    enum element element, lse;
+    enum element element, result, lse; /* result: of the output and of every other part, too */
     enum layout layout;
     bool packed, in_place, with_lse;
 };
@@ -112,48 +136,67 @@ static void index_of(const struct merge_case *c, bool lse, const int64_t row[3],
     at[2] = 0;
 }
 
-/* Some rows of a part saw no key, some no part did: whatever stands there has no weight. */
+/* A number that two types hold, but not the sum of a few of it. */
+static double large(enum element a, enum element b) {
+    return a == F16 || b == F16 ? 3e4 : a == F64 && b == F64 ? 1e308 : 1e38;
+}
+
+/* Some rows of a part saw no key, some no part did: whatever stands there has no weight. In others there is a NaN, an infinity
+ * whose weight f32 does not hold, or what is too large to be added up. */
+static void fill_row(const struct merge_case *c, struct placed *p, int n, int64_t i,
+                     uint64_t seed) {
+    struct tensor *output = &p->tensor[n], *lse = &p->tensor[c->parts + n];
+    const int64_t row[3] = {i / c->rows / c->heads, i / c->rows % c->heads, i % c->rows};
+    const uint64_t of = (uint64_t)(i * MOST_PARTS + n);
+    const bool empty = i % 7 == 3 || random_below(seed, of, 4) == 0, far = n == 0 && i % 11 == 5;
+    double x = 4 * random_normal(seed + 90, of);
+    int64_t at[4];
+    index_of(c, true, row, at);
+    tensor_set(lse, at, empty ? -INFINITY : n == 1 && i % 13 == 6 ? NAN : far ? x - 200 : x);
+    index_of(c, false, row, at);
+    for (int64_t d = 0; d < c->dim; d++) {
+        at[output->dl.ndim - 1] = d;
+        x = random_normal(seed + (uint64_t)n, (uint64_t)(i * c->dim + d));
+        tensor_set(output, at,
+                   empty               ? NAN
+                   : far && d % 3 == 0 ? INFINITY
+                   : i % 5 == 4        ? large(c->element, c->result) * (d % 2 ? -1 : 1)
+                                       : x);
+    }
+}
+
 static void fill_parts(const struct merge_case *c, struct placed *p, uint64_t seed) {
     for (int n = 0; n < c->parts; n++) {
-        struct tensor *output = &p->tensor[n], *lse = &p->tensor[c->parts + n];
-        int64_t at[4] = {0};
-        for (int64_t i = 0, count = tensor_count(output); i < count; i++, tensor_next(output, at))
-            tensor_set(output, at, random_normal(seed + (uint64_t)n, (uint64_t)i));
-        for (int64_t i = 0; i < c->batch * c->heads * c->rows; i++) {
-            const int64_t row[3] = {i / c->rows / c->heads, i / c->rows % c->heads, i % c->rows};
-            const bool empty = i % 7 == 3 || random_below(seed, (uint64_t)(i * 8 + n), 4) == 0;
-            index_of(c, true, row, at);
-            tensor_set(lse, at,
-                       empty ? -INFINITY : 4 * random_normal(seed + 90, (uint64_t)(i * 8 + n)));
-            index_of(c, false, row, at);
-            for (int64_t d = 0; empty && d < c->dim; d++) {
-                at[output->dl.ndim - 1] = d;
-                tensor_set(output, at, NAN);
-            }
-        }
+        for (int64_t i = 0; i < c->batch * c->heads * c->rows; i++)
+            fill_row(c, p, n, i, seed);
     }
 }
 
 static double eps(enum element e) { return element_epsilon(e); }
 
+static bool is_near(double got, double want, double bound) {
+    return isfinite(want) ? fabs(got - want) <= bound : got == want || (isnan(got) && isnan(want));
+}
+
 /* Results in the case's own dtypes, as the call found them: the parts before it. */
 static void expect_row(const struct merge_case *c, const struct tensor *before,
                        const struct tensor *output, const struct tensor *lse, const int64_t row[3],
                        const char *what) {
-    const double sums = c->element == F64 ? eps(F64) : eps(F32);
+    const double sums = c->element == F64 && c->result == F64 ? eps(F64) : eps(F32);
     double most = -INFINITY, total = 0;
     int64_t at[4];
     index_of(c, true, row, at);
     for (int n = 0; n < c->parts; n++)
         most = fmax(most, tensor_get(&before[c->parts + n], at));
-    for (int n = 0; n < c->parts && most != -INFINITY; n++)
-        total += exp(tensor_get(&before[c->parts + n], at) - most);
+    for (int n = 0; n < c->parts; n++) {
+        const double of_part = tensor_get(&before[c->parts + n], at);
+        total += of_part == -INFINITY ? 0 : exp(of_part - most);
+    }
     const double want_lse = total == 0 ? -INFINITY : most + log(total);
     if (lse) {
         const double got = tensor_get(lse, at),
                      bound = (8 * sums + eps(c->lse)) * fmax(1, fabs(want_lse));
-        cr_expect(got == want_lse || fabs(got - want_lse) <= bound, "%s: lse %g, must be %g", what,
-                  got, want_lse);
+        cr_expect(is_near(got, want_lse, bound), "%s: lse %g, must be %g", what, got, want_lse);
     }
     for (int64_t d = 0; d < c->dim; d++) {
         double want = 0, size = 0;
@@ -171,8 +214,9 @@ static void expect_row(const struct merge_case *c, const struct tensor *before,
         index_of(c, false, row, at);
         at[output->dl.ndim - 1] = d;
         const double got = tensor_get(output, at);
-        cr_expect(fabs(got - want) <= eps(c->element) * fabs(want) + sums * size +
-                                          (c->element == F16 ? 0x1p-25 : DBL_MIN),
+        cr_expect(is_near(got, want,
+                          eps(c->result) * fabs(want) + sums * size +
+                              (c->result == F16 ? 0x1p-25 : DBL_MIN)),
                   "%s: output %g, must be %g", what, got, want);
     }
 }
@@ -183,14 +227,14 @@ static void make_merge(const struct merge_case *c, struct placed *p) {
                   packed_lse[] = {c->heads, c->batch * c->rows};
     p->count = 0;
     for (int n = 0; n < c->parts; n++)
-        add(p, c->element, c->packed ? 3 : 4, c->packed ? packed : whole, c->layout,
-            c->in_place && n == 1);
+        add(p, n % 2 ? c->result : c->element, c->packed ? 3 : 4, c->packed ? packed : whole,
+            c->layout, c->in_place && n == 1);
     for (int n = 0; n < c->parts; n++)
         add(p, c->lse, c->packed ? 2 : 3, c->packed ? packed_lse : whole, c->layout,
             c->in_place && n == 1);
     if (c->in_place)
         return;
-    add(p, c->element, c->packed ? 3 : 4, c->packed ? packed : whole, c->layout, true);
+    add(p, c->result, c->packed ? 3 : 4, c->packed ? packed : whole, c->layout, true);
     add(p, c->lse, c->packed ? 2 : 3, c->packed ? packed_lse : whole, c->layout, true);
 }
 
@@ -198,10 +242,11 @@ static void check_merge(const dlattn_api *api, const struct merge_case *c, uint6
     struct placed p = {.count = 0}, before = {.count = 0};
     const DLTensor *outputs[MOST_PARTS], *lses[MOST_PARTS];
     char what[160];
-    snprintf(what, sizeof what, "%s/%s [%d, %d, %d, %d] x %d %s%s%s%s", element_name(c->element),
-             element_name(c->lse), (int)c->batch, (int)c->heads, (int)c->rows, (int)c->dim,
-             c->parts, layout_name(c->layout), c->packed ? " packed" : "",
-             c->in_place ? " in place" : "", c->with_lse ? "" : " without lse");
+    snprintf(what, sizeof what, "%s/%s/%s [%d, %d, %d, %d] x %d %s%s%s%s", element_name(c->element),
+             element_name(c->result), element_name(c->lse), (int)c->batch, (int)c->heads,
+             (int)c->rows, (int)c->dim, c->parts, layout_name(c->layout),
+             c->packed ? " packed" : "", c->in_place ? " in place" : "",
+             c->with_lse ? "" : " without lse");
     make_merge(c, &p);
     make_merge(c, &before);
     fill_parts(c, &p, seed);
@@ -223,12 +268,13 @@ static void check_merge(const dlattn_api *api, const struct merge_case *c, uint6
     dlattn_sku sku = {.struct_size = sizeof sku};
     cr_assert(eq(int, api->merge_query(&partials, &sku), DLATTN_OK), "%s: %s", what,
               api->last_error());
-    struct block workspace = place_cpu.take(sku.workspace_bytes, sku.workspace_alignment, AT_END);
+    struct block workspace = PLACE.take(sku.workspace_bytes, sku.workspace_alignment, AT_END);
     const dlattn_exec exec = {.struct_size = sizeof exec,
                               .workspace = workspace.data,
                               .workspace_bytes = sku.workspace_bytes};
     cr_expect(eq(int, api->merge(&partials, &exec), DLATTN_OK), "%s: %s", what, api->last_error());
-    place_cpu.give(&workspace);
+    wait_for_results();
+    PLACE.give(&workspace);
     take_back(&p, what);
     for (int64_t i = 0; i < c->batch * c->heads * c->rows; i++) {
         const int64_t row[3] = {i / c->rows / c->heads, i / c->rows % c->heads, i % c->rows};
@@ -242,19 +288,22 @@ ParameterizedTestParameters(parts, merge) { return every_set(); }
 
 ParameterizedTest(struct cpu_set *set, parts, merge) {
     static const int64_t shapes[][4] = {{2, 3, 5, 16}, {1, 1, 1, 1}, {2, 2, 33, 40},
-                                        {1, 4, 7, 65}, {3, 2, 0, 8}, {2, 1, 3, 128}};
+                                        {1, 4, 7, 65}, {3, 2, 0, 8}, {2, 1, 3, 128},
+                                        {1, 2, 3, 0}};
     const dlattn_api *api = api_with(set);
     uint64_t seed = 1;
+    expect_rows_of(api, "merge");
     for (enum element e = F64; e <= BF16; e++) {
         for (enum layout layout = COMPACT; layout < MIXED; layout++) {
             for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++, seed++) {
-                const int parts = 1 + (int)(seed % MOST_PARTS);
+                const int parts = 1 + (int)(seed % 5);
                 const struct merge_case c = {shapes[s][0],
                                              shapes[s][1],
                                              shapes[s][2],
                                              shapes[s][3],
                                              parts,
                                              e,
+                                             seed % 4 == 1 ? (e + seed / 4 % 4) % 4 : e,
                                              seed % 3 ? F32 : e,
                                              layout,
                                              seed % 4 == 0,
@@ -263,6 +312,28 @@ ParameterizedTest(struct cpu_set *set, parts, merge) {
                 check_merge(api, &c, seed);
             }
         }
+    }
+}
+
+/* As many parts, or rows, as a kernel may have to take in several goes. */
+ParameterizedTestParameters(parts, merge_of_many) { return every_set(); }
+
+ParameterizedTest(struct cpu_set *set, parts, merge_of_many) {
+    static const int parts[] = {31, 32, 33, 64, 65, MOST_PARTS};
+    const dlattn_api *api = api_with(set);
+    const int64_t heads = strcmp(BACKEND, "cpu") == 0 ? 2 : 80;
+    expect_rows_of(api, "merge");
+    for (uint64_t n = 0; n < sizeof parts / sizeof parts[0]; n++) {
+        const enum element e = n % 4, result = n < 4 ? e : F32;
+        const enum layout layout = n % 3 ? COMPACT : ODD;
+        check_merge(api,
+                    &(struct merge_case){1, 3, 5, 24, parts[n], e, result, F32, layout, n == 2,
+                                         n % 2 == 1, true},
+                    n);
+        check_merge(api,
+                    &(struct merge_case){2, heads, 219, 8, 2, e, result, F32, layout, n == 3,
+                                         n % 2 == 1, true},
+                    n);
     }
 }
 
@@ -398,12 +469,13 @@ static void check_append(const dlattn_api *api, const struct append_case *c, uin
     };
     dlattn_sku sku = {.struct_size = sizeof sku};
     cr_assert(eq(int, api->append_query(&t, &sku), DLATTN_OK), "%s: %s", what, api->last_error());
-    struct block workspace = place_cpu.take(sku.workspace_bytes, sku.workspace_alignment, AT_END);
+    struct block workspace = PLACE.take(sku.workspace_bytes, sku.workspace_alignment, AT_END);
     const dlattn_exec exec = {.struct_size = sizeof exec,
                               .workspace = workspace.data,
                               .workspace_bytes = sku.workspace_bytes};
     cr_expect(eq(int, api->append(&t, &exec), DLATTN_OK), "%s: %s", what, api->last_error());
-    place_cpu.give(&workspace);
+    wait_for_results();
+    PLACE.give(&workspace);
     take_back(&p, what);
     expect_cache(c, &p, &before, 0, what);
     expect_cache(c, &p, &before, 1, what);
@@ -416,6 +488,7 @@ ParameterizedTestParameters(parts, append) { return every_set(); }
 ParameterizedTest(struct cpu_set *set, parts, append) {
     static const int64_t dims[][2] = {{16, 16}, {7, 12}, {64, 33}};
     const dlattn_api *api = api_with(set);
+    expect_rows_of(api, "append");
     uint64_t seed = 0;
     for (enum element e = F64; e <= BF16; e++) {
         for (enum element cache = F64; cache <= BF16; cache++) {

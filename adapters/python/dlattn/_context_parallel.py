@@ -172,7 +172,7 @@ def cut(rows: range, keys: range, seen: Band) -> Call | None:
 def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
     """What a rank that holds these rows computes once it has these keys: one call if one window
     over all of them shows each row what it sees, as far as it is with ALiBi, else one for each pair
-    of ranges."""
+    of ranges, those of most keys first: what comes later is added up."""
     pairs, exact = [], []
     for of_rows, row_places in zip(rows, places_of(rows)):
         for of_keys, key_places in zip(keys, places_of(keys)):
@@ -195,7 +195,7 @@ def calls(rows: Shard, keys: Shard, seen: Band) -> tuple[Call, ...]:
         inside = ((_within(r, box_rows), _within(k, box_keys)) for r, k, _ in pairs)
         if all(cut(r, k, candidate) == call for (r, k), call in zip(inside, exact)):
             return (cut(box_rows, box_keys, candidate),)
-    return tuple(busy)
+    return tuple(sorted(busy, key=lambda call: -len(call.keys)))
 
 
 def _moved(x: range, by: int) -> range:
@@ -221,22 +221,26 @@ class Plan(NamedTuple):
         """The keys that a position then has, which are its columns of a bias or a mask."""
         return union(self.of_keys) if self.gathers else self.by_keys[position - step]
 
-    def check_placed(self, backend: str) -> None:
+    def check_placed(self, backend: str, dtype: str) -> None:
         """Refuses calls whose diagonal no kernel of the backend can have where it is."""
-        if _takes_offsets(backend):
+        if _takes_offsets(backend, dtype):
             return
         if any(call.placed[1] for step in self.steps for calls in step for call in calls):
             raise Unsupported(
-                f"alibi_slopes: no kernel of {backend} counts distances between rows and keys from "
-                "elsewhere (diagonal_offset), as parts of the keys need it; way='ulysses' needs "
-                "none, and neither does 'all_gather' under a causal mask"
+                f"alibi_slopes: no kernel of {backend} counts distances between rows and keys of "
+                f"{dtype} from elsewhere (diagonal_offset), as parts of the keys need it; "
+                "way='ulysses' needs none, and neither does 'all_gather' under a causal mask"
             )
 
 
 @functools.cache
-def _takes_offsets(backend: str) -> bool:
+def _takes_offsets(backend: str, dtype: str) -> bool:
+    listed = {"bfloat16": "bf16"}.get(dtype, dtype.replace("float", "f"))
     return any(
-        k.operation == "forward" and k.backend == backend and k.features & DIAGONAL_OFFSET
+        k.operation == "forward"
+        and k.backend == backend
+        and k.features & DIAGONAL_OFFSET
+        and listed in k.dtypes.split()
         for k in kernels()
     )
 

@@ -310,7 +310,7 @@ def _plan(options: _Options, given: Tensors) -> Plan:
     )
     the = plan(options.layout, n, m, options.gathers, rows, keys, seen)
     for platform in platforms():
-        the.check_placed(platform)
+        the.check_placed(platform, str(given.query.dtype))
     return the
 
 

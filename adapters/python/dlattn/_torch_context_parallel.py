@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -548,7 +549,8 @@ def _refusal(tensors: _Tensors, options: _Options, group: dist.ProcessGroup) -> 
     asked = Options(o.scale, o.softcap, *sides, o.causal, o.alignment, 0, 0)
     more = {n: x for n, x in zip(_SEGMENTS, t[-2:]) if x is not None}
     try:
-        _plan(options, rows, keys, t, group).check_placed(t.query.device.type)
+        dtype = str(t.query.dtype).removeprefix("torch.")
+        _plan(options, rows, keys, t, group).check_placed(t.query.device.type, dtype)
         _core.query(*_arguments(given, asked, *results), **more)
     except Error as error:
         return error
@@ -584,6 +586,68 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup, first: int = 0) -> Tensor:
     return found
 
 
+Move = tuple[int, int, Tensor]  # number, the other rank, contiguous rows
+
+
+def _move(sends: Sequence[Move], receives: Sequence[Move], group: dist.ProcessGroup) -> None:
+    """All at once; what is sent as a number is received as that."""
+    moves = [
+        dist.P2POp(move, _bytes(x.view(-1)), dist.get_global_rank(group, rank), group, number)
+        for move, of_kind in ((dist.isend, sends), (dist.irecv, receives))
+        for number, rank, x in of_kind
+        if x.numel()
+    ]
+    _wait(dist.batch_isend_irecv(moves) if moves else [])
+
+
+def _gathered(
+    tensors: Sequence[Tensor], parts: Sequence[Shard], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Those of all ranks in the order of the sequence. Rows are outermost in memory, so pieces come
+    where they belong."""
+    me, found, sends, receives = group.rank(), [], [], []
+    others = [rank for rank in range(group.size()) if rank != me]
+    numbers = itertools.count()
+    for x in tensors:
+        ours = x.detach().movedim(_axis(x), 0).contiguous()
+        whole = ours.new_empty((len(ours) * group.size(), *ours.shape[1:]))
+        found.append(whole.movedim(0, _axis(x)))
+        for number, (rows, rank, places) in zip(numbers, in_order(parts)):
+            to = whole[rows.start : rows.stop]
+            if rank != me:
+                receives.append((number, rank, to))
+                continue
+            piece = ours[places.start : places.stop]
+            to.copy_(piece)
+            sends += [(number, other, piece) for other in others]
+    _move(sends, receives, group)
+    return found
+
+
+def _summed(
+    tensors: Sequence[Tensor], parts: Sequence[Shard], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """The way back of what each rank has for the whole: of a rank's own rows the sum over the
+    ranks, in their order."""
+    me, found, sends, receives = group.rank(), [], [], []
+    others = [rank for rank in range(group.size()) if rank != me]
+    numbers = itertools.count()
+    for x in tensors:
+        whole = x.movedim(_axis(x), 0).contiguous()
+        ours = whole.new_empty((group.size(), len(whole) // group.size(), *whole.shape[1:]))
+        found.append((ours, _axis(x)))
+        for number, (rows, rank, places) in zip(numbers, in_order(parts)):
+            piece = whole[rows.start : rows.stop]
+            if rank != me:
+                sends.append((number, rank, piece))
+                continue
+            to = ours[:, places.start : places.stop]
+            to[me].copy_(piece)
+            receives += [(number, other, to[other]) for other in others]
+    _move(sends, receives, group)
+    return [ours.sum(0).movedim(0, axis) for ours, axis in found]
+
+
 class _Ring(NamedTuple):
     """A rank's place in the ring of positions, each of which has ``degree`` ranks."""
 
@@ -613,7 +677,8 @@ class _Ring(NamedTuple):
 
     def around(self, tensors: Sequence[Tensor], steps: int) -> Iterator[Sequence[Tensor]]:
         """Those of each step; the next ones are on their way meanwhile."""
-        tensors = [x.detach().contiguous() for x in tensors]
+        if steps > 1:
+            tensors = [x.detach().contiguous() for x in tensors]
         for _ in range(steps - 1):
             coming, works = self.send(tensors, 1)
             yield tensors
@@ -695,12 +760,12 @@ def _joined(parts: Tensor, order: Sequence[Piece], axis: int) -> Tensor:
 
 def _parted(x: Tensor, order: Sequence[Piece], m: int) -> Tensor:
     """The inverse of _joined."""
-    places = places_of(tuple(p.rows for p in order))
-    by_rank: list[list[Any]] = [[] for _ in range(m)]
-    for piece, at in zip(order, places):
-        by_rank[piece.rank].append((piece.places.start, x.narrow(ROWS, at.start, len(at))))
-    by_rank = [sorted(pieces, key=lambda piece: piece[0]) for pieces in by_rank]
-    return torch.stack([torch.cat([x for _, x in pieces], ROWS) for pieces in by_rank])
+    batch, heads, rows, dim = x.shape
+    parts = x.new_empty((m, batch, heads, rows // m, dim))
+    for piece, at in zip(order, places_of(tuple(p.rows for p in order))):
+        part = parts[piece.rank].narrow(ROWS, piece.places.start, len(piece.places))
+        part.copy_(x.narrow(ROWS, at.start, len(at)))
+    return parts
 
 
 def _exchange_fake(
@@ -783,10 +848,7 @@ class _Sums:
             self.terms = self.parts
         else:
             dtypes = (self.dtype, *(x.dtype for x in self.parts[1:]))
-            self.terms = [
-                torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-                for x, dtype in zip(self.parts, dtypes)
-            ]
+            self.terms = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(self.parts, dtypes)]
         return self.terms
 
     def settle(self) -> None:
@@ -896,8 +958,7 @@ class _Job:
         t = self.tensors
         given = [x for x in (*t[1:3], t.key_segments) if x is not None]
         if self.options.gathers:
-            order = in_order(self.plan.of_keys)
-            given = [_joined(_all_gather(x, self.group), order, _axis(x)) for x in given]
+            given = _gathered(given, self.plan.of_keys, self.group)
         for step, here in enumerate(self.ring.around(given, len(self.steps))):
             key, value, segments = (*here, None)[:3]
             columns = (_columns(x, self.columns(step)) for x in (t.bias, t.mask))
@@ -975,12 +1036,14 @@ def _backward(
     query, key, value = job.tensors[:3]
     upstream = [x.detach().contiguous() for x in (output, lse, d_output, d_lse)]
     is_shared = depth(call.rows for call in job.calls) > 1
-    of_parts = is_shared and not _takes_lse_of_all(query, lse, job.options.scale)
+    takes_lse = _takes_lse_of_all(query, lse, job.options.scale) if is_shared else True
     d_query = _Sums(_wide_like(query) if is_shared else torch.empty_like(query), dtype=query.dtype)
     d_query.dtype = d_query.totals[0].dtype
     of_options = _OptionSums(job)
-    travelling, works = None, []
+    travelling, works, of_parts = None, [], None
     for step, (keys, calls) in enumerate(job.arrivals()):
+        if of_parts is None:  # asks the device, so not before the first keys are on their way
+            of_parts = not takes_lse
         found = [_sum_for(job, x) for x in keys[:2]]
         of_options.begin(step)
         for call in calls:
@@ -1003,9 +1066,9 @@ def _backward(
             travelling = totals
     _wait(works)
     if job.options.gathers:
-        travelling = [_sum_home(x, job) for x in travelling]
+        travelling = _summed(travelling, job.plan.of_keys, job.group)
     d_main = zip((d_query.finish()[0], *travelling), (query, key, value))
-    return *(g.to(x.dtype) for g, x in d_main), *of_options.finish(upstream)
+    return *(_as(g, x) for g, x in d_main), *of_options.finish(upstream)
 
 
 _GRADIENTS = [f"d_{name}" for name in DIFFERENTIABLE]
@@ -1090,6 +1153,13 @@ def _sink_gradient(
     return found.sum((0, 2)).to(sinks.dtype)
 
 
+def _as(gradient: Tensor, x: Tensor) -> Tensor:
+    """In the layout that the operator's fake promises, too."""
+    found = torch.empty_like(x)
+    same = gradient.dtype == found.dtype and gradient.stride() == found.stride()
+    return gradient if same else found.copy_(gradient)
+
+
 def _wide_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -1101,19 +1171,13 @@ def _sum_for(job: _Job, like: Tensor) -> _Sums:
     return _Sums(total, dtype=total.dtype)
 
 
-def _sum_home(x: Tensor, job: _Job) -> Tensor:
-    """The sum over the ranks, in their order, of the gradients of this rank's keys."""
-    parts = _parted(x, in_order(job.plan.of_keys), job.group.size())
-    return _all_to_all(parts, job.group).sum(0)
-
-
-def _takes_lse_of_all(query: Tensor, lse: Tensor, scale: float | None) -> bool:
+def _takes_lse_of_all(query: Tensor, lse: Tensor, scale: float | None) -> Tensor | bool:
     """Whether the kernel makes weights from the log-sum-exp that it is given, and not from the
     logits that it sees: on tensor cores, but for rows whose log-sum-exp is far from 0."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     limit = far_lse(query.shape[3] ** -0.5 if scale is None else scale)
-    return not bool(((lse.abs() >= limit) & lse.isfinite()).any())
+    return ~((lse.abs() >= limit) & lse.isfinite()).any()
 
 
 def _call_backward(

@@ -351,6 +351,16 @@ def check_torch() -> None:
         stream.synchronize()
         check("DLPack methods", numpy(out), numpy(theirs(*wide(x))), 4e-3)
 
+    def merging() -> None:
+        """Of a few parts, and of more than a launch takes at once, whose table is a workspace."""
+        q, k, v = tensors(CASES[3], torch.bfloat16)
+        expected = numpy(theirs(*wide([q, k, v]), enable_gqa=True))
+        for width in (257, 10):
+            pairs = zip(k.split(width, 2), v.split(width, 2))
+            parts = [dlattn.torch.attention(q, *pair, return_lse=True) for pair in pairs]
+            output, _ = dlattn.merge(*(list(x) for x in zip(*parts)))
+            check(f"torch merge of {len(parts)}", numpy(output), expected, 3e-2)
+
     def refusals() -> None:
         q, k, v = tensors(CASES[0], torch.float16)
         refused("torch head_dim", ValueError, "key: axis 3", lambda: ours(q, k[..., :8], v))
@@ -361,7 +371,7 @@ def check_torch() -> None:
 
     for step in (
         *(forward, strided, masks, gradients, packed_gradients, current_stream, graph),
-        *(gradients_on_a_stream, gradients_in_a_graph, array_interface, refusals),
+        *(gradients_on_a_stream, gradients_in_a_graph, array_interface, merging, refusals),
     ):
         attempt(step)
 

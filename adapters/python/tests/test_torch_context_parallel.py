@@ -471,7 +471,7 @@ def alibi_without_offsets():
     """As on a GPU: what has one diagonal from the first key, or to the last, needs no other."""
     from dlattn import _context_parallel as ours
 
-    takes_offsets, ours._takes_offsets = ours._takes_offsets, lambda backend: False
+    takes_offsets, ours._takes_offsets = ours._takes_offsets, lambda *_: False
     try:
         slopes = {"alibi_slopes": torch.arange(1.0, 5) / 8}
         causal = {**slopes, "causal": True}
@@ -497,6 +497,22 @@ def alibi_without_offsets():
 
 def test_alibi_where_kernels_take_no_offset(group):
     group.call(alibi_without_offsets)
+
+
+def test_which_kernels_take_an_offset(monkeypatch):
+    from dlattn import _context_parallel as ours
+
+    row = next(k for k in dlattn.kernels() if k.name == "cpu_fwd_ref")
+    rows = [
+        row._replace(backend="gpu", dtypes="f16 bf16"),
+        row._replace(backend="gpu", dtypes="f64 f32", features=0),
+        row._replace(backend="gpu", dtypes="f32", operation="backward"),
+    ]
+    monkeypatch.setattr(ours, "kernels", lambda: rows)
+    takes = ours._takes_offsets.__wrapped__
+    assert takes("gpu", "bfloat16") and takes("gpu", "float16")
+    assert not takes("gpu", "float32") and not takes("gpu", "float64")
+    assert not takes("cpu", "bfloat16")
 
 
 # ---- What is refused, on every rank alike

@@ -107,11 +107,15 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
     };
 }
 
-bool bwd_fits(struct plan *plan, const struct problem *p) {
+bool offset_fits(struct plan *plan, const struct problem *p) {
     const int64_t offset = p->diagonal_offset < 0 ? -p->diagonal_offset : p->diagonal_offset;
     if (offset + p->len_q + p->len_k > FWD_UNBOUNDED)
         plan->why = "diagonal_offset and the lengths may be at most 2^29 together";
-    return !plan->why && fwd_fits(plan, p);
+    return !plan->why;
+}
+
+bool bwd_fits(struct plan *plan, const struct problem *p) {
+    return offset_fits(plan, p) && fwd_fits(plan, p);
 }
 
 bool bwd_needs_logits(const struct problem *p) {

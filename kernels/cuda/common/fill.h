@@ -9,6 +9,9 @@
  * plan->why. */
 bool fwd_fits(struct plan *plan, const struct problem *p);
 
+/* True if a window's arithmetic on an offset diagonal fits 32 bits; else plan->why. */
+bool offset_fits(struct plan *plan, const struct problem *p);
+
 /* Parameters for blocks of `tile_q` rows. */
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q);
 
@@ -19,7 +22,7 @@ int32_t fwd_launch(const struct plan *plan, const struct problem *p, const struc
 
 struct divisor divisor_of(int64_t d);
 
-/* The same for gradients: fwd_fits() with the window's arithmetic on an offset diagonal, and fwd_fill() with all but what the
+/* The same for gradients: fwd_fits() with offset_fits(), and fwd_fill() with all but what the
  * kernels split by themselves: key_blocks, stats, slope_sums. */
 bool bwd_fits(struct plan *plan, const struct problem *p);
 void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q);

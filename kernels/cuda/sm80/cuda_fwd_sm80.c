@@ -1,5 +1,6 @@
 /* Forward attention for f16 and bf16 on the tensor cores of any GPU since Ampere. See docs/cuda-sm80.md. */
 #include "kernels/cuda/common/fill.h"
+#include "kernels/cuda/sm80/params.h"
 
 extern const unsigned char cuda_fwd_sm80_image[];
 
@@ -21,7 +22,8 @@ static const struct tile tiles[] = {
 
 static bool needs_extras(const struct problem *p) {
     const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
-                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED;
+                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED |
+                            DLATTN_FEATURE_DIAGONAL_OFFSET;
     return p->features & extras || !(p->scale > 0);
 }
 
@@ -43,11 +45,15 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
 ROW_FUNCTIONS(cuda_fwd_sm80);
 
 bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    return fwd_plan(plan, p, tiles,
+    return offset_fits(plan, p) &&
+           fwd_plan(plan, p, tiles,
                     choose_tile(tiles, COUNT(tiles), needs_extras(p), p, caps, suits));
 }
 
 int32_t cuda_fwd_sm80_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
-    return fwd_launch(plan, p, exec, tiles);
+    struct sm80_params params = {.diagonal_offset = (int32_t)p->diagonal_offset};
+    fwd_fill(&params.fwd, p, plan->tile_q);
+    return cuda_launch(kernel_for(&tiles[plan->variant], p->dtype), p->device_id, plan->blocks,
+                       exec->stream, &params);
 }

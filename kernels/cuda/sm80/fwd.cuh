@@ -15,6 +15,7 @@
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
 #include "kernels/cuda/common/sixteen_bit.cuh"
+#include "kernels/cuda/sm80/params.h"
 
 #include <utility>
 
@@ -719,11 +720,22 @@ struct Operands {
     __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 };
 
+// write_rows_exactly() where the diagonal is elsewhere.
+template <typename E>
+__device__ __noinline__ void write_offset_rows_exactly(const fwd_params &p, int diagonal_offset,
+                                                       int b, int h, int row, int end) {
+    Sequence seq(p, b);
+    seq.diagonal += diagonal_offset;
+    __syncwarp();
+    for (int i = row; i < min(end, seq.q_len); ++i)
+        ExactRow<E, float>{p, seq, b, h, i}.write();
+}
+
 // A warp's rows of output and lse. The output takes the place of the warp's own queries on its way to whole 16-byte writes.
 template <typename E, int D, int DV, int MT, int BN, int SPLIT, bool EXTRAS, typename Share>
 __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, const Sequence &seq,
                                        const Share &share, Warp<E, D, DV, MT, BN, SPLIT> &w,
-                                       char *shared, uint32_t p_tile) {
+                                       char *shared, uint32_t p_tile, int diagonal_offset) {
     using W = Warp<E, D, DV, MT, BN, SPLIT>;
     const int lane = threadIdx.x % 32, warp = share.warp, part = share.part;
     const float sink = sink_of(p, work.h);
@@ -774,13 +786,18 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
                                (E *)p.output.data + work.b * p.output.stride[0] +
                                    work.h * p.output.stride[1] +
                                    (seq.q_start + share.block_row) * p.output.stride[2]);
-    if (exactly)
+    if (!exactly)
+        return;
+    if constexpr (EXTRAS)
+        write_offset_rows_exactly<E>(p, diagonal_offset, work.b, work.h, share.block_row + mine,
+                                     share.block_row + mine + ROWS);
+    else
         write_rows_exactly<E, float>(p, work.b, work.h, share.block_row + mine,
                                      share.block_row + mine + ROWS);
 }
 
 template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
-__device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
+__device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, int diagonal_offset) {
     using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
     using W = Warp<E, D, DV, MT, BN, SPLIT>;
     using R = Ring<E, D, DV, WARPS, MT, BN, STAGES, SPLIT>;
@@ -789,7 +806,8 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     const int lane = threadIdx.x % 32, warps = kept_by_all(threadIdx.x / 32);
 
     const Work work(p);
-    const Sequence seq(p, work.b);
+    Sequence seq(p, work.b);
+    seq.diagonal += diagonal_offset;
     Share<T::ROWS, MT * 16, BN, SPLIT> share(work, seq, warps);
     if (share.rows <= 0)
         return;
@@ -842,5 +860,6 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p) {
     copy_wait<0>();
     if (share.first >= share.end)
         __syncthreads(); // no step has waited for the queries; their tile is about to be reused
-    finish<E, D, DV, MT, BN, SPLIT, EXTRAS>(p, work, seq, share, w, shared, p_tile);
+    finish<E, D, DV, MT, BN, SPLIT, EXTRAS>(p, work, seq, share, w, shared, p_tile,
+                                            diagonal_offset);
 }
