@@ -72,12 +72,19 @@ struct Consumer {
         }
     }
 
-    // Whether a score of the warp is beyond what the polynomial of the cap is for.
-    __device__ __forceinline__ bool beyond_polynomial(const sm90_params &p) const {
+    // Score i of a thread's row `half`.
+    __device__ __forceinline__ float &score_of(int half, int i) {
+        return score[4 * (i / 2) + 2 * half + i % 2];
+    }
+
+    // ---- Softcap: the two rows of a thread one after the other, as there are no registers for the polynomials of both ----
+
+    // Whether a score of such rows of the warp is beyond what the polynomial of the cap is for.
+    __device__ __forceinline__ bool beyond_polynomial(const sm90_params &p, int half) {
         float most[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < SCORES; i++)
-            most[i % 4] = fmaxf(most[i % 4], fabsf(score[i]));
+        for (int i = 0; i < SCORES / 2; i++)
+            most[i % 4] = fmaxf(most[i % 4], fabsf(score_of(half, i)));
         const float all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
         return __any_sync(~0u, all > p.cap_limit);
     }
@@ -94,35 +101,40 @@ struct Consumer {
 
     // x -> cap * tanh(scale * x / cap), as exponents of 2. tanh(y) = 1 - 2 / (exp(2 y) + 1) is exact to the last bits of f32, but takes two
     // more results of the special function unit.
-    __device__ __forceinline__ void cap_beyond(const sm90_params &p) {
+    __device__ __forceinline__ void cap_beyond(const sm90_params &p, int half) {
         const float twice = 2 * LOG2E * p.scale / p.softcap, most = LOG2E * p.softcap;
 #pragma unroll
-        for (int i = 0; i < SCORES; i++)
-            score[i] = most - 2 * most * reciprocal_approx(exp2_approx(score[i] * twice) + 1);
+        for (int i = 0; i < SCORES / 2; i++) {
+            float &s = score_of(half, i);
+            s = most - 2 * most * reciprocal_approx(exp2_approx(s * twice) + 1);
+        }
     }
     __device__ __forceinline__ void cap(const sm90_params &p) {
-        if (__builtin_expect(beyond_polynomial(p), false)) {
-            cap_beyond(p);
-            return;
-        }
 #pragma unroll
-        for (int i = 0; i < SCORES; i++)
-            score[i] *= cap_factor(p, score[i]);
+        for (int half = 0; half < 2; half++) {
+            if (__builtin_expect(beyond_polynomial(p, half), false)) {
+                cap_beyond(p, half);
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < SCORES / 2; i++)
+                score_of(half, i) *= cap_factor(p, score_of(half, i));
+        }
     }
 
     // The same with exponentials(), in an instruction less.
     __device__ __forceinline__ void
     capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&part)[2]) {
-        if (__builtin_expect(beyond_polynomial(p), false)) {
-            cap_beyond(p);
-            exponentials(1, offset, part);
-            return;
-        }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            if (__builtin_expect(beyond_polynomial(p, half), false)) {
+                cap_beyond(p, half);
+                exponentials(1, offset, part, half);
+                continue;
+            }
 #pragma unroll
             for (int i = 0; i < SCORES / 2; i++) {
-                float &s = score[4 * (i / 2) + 2 * half + i % 2];
+                float &s = score_of(half, i);
                 s = exp2_approx(fmaf(s, cap_factor(p, s), -offset[half]));
                 part[half] += s;
             }
@@ -153,14 +165,16 @@ struct Consumer {
     // S -> 2^(scale_log2 S - offset), and their sums in `part`.
     __device__ __forceinline__ void exponentials(float scale_log2, const float (&offset)[2],
                                                  float (&part)[2]) {
+        exponentials(scale_log2, offset, part, 0);
+        exponentials(scale_log2, offset, part, 1);
+    }
+    __device__ __forceinline__ void exponentials(float scale_log2, const float (&offset)[2],
+                                                 float (&part)[2], int half) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int i = 0; i < SCORES / 2; i++) {
-                float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s = exp2_approx(fmaf(s, scale_log2, -offset[half]));
-                part[half] += s;
-            }
+        for (int i = 0; i < SCORES / 2; i++) {
+            float &s = score_of(half, i);
+            s = exp2_approx(fmaf(s, scale_log2, -offset[half]));
+            part[half] += s;
         }
     }
 
@@ -225,7 +239,7 @@ struct Consumer {
 
     // From a score, as shape_scores() leaves it, to an exponent of 2.
     static __device__ __forceinline__ float exponent_scale(const sm90_params &p) {
-        return C::IS_ANY || C::HAS_SOFTCAP ? 1.f : p.scale_log2;
+        return C::HAS_EXPONENTS || C::HAS_SOFTCAP ? 1.f : p.scale_log2;
     }
 
     __device__ __forceinline__ void finite_top(float (&offset)[2]) const {
@@ -347,6 +361,13 @@ struct Consumer {
             cap(p);
         else
             each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
+        if constexpr (C::LOADS_BIAS)
+            each_score([&](float x, int half, int i) {
+                const int j = n * C::TILE_K + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2;
+                return __fmaf_rz(bias_of<C>(p, t, min(row + 8 * half, p.len_q - 1),
+                                            min(j, p.len_k - 1)),
+                                 LOG2E, x);
+            });
         if (p.alibi_slopes) {
             const int met = met_key(p, t, row) - n * C::TILE_K - threadIdx.x % 4 * 2;
             const float distance[2] = {
@@ -358,6 +379,52 @@ struct Consumer {
                 return __fmaf_rz(-slopes[half], fabsf(distance[half] - (i / 2 * 8 + i % 2)), x);
             });
         }
+    }
+
+    // ---- BIAS, BIAS_F32 ----
+
+    // change_scores() where a bias is all that does. Its boxes hold the rows as the tensor does, or one that all have in common.
+    __device__ __forceinline__ void add_bias(const sm90_params &p, const Shared<C> &s,
+                                             Pipeline<C> &pipe) {
+        constexpr int PART = C::BIAS_KEYS / 2; // scores of a thread
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+        each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
+#pragma unroll
+        for (int first = 0; first < SCORES; first += PART) {
+            mbarrier_wait(s.bias_full(pipe.biases, pipe.wg), s.bias_phase(pipe.biases));
+            const uint32_t box = s.bias(pipe.biases, pipe.wg);
+            if constexpr (sizeof(typename C::Bias) == 2) {
+                const int row = p.bias.row ? 16 * warp + lane % 16 : 0;
+                const uint32_t of_lane = box + row * 128 + ((lane / 16 ^ row % 8) << 4);
+#pragma unroll
+                for (int i = 0; i < PART; i += 8) {
+                    uint32_t pairs[4];
+                    load_matrices(pairs, of_lane ^ i / 8 << 5);
+#pragma unroll
+                    for (int k = 0; k < 8; k += 2) {
+                        const float2 b = widen_pair<E>(pairs[k / 2]);
+                        add_bias(first + i + k, b);
+                    }
+                }
+            } else {
+                const int row = p.bias.row ? 16 * warp + lane / 4 : 0,
+                          next = p.bias.row ? 8 * 128 : 0;
+                const uint32_t of_lane =
+                    box + row * 128 + ((lane / 2 % 2 ^ row % 8) << 4) + lane % 2 * 8;
+#pragma unroll
+                for (int i = 0; i < PART; i += 4) {
+                    const uint32_t at = (of_lane ^ i / 4 % 4 << 5) + i / 16 * C::BIAS_BOX;
+                    add_bias(first + i, load_pair(at));
+                    add_bias(first + i + 2, load_pair(at + next));
+                }
+            }
+            __syncwarp();
+            release(s.bias_empty(pipe.biases++, pipe.wg));
+        }
+    }
+    __device__ __forceinline__ void add_bias(int i, float2 bias) {
+        score[i] = __fmaf_rz(bias.x, LOG2E, score[i]);
+        score[i + 1] = __fmaf_rz(bias.y, LOG2E, score[i + 1]);
     }
 
     // ---- ALiBi: a key loses slope * distance ----
@@ -442,9 +509,9 @@ struct Consumer {
     }
 
     template <bool MASKED, bool TRACK>
-    __device__ __forceinline__ void shape_scores(const sm90_params &p, const Tile<C> &t, int wg,
-                                                 int block) {
-        const int row = first_row_of_thread(t, wg);
+    __device__ __forceinline__ void shape_scores(const sm90_params &p, const Shared<C> &s,
+                                                 const Tile<C> &t, int block, Pipeline<C> &pipe) {
+        const int wg = pipe.wg, row = first_row_of_thread(t, wg);
         if (C::HAS_SOFTCAP && (MASKED || TRACK))
             cap(p); // else capped_exponentials() does
         if constexpr (C::HAS_ALIBI) {
@@ -455,7 +522,11 @@ struct Consumer {
         }
         if constexpr (C::IS_ANY) {
             change_scores(p, t, row, block);
-            if (block >= t.first_whole && block < t.end_whole && !cut)
+        }
+        if constexpr (C::COPIES_BIAS)
+            add_bias(p, s, pipe);
+        if constexpr (C::HAS_EXPONENTS) {
+            if (block >= t.first_whole && block < t.end_whole && !(C::IS_ANY && cut))
                 return;
         }
         if constexpr (MASKED) {
@@ -497,7 +568,7 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
     wgmma_wait<0>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
-    shape_scores<true, true>(p, t, pipe.wg, n);
+    shape_scores<true, true>(p, s, t, n, pipe);
     float factor[2], offset[2];
     track_maximum(exponent_scale(p), factor);
     finite_top(offset);
@@ -531,7 +602,7 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     const float finished_top[2] = {top[0], top[1]}, finished_sum[2] = {sum[0], sum[1]};
     if (NEW_TILE)
         clear_sums();
-    shape_scores<MASKED, TRACK>(p, t, pipe.wg, n);
+    shape_scores<MASKED, TRACK>(p, s, t, n, pipe);
     float factor[2], offset[2], part[2] = {0, 0}, nearer[2];
     if constexpr (C::HAS_ALIBI && !NEW_TILE) {
         approach(p, t, pipe.wg, n, nearer);
@@ -614,10 +685,11 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
         pipe.skip_values(skipped);
         for (n = next_block<C>(p, t, n); n < t.end_block; n = next_block<C>(p, t, n)) {
-            if constexpr (C::IS_ANY) {
+            if constexpr (C::IS_ANY)
                 rows.look(p, t, wg, n);
+            if constexpr (C::HAS_EXPONENTS)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
-            } else if (n < t.first_untracked)
+            else if (n < t.first_untracked)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             else if (n < t.end_whole)
                 rows.template step<false, false, false>(p, s, t, n, pipe, t);
@@ -648,6 +720,8 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
         tma_prefetch_map(&p.key_map);
         tma_prefetch_map(&p.value_map);
         tma_prefetch_map(&p.output_map);
+        if (C::COPIES_BIAS)
+            tma_prefetch_map(&p.bias_map);
         init_barriers<C>(s);
     }
     if (C::IS_PLACED && (p.list || p.seen))
@@ -661,6 +735,8 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
                 produce_blocks<C, false>(p, s);
             else if (warp == 2)
                 produce_blocks<C, true>(p, s);
+            else if (C::COPIES_BIAS && warp == 3)
+                produce_bias<C>(p, s);
         } else if (warp == 0) {
             produce_keys<C>(p, s);
         }

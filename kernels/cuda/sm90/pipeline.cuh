@@ -62,6 +62,19 @@ struct Shared {
     __device__ __forceinline__ Ring<C::CLAIMED_TILES> claimed_ring() const {
         return {rings() + 32 * C::STAGES, rings() + 32 * C::STAGES + 8 * C::CLAIMED_TILES};
     }
+    // The n-th 64 keys of a warpgroup's bias, counted over all tiles.
+    __device__ __forceinline__ uint32_t bias(uint32_t n, int wg) const {
+        return base + C::BIASES +
+               (n % C::BIAS_STAGES * C::WARPGROUPS + wg) * C::BIAS_BOXES * C::BIAS_BOX;
+    }
+    __device__ __forceinline__ uint32_t bias_full(uint32_t n, int wg) const {
+        return rings() + 32 * C::STAGES + 16 * C::CLAIMED_TILES +
+               8 * (2 * C::BIAS_STAGES * wg + n % C::BIAS_STAGES);
+    }
+    __device__ __forceinline__ uint32_t bias_empty(uint32_t n, int wg) const {
+        return bias_full(n, wg) + 8 * C::BIAS_STAGES;
+    }
+    static __device__ __forceinline__ uint32_t bias_phase(uint32_t n) { return n / C::BIAS_STAGES & 1; }
 };
 
 template <class C>
@@ -80,12 +93,19 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
     }
     for (int i = 0; i < C::CLAIMED_TILES; i++) {
         mbarrier_init(s.claimed_ring().full + 8 * i, 1);
-        mbarrier_init(s.claimed_ring().empty + 8 * i, 64); // two producers read it
+        mbarrier_init(s.claimed_ring().empty + 8 * i, 32 * C::CLAIM_READERS);
+    }
+    if constexpr (C::COPIES_BIAS) {
+        for (int wg = 0; wg < C::WARPGROUPS; wg++)
+            for (int i = 0; i < C::BIAS_STAGES; i++) {
+                mbarrier_init(s.bias_full(i, wg), 1);
+                mbarrier_init(s.bias_empty(i, wg), 4);
+            }
     }
     mbarrier_init_fence();
 }
 
-// ---- Producers: two or three warps, whose first lane does what is done once ----
+// ---- Producers: two to four warps, whose first lane does what is done once ----
 
 // Row `row` of a packed sequence that has `rows` from row `start` on is (length - rows + row, start + rows): both axes have the
 // stride of a row, the origin lies `length` rows before the tensor's, and behind the sequence the first coordinate is past its
@@ -291,6 +311,28 @@ __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Share
     }
 }
 
+// The bias of the key tiles that a warpgroup visits, by a lane for each.
+template <class C>
+__device__ __forceinline__ void produce_bias(const sm90_params &p, const Shared<C> &s) {
+    const int wg = threadIdx.x % 32;
+    uint32_t n = 0;
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+        const int row = p.bias.row ? t.first_row + 64 * wg : 0, head = p.bias.head ? t.head : 0,
+                  batch = p.bias.batch ? t.batch : 0, begin = t.first_block * C::TILE_K,
+                  end = wg < C::WARPGROUPS ? tile_of<C>(p, t, wg).end_block * C::TILE_K : 0;
+        for (int key = begin; key < end; key += C::BIAS_KEYS, n++) {
+            mbarrier_wait(s.bias_empty(n, wg), s.bias_phase(n) ^ 1);
+            mbarrier_expect_bytes(s.bias_full(n, wg), C::BIAS_BOXES * p.bias_box_bytes);
+            for (int i = 0; i < C::BIAS_BOXES; i++)
+                tma_load_4d(s.bias(n, wg) + i * C::BIAS_BOX, &p.bias_map, s.bias_full(n, wg),
+                            evict_first(), key + i * C::BIAS_KEYS / C::BIAS_BOXES, row, head,
+                            batch);
+        }
+        __syncwarp();
+    }
+}
+
 // ---- Consumers: where a warpgroup stands, and whose turn it is ----
 
 // A warp tells the producer that it has read a buffer.
@@ -316,6 +358,7 @@ struct Pipeline {
     int wg;
     Ring<C::QUERY_STAGES> queries;
     Ring<C::STAGES> keys, values;
+    uint32_t biases = 0; // that were read
 
     __device__ __forceinline__ Pipeline(const Shared<C> &s, int wg)
         : wg(wg), queries(s.query_ring(wg)), keys(s.key_ring()), values(s.value_ring()) {}

@@ -9,13 +9,13 @@
 // With ALiBi, where top is a guess: sums below this are brought back, and rows whose sum is lost are computed by exact_row().
 constexpr float ALIBI_LEAST = 0x1p-12f, ALIBI_LOST = 0x1p-80f;
 
-// Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of ANY lose nothing, up to the end of
+// Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of HAS_EXPONENTS lose nothing, up to the end of
 // the range. Rows without a weight have no exponents.
 template <class C>
 __device__ __forceinline__ bool is_far(const sm90_params &p, float top, float total) {
     if (C::IS_PLACED && total == 0)
         return false;
-    return !(fabsf(top) < (C::IS_ANY ? FLT_MAX : EXACT_FROM));
+    return !(fabsf(top) < (C::HAS_EXPONENTS ? FLT_MAX : EXACT_FROM));
 }
 
 template <class C>
@@ -107,7 +107,17 @@ __device__ __forceinline__ int key_segment(const sm90_params &p, const Tile<C> &
                  (t.k_start + j) * p.key_segments_strides.row);
 }
 
-// What the options make of a scaled score; where rows have a mask, heads share no tile.
+// Of row `row` and key j of a tile, both inside the tensor. Where rows have a bias or a mask, heads share no tile.
+template <class C>
+__device__ __forceinline__ float bias_of(const sm90_params &p, const Place<C> &t, int row, int j) {
+    const int64_t at = t.batch * p.bias.batch + t.head * p.bias.head + row * p.bias.row +
+                       static_cast<int64_t>(j) * p.bias.key;
+    if (p.bias_is_f32)
+        return __ldg(static_cast<const float *>(p.bias.data) + at);
+    return float(__ldg(static_cast<const typename C::Element *>(p.bias.data) + at));
+}
+
+// What the options make of a scaled score.
 template <class C>
 __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, int row, int j,
                                        float score) {
@@ -120,6 +130,8 @@ __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, i
         return -INFINITY;
     if (p.softcap > 0)
         score = p.softcap * tanhf(score / p.softcap);
+    if (C::COPIES_BIAS || C::LOADS_BIAS)
+        score += bias_of<C>(p, t, row, j);
     if (p.alibi_slopes)
         score -= slope_of<C>(p, t, row) * abs((row >> p.pack_log2) + t.diagonal - j);
     return score;
