@@ -72,21 +72,20 @@ struct Consumer {
         }
     }
 
-    // Score i of a thread's row `half`.
-    __device__ __forceinline__ float &score_of(int half, int i) {
-        return score[4 * (i / 2) + 2 * half + i % 2];
-    }
+    // ---- Softcap: by parts of the scores, as there are no registers for the polynomials of all ----
 
-    // ---- Softcap: the two rows of a thread one after the other, as there are no registers for the polynomials of both ----
+    static constexpr int PARTS = 4, PART = SCORES / PARTS;
 
-    // Whether a score of such rows of the warp is beyond what the polynomial of the cap is for.
-    __device__ __forceinline__ bool beyond_polynomial(const sm90_params &p, int half) {
-        float most[4] = {0, 0, 0, 0};
+    // For each part, whether a score of the warp is beyond what the polynomial of the cap is for.
+    __device__ __forceinline__ void find_beyond(const sm90_params &p, bool (&beyond)[PARTS]) const {
 #pragma unroll
-        for (int i = 0; i < SCORES / 2; i++)
-            most[i % 4] = fmaxf(most[i % 4], fabsf(score_of(half, i)));
-        const float all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-        return __any_sync(~0u, all > p.cap_limit);
+        for (int part = 0; part < PARTS; part++) {
+            float most[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < PART; i++)
+                most[i % 2] = fmaxf(most[i % 2], fabsf(score[PART * part + i]));
+            beyond[part] = __any_sync(~0u, fmaxf(most[0], most[1]) > p.cap_limit);
+        }
     }
 
     // By what a score is to be multiplied to be capped, as a power of 2: exact to 2^-20 up to half of the cap.
@@ -101,44 +100,49 @@ struct Consumer {
 
     // x -> cap * tanh(scale * x / cap), as exponents of 2. tanh(y) = 1 - 2 / (exp(2 y) + 1) is exact to the last bits of f32, but takes two
     // more results of the special function unit.
-    __device__ __forceinline__ void cap_beyond(const sm90_params &p, int half) {
+    __device__ __forceinline__ void cap_beyond(const sm90_params &p, int part) {
         const float twice = 2 * LOG2E * p.scale / p.softcap, most = LOG2E * p.softcap;
 #pragma unroll
-        for (int i = 0; i < SCORES / 2; i++) {
-            float &s = score_of(half, i);
-            s = most - 2 * most * reciprocal_approx(exp2_approx(s * twice) + 1);
-        }
+        for (int i = PART * part; i < PART * (part + 1); i++)
+            score[i] = most - 2 * most * reciprocal_approx(exp2_approx(score[i] * twice) + 1);
     }
     __device__ __forceinline__ void cap(const sm90_params &p) {
+        bool beyond[PARTS];
+        find_beyond(p, beyond);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (__builtin_expect(beyond_polynomial(p, half), false)) {
-                cap_beyond(p, half);
+        for (int part = 0; part < PARTS; part++) {
+            if (__builtin_expect(beyond[part], false)) {
+                cap_beyond(p, part);
                 continue;
             }
 #pragma unroll
-            for (int i = 0; i < SCORES / 2; i++)
-                score_of(half, i) *= cap_factor(p, score_of(half, i));
+            for (int i = PART * part; i < PART * (part + 1); i++)
+                score[i] *= cap_factor(p, score[i]);
         }
     }
 
     // The same with exponentials(), in an instruction less.
     __device__ __forceinline__ void
-    capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&part)[2]) {
+    capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&sums)[2]) {
+        bool beyond[PARTS];
+        find_beyond(p, beyond);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (__builtin_expect(beyond_polynomial(p, half), false)) {
-                cap_beyond(p, half);
-                exponentials(1, offset, part, half);
+        for (int part = 0; part < PARTS; part++) {
+            if (__builtin_expect(beyond[part], false)) {
+                cap_beyond(p, part);
+#pragma unroll
+                for (int i = PART * part; i < PART * (part + 1); i++)
+                    add_exponential(i, score[i] - offset[i / 2 % 2], sums);
                 continue;
             }
 #pragma unroll
-            for (int i = 0; i < SCORES / 2; i++) {
-                float &s = score_of(half, i);
-                s = exp2_approx(fmaf(s, cap_factor(p, s), -offset[half]));
-                part[half] += s;
-            }
+            for (int i = PART * part; i < PART * (part + 1); i++)
+                add_exponential(i, fmaf(score[i], cap_factor(p, score[i]), -offset[i / 2 % 2]), sums);
         }
+    }
+    __device__ __forceinline__ void add_exponential(int i, float exponent, float (&sums)[2]) {
+        score[i] = exp2_approx(exponent);
+        sums[i / 2 % 2] += score[i];
     }
 
     // Moves the top to the maximum of S where that grew by more than 2^8; `factor` is what older results scale by.
@@ -165,16 +169,14 @@ struct Consumer {
     // S -> 2^(scale_log2 S - offset), and their sums in `part`.
     __device__ __forceinline__ void exponentials(float scale_log2, const float (&offset)[2],
                                                  float (&part)[2]) {
-        exponentials(scale_log2, offset, part, 0);
-        exponentials(scale_log2, offset, part, 1);
-    }
-    __device__ __forceinline__ void exponentials(float scale_log2, const float (&offset)[2],
-                                                 float (&part)[2], int half) {
 #pragma unroll
-        for (int i = 0; i < SCORES / 2; i++) {
-            float &s = score_of(half, i);
-            s = exp2_approx(fmaf(s, scale_log2, -offset[half]));
-            part[half] += s;
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int i = 0; i < SCORES / 2; i++) {
+                float &s = score[4 * (i / 2) + 2 * half + i % 2];
+                s = exp2_approx(fmaf(s, scale_log2, -offset[half]));
+                part[half] += s;
+            }
         }
     }
 
