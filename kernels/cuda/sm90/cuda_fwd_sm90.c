@@ -17,9 +17,11 @@ MODULE(256)
  * for both element types. */
 enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32 };
 
-/* By USE of tiles.inc: MANY_ROWS is for PLAIN alone, BIAS and BIAS_F32 for those of that name. */
+/* By USE of tiles.inc: MANY_ROWS is for the first two alone, BIAS and BIAS_F32 for those of that name. */
 #define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
-    (struct cuda_kernel[]) { TWO(D, NAME, "", __VA_ARGS__, 0) }
+    (struct cuda_kernel[]) {                                                                       \
+        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1)                  \
+    }
 #define KERNELS_ANY(...)                                                                           \
     (struct cuda_kernel[]) { OPTIONS(__VA_ARGS__) }
 #define KERNELS_BIAS(...)                                                                          \
@@ -174,7 +176,8 @@ static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t ti
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
-    return t->rows <= 128 || (variant_of(p) == PLAIN && has_many_rows(p, caps));
+    return t->rows <= 128 ||
+           (variant_of(p) <= PLACED && !is_listed(p) && has_many_rows(p, caps));
 }
 
 /* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */

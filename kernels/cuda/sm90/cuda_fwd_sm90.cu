@@ -12,8 +12,10 @@
         static_assert(Config::SHARED_BYTES == BYTES, "");                                          \
         forward<Config>(p);                                                                        \
     }
-/* Three warpgroups have no registers for what options need. */
-#define INSTANCES_MANY_ROWS(name, E, ...) INSTANCE(name, E, PLAIN, __VA_ARGS__)
+/* Three warpgroups have no registers for what other options need. */
+#define INSTANCES_MANY_ROWS(name, E, ...)                                                          \
+    INSTANCE(name, E, PLAIN, __VA_ARGS__)                                                          \
+    INSTANCE(name##_placed, E, PAGED, __VA_ARGS__)
 #define INSTANCES_ANY(name, E, ...)                                                                \
     INSTANCE(name, E, PLAIN, __VA_ARGS__)                                                          \
     INSTANCE(name##_placed, E, PLACED, __VA_ARGS__)                                                \

@@ -126,7 +126,7 @@ template <class C>
 __device__ __forceinline__ RowCoordinates row_coordinates(const sm90_params &p, const Place<C> &t,
                                                           int row) {
     row >>= p.pack_log2;
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         const PackedRow r = packed_row(p.len_q, t.q_start, t.q_rows, min(row, t.q_rows - 1));
         if (p.packed_q.cu_seqlens)
             return {r.inner, r.outer, t.head};
@@ -159,7 +159,7 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
 // the lengths; else every gridDim-th.
 template <class C>
 __device__ __forceinline__ Tile<C> next_tile(const sm90_params &p, int index, bool first) {
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         if (p.list)
             return tile_at<C>(p, uniform(threadIdx.x % 32 == 0 ? atomicAdd(&p.list->next, 1) : 0));
     }
@@ -245,6 +245,8 @@ __device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t
             const PageRow at = page_row(p, t.batch, key);
             return {at.row, t.kv_head, at.page};
         }
+    }
+    if constexpr (C::IS_PACKED) {
         const PackedRow r = packed_row(p.len_k, t.k_start, t.k_len, row);
         if (p.packed_k.cu_seqlens)
             return {r.inner, r.outer, t.kv_head};

@@ -23,7 +23,7 @@ __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_s
                                               const Place<C> &t, int row) {
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
     int64_t of_tensor = row >> p.pack_log2;
-    if constexpr (C::IS_PLACED)
+    if constexpr (C::IS_PACKED)
         of_tensor += t.q_start;
     return t.batch * strides.batch + head * strides.head + of_tensor * strides.row;
 }
@@ -31,7 +31,7 @@ __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_s
 // Whether row `row` of the tile is one of the output's.
 template <class C>
 __device__ __forceinline__ bool is_row(const sm90_params &p, const Place<C> &t, int row) {
-    if constexpr (C::IS_PLACED)
+    if constexpr (C::IS_PACKED)
         return row >> p.pack_log2 < t.q_rows;
     return row >> p.pack_log2 < p.len_q;
 }
@@ -74,8 +74,12 @@ struct KeyRows {
                                        const sm90_strides &strides, const Tile<C> &t)
         : head(static_cast<const E *>(tensor) + t.batch * strides.batch + t.kv_head * strides.head),
           stride(strides.row) {
-        if constexpr (C::IS_PLACED)
-            head += p.block_table ? -t.batch * strides.batch : t.k_start * stride;
+        if (C::IS_PLACED && p.block_table)
+            head -= t.batch * strides.batch;
+        if constexpr (C::IS_PACKED) {
+            if (!p.block_table)
+                head += t.k_start * stride;
+        }
     }
     __device__ __forceinline__ const E *row(const sm90_params &p, const sm90_strides &strides,
                                             const Tile<C> &t, int j) const {
@@ -122,12 +126,14 @@ template <class C>
 __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, int row, int j,
                                        float score) {
     const int64_t batch = t.batch, head = t.head;
-    if (p.mask.data &&
+    if (C::IS_ANY && p.mask.data &&
         !static_cast<const uint8_t *>(p.mask.data)[batch * p.mask.batch + head * p.mask.head +
                                                    row * p.mask.row + j * p.mask.key])
         return -INFINITY;
-    if (p.query_segments && query_segment(p, t, row) != key_segment(p, t, j))
-        return -INFINITY;
+    if constexpr (C::IS_ANY) {
+        if (p.query_segments && query_segment(p, t, row) != key_segment(p, t, j))
+            return -INFINITY;
+    }
     if (p.softcap > 0)
         score = p.softcap * tanhf(score / p.softcap);
     if (C::COPIES_BIAS || C::LOADS_BIAS)

@@ -7,9 +7,9 @@
 
 #include <type_traits>
 
-// What a kernel is compiled for. All but PLAIN also take rows and keys that lie anywhere (packed sequences, pages) and sinks. BIAS
-// and BIAS_F32 are for one of the element type or f32 that TMA can copy, ANY_BIAS is for others, and beside all other options.
-enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32 };
+// What a kernel is compiled for. All but PLAIN also take rows and keys that lie anywhere (packed sequences, pages) and sinks, PAGED
+// only the last two: where a tile's rows are then takes fewer registers. BIAS and BIAS_F32 are for one of the element type or f32 that TMA can copy, ANY_BIAS is for others, and beside all other options.
+enum Variant { PLAIN, PAGED, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32 };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
@@ -18,7 +18,8 @@ struct Config {
     static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
-    static constexpr bool IS_PLACED = Of != PLAIN, HAS_SOFTCAP = Of == SOFTCAP,
+    static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED && Of != PAGED,
+                          HAS_SOFTCAP = Of == SOFTCAP,
                           HAS_ALIBI = Of == ALIBI, IS_ANY = Of == ANY || Of == ANY_BIAS,
                           LOADS_BIAS = Of == ANY_BIAS, COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
     // Scores are exponents of 2 before their maximum is looked for, which moves in every tile.
@@ -80,7 +81,7 @@ struct AnyPlace : DensePlace {
 };
 
 template <class C>
-using Place = std::conditional_t<C::IS_PLACED, AnyPlace, DensePlace>;
+using Place = std::conditional_t<C::IS_PACKED, AnyPlace, DensePlace>;
 
 template <class C>
 struct alignas(64) Tile : Place<C> {
@@ -260,7 +261,7 @@ __device__ __forceinline__ void wait_for_workspace() {
 template <class C>
 __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
     Tile<C> t;
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         if (p.list)
             place_listed<C>(p, wanted, t);
         else
