@@ -68,23 +68,29 @@ static bool is_seen(const struct problem *p) {
     return has(p, DLATTN_FEATURE_MASK | DLATTN_FEATURE_SEGMENTS);
 }
 
-/* Whether a tensor map can say what a bias is; axes that are broadcast have no stride there. */
+/* Whether a bias is the only option that changes scores, and a tensor map can say what it is but for where it lies; axes that are
+ * broadcast have no stride there. */
 static bool copies_bias(const struct problem *p) {
     const int64_t *s = p->bias.stride, bytes = dtype_bytes(p->bias.dtype);
-    bool can = s[3] == 1 && (uintptr_t)p->bias.data % 16 == 0;
+    bool can = s[3] == 1 && p->dim_qk <= 128 && p->dim_v <= 128 && !is_seen(p) &&
+               !has(p, DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SOFTCAP);
     for (int i = 0; i < 3; i++)
         can &= s[i] >= 0 && s[i] < INT64_C(1) << 38 && s[i] * bytes % 16 == 0;
     return can;
+}
+
+/* Biases that are no copies are read element by element, which cuda_fwd_sm80 does in less time. */
+static bool takes_bias(const struct problem *p) {
+    return !has(p, DLATTN_FEATURE_BIAS) || copies_bias(p) || has(p, DLATTN_FEATURE_SEGMENTS);
 }
 
 static enum kind variant_of(const struct problem *p) {
     const uint64_t placed = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SINKS;
     const bool alibi = has(p, DLATTN_FEATURE_ALIBI), softcap = has(p, DLATTN_FEATURE_SOFTCAP);
     if (has(p, DLATTN_FEATURE_BIAS))
-        return is_seen(p) || alibi || softcap || p->dim_qk > 128 || p->dim_v > 128 || !copies_bias(p)
-                   ? ANY_BIAS
-               : p->bias.dtype == DTYPE_F32 ? BIAS_F32
-                                            : BIAS;
+        return !copies_bias(p) || (uintptr_t)p->bias.data % 16 != 0 ? ANY_BIAS
+               : p->bias.dtype == DTYPE_F32                         ? BIAS_F32
+                                                                    : BIAS;
     return is_seen(p) || (alibi && softcap) ? ANY_OPTION
            : alibi                          ? ALIBI
            : softcap                        ? SOFTCAP
@@ -219,7 +225,7 @@ static bool takes(const struct problem *p) {
            p->len_q * (p->heads_q / p->heads_kv) <= SM90_MAX_LENGTH && p->total_q <= INT32_MAX &&
            p->total_k <= INT32_MAX && p->batch <= INT32_MAX / 2 && p->pages <= INT32_MAX &&
            row_tiles(p, 64) * p->heads_q <= INT32_MAX && takes_pages(p) && takes_tensors(p) &&
-           takes_seen(p);
+           takes_seen(p) && takes_bias(p);
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);

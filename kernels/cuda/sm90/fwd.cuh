@@ -26,7 +26,7 @@ struct Consumer {
     bool fresh;                     // O holds nothing of this tile yet
     float slope[2];                 // ALIBI: what a score loses for each key of distance
     uint32_t early[SCORES / 4 + 4]; // ANY: of the mask, see fetch()
-    bool cut;                       // ANY: mask or segments hide something of the tile
+    bool cut;                       // HAS_EXPONENTS: something of the tile is hidden, see look()
 
     // S = Q K^T
     __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
@@ -254,7 +254,14 @@ struct Consumer {
         sum[0] = sum[1] = 0;
     }
 
-    // ---- ANY: options that change scores one by one ----
+    // ---- HAS_EXPONENTS: options that change scores one by one ----
+
+    // Whether tile n is cut, before anything of it is fetched: also where rows are behind the sequence's last.
+    __device__ __forceinline__ void look(const sm90_params &p, const Tile<C> &t, int wg, int n) {
+        cut = (t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len;
+        if constexpr (C::IS_ANY)
+            cut |= p.seen && !sees_all(p, t.seen, n);
+    }
 
     static __device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
         return t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
@@ -294,12 +301,6 @@ struct Consumer {
                 }
             }
         }
-    }
-
-    // Whether tile n is cut, before anything of it is fetched: also where rows are behind the sequence's last.
-    __device__ __forceinline__ void look(const sm90_params &p, const Tile<C> &t, int wg, int n) {
-        cut = (p.seen && !sees_all(p, t.seen, n)) ||
-              (t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len;
     }
 
     // Of four bytes those that are not 0, as four bits.
@@ -356,6 +357,21 @@ struct Consumer {
             }
     }
 
+    // Adds a bias element by element. Rows and keys behind the tensor's end, which are hidden, get those of its last ones.
+    template <typename B>
+    __device__ __forceinline__ void load_bias(const sm90_params &p, const Tile<C> &t, int row,
+                                              int n) {
+        const B *const head = static_cast<const B *>(p.bias.data) + t.batch * p.bias.batch +
+                              t.head * p.bias.head;
+        const B *const rows[2] = {head + min(row, p.len_q - 1) * p.bias.row,
+                                  head + min(row + 8, p.len_q - 1) * p.bias.row};
+        const int column = n * C::TILE_K + threadIdx.x % 4 * 2;
+        each_score([&](float x, int half, int i) {
+            const int64_t at = min(column + i / 2 * 8 + i % 2, p.len_k - 1) * p.bias.key;
+            return __fmaf_rz(float(__ldg(rows[half] + at)), LOG2E, x);
+        });
+    }
+
     // The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key.
     __device__ __forceinline__ void change_scores(const sm90_params &p, const Tile<C> &t, int row,
                                                   int n) {
@@ -363,13 +379,12 @@ struct Consumer {
             cap(p);
         else
             each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
-        if constexpr (C::LOADS_BIAS)
-            each_score([&](float x, int half, int i) {
-                const int j = n * C::TILE_K + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2;
-                return __fmaf_rz(bias_of<C>(p, t, min(row + 8 * half, p.len_q - 1),
-                                            min(j, p.len_k - 1)),
-                                 LOG2E, x);
-            });
+        if constexpr (C::LOADS_BIAS) {
+            if (p.bias_is_f32)
+                load_bias<float>(p, t, row, n);
+            else
+                load_bias<E>(p, t, row, n);
+        }
         if (p.alibi_slopes) {
             const int met = met_key(p, t, row) - n * C::TILE_K - threadIdx.x % 4 * 2;
             const float distance[2] = {
@@ -528,7 +543,7 @@ struct Consumer {
         if constexpr (C::COPIES_BIAS)
             add_bias(p, s, pipe);
         if constexpr (C::HAS_EXPONENTS) {
-            if (block >= t.first_whole && block < t.end_whole && !(C::IS_ANY && cut))
+            if (block >= t.first_whole && block < t.end_whole && !cut)
                 return;
         }
         if constexpr (MASKED) {
@@ -677,7 +692,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
         int n = t.first_block;
         if constexpr (C::HAS_ALIBI)
             rows.start_slopes(p, t, wg);
-        if constexpr (C::IS_ANY)
+        if constexpr (C::HAS_EXPONENTS)
             rows.look(p, t, wg, n);
         if (previous.index < 0)
             rows.first(p, s, t, n, pipe);
@@ -687,11 +702,10 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
         pipe.skip_values(skipped);
         for (n = next_block<C>(p, t, n); n < t.end_block; n = next_block<C>(p, t, n)) {
-            if constexpr (C::IS_ANY)
+            if constexpr (C::HAS_EXPONENTS) {
                 rows.look(p, t, wg, n);
-            if constexpr (C::HAS_EXPONENTS)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
-            else if (n < t.first_untracked)
+            } else if (n < t.first_untracked)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             else if (n < t.end_whole)
                 rows.template step<false, false, false>(p, s, t, n, pipe, t);
