@@ -17,23 +17,23 @@ MODULE(256)
  * for both element types. */
 enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32 };
 
-/* By USE of tiles.inc: MANY_ROWS is for the first two alone, BIAS and BIAS_F32 for those of that name. */
-#define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
-    (struct cuda_kernel[]) {                                                                       \
-        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1)                  \
-    }
+/* By USE of tiles.inc: MANY_ROWS is for the first four, BIAS for those of that name, too. */
+#define KERNELS_MANY_ROWS(...)                                                                     \
+    (struct cuda_kernel[]) { FIRST_OPTIONS(__VA_ARGS__) }
 #define KERNELS_ANY(...)                                                                           \
-    (struct cuda_kernel[]) { OPTIONS(__VA_ARGS__) }
+    (struct cuda_kernel[]) { FIRST_OPTIONS(__VA_ARGS__), LAST_OPTIONS(__VA_ARGS__) }
 #define KERNELS_BIAS(...)                                                                          \
     (struct cuda_kernel[]) {                                                                       \
-        OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__), COPIES_BIAS("_f32", __VA_ARGS__)       \
+        FIRST_OPTIONS(__VA_ARGS__), LAST_OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__),       \
+            COPIES_BIAS("_f32", __VA_ARGS__)                                                       \
     }
-#define OPTIONS(D, NAME, ...)                                                                      \
-        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                 \
-            TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),      \
-            TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),       \
-            BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                \
-            BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)
+#define FIRST_OPTIONS(D, NAME, ...)                                                                \
+    TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                     \
+        TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1)
+#define LAST_OPTIONS(D, NAME, ...)                                                                 \
+    TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),               \
+        BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                    \
+        BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)
 #define COPIES_BIAS(OF, D, NAME, ...)                                                              \
     KERNEL_OF(D, NAME "_f16_bias" OF, SM90_BIAS_SHARED_BYTES(D, __VA_ARGS__), __VA_ARGS__),        \
         KERNEL_OF(D, NAME "_bf16_bias" OF, SM90_BIAS_SHARED_BYTES(D, __VA_ARGS__), __VA_ARGS__)
@@ -183,7 +183,7 @@ static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t ti
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
     return t->rows <= 128 ||
-           (variant_of(p) <= PLACED && !is_listed(p) && has_many_rows(p, caps));
+           (variant_of(p) <= ALIBI && !is_listed(p) && has_many_rows(p, caps));
 }
 
 /* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */
@@ -412,6 +412,10 @@ static void fill_options(struct sm90_params *params, const struct problem *p,
         (struct sm90_packing){p->cu_seqlens_k.data, p->cu_seqlens_k.stride[0], (int32_t)p->total_k};
     fill_workspace(params, p, plan, workspace);
     fill_cap(params, p);
+    params->exponent_scale =
+        has(p, DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_BIAS)
+            ? 1
+            : params->scale_log2;
     params->mask = by_position(p, &p->mask);
     params->query_segments = p->query_segments.data;
     params->key_segments = p->key_segments.data;

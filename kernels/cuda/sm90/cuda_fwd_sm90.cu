@@ -15,12 +15,11 @@
 /* Three warpgroups have no registers for what other options need. */
 #define INSTANCES_MANY_ROWS(name, E, ...)                                                          \
     INSTANCE(name, E, PLAIN, __VA_ARGS__)                                                          \
-    INSTANCE(name##_placed, E, PAGED, __VA_ARGS__)
-#define INSTANCES_ANY(name, E, ...)                                                                \
-    INSTANCE(name, E, PLAIN, __VA_ARGS__)                                                          \
     INSTANCE(name##_placed, E, PLACED, __VA_ARGS__)                                                \
     INSTANCE(name##_softcap, E, SOFTCAP, __VA_ARGS__)                                              \
-    INSTANCE(name##_alibi, E, ALIBI, __VA_ARGS__)                                                  \
+    INSTANCE(name##_alibi, E, ALIBI, __VA_ARGS__)
+#define INSTANCES_ANY(name, E, ...)                                                                \
+    INSTANCES_MANY_ROWS(name, E, __VA_ARGS__)                                                      \
     INSTANCE(name##_any, E, ANY, __VA_ARGS__)                                                      \
     INSTANCE(name##_any_bias, E, ANY_BIAS, __VA_ARGS__)
 #define INSTANCES_BIAS(name, E, ...)                                                               \

@@ -241,7 +241,9 @@ struct Consumer {
 
     // From a score, as shape_scores() leaves it, to an exponent of 2.
     static __device__ __forceinline__ float exponent_scale(const sm90_params &p) {
-        return C::HAS_EXPONENTS || C::HAS_SOFTCAP ? 1.f : p.scale_log2;
+        return C::IS_ANY                             ? p.exponent_scale
+               : C::HAS_EXPONENTS || C::HAS_SOFTCAP ? 1.f
+                                                    : p.scale_log2;
     }
 
     __device__ __forceinline__ void finite_top(float (&offset)[2]) const {
@@ -372,12 +374,13 @@ struct Consumer {
         });
     }
 
-    // The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key.
+    // The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key. Without
+    // options of these they stay scores, see exponent_scale().
     __device__ __forceinline__ void change_scores(const sm90_params &p, const Tile<C> &t, int row,
                                                   int n) {
         if (p.softcap > 0)
             cap(p);
-        else
+        else if (C::LOADS_BIAS || p.alibi_slopes)
             each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
         if constexpr (C::LOADS_BIAS) {
             if (p.bias_is_f32)
@@ -558,7 +561,10 @@ struct Consumer {
                 if (cut)
                     hide(p, t, row, block, visible);
             }
-            mask(visible);
+            // Where registers are scarce, a branch that is nearly always taken keeps the mask apart from what comes before and after.
+            if (C::WARPGROUPS < 3 || !C::IS_PLACED ||
+                __any_sync(~0u, (visible[0] & visible[1]) != ~0u))
+                mask(visible);
         }
     }
 

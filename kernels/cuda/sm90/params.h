@@ -93,6 +93,8 @@ struct sm90_params {
     /* Where |q.k| is at most cap_limit, the capped score is q.k times a polynomial of (q.k)^2, as a power of 2. */
     float cap_limit;
     float cap_polynomial[4];
+    /* From what options leave of a score to an exponent of 2: 1, or scale_log2 if they left it alone. */
+    float exponent_scale;
     struct sm90_by_score mask;
     const int32_t *query_segments, *key_segments;
     struct sm90_strides query_segments_strides, key_segments_strides; /* head: 0 */

@@ -15,7 +15,8 @@ template <class C>
 __device__ __forceinline__ bool is_far(const sm90_params &p, float top, float total) {
     if (C::IS_PLACED && total == 0)
         return false;
-    return !(fabsf(top) < (C::HAS_EXPONENTS ? FLT_MAX : EXACT_FROM));
+    const bool loses = C::IS_ANY ? p.exponent_scale != 1 : !C::HAS_EXPONENTS;
+    return !(fabsf(top) < (loses ? EXACT_FROM : FLT_MAX));
 }
 
 template <class C>

@@ -7,9 +7,10 @@
 
 #include <type_traits>
 
-// What a kernel is compiled for. All but PLAIN also take rows and keys that lie anywhere (packed sequences, pages) and sinks, PAGED
-// only the last two: where a tile's rows are then takes fewer registers. BIAS and BIAS_F32 are for one of the element type or f32 that TMA can copy, ANY_BIAS is for others, and beside all other options.
-enum Variant { PLAIN, PAGED, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32 };
+// What a kernel is compiled for. All but PLAIN also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
+// for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
+// beside all other options.
+enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32 };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
@@ -18,7 +19,7 @@ struct Config {
     static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
-    static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED && Of != PAGED,
+    static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED && WARPGROUPS < 3,
                           HAS_SOFTCAP = Of == SOFTCAP,
                           HAS_ALIBI = Of == ALIBI, IS_ANY = Of == ANY || Of == ANY_BIAS,
                           LOADS_BIAS = Of == ANY_BIAS, COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
