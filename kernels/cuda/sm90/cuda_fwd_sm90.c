@@ -19,17 +19,17 @@ enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIA
 
 /* By USE of tiles.inc: MANY_ROWS is for the first four, BIAS for those of that name, too. */
 #define KERNELS_MANY_ROWS(...)                                                                     \
-    (struct cuda_kernel[]) { FIRST_OPTIONS(__VA_ARGS__) }
+    (struct cuda_kernel[]) { FIRST_OPTIONS(0, __VA_ARGS__) }
 #define KERNELS_ANY(...)                                                                           \
-    (struct cuda_kernel[]) { FIRST_OPTIONS(__VA_ARGS__), LAST_OPTIONS(__VA_ARGS__) }
+    (struct cuda_kernel[]) { FIRST_OPTIONS(1, __VA_ARGS__), LAST_OPTIONS(__VA_ARGS__) }
 #define KERNELS_BIAS(...)                                                                          \
     (struct cuda_kernel[]) {                                                                       \
-        FIRST_OPTIONS(__VA_ARGS__), LAST_OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__),       \
+        FIRST_OPTIONS(1, __VA_ARGS__), LAST_OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__),       \
             COPIES_BIAS("_f32", __VA_ARGS__)                                                       \
     }
-#define FIRST_OPTIONS(D, NAME, ...)                                                                \
-    TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                     \
-        TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1)
+#define FIRST_OPTIONS(PACKED, D, NAME, ...)                                                        \
+    TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, PACKED),                \
+        TWO(D, NAME, "_softcap", __VA_ARGS__, PACKED), TWO(D, NAME, "_alibi", __VA_ARGS__, PACKED)
 #define LAST_OPTIONS(D, NAME, ...)                                                                 \
     TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),               \
         BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                    \

@@ -752,7 +752,7 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
     if (warpgroup == 0) {
         registers_decrease<C::PRODUCER_REGISTERS>();
         const int warp = uniform(threadIdx.x / 32);
-        if constexpr (C::IS_PLACED) {
+        if constexpr (C::IS_PACKED) {
             if (warp == 0)
                 produce_blocks<C, false>(p, s);
             else if (warp == 2)

@@ -206,7 +206,7 @@ template <class C>
 __device__ __forceinline__ void produce_queries(const sm90_params &p, const Shared<C> &s) {
     Ring<C::QUERY_STAGES> queries = s.query_ring(0);
     Tile<C> t = next_tile<C>(p, 0, true);
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
         share_claim<C>(s, claims, t);
         while (t.index >= 0) {
@@ -294,7 +294,7 @@ __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<
     load_value();
 }
 
-// With options keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
+// Where tiles are claimed keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
 // for a buffer.
 template <class C, bool VALUES>
 __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Shared<C> &s) {

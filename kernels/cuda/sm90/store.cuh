@@ -135,11 +135,11 @@ __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, i
         if (p.query_segments && query_segment(p, t, row) != key_segment(p, t, j))
             return -INFINITY;
     }
-    if (p.softcap > 0)
+    if ((C::IS_ANY || C::HAS_SOFTCAP) && p.softcap > 0)
         score = p.softcap * tanhf(score / p.softcap);
     if (C::COPIES_BIAS || C::LOADS_BIAS)
         score += bias_of<C>(p, t, row, j);
-    if (p.alibi_slopes)
+    if ((C::IS_ANY || C::HAS_ALIBI) && p.alibi_slopes)
         score -= slope_of<C>(p, t, row) * abs((row >> p.pack_log2) + t.diagonal - j);
     return score;
 }

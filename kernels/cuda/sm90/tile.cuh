@@ -52,8 +52,8 @@ struct Config {
     static constexpr int BIASES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
     static constexpr int TILES =
         BIASES + COPIES_BIAS * WARPGROUPS * BIAS_STAGES * BIAS_BOXES * BIAS_BOX;
-    static constexpr int TILE_BYTES = IS_PLACED ? 128 : 64;
-    static constexpr int CLAIMED_TILES = IS_PLACED ? 2 : 0; // by one producer, for the others
+    static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64;
+    static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
     static constexpr int CLAIM_READERS = COPIES_BIAS ? 3 : 2;
     static constexpr int BARRIERS =
         TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
@@ -325,6 +325,9 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     const int right = C::HAS_ALIBI ? min(p.window_right, 0) : p.window_right;
     const int all_highest = max(min(first + t.diagonal + right + 1, t.k_len), 0);
     t.first_whole = (all_lowest + C::TILE_K - 1) / C::TILE_K;
+    // Rows behind the last one see nothing, which a first step with a mask leaves as their top.
+    if ((t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len)
+        t.first_whole = max(t.first_whole, t.first_block + 1);
     t.end_whole = all_highest / C::TILE_K;
     t.first_untracked = all_lowest / C::TILE_K + 1;
     return t;
