@@ -377,10 +377,9 @@ int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const voi
                         uint32_t rank, const uint64_t *extent, const uint64_t *stride,
                         const uint32_t *box, int32_t swizzle) {
     static const uint32_t every[5] = {1, 1, 1, 1, 1};
-    const int type =
-        dtype == DTYPE_F16   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-        : dtype == DTYPE_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const int type = dtype == DTYPE_F16   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                     : dtype == DTYPE_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const int code = swizzle == 128  ? 3
                      : swizzle == 64 ? 2
                                      : swizzle == 32; /* CU_TENSOR_MAP_SWIZZLE_* */

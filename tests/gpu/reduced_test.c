@@ -23,10 +23,14 @@ static const struct shape shapes[] = {
     {2, 2, 1, 13, 6, 20, 12},    {1, 1, 1, 40, 200, 192, 128},
 };
 static const char *const features[] = {
-    "causal_bottom_right", "lse",           "window_bottom_right", "softcap_causal",
-    "lengths_causal",      "mask_bias_causal", "bias_element",    "alibi_causal",
-    "sinks_window",        "varlen_causal", "paged_causal",        "sliced",
-    "odd_causal_lengths",  "nan_key",       "cache_scales",        "cache_paged_window",
+    "causal_bottom_right", "lse",
+    "window_bottom_right", "softcap_causal",
+    "lengths_causal",      "mask_bias_causal",
+    "bias_element",        "alibi_causal",
+    "sinks_window",        "varlen_causal",
+    "paged_causal",        "sliced",
+    "odd_causal_lengths",  "nan_key",
+    "cache_scales",        "cache_paged_window",
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
 

@@ -17,21 +17,21 @@ MODULE(256)
  * for both element types. */
 enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32 };
 
-/* By USE of tiles.inc: MANY_ROWS is for the first four, BIAS for those of that name, too. */
-#define KERNELS_MANY_ROWS(...)                                                                     \
-    (struct cuda_kernel[]) { FIRST_OPTIONS(0, __VA_ARGS__) }
+/* By USE of tiles.inc: MANY_ROWS is for the first two alone, BIAS for those of that name, too. */
+#define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
+    (struct cuda_kernel[]) {                                                                       \
+        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 0)                  \
+    }
 #define KERNELS_ANY(...)                                                                           \
-    (struct cuda_kernel[]) { FIRST_OPTIONS(1, __VA_ARGS__), LAST_OPTIONS(__VA_ARGS__) }
+    (struct cuda_kernel[]) { OPTIONS(__VA_ARGS__) }
 #define KERNELS_BIAS(...)                                                                          \
     (struct cuda_kernel[]) {                                                                       \
-        FIRST_OPTIONS(1, __VA_ARGS__), LAST_OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__),       \
-            COPIES_BIAS("_f32", __VA_ARGS__)                                                       \
+        OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__), COPIES_BIAS("_f32", __VA_ARGS__)       \
     }
-#define FIRST_OPTIONS(PACKED, D, NAME, ...)                                                        \
-    TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, PACKED),                \
-        TWO(D, NAME, "_softcap", __VA_ARGS__, PACKED), TWO(D, NAME, "_alibi", __VA_ARGS__, PACKED)
-#define LAST_OPTIONS(D, NAME, ...)                                                                 \
-    TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),               \
+#define OPTIONS(D, NAME, ...)                                                                      \
+    TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                     \
+        TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),          \
+        TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),           \
         BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                    \
         BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)
 #define COPIES_BIAS(OF, D, NAME, ...)                                                              \
@@ -110,7 +110,8 @@ static bool bounded(const struct problem *p) {
 enum { MOST_PACK_LOG2 = 6, MOST_PACK = 1 << MOST_PACK_LOG2 };
 static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
     /* Each head has a mask or a bias of its own. */
-    const int64_t group = has(p, DLATTN_FEATURE_MASK | DLATTN_FEATURE_BIAS) ? 1 : p->heads_q / p->heads_kv;
+    const int64_t group =
+        has(p, DLATTN_FEATURE_MASK | DLATTN_FEATURE_BIAS) ? 1 : p->heads_q / p->heads_kv;
     int32_t best = 0;
     for (int32_t log2 = 1; log2 <= MOST_PACK_LOG2 && group % (1 << log2) == 0; log2++) {
         if (ceil_divide(p->len_q << log2, tile_q) < ceil_divide(p->len_q << best, tile_q)
@@ -182,8 +183,7 @@ static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t ti
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
-    return t->rows <= 128 ||
-           (variant_of(p) <= ALIBI && !is_listed(p) && has_many_rows(p, caps));
+    return t->rows <= 128 || (variant_of(p) <= PLACED && !is_listed(p) && has_many_rows(p, caps));
 }
 
 /* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */
@@ -338,7 +338,7 @@ static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p,
 /* Extents and strides of axes that are broadcast are those of one element. */
 static int32_t map_bias(struct cuda_tensor_map *map, const struct problem *p) {
     const struct view *const v = &p->bias;
-    const uint64_t bytes = (uint64_t)dtype_bytes(v->dtype);
+    const uint64_t bytes = v->dtype == DTYPE_F32 ? 4 : 2;
     const int64_t all[] = {p->len_q, p->heads_q, p->batch};
     uint64_t extent[4] = {(uint64_t)p->len_k}, stride[3];
     for (int i = 0; i < 3; i++) {

@@ -5,11 +5,6 @@
 
 #define INSTANCE(name, E, VARIANT, PACKED, ...)                                                    \
     INSTANCE_OF(name, E, VARIANT, SM90_SHARED_BYTES(__VA_ARGS__, PACKED), __VA_ARGS__)
-#define FIRST_INSTANCES(PACKED, name, E, ...)                                                      \
-    INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
-    INSTANCE(name##_placed, E, PLACED, PACKED, __VA_ARGS__)                                        \
-    INSTANCE(name##_softcap, E, SOFTCAP, PACKED, __VA_ARGS__)                                      \
-    INSTANCE(name##_alibi, E, ALIBI, PACKED, __VA_ARGS__)
 #define INSTANCE_OF(name, E, VARIANT, BYTES, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)        \
     extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
         name(const __grid_constant__ sm90_params p) {                                              \
@@ -18,9 +13,14 @@
         forward<Config>(p);                                                                        \
     }
 /* Three warpgroups have no registers for what other options need. */
-#define INSTANCES_MANY_ROWS(...) FIRST_INSTANCES(0, __VA_ARGS__)
+#define INSTANCES_MANY_ROWS(name, E, ...)                                                          \
+    INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
+    INSTANCE(name##_placed, E, PLACED, 0, __VA_ARGS__)
 #define INSTANCES_ANY(name, E, ...)                                                                \
-    FIRST_INSTANCES(1, name, E, __VA_ARGS__)                                                       \
+    INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
+    INSTANCE(name##_placed, E, PLACED, 1, __VA_ARGS__)                                             \
+    INSTANCE(name##_softcap, E, SOFTCAP, 1, __VA_ARGS__)                                           \
+    INSTANCE(name##_alibi, E, ALIBI, 1, __VA_ARGS__)                                               \
     INSTANCE(name##_any, E, ANY, 1, __VA_ARGS__)                                                   \
     INSTANCE(name##_any_bias, E, ANY_BIAS, 1, __VA_ARGS__)
 #define INSTANCES_BIAS(name, E, ...)                                                               \

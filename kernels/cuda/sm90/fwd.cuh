@@ -137,7 +137,8 @@ struct Consumer {
             }
 #pragma unroll
             for (int i = PART * part; i < PART * (part + 1); i++)
-                add_exponential(i, fmaf(score[i], cap_factor(p, score[i]), -offset[i / 2 % 2]), sums);
+                add_exponential(i, fmaf(score[i], cap_factor(p, score[i]), -offset[i / 2 % 2]),
+                                sums);
         }
     }
     __device__ __forceinline__ void add_exponential(int i, float exponent, float (&sums)[2]) {
@@ -241,7 +242,7 @@ struct Consumer {
 
     // From a score, as shape_scores() leaves it, to an exponent of 2.
     static __device__ __forceinline__ float exponent_scale(const sm90_params &p) {
-        return C::IS_ANY                             ? p.exponent_scale
+        return C::IS_ANY                            ? p.exponent_scale
                : C::HAS_EXPONENTS || C::HAS_SOFTCAP ? 1.f
                                                     : p.scale_log2;
     }
@@ -269,7 +270,7 @@ struct Consumer {
         return t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     }
 
-    // The mask of tile n, asked for while the tensor cores compute its scores. The four threads of a row read its chunks of eight
+    // The mask of tile n, asked for before the tensor cores begin with its scores. The four threads of a row read its chunks of eight
     // keys in turn; keys behind the tensor's end are hidden, and get those of its last ones.
     static constexpr int CHUNKS = (C::TILE_K / 8 + 3) / 4;
     __device__ __forceinline__ void fetch(const sm90_params &p, const Tile<C> &t, int wg, int n) {
@@ -363,8 +364,8 @@ struct Consumer {
     template <typename B>
     __device__ __forceinline__ void load_bias(const sm90_params &p, const Tile<C> &t, int row,
                                               int n) {
-        const B *const head = static_cast<const B *>(p.bias.data) + t.batch * p.bias.batch +
-                              t.head * p.bias.head;
+        const B *const head =
+            static_cast<const B *>(p.bias.data) + t.batch * p.bias.batch + t.head * p.bias.head;
         const B *const rows[2] = {head + min(row, p.len_q - 1) * p.bias.row,
                                   head + min(row + 8, p.len_q - 1) * p.bias.row};
         const int column = n * C::TILE_K + threadIdx.x % 4 * 2;
@@ -561,10 +562,7 @@ struct Consumer {
                 if (cut)
                     hide(p, t, row, block, visible);
             }
-            // Where registers are scarce, a branch that is nearly always taken keeps the mask apart from what comes before and after.
-            if (C::WARPGROUPS < 3 || !C::IS_PLACED ||
-                __any_sync(~0u, (visible[0] & visible[1]) != ~0u))
-                mask(visible);
+            mask(visible);
         }
     }
 
@@ -606,6 +604,8 @@ template <bool MASKED, bool NEW_TILE, bool TRACK>
 __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
                                                   const Tile<C> &t, int n, Pipeline<C> &pipe,
                                                   const Place<C> &finished) {
+    if constexpr (C::IS_ANY)
+        fetch(p, t, pipe.wg, n);
     mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
     wait_turn<C>(pipe.wg);
     pin(output);
@@ -617,8 +617,6 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     start_outputs(s.value(pipe.values.stage));
     fresh = NEW_TILE;
     pass_turn<C>(pipe.wg);
-    if constexpr (C::IS_ANY)
-        fetch(p, t, pipe.wg, n);
     wgmma_wait<1>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);

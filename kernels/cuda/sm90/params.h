@@ -123,7 +123,8 @@ struct sm90_params {
     struct sm90_by_score bias;
     int32_t bias_is_f32;
     int32_t bias_box_bytes; /* a row of a box alone where all rows have the same */
-    int32_t batch_inside;   /* the walk takes each head of all batches before the next head: they have a bias in common */
+    int32_t
+        batch_inside; /* the walk takes each head of all batches before the next head: they have a bias in common */
     struct sm90_divisor by_batch;
 };
 

@@ -74,7 +74,9 @@ struct Shared {
     __device__ __forceinline__ uint32_t bias_empty(uint32_t n, int wg) const {
         return bias_full(n, wg) + 8 * C::BIAS_STAGES;
     }
-    static __device__ __forceinline__ uint32_t bias_phase(uint32_t n) { return n / C::BIAS_STAGES & 1; }
+    static __device__ __forceinline__ uint32_t bias_phase(uint32_t n) {
+        return n / C::BIAS_STAGES & 1;
+    }
 };
 
 template <class C>

@@ -20,9 +20,9 @@ struct Config {
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
     static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED && WARPGROUPS < 3,
-                          HAS_SOFTCAP = Of == SOFTCAP,
-                          HAS_ALIBI = Of == ALIBI, IS_ANY = Of == ANY || Of == ANY_BIAS,
-                          LOADS_BIAS = Of == ANY_BIAS, COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
+                          HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
+                          IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,
+                          COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
     // Scores are exponents of 2 before their maximum is looked for, which moves in every tile.
     static constexpr bool HAS_EXPONENTS = IS_ANY || COPIES_BIAS;
 
