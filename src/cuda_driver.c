@@ -30,6 +30,7 @@ enum {
     CU_MEMORYTYPE_DEVICE = 2,
     CU_STREAM_CAPTURE_MODE_RELAXED = 2,
     CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7,
     CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
 };
@@ -376,8 +377,9 @@ int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const voi
                         uint32_t rank, const uint64_t *extent, const uint64_t *stride,
                         const uint32_t *box, int32_t swizzle) {
     static const uint32_t every[5] = {1, 1, 1, 1, 1};
-    const int type =
-        dtype == DTYPE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const int type = dtype == DTYPE_F16   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                     : dtype == DTYPE_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const int code = swizzle == 128  ? 3
                      : swizzle == 64 ? 2
                                      : swizzle == 32; /* CU_TENSOR_MAP_SWIZZLE_* */

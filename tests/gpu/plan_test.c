@@ -424,6 +424,7 @@ Test(gpu_plan, options_on_hopper) {
                                         DLATTN_FEATURE_SINKS,
                                         DLATTN_FEATURE_ALIBI,
                                         DLATTN_FEATURE_SOFTCAP,
+                                        DLATTN_FEATURE_BIAS | DLATTN_FEATURE_SEGMENTS,
                                         DLATTN_FEATURE_MASK | DLATTN_FEATURE_SEGMENTS,
                                         DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SOFTCAP};
     for (size_t n = 0; n < sizeof features / sizeof features[0]; n++) {

@@ -100,6 +100,16 @@ static void loop_features(struct loop *loop) {
     }
 }
 
+/* More than a tile of rows and keys: biases, whose rows are a multiple of 16 bytes apart, as a GPU's copy engine wants it, and rows behind
+ * a sequence, which see nothing of a tile that others see whole. */
+static void loop_long(struct loop *loop) {
+    static const struct shape shapes[] = {{2, 4, 2, 150, 264, 64, 64}, {3, 2, 1, 70, 136, 128, 96}};
+    for (int i = 0; i < feature_set_count; i++) {
+        if (feature_sets[i].bias || feature_sets[i].query_lengths)
+            check(loop, &shapes[i % 2], &feature_sets[i]);
+    }
+}
+
 /* Rows that see nothing and shall have an lse of +inf, many and few. */
 static void loop_empty(struct loop *loop) {
     static const struct shape shapes[] = {{3, 4, 2, 40, 9, 32, 32}, {3, 4, 2, 4, 2, 32, 32}};
@@ -234,6 +244,8 @@ ParameterizedTest(struct job *job, kernels, row) {
     if (job->backward && strcmp(info.backend, "cuda") == 0)
         loop_wide(&loop);
     loop_random(&loop);
+    if (!job->backward)
+        loop_long(&loop);
     fprintf(stderr, "%s %s: %d cases, %d declined\n", info.name, element_name(job->element),
             loop.checked, loop.declined);
     cr_expect(eq(int, loop.failed, 0), "%s: %d of %d cases failed", info.name, loop.failed,

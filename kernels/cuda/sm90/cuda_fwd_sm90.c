@@ -13,26 +13,37 @@ MODULE(128)
 MODULE(192)
 MODULE(256)
 
-/* What a kernel is compiled for, see Variant in tile.cuh; behind them what finds out about lists, and about masks and segments. Each for
- * both element types. */
-enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, LIST, SEEN };
+/* What a kernel is compiled for, see Variant in tile.cuh; between them what finds out about lists, and about masks and segments. Each
+ * for both element types. */
+enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32 };
 
-/* By USE of tiles.inc: MANY_ROWS is for PLAIN alone. */
+/* By USE of tiles.inc: MANY_ROWS is for the first two alone, BIAS for those of that name, too. */
 #define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
-    (struct cuda_kernel[]) { TWO(D, NAME, "", __VA_ARGS__, 0) }
-#define KERNELS_ANY(D, NAME, ...)                                                                  \
     (struct cuda_kernel[]) {                                                                       \
-        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                 \
-            TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),      \
-            TWO(D, NAME, "_any", __VA_ARGS__, 1),                                                  \
-            BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                \
-            BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)                                 \
+        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 0)                  \
     }
+#define KERNELS_ANY(...)                                                                           \
+    (struct cuda_kernel[]) { OPTIONS(__VA_ARGS__) }
+#define KERNELS_BIAS(...)                                                                          \
+    (struct cuda_kernel[]) {                                                                       \
+        OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__), COPIES_BIAS("_f32", __VA_ARGS__)       \
+    }
+#define OPTIONS(D, NAME, ...)                                                                      \
+    TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                     \
+        TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),          \
+        TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),           \
+        BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                    \
+        BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)
+#define COPIES_BIAS(OF, D, NAME, ...)                                                              \
+    KERNEL_OF(D, NAME "_f16_bias" OF, SM90_BIAS_SHARED_BYTES(D, __VA_ARGS__), __VA_ARGS__),        \
+        KERNEL_OF(D, NAME "_bf16_bias" OF, SM90_BIAS_SHARED_BYTES(D, __VA_ARGS__), __VA_ARGS__)
 #define TWO(D, NAME, VARIANT, ...)                                                                 \
     KERNEL(D, NAME "_f16" VARIANT, __VA_ARGS__), KERNEL(D, NAME "_bf16" VARIANT, __VA_ARGS__)
-#define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PLACED)                        \
-    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME, 128 * ((WARPGROUPS) + 1),                       \
-                SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, PLACED))
+#define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, ...)                                                 \
+    KERNEL_OF(D, NAME, SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, __VA_ARGS__), DV, KEYS,          \
+              WARPGROUPS, __VA_ARGS__)
+#define KERNEL_OF(D, NAME, BYTES, DV, KEYS, WARPGROUPS, ...)                                       \
+    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME, 128 * ((WARPGROUPS) + 1), BYTES)
 #define BEFORE(D, NAME, THREADS, BYTES)                                                            \
     CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES),                             \
         CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES)
@@ -57,9 +68,29 @@ static bool is_seen(const struct problem *p) {
     return has(p, DLATTN_FEATURE_MASK | DLATTN_FEATURE_SEGMENTS);
 }
 
+/* Whether a bias is the only option that changes scores, and a tensor map can say what it is but for where it lies; axes that are
+ * broadcast have no stride there. */
+static bool copies_bias(const struct problem *p) {
+    const int64_t *s = p->bias.stride, bytes = dtype_bytes(p->bias.dtype);
+    bool can = s[3] == 1 && p->dim_qk <= 128 && p->dim_v <= 128 && !is_seen(p) &&
+               !has(p, DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SOFTCAP);
+    for (int i = 0; i < 3; i++)
+        can &= s[i] >= 0 && s[i] < INT64_C(1) << 38 && s[i] * bytes % 16 == 0;
+    return can;
+}
+
+/* Biases that are no copies are read element by element, which cuda_fwd_sm80 does in less time. */
+static bool takes_bias(const struct problem *p) {
+    return !has(p, DLATTN_FEATURE_BIAS) || copies_bias(p) || has(p, DLATTN_FEATURE_SEGMENTS);
+}
+
 static enum kind variant_of(const struct problem *p) {
     const uint64_t placed = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SINKS;
     const bool alibi = has(p, DLATTN_FEATURE_ALIBI), softcap = has(p, DLATTN_FEATURE_SOFTCAP);
+    if (has(p, DLATTN_FEATURE_BIAS))
+        return !copies_bias(p) || (uintptr_t)p->bias.data % 16 != 0 ? ANY_BIAS
+               : p->bias.dtype == DTYPE_F32                         ? BIAS_F32
+                                                                    : BIAS;
     return is_seen(p) || (alibi && softcap) ? ANY_OPTION
            : alibi                          ? ALIBI
            : softcap                        ? SOFTCAP
@@ -78,8 +109,9 @@ static bool bounded(const struct problem *p) {
  * warpgroup. */
 enum { MOST_PACK_LOG2 = 6, MOST_PACK = 1 << MOST_PACK_LOG2 };
 static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
-    /* Each head has a mask of its own. */
-    const int64_t group = has(p, DLATTN_FEATURE_MASK) ? 1 : p->heads_q / p->heads_kv;
+    /* Each head has a mask or a bias of its own. */
+    const int64_t group =
+        has(p, DLATTN_FEATURE_MASK | DLATTN_FEATURE_BIAS) ? 1 : p->heads_q / p->heads_kv;
     int32_t best = 0;
     for (int32_t log2 = 1; log2 <= MOST_PACK_LOG2 && group % (1 << log2) == 0; log2++) {
         if (ceil_divide(p->len_q << log2, tile_q) < ceil_divide(p->len_q << best, tile_q)
@@ -151,7 +183,7 @@ static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t ti
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
-    return t->rows <= 128 || (variant_of(p) == PLAIN && has_many_rows(p, caps));
+    return t->rows <= 128 || (variant_of(p) <= PLACED && !is_listed(p) && has_many_rows(p, caps));
 }
 
 /* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */
@@ -193,7 +225,7 @@ static bool takes(const struct problem *p) {
            p->len_q * (p->heads_q / p->heads_kv) <= SM90_MAX_LENGTH && p->total_q <= INT32_MAX &&
            p->total_k <= INT32_MAX && p->batch <= INT32_MAX / 2 && p->pages <= INT32_MAX &&
            row_tiles(p, 64) * p->heads_q <= INT32_MAX && takes_pages(p) && takes_tensors(p) &&
-           takes_seen(p);
+           takes_seen(p) && takes_bias(p);
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
@@ -303,6 +335,21 @@ static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p,
     return cuda_tensor_map(map, p->dtype, origin, 4, extent, stride, box, 128);
 }
 
+/* Extents and strides of axes that are broadcast are those of one element. */
+static int32_t map_bias(struct cuda_tensor_map *map, const struct problem *p) {
+    const struct view *const v = &p->bias;
+    const uint64_t bytes = v->dtype == DTYPE_F32 ? 4 : 2;
+    const int64_t all[] = {p->len_q, p->heads_q, p->batch};
+    uint64_t extent[4] = {(uint64_t)p->len_k}, stride[3];
+    for (int i = 0; i < 3; i++) {
+        const int64_t s = v->stride[2 - i];
+        extent[i + 1] = s ? (uint64_t)all[i] : 1;
+        stride[i] = s ? (uint64_t)s * bytes : 16;
+    }
+    const uint32_t box[] = {(uint32_t)(128 / bytes), v->stride[2] ? 64 : 1, 1, 1};
+    return cuda_tensor_map(map, v->dtype, v->data, 4, extent, stride, box, 128);
+}
+
 /* A cache of no pages has no keys to map: nobody copies any. */
 static int32_t fill_maps(struct sm90_params *params, const struct problem *p) {
     int32_t status = map_rows(&params->query_map, p, params, &p->query, p->dim_qk, 64);
@@ -313,6 +360,9 @@ static int32_t fill_maps(struct sm90_params *params, const struct problem *p) {
         status = map_keys(&params->key_map, p, params, &p->key, p->dim_qk);
     if (status == DLATTN_OK && p->len_k > 0)
         status = map_keys(&params->value_map, p, params, &p->value, p->dim_v);
+    const enum kind variant = variant_of(p);
+    if (status == DLATTN_OK && p->len_k > 0 && (variant == BIAS || variant == BIAS_F32))
+        status = map_bias(&params->bias_map, p);
     return status;
 }
 
@@ -362,6 +412,10 @@ static void fill_options(struct sm90_params *params, const struct problem *p,
         (struct sm90_packing){p->cu_seqlens_k.data, p->cu_seqlens_k.stride[0], (int32_t)p->total_k};
     fill_workspace(params, p, plan, workspace);
     fill_cap(params, p);
+    params->exponent_scale =
+        has(p, DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_BIAS)
+            ? 1
+            : params->scale_log2;
     params->mask = by_position(p, &p->mask);
     params->query_segments = p->query_segments.data;
     params->key_segments = p->key_segments.data;
@@ -380,6 +434,11 @@ static void fill_options(struct sm90_params *params, const struct problem *p,
     params->box_keys = p->page_size > 0 ? box_keys(p, plan->tile_k) : plan->tile_k;
     params->boxes = plan->tile_k / params->box_keys;
     params->by_page_size = divisor(p->page_size);
+    params->bias = by_position(p, &p->bias);
+    params->bias_is_f32 = p->bias.dtype == DTYPE_F32;
+    params->bias_box_bytes = p->bias.stride[2] ? 64 * 128 : 128;
+    params->batch_inside = !is_listed(p) && p->bias.stride[0] == 0;
+    params->by_batch = divisor(p->batch);
 }
 
 static void fill_problem(struct sm90_params *params, const struct problem *p) {

@@ -3,23 +3,34 @@
 #include "kernels/cuda/sm90/list.cuh"
 #include "kernels/cuda/sm90/seen.cuh"
 
-#define INSTANCE(name, E, VARIANT, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                  \
+#define INSTANCE(name, E, VARIANT, PACKED, ...)                                                    \
+    INSTANCE_OF(name, E, VARIANT, SM90_SHARED_BYTES(__VA_ARGS__, PACKED), __VA_ARGS__)
+#define INSTANCE_OF(name, E, VARIANT, BYTES, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)        \
     extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
         name(const __grid_constant__ sm90_params p) {                                              \
         using Config = Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, VARIANT>;          \
-        static_assert(Config::SHARED_BYTES == SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES,   \
-                                                                QUERY_STAGES, Config::IS_PLACED),  \
-                      "");                                                                         \
+        static_assert(Config::SHARED_BYTES == BYTES, "");                                          \
         forward<Config>(p);                                                                        \
     }
-/* Three warpgroups have no registers for what options need. */
-#define INSTANCES_MANY_ROWS(name, E, ...) INSTANCE(name, E, PLAIN, __VA_ARGS__)
+/* Three warpgroups have no registers for what other options need. */
+#define INSTANCES_MANY_ROWS(name, E, ...)                                                          \
+    INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
+    INSTANCE(name##_placed, E, PLACED, 0, __VA_ARGS__)
 #define INSTANCES_ANY(name, E, ...)                                                                \
-    INSTANCE(name, E, PLAIN, __VA_ARGS__)                                                          \
-    INSTANCE(name##_placed, E, PLACED, __VA_ARGS__)                                                \
-    INSTANCE(name##_softcap, E, SOFTCAP, __VA_ARGS__)                                              \
-    INSTANCE(name##_alibi, E, ALIBI, __VA_ARGS__)                                                  \
-    INSTANCE(name##_any, E, ANY, __VA_ARGS__)
+    INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
+    INSTANCE(name##_placed, E, PLACED, 1, __VA_ARGS__)                                             \
+    INSTANCE(name##_softcap, E, SOFTCAP, 1, __VA_ARGS__)                                           \
+    INSTANCE(name##_alibi, E, ALIBI, 1, __VA_ARGS__)                                               \
+    INSTANCE(name##_any, E, ANY, 1, __VA_ARGS__)                                                   \
+    INSTANCE(name##_any_bias, E, ANY_BIAS, 1, __VA_ARGS__)
+#define INSTANCES_BIAS(name, E, ...)                                                               \
+    INSTANCES_ANY(name, E, __VA_ARGS__)                                                            \
+    INSTANCE_BIAS(name##_bias, E, BIAS, __VA_ARGS__)                                               \
+    INSTANCE_BIAS(name##_bias_f32, E, BIAS_F32, __VA_ARGS__)
+#define INSTANCE_BIAS(name, E, VARIANT, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)             \
+    INSTANCE_OF(name, E, VARIANT,                                                                  \
+                SM90_BIAS_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES), D, DV,      \
+                KEYS, WARPGROUPS, STAGES, SM90_BIAS_QUERY_STAGES(D, QUERY_STAGES))
 #define TILE(D, DV, KEYS, WARPGROUPS, ...)                                                         \
     TILE_(cuda_fwd_sm90_##D##_##DV##_##KEYS##_##WARPGROUPS, D, DV, KEYS, WARPGROUPS, __VA_ARGS__)
 #define TILE_(name, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                            \

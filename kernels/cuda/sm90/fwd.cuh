@@ -26,7 +26,7 @@ struct Consumer {
     bool fresh;                     // O holds nothing of this tile yet
     float slope[2];                 // ALIBI: what a score loses for each key of distance
     uint32_t early[SCORES / 4 + 4]; // ANY: of the mask, see fetch()
-    bool cut;                       // ANY: mask or segments hide something of the tile
+    bool cut;                       // HAS_EXPONENTS: something of the tile is hidden, see look()
 
     // S = Q K^T
     __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
@@ -72,14 +72,20 @@ struct Consumer {
         }
     }
 
-    // Whether a score of the warp is beyond what the polynomial of the cap is for.
-    __device__ __forceinline__ bool beyond_polynomial(const sm90_params &p) const {
-        float most[4] = {0, 0, 0, 0};
+    // ---- Softcap: by parts of the scores, as there are no registers for the polynomials of all ----
+
+    static constexpr int PARTS = 4, PART = SCORES / PARTS;
+
+    // For each part, whether a score of the warp is beyond what the polynomial of the cap is for.
+    __device__ __forceinline__ void find_beyond(const sm90_params &p, bool (&beyond)[PARTS]) const {
 #pragma unroll
-        for (int i = 0; i < SCORES; i++)
-            most[i % 4] = fmaxf(most[i % 4], fabsf(score[i]));
-        const float all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-        return __any_sync(~0u, all > p.cap_limit);
+        for (int part = 0; part < PARTS; part++) {
+            float most[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < PART; i++)
+                most[i % 2] = fmaxf(most[i % 2], fabsf(score[PART * part + i]));
+            beyond[part] = __any_sync(~0u, fmaxf(most[0], most[1]) > p.cap_limit);
+        }
     }
 
     // By what a score is to be multiplied to be capped, as a power of 2: exact to 2^-20 up to half of the cap.
@@ -94,39 +100,50 @@ struct Consumer {
 
     // x -> cap * tanh(scale * x / cap), as exponents of 2. tanh(y) = 1 - 2 / (exp(2 y) + 1) is exact to the last bits of f32, but takes two
     // more results of the special function unit.
-    __device__ __forceinline__ void cap_beyond(const sm90_params &p) {
+    __device__ __forceinline__ void cap_beyond(const sm90_params &p, int part) {
         const float twice = 2 * LOG2E * p.scale / p.softcap, most = LOG2E * p.softcap;
 #pragma unroll
-        for (int i = 0; i < SCORES; i++)
+        for (int i = PART * part; i < PART * (part + 1); i++)
             score[i] = most - 2 * most * reciprocal_approx(exp2_approx(score[i] * twice) + 1);
     }
     __device__ __forceinline__ void cap(const sm90_params &p) {
-        if (__builtin_expect(beyond_polynomial(p), false)) {
-            cap_beyond(p);
-            return;
-        }
+        bool beyond[PARTS];
+        find_beyond(p, beyond);
 #pragma unroll
-        for (int i = 0; i < SCORES; i++)
-            score[i] *= cap_factor(p, score[i]);
+        for (int part = 0; part < PARTS; part++) {
+            if (__builtin_expect(beyond[part], false)) {
+                cap_beyond(p, part);
+                continue;
+            }
+#pragma unroll
+            for (int i = PART * part; i < PART * (part + 1); i++)
+                score[i] *= cap_factor(p, score[i]);
+        }
     }
 
     // The same with exponentials(), in an instruction less.
     __device__ __forceinline__ void
-    capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&part)[2]) {
-        if (__builtin_expect(beyond_polynomial(p), false)) {
-            cap_beyond(p);
-            exponentials(1, offset, part);
-            return;
-        }
+    capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&sums)[2]) {
+        bool beyond[PARTS];
+        find_beyond(p, beyond);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int part = 0; part < PARTS; part++) {
+            if (__builtin_expect(beyond[part], false)) {
+                cap_beyond(p, part);
 #pragma unroll
-            for (int i = 0; i < SCORES / 2; i++) {
-                float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s = exp2_approx(fmaf(s, cap_factor(p, s), -offset[half]));
-                part[half] += s;
+                for (int i = PART * part; i < PART * (part + 1); i++)
+                    add_exponential(i, score[i] - offset[i / 2 % 2], sums);
+                continue;
             }
+#pragma unroll
+            for (int i = PART * part; i < PART * (part + 1); i++)
+                add_exponential(i, fmaf(score[i], cap_factor(p, score[i]), -offset[i / 2 % 2]),
+                                sums);
         }
+    }
+    __device__ __forceinline__ void add_exponential(int i, float exponent, float (&sums)[2]) {
+        score[i] = exp2_approx(exponent);
+        sums[i / 2 % 2] += score[i];
     }
 
     // Moves the top to the maximum of S where that grew by more than 2^8; `factor` is what older results scale by.
@@ -225,7 +242,9 @@ struct Consumer {
 
     // From a score, as shape_scores() leaves it, to an exponent of 2.
     static __device__ __forceinline__ float exponent_scale(const sm90_params &p) {
-        return C::IS_ANY || C::HAS_SOFTCAP ? 1.f : p.scale_log2;
+        return C::IS_ANY                            ? p.exponent_scale
+               : C::HAS_EXPONENTS || C::HAS_SOFTCAP ? 1.f
+                                                    : p.scale_log2;
     }
 
     __device__ __forceinline__ void finite_top(float (&offset)[2]) const {
@@ -238,13 +257,20 @@ struct Consumer {
         sum[0] = sum[1] = 0;
     }
 
-    // ---- ANY: options that change scores one by one ----
+    // ---- HAS_EXPONENTS: options that change scores one by one ----
+
+    // Whether tile n is cut, before anything of it is fetched: also where rows are behind the sequence's last.
+    __device__ __forceinline__ void look(const sm90_params &p, const Tile<C> &t, int wg, int n) {
+        cut = (t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len;
+        if constexpr (C::IS_ANY)
+            cut |= p.seen && !sees_all(p, t.seen, n);
+    }
 
     static __device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
         return t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     }
 
-    // The mask of tile n, asked for while the tensor cores compute its scores. The four threads of a row read its chunks of eight
+    // The mask of tile n, asked for before the tensor cores begin with its scores. The four threads of a row read its chunks of eight
     // keys in turn; keys behind the tensor's end are hidden, and get those of its last ones.
     static constexpr int CHUNKS = (C::TILE_K / 8 + 3) / 4;
     __device__ __forceinline__ void fetch(const sm90_params &p, const Tile<C> &t, int wg, int n) {
@@ -278,12 +304,6 @@ struct Consumer {
                 }
             }
         }
-    }
-
-    // Whether tile n is cut, before anything of it is fetched: also where rows are behind the sequence's last.
-    __device__ __forceinline__ void look(const sm90_params &p, const Tile<C> &t, int wg, int n) {
-        cut = (p.seen && !sees_all(p, t.seen, n)) ||
-              (t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len;
     }
 
     // Of four bytes those that are not 0, as four bits.
@@ -340,13 +360,35 @@ struct Consumer {
             }
     }
 
-    // The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key.
+    // Adds a bias element by element. Rows and keys behind the tensor's end, which are hidden, get those of its last ones.
+    template <typename B>
+    __device__ __forceinline__ void load_bias(const sm90_params &p, const Tile<C> &t, int row,
+                                              int n) {
+        const B *const head =
+            static_cast<const B *>(p.bias.data) + t.batch * p.bias.batch + t.head * p.bias.head;
+        const B *const rows[2] = {head + min(row, p.len_q - 1) * p.bias.row,
+                                  head + min(row + 8, p.len_q - 1) * p.bias.row};
+        const int column = n * C::TILE_K + threadIdx.x % 4 * 2;
+        each_score([&](float x, int half, int i) {
+            const int64_t at = min(column + i / 2 * 8 + i % 2, p.len_k - 1) * p.bias.key;
+            return __fmaf_rz(float(__ldg(rows[half] + at)), LOG2E, x);
+        });
+    }
+
+    // The options one after the other. Leaves exponents of 2, rounded towards zero: they end at FLT_MAX, as -inf hides a key. Without
+    // options of these they stay scores, see exponent_scale().
     __device__ __forceinline__ void change_scores(const sm90_params &p, const Tile<C> &t, int row,
                                                   int n) {
         if (p.softcap > 0)
             cap(p);
-        else
+        else if (C::LOADS_BIAS || p.alibi_slopes)
             each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
+        if constexpr (C::LOADS_BIAS) {
+            if (p.bias_is_f32)
+                load_bias<float>(p, t, row, n);
+            else
+                load_bias<E>(p, t, row, n);
+        }
         if (p.alibi_slopes) {
             const int met = met_key(p, t, row) - n * C::TILE_K - threadIdx.x % 4 * 2;
             const float distance[2] = {
@@ -358,6 +400,52 @@ struct Consumer {
                 return __fmaf_rz(-slopes[half], fabsf(distance[half] - (i / 2 * 8 + i % 2)), x);
             });
         }
+    }
+
+    // ---- BIAS, BIAS_F32 ----
+
+    // change_scores() where a bias is all that does. Its boxes hold the rows as the tensor does, or one that all have in common.
+    __device__ __forceinline__ void add_bias(const sm90_params &p, const Shared<C> &s,
+                                             Pipeline<C> &pipe) {
+        constexpr int PART = C::BIAS_KEYS / 2; // scores of a thread
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+        each_score([&](float x, int, int) { return __fmul_rz(x, p.scale_log2); });
+#pragma unroll
+        for (int first = 0; first < SCORES; first += PART) {
+            mbarrier_wait(s.bias_full(pipe.biases, pipe.wg), s.bias_phase(pipe.biases));
+            const uint32_t box = s.bias(pipe.biases, pipe.wg);
+            if constexpr (sizeof(typename C::Bias) == 2) {
+                const int row = p.bias.row ? 16 * warp + lane % 16 : 0;
+                const uint32_t of_lane = box + row * 128 + ((lane / 16 ^ row % 8) << 4);
+#pragma unroll
+                for (int i = 0; i < PART; i += 8) {
+                    uint32_t pairs[4];
+                    load_matrices(pairs, of_lane ^ i / 8 << 5);
+#pragma unroll
+                    for (int k = 0; k < 8; k += 2) {
+                        const float2 b = widen_pair<E>(pairs[k / 2]);
+                        add_bias(first + i + k, b);
+                    }
+                }
+            } else {
+                const int row = p.bias.row ? 16 * warp + lane / 4 : 0,
+                          next = p.bias.row ? 8 * 128 : 0;
+                const uint32_t of_lane =
+                    box + row * 128 + ((lane / 2 % 2 ^ row % 8) << 4) + lane % 2 * 8;
+#pragma unroll
+                for (int i = 0; i < PART; i += 4) {
+                    const uint32_t at = (of_lane ^ i / 4 % 4 << 5) + i / 16 * C::BIAS_BOX;
+                    add_bias(first + i, load_pair(at));
+                    add_bias(first + i + 2, load_pair(at + next));
+                }
+            }
+            __syncwarp();
+            release(s.bias_empty(pipe.biases++, pipe.wg));
+        }
+    }
+    __device__ __forceinline__ void add_bias(int i, float2 bias) {
+        score[i] = __fmaf_rz(bias.x, LOG2E, score[i]);
+        score[i + 1] = __fmaf_rz(bias.y, LOG2E, score[i + 1]);
     }
 
     // ---- ALiBi: a key loses slope * distance ----
@@ -442,9 +530,9 @@ struct Consumer {
     }
 
     template <bool MASKED, bool TRACK>
-    __device__ __forceinline__ void shape_scores(const sm90_params &p, const Tile<C> &t, int wg,
-                                                 int block) {
-        const int row = first_row_of_thread(t, wg);
+    __device__ __forceinline__ void shape_scores(const sm90_params &p, const Shared<C> &s,
+                                                 const Tile<C> &t, int block, Pipeline<C> &pipe) {
+        const int wg = pipe.wg, row = first_row_of_thread(t, wg);
         if (C::HAS_SOFTCAP && (MASKED || TRACK))
             cap(p); // else capped_exponentials() does
         if constexpr (C::HAS_ALIBI) {
@@ -455,6 +543,10 @@ struct Consumer {
         }
         if constexpr (C::IS_ANY) {
             change_scores(p, t, row, block);
+        }
+        if constexpr (C::COPIES_BIAS)
+            add_bias(p, s, pipe);
+        if constexpr (C::HAS_EXPONENTS) {
             if (block >= t.first_whole && block < t.end_whole && !cut)
                 return;
         }
@@ -497,7 +589,7 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
     wgmma_wait<0>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
-    shape_scores<true, true>(p, t, pipe.wg, n);
+    shape_scores<true, true>(p, s, t, n, pipe);
     float factor[2], offset[2];
     track_maximum(exponent_scale(p), factor);
     finite_top(offset);
@@ -512,6 +604,8 @@ template <bool MASKED, bool NEW_TILE, bool TRACK>
 __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
                                                   const Tile<C> &t, int n, Pipeline<C> &pipe,
                                                   const Place<C> &finished) {
+    if constexpr (C::IS_ANY)
+        fetch(p, t, pipe.wg, n);
     mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
     wait_turn<C>(pipe.wg);
     pin(output);
@@ -523,15 +617,13 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     start_outputs(s.value(pipe.values.stage));
     fresh = NEW_TILE;
     pass_turn<C>(pipe.wg);
-    if constexpr (C::IS_ANY)
-        fetch(p, t, pipe.wg, n);
     wgmma_wait<1>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
     const float finished_top[2] = {top[0], top[1]}, finished_sum[2] = {sum[0], sum[1]};
     if (NEW_TILE)
         clear_sums();
-    shape_scores<MASKED, TRACK>(p, t, pipe.wg, n);
+    shape_scores<MASKED, TRACK>(p, s, t, n, pipe);
     float factor[2], offset[2], part[2] = {0, 0}, nearer[2];
     if constexpr (C::HAS_ALIBI && !NEW_TILE) {
         approach(p, t, pipe.wg, n, nearer);
@@ -604,7 +696,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
         int n = t.first_block;
         if constexpr (C::HAS_ALIBI)
             rows.start_slopes(p, t, wg);
-        if constexpr (C::IS_ANY)
+        if constexpr (C::HAS_EXPONENTS)
             rows.look(p, t, wg, n);
         if (previous.index < 0)
             rows.first(p, s, t, n, pipe);
@@ -614,7 +706,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
         pipe.skip_values(skipped);
         for (n = next_block<C>(p, t, n); n < t.end_block; n = next_block<C>(p, t, n)) {
-            if constexpr (C::IS_ANY) {
+            if constexpr (C::HAS_EXPONENTS) {
                 rows.look(p, t, wg, n);
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             } else if (n < t.first_untracked)
@@ -648,6 +740,8 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
         tma_prefetch_map(&p.key_map);
         tma_prefetch_map(&p.value_map);
         tma_prefetch_map(&p.output_map);
+        if (C::COPIES_BIAS)
+            tma_prefetch_map(&p.bias_map);
         init_barriers<C>(s);
     }
     if (C::IS_PLACED && (p.list || p.seen))
@@ -656,11 +750,13 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
     if (warpgroup == 0) {
         registers_decrease<C::PRODUCER_REGISTERS>();
         const int warp = uniform(threadIdx.x / 32);
-        if constexpr (C::IS_PLACED) {
+        if constexpr (C::IS_PACKED) {
             if (warp == 0)
                 produce_blocks<C, false>(p, s);
             else if (warp == 2)
                 produce_blocks<C, true>(p, s);
+            else if (C::COPIES_BIAS && warp == 3)
+                produce_bias<C>(p, s);
         } else if (warp == 0) {
             produce_keys<C>(p, s);
         }

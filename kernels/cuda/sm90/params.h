@@ -93,6 +93,8 @@ struct sm90_params {
     /* Where |q.k| is at most cap_limit, the capped score is q.k times a polynomial of (q.k)^2, as a power of 2. */
     float cap_limit;
     float cap_polynomial[4];
+    /* From what options leave of a score to an exponent of 2: 1, or scale_log2 if they left it alone. */
+    float exponent_scale;
     struct sm90_by_score mask;
     const int32_t *query_segments, *key_segments;
     struct sm90_strides query_segments_strides, key_segments_strides; /* head: 0 */
@@ -114,10 +116,25 @@ struct sm90_params {
     int32_t box_keys,
         boxes; /* keys that one copy brings, and how many fill a tile; without pages all and 1 */
     struct sm90_divisor by_page_size;
+
+    /* A bias, of the element type or f32: [Lk, Lq, H, B], a box of 128 bytes of keys and 64 rows, axes that are broadcast having one
+     * element. Kernels that are not made for one read it element by element. */
+    struct cuda_tensor_map bias_map;
+    struct sm90_by_score bias;
+    int32_t bias_is_f32;
+    int32_t bias_box_bytes; /* a row of a box alone where all rows have the same */
+    int32_t
+        batch_inside; /* the walk takes each head of all batches before the next head: they have a bias in common */
+    struct sm90_divisor by_batch;
 };
 
 enum { SM90_LIST_THREADS = 1024, SM90_LIST_BYTES = 2048 };
 enum { SM90_SEEN_THREADS = 256, SM90_SEEN_BYTES = 8 };
+
+/* Boxes of a bias, 64 rows and 128 bytes of its keys each, that shared memory holds for each warpgroup; from 65 head dims on instead of a
+ * second stage of queries. */
+#define SM90_BIAS_BOXES(D) ((D) > 64 ? 2 : 4)
+#define SM90_BIAS_QUERY_STAGES(D, QUERY_STAGES) ((D) > 64 ? 1 : (QUERY_STAGES))
 
 #define SM90_UNBOUNDED (1 << 30)
 #define SM90_MAX_LENGTH                                                                            \

@@ -62,6 +62,21 @@ struct Shared {
     __device__ __forceinline__ Ring<C::CLAIMED_TILES> claimed_ring() const {
         return {rings() + 32 * C::STAGES, rings() + 32 * C::STAGES + 8 * C::CLAIMED_TILES};
     }
+    // The n-th 64 keys of a warpgroup's bias, counted over all tiles.
+    __device__ __forceinline__ uint32_t bias(uint32_t n, int wg) const {
+        return base + C::BIASES +
+               (n % C::BIAS_STAGES * C::WARPGROUPS + wg) * C::BIAS_BOXES * C::BIAS_BOX;
+    }
+    __device__ __forceinline__ uint32_t bias_full(uint32_t n, int wg) const {
+        return rings() + 32 * C::STAGES + 16 * C::CLAIMED_TILES +
+               8 * (2 * C::BIAS_STAGES * wg + n % C::BIAS_STAGES);
+    }
+    __device__ __forceinline__ uint32_t bias_empty(uint32_t n, int wg) const {
+        return bias_full(n, wg) + 8 * C::BIAS_STAGES;
+    }
+    static __device__ __forceinline__ uint32_t bias_phase(uint32_t n) {
+        return n / C::BIAS_STAGES & 1;
+    }
 };
 
 template <class C>
@@ -80,12 +95,19 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
     }
     for (int i = 0; i < C::CLAIMED_TILES; i++) {
         mbarrier_init(s.claimed_ring().full + 8 * i, 1);
-        mbarrier_init(s.claimed_ring().empty + 8 * i, 64); // two producers read it
+        mbarrier_init(s.claimed_ring().empty + 8 * i, 32 * C::CLAIM_READERS);
+    }
+    if constexpr (C::COPIES_BIAS) {
+        for (int wg = 0; wg < C::WARPGROUPS; wg++)
+            for (int i = 0; i < C::BIAS_STAGES; i++) {
+                mbarrier_init(s.bias_full(i, wg), 1);
+                mbarrier_init(s.bias_empty(i, wg), 4);
+            }
     }
     mbarrier_init_fence();
 }
 
-// ---- Producers: two or three warps, whose first lane does what is done once ----
+// ---- Producers: two to four warps, whose first lane does what is done once ----
 
 // Row `row` of a packed sequence that has `rows` from row `start` on is (length - rows + row, start + rows): both axes have the
 // stride of a row, the origin lies `length` rows before the tensor's, and behind the sequence the first coordinate is past its
@@ -106,7 +128,7 @@ template <class C>
 __device__ __forceinline__ RowCoordinates row_coordinates(const sm90_params &p, const Place<C> &t,
                                                           int row) {
     row >>= p.pack_log2;
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         const PackedRow r = packed_row(p.len_q, t.q_start, t.q_rows, min(row, t.q_rows - 1));
         if (p.packed_q.cu_seqlens)
             return {r.inner, r.outer, t.head};
@@ -139,7 +161,7 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
 // the lengths; else every gridDim-th.
 template <class C>
 __device__ __forceinline__ Tile<C> next_tile(const sm90_params &p, int index, bool first) {
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         if (p.list)
             return tile_at<C>(p, uniform(threadIdx.x % 32 == 0 ? atomicAdd(&p.list->next, 1) : 0));
     }
@@ -186,7 +208,7 @@ template <class C>
 __device__ __forceinline__ void produce_queries(const sm90_params &p, const Shared<C> &s) {
     Ring<C::QUERY_STAGES> queries = s.query_ring(0);
     Tile<C> t = next_tile<C>(p, 0, true);
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
         share_claim<C>(s, claims, t);
         while (t.index >= 0) {
@@ -225,6 +247,8 @@ __device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t
             const PageRow at = page_row(p, t.batch, key);
             return {at.row, t.kv_head, at.page};
         }
+    }
+    if constexpr (C::IS_PACKED) {
         const PackedRow r = packed_row(p.len_k, t.k_start, t.k_len, row);
         if (p.packed_k.cu_seqlens)
             return {r.inner, r.outer, t.kv_head};
@@ -272,7 +296,7 @@ __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<
     load_value();
 }
 
-// With options keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
+// Where tiles are claimed keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
 // for a buffer.
 template <class C, bool VALUES>
 __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Shared<C> &s) {
@@ -288,6 +312,28 @@ __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Share
                                    VALUES ? s.value(ring.stage) : s.key(ring.stage), ring, block);
             block = next;
         }
+    }
+}
+
+// The bias of the key tiles that a warpgroup visits, by a lane for each.
+template <class C>
+__device__ __forceinline__ void produce_bias(const sm90_params &p, const Shared<C> &s) {
+    const int wg = threadIdx.x % 32;
+    uint32_t n = 0;
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+        const int row = p.bias.row ? t.first_row + 64 * wg : 0, head = p.bias.head ? t.head : 0,
+                  batch = p.bias.batch ? t.batch : 0, begin = t.first_block * C::TILE_K,
+                  end = wg < C::WARPGROUPS ? tile_of<C>(p, t, wg).end_block * C::TILE_K : 0;
+        for (int key = begin; key < end; key += C::BIAS_KEYS, n++) {
+            mbarrier_wait(s.bias_empty(n, wg), s.bias_phase(n) ^ 1);
+            mbarrier_expect_bytes(s.bias_full(n, wg), C::BIAS_BOXES * p.bias_box_bytes);
+            for (int i = 0; i < C::BIAS_BOXES; i++)
+                tma_load_4d(s.bias(n, wg) + i * C::BIAS_BOX, &p.bias_map, s.bias_full(n, wg),
+                            evict_first(), key + i * C::BIAS_KEYS / C::BIAS_BOXES, row, head,
+                            batch);
+        }
+        __syncwarp();
     }
 }
 
@@ -316,6 +362,7 @@ struct Pipeline {
     int wg;
     Ring<C::QUERY_STAGES> queries;
     Ring<C::STAGES> keys, values;
+    uint32_t biases = 0; // that were read
 
     __device__ __forceinline__ Pipeline(const Shared<C> &s, int wg)
         : wg(wg), queries(s.query_ring(wg)), keys(s.key_ring()), values(s.value_ring()) {}

@@ -9,13 +9,14 @@
 // With ALiBi, where top is a guess: sums below this are brought back, and rows whose sum is lost are computed by exact_row().
 constexpr float ALIBI_LEAST = 0x1p-12f, ALIBI_LOST = 0x1p-80f;
 
-// Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of ANY lose nothing, up to the end of
+// Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of HAS_EXPONENTS lose nothing, up to the end of
 // the range. Rows without a weight have no exponents.
 template <class C>
 __device__ __forceinline__ bool is_far(const sm90_params &p, float top, float total) {
     if (C::IS_PLACED && total == 0)
         return false;
-    return !(fabsf(top) < (C::IS_ANY ? FLT_MAX : EXACT_FROM));
+    const bool loses = C::IS_ANY ? p.exponent_scale != 1 : !C::HAS_EXPONENTS;
+    return !(fabsf(top) < (loses ? EXACT_FROM : FLT_MAX));
 }
 
 template <class C>
@@ -23,7 +24,7 @@ __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_s
                                               const Place<C> &t, int row) {
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
     int64_t of_tensor = row >> p.pack_log2;
-    if constexpr (C::IS_PLACED)
+    if constexpr (C::IS_PACKED)
         of_tensor += t.q_start;
     return t.batch * strides.batch + head * strides.head + of_tensor * strides.row;
 }
@@ -31,7 +32,7 @@ __device__ __forceinline__ int64_t row_offset(const sm90_params &p, const sm90_s
 // Whether row `row` of the tile is one of the output's.
 template <class C>
 __device__ __forceinline__ bool is_row(const sm90_params &p, const Place<C> &t, int row) {
-    if constexpr (C::IS_PLACED)
+    if constexpr (C::IS_PACKED)
         return row >> p.pack_log2 < t.q_rows;
     return row >> p.pack_log2 < p.len_q;
 }
@@ -74,8 +75,12 @@ struct KeyRows {
                                        const sm90_strides &strides, const Tile<C> &t)
         : head(static_cast<const E *>(tensor) + t.batch * strides.batch + t.kv_head * strides.head),
           stride(strides.row) {
-        if constexpr (C::IS_PLACED)
-            head += p.block_table ? -t.batch * strides.batch : t.k_start * stride;
+        if (C::IS_PLACED && p.block_table)
+            head -= t.batch * strides.batch;
+        if constexpr (C::IS_PACKED) {
+            if (!p.block_table)
+                head += t.k_start * stride;
+        }
     }
     __device__ __forceinline__ const E *row(const sm90_params &p, const sm90_strides &strides,
                                             const Tile<C> &t, int j) const {
@@ -107,20 +112,34 @@ __device__ __forceinline__ int key_segment(const sm90_params &p, const Tile<C> &
                  (t.k_start + j) * p.key_segments_strides.row);
 }
 
-// What the options make of a scaled score; where rows have a mask, heads share no tile.
+// Of row `row` and key j of a tile, both inside the tensor. Where rows have a bias or a mask, heads share no tile.
+template <class C>
+__device__ __forceinline__ float bias_of(const sm90_params &p, const Place<C> &t, int row, int j) {
+    const int64_t at = t.batch * p.bias.batch + t.head * p.bias.head + row * p.bias.row +
+                       static_cast<int64_t>(j) * p.bias.key;
+    if (p.bias_is_f32)
+        return __ldg(static_cast<const float *>(p.bias.data) + at);
+    return float(__ldg(static_cast<const typename C::Element *>(p.bias.data) + at));
+}
+
+// What the options make of a scaled score.
 template <class C>
 __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, int row, int j,
                                        float score) {
     const int64_t batch = t.batch, head = t.head;
-    if (p.mask.data &&
+    if (C::IS_ANY && p.mask.data &&
         !static_cast<const uint8_t *>(p.mask.data)[batch * p.mask.batch + head * p.mask.head +
                                                    row * p.mask.row + j * p.mask.key])
         return -INFINITY;
-    if (p.query_segments && query_segment(p, t, row) != key_segment(p, t, j))
-        return -INFINITY;
-    if (p.softcap > 0)
+    if constexpr (C::IS_ANY) {
+        if (p.query_segments && query_segment(p, t, row) != key_segment(p, t, j))
+            return -INFINITY;
+    }
+    if ((C::IS_ANY || C::HAS_SOFTCAP) && p.softcap > 0)
         score = p.softcap * tanhf(score / p.softcap);
-    if (p.alibi_slopes)
+    if (C::COPIES_BIAS || C::LOADS_BIAS)
+        score += bias_of<C>(p, t, row, j);
+    if ((C::IS_ANY || C::HAS_ALIBI) && p.alibi_slopes)
         score -= slope_of<C>(p, t, row) * abs((row >> p.pack_log2) + t.diagonal - j);
     return score;
 }

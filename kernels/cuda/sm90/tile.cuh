@@ -7,8 +7,10 @@
 
 #include <type_traits>
 
-// What a kernel is compiled for. All but PLAIN also take rows and keys that lie anywhere (packed sequences, pages) and sinks.
-enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY };
+// What a kernel is compiled for. All but PLAIN also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
+// for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
+// beside all other options.
+enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32 };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
@@ -17,8 +19,12 @@ struct Config {
     static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
-    static constexpr bool IS_PLACED = Of != PLAIN, HAS_SOFTCAP = Of == SOFTCAP,
-                          HAS_ALIBI = Of == ALIBI, IS_ANY = Of == ANY;
+    static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED && WARPGROUPS < 3,
+                          HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
+                          IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,
+                          COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
+    // Scores are exponents of 2 before their maximum is looked for, which moves in every tile.
+    static constexpr bool HAS_EXPONENTS = IS_ANY || COPIES_BIAS;
 
     static constexpr int TILE_Q = 64 * WARPGROUPS;
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
@@ -28,7 +34,7 @@ struct Config {
     static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "");
     // Has the first step of a tile that needs no mask code of its own? Where GEMMs hide the mask, code costs more: it
     // comes from device memory. Not with options: their code is longer.
-    static constexpr bool FIRST_UNMASKED = DIM_QK < 128 && !HAS_ALIBI && !IS_ANY;
+    static constexpr bool FIRST_UNMASKED = DIM_QK < 128 && !HAS_ALIBI && !HAS_EXPONENTS;
 
     // Tiles in shared memory: columns of 64 elements, swizzled by TMA.
     static constexpr int COLUMNS_QK = (DIM_QK + 63) / 64, COLUMNS_V = (DIM_V + 63) / 64;
@@ -39,13 +45,22 @@ struct Config {
     static constexpr int VALUE = KEY + STAGES * KEY_BYTES, OUTPUT = VALUE + STAGES * VALUE_BYTES;
     // On its way out a warp's output takes slots of 16 rows x 64 columns.
     static constexpr int OUTPUT_SLOTS = COLUMNS_V < 2 ? COLUMNS_V : 2, SLOT_BYTES = 16 * 128;
-    static constexpr int TILES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
-    static constexpr int TILE_BYTES = IS_PLACED ? 128 : 64;
-    static constexpr int CLAIMED_TILES = IS_PLACED ? 2 : 0; // by one producer, for the other
+    // A bias comes as the 64 rows of a warpgroup and 64 keys: one box of 128 bytes a row, swizzled as well, or two.
+    using Bias = std::conditional_t<Of == BIAS_F32, float, E>;
+    static constexpr int BIAS_KEYS = 64, BIAS_BOXES = sizeof(Bias) / 2, BIAS_BOX = 64 * 128;
+    static constexpr int BIAS_STAGES = SM90_BIAS_BOXES(DIM_QK) / BIAS_BOXES;
+    static constexpr int BIASES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
+    static constexpr int TILES =
+        BIASES + COPIES_BIAS * WARPGROUPS * BIAS_STAGES * BIAS_BOXES * BIAS_BOX;
+    static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64;
+    static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
+    static constexpr int CLAIM_READERS = COPIES_BIAS ? 3 : 2;
     static constexpr int BARRIERS =
         TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
-        BARRIERS + 8 * (2 * QUERY_STAGES * WARPGROUPS + 4 * STAGES + 2 * CLAIMED_TILES) +
+        BARRIERS +
+        8 * (2 * (QUERY_STAGES + COPIES_BIAS * BIAS_STAGES * BIAS_BOXES) * WARPGROUPS + 4 * STAGES +
+             2 * CLAIMED_TILES) +
         1024; // 1024 to align
 
     static_assert(TILE_K % 16 == 0 && TILE_K <= 128 && DIM_QK % 16 == 0 && DIM_V % 32 == 0, "");
@@ -67,7 +82,7 @@ struct AnyPlace : DensePlace {
 };
 
 template <class C>
-using Place = std::conditional_t<C::IS_PLACED, AnyPlace, DensePlace>;
+using Place = std::conditional_t<C::IS_PACKED, AnyPlace, DensePlace>;
 
 template <class C>
 struct alignas(64) Tile : Place<C> {
@@ -212,6 +227,11 @@ __device__ __forceinline__ void place(const sm90_params &p, int wanted, Tile<C> 
     const bool upwards = (p.groups - group & 1) == 0;
     t.index = wanted < p.tiles ? wanted : -1;
     t.first_row = (upwards ? step : p.tiles_per_head - 1 - step) * C::TILE_Q;
+    if (C::COPIES_BIAS && p.batch_inside) {
+        t.head = divide(head, p.by_batch);
+        t.batch = head - t.head * p.batch;
+        return;
+    }
     t.batch = divide(head, p.by_heads);
     t.head = head - t.batch * p.heads;
 }
@@ -242,7 +262,7 @@ __device__ __forceinline__ void wait_for_workspace() {
 template <class C>
 __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
     Tile<C> t;
-    if constexpr (C::IS_PLACED) {
+    if constexpr (C::IS_PACKED) {
         if (p.list)
             place_listed<C>(p, wanted, t);
         else
@@ -305,6 +325,9 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     const int right = C::HAS_ALIBI ? min(p.window_right, 0) : p.window_right;
     const int all_highest = max(min(first + t.diagonal + right + 1, t.k_len), 0);
     t.first_whole = (all_lowest + C::TILE_K - 1) / C::TILE_K;
+    // Rows behind the last one see nothing, which a first step with a mask leaves as their top.
+    if ((t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len)
+        t.first_whole = max(t.first_whole, t.first_block + 1);
     t.end_whole = all_highest / C::TILE_K;
     t.first_untracked = all_lowest / C::TILE_K + 1;
     return t;
