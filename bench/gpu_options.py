@@ -4,8 +4,9 @@
         [--out FILE.csv] [--dims 64,128] [--only packed,paged] [--no-flex] [--rounds N]
 
 bf16, B 2, H 16, L 8192 unless a case says otherwise; timing as in gpu_bench.py. Peers are
-FlashAttention 4 (flash_attn.cute), cuDNN through PyTorch and compiled FlexAttention, each where it
-is installed and takes the case. FLOPs count what is visible: half for a causal mask, the pairs of a
+FlashAttention 4 (flash_attn.cute), cuDNN through PyTorch and compiled FlexAttention, and for few
+rows and few tiles FlashAttention 3 (fa3_fwd) and PyTorch's FlashAttention 2, each where it is
+installed and takes the case. FLOPs count what is visible: half for a causal mask, the pairs of a
 window, of documents and of packed sequences; a random mask counts as none.
 """
 
@@ -26,6 +27,10 @@ try:
     from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 except ImportError:
     flash_attn_func = flash_attn_varlen_func = None
+try:
+    from fa3_fwd_interface import flash_attn_func as flash_attention_3
+except ImportError:
+    flash_attention_3 = None
 
 
 def normal(*shape):
@@ -67,6 +72,17 @@ class Case:
         if flash_attn_func:
             q, k, v = map(rows_first, (self.q, self.k, self.v))
             self.peers["fa4"] = lambda: flash_attn_func(q, k, v, causal=self.causal, **options)
+        return self
+
+    def older_flash(self):
+        """FlashAttention 3, and the 2 of PyTorch, whose causal is that of the last rows."""
+        q, k, v = map(rows_first, (self.q, self.k, self.v))
+        if flash_attention_3:
+            self.peers["fa3"] = lambda: flash_attention_3(q, k, v, causal=self.causal)
+        lengths = q.shape[1], k.shape[1]
+        self.peers["fa2"] = lambda: torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, *lengths, 0.0, self.causal, False
+        )
         return self
 
     def flash_paged(self, key, value, table, lengths):
@@ -248,15 +264,26 @@ def paged(dim, flex):
 
 
 def chunked(dim, flex):
-    """The last rows of a long sequence."""
-    for rows in (16, 64, 256, 1024):
+    """The last rows of a long sequence. PyTorch has no cuDNN for their mask; without it, a few
+    pairs of rows and keys more are visible."""
+    for rows in (4, 16, 64, 256, 1024):
         for length in (4096, 32768, 131072):
             case = Case("chunk", dim, heads=32, heads_kv=8, causal=1, alignment=1)
             case.pairs = rows * length - rows * (rows - 1) // 2
-            yield case.dense(rows, length, 1).flash()
+            yield case.dense(rows, length, 1).flash().older_flash()
+            full = Case("chunk-full", dim, heads=32, heads_kv=8)
+            yield full.dense(rows, length, 1).flash().older_flash().cudnn()
 
 
-GROUPS = {f.__name__: f for f in (plain, by_score, documents, packed, paged, chunked)}
+def half_empty(dim, flex):
+    """Fewer tiles than an H100 has multiprocessors, or hardly more."""
+    for heads, length in ((2, 16384), (4, 4096), (8, 2048), (8, 1024)):
+        for causal in (0, 1):
+            case = Case("half-empty", dim, heads=heads, heads_kv=heads, causal=causal)
+            yield case.dense(length, batch=1).flash().older_flash().cudnn()
+
+
+GROUPS = {f.__name__: f for f in (plain, by_score, documents, packed, paged, chunked, half_empty)}
 
 
 def main():

@@ -21,10 +21,11 @@ MODULE(256)
      .dim_v = DV,                                                                                  \
      .rows = 64 * (WARPGROUPS),                                                                    \
      .keys = KEYS,                                                                                 \
-     .kernels = (struct cuda_kernel[]){PARTS(D, NAME "_f16", DV, KEYS, WARPGROUPS, __VA_ARGS__),   \
-                                       PARTS(D, NAME "_bf16", DV, KEYS, WARPGROUPS, __VA_ARGS__),  \
-                                       CUDA_KERNEL(module_##D, NAME "_f16_merge", 4 * (DV), 0),    \
-                                       CUDA_KERNEL(module_##D, NAME "_bf16_merge", 4 * (DV), 0)}},
+     .kernels = (struct cuda_kernel[]){                                                            \
+         PARTS(D, NAME "_f16", DV, KEYS, WARPGROUPS, __VA_ARGS__),                                 \
+         PARTS(D, NAME "_bf16", DV, KEYS, WARPGROUPS, __VA_ARGS__),                                \
+         CUDA_KERNEL(module_##D, NAME "_f16_merge", 4 * (DV), SM90_MERGE_BYTES),                   \
+         CUDA_KERNEL(module_##D, NAME "_bf16_merge", 4 * (DV), SM90_MERGE_BYTES)}},
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
     TILE_##USE(D, NAME(D, DV, KEYS, WARPGROUPS), DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)
 #define SM90_D 0
@@ -61,13 +62,13 @@ static int64_t visited(const struct problem *p, const struct rows *r, const stru
     return finish > begin ? finish - begin : 0;
 }
 
-/* Key tiles that are visited by the tile of rows with the fewest, by that with the most, and by all. */
+/* Of all tiles of rows: how many they are, and the key tiles that are visited by that with the fewest, by that with the most, and by all. */
 struct work {
-    int64_t least, most, all;
+    int64_t tiles, least, most, all;
 };
 
 static struct work work_of(const struct problem *p, const struct rows *r, const struct tile *t) {
-    struct work w = {INT64_MAX, 0, 0};
+    struct work w = {r->tiles, INT64_MAX, 0, 0};
     for (int64_t i = 0; i < r->per_head; i++) {
         const int64_t n = visited(p, r, t, i);
         w.least = n < w.least ? n : w.least;
@@ -79,32 +80,32 @@ static struct work work_of(const struct problem *p, const struct rows *r, const 
 }
 
 /* In key tiles: what a part takes to begin and end, what the merge takes, and it for each part of a row. */
-enum { PER_PART = 1, PER_MERGE = 2, MERGED_PARTS = 8, MOST_PARTS = 256, MOST_ROUNDS = 8 };
+enum { PER_PART = 1, PER_MERGE = 2, MERGED_PARTS = 8, MOST_ROUNDS = 8 };
 
 /* Key tiles' worth of time until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even, but
  * for the largest part and for the number of parts. */
-static int64_t time_of(const struct work *w, int64_t tiles, int64_t parts, int32_t blocks) {
-    const int64_t rounds = ceil_divide(tiles * parts, blocks), even = ceil_divide(w->all, blocks),
-                  largest = ceil_divide(w->most, parts),
+static int64_t time_of(const struct work *w, int64_t parts, int32_t blocks) {
+    const int64_t rounds = ceil_divide(w->tiles * parts, blocks),
+                  even = ceil_divide(w->all, blocks), largest = ceil_divide(w->most, parts),
                   smallest = rounds * ceil_divide(w->least, parts),
                   visits = even > largest ? even : largest;
     return (visits > smallest ? visits : smallest) + rounds * PER_PART +
            (parts > 1 ? PER_MERGE + parts / MERGED_PARTS : 0);
 }
 
-static int64_t better(const struct work *w, int64_t tiles, int64_t a, int64_t b, int32_t blocks) {
-    const int64_t most = w->most < MOST_PARTS ? w->most : MOST_PARTS;
+static int64_t better(const struct work *w, int64_t a, int64_t b, int32_t blocks) {
+    const int64_t most = w->most < SM90_MOST_PARTS ? w->most : SM90_MOST_PARTS;
     b = b < most ? b : most;
-    return b > 1 && time_of(w, tiles, b, blocks) < time_of(w, tiles, a, blocks) ? b : a;
+    return b > 1 && time_of(w, b, blocks) < time_of(w, a, blocks) ? b : a;
 }
 
 /* As many as take the least time: those that fill one round of the grid or more, or the fewer the less there is to merge. */
-static int64_t parts_of(const struct work *w, int64_t tiles, int32_t blocks) {
+static int64_t parts_of(const struct work *w, int32_t blocks) {
     int64_t best = 1;
     for (int64_t rounds = 1; rounds <= MOST_ROUNDS; rounds++)
-        best = better(w, tiles, best, rounds * blocks / tiles, blocks);
-    for (int64_t parts = blocks / tiles / 2; parts > 1; parts /= 2)
-        best = better(w, tiles, best, parts, blocks);
+        best = better(w, best, rounds * blocks / w->tiles, blocks);
+    for (int64_t parts = blocks / w->tiles / 2; parts > 1; parts /= 2)
+        best = better(w, best, parts, blocks);
     return best;
 }
 
@@ -127,7 +128,7 @@ bool cuda_fwd_split_sm90_plan(struct plan *plan, const struct problem *p, const 
     if (rows.tiles > MOST_ROUNDS * blocks || (!p->kernel && !suits(p, &rows, t)))
         return false;
     const struct work work = work_of(p, &rows, t);
-    int64_t parts = parts_of(&work, rows.tiles, blocks);
+    int64_t parts = parts_of(&work, blocks);
     if (parts == 1 && !p->kernel)
         return false;
     if (parts == 1 && work.most > 1)

@@ -6,7 +6,7 @@
         name(const __grid_constant__ sm90_params p) {                                              \
         forward<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);               \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(4 * (DV))                                         \
+    extern "C" __global__ void __launch_bounds__(4 * (DV), 1024 / (4 * (DV)))                      \
         name##_merge(const __grid_constant__ sm90_params p) {                                      \
         merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);           \
     }

@@ -132,6 +132,7 @@ struct sm90_params {
 
 enum { SM90_LIST_THREADS = 1024, SM90_LIST_BYTES = 2048 };
 enum { SM90_SEEN_THREADS = 256, SM90_SEEN_BYTES = 8 };
+enum { SM90_MOST_PARTS = 256, SM90_MERGE_BYTES = 4 * (16 * SM90_MOST_PARTS + 33) };
 
 #define SM90_UNBOUNDED (1 << 30)
 #define SM90_MAX_LENGTH                                                                            \
