@@ -79,8 +79,9 @@ static struct work work_of(const struct problem *p, const struct rows *r, const 
     return w;
 }
 
-/* In key tiles: what a part takes to begin and end, what the merge takes, and it for each part of a row. */
-enum { PER_PART = 1, PER_MERGE = 2, MERGED_PARTS = 8, MOST_ROUNDS = 8 };
+/* As fitted to an H100, in key tiles: what a whole tile takes to begin and end; what a round of parts takes for that, to be stored and to be
+ * merged; what a merge takes; and it for each of so many parts of a row. */
+enum { PER_TILE = 1, PER_PART = 7, PER_MERGE = 3, MERGED_PARTS = 8, MOST_ROUNDS = 8 };
 
 /* Key tiles' worth of time until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even, but
  * for the largest part and for the number of parts. */
@@ -89,8 +90,8 @@ static int64_t time_of(const struct work *w, int64_t parts, int32_t blocks) {
                   even = ceil_divide(w->all, blocks), largest = ceil_divide(w->most, parts),
                   smallest = rounds * ceil_divide(w->least, parts),
                   visits = even > largest ? even : largest;
-    return (visits > smallest ? visits : smallest) + rounds * PER_PART +
-           (parts > 1 ? PER_MERGE + parts / MERGED_PARTS : 0);
+    return (visits > smallest ? visits : smallest) +
+           (parts > 1 ? rounds * PER_PART + PER_MERGE + parts / MERGED_PARTS : rounds * PER_TILE);
 }
 
 static int64_t better(const struct work *w, int64_t a, int64_t b, int32_t blocks) {
@@ -111,9 +112,9 @@ static int64_t parts_of(const struct work *w, int32_t blocks) {
 
 ROW_FUNCTIONS(cuda_fwd_split_sm90);
 
-/* Others are faster with the rows that one step of theirs takes, and where tiles would be mostly empty. */
+/* cuda_decode_sm80 is faster with so few rows, and where tiles would be mostly empty. */
 static bool suits(const struct problem *p, const struct rows *rows, const struct tile *t) {
-    enum { DECODED_ROWS = 32, LEAST_SHARE = 4 };
+    enum { DECODED_ROWS = 64, LEAST_SHARE = 4 };
     return p->len_q * (p->heads_q / p->heads_kv) > DECODED_ROWS &&
            p->batch * p->heads_q * p->len_q * LEAST_SHARE >= rows->tiles * t->rows;
 }
