@@ -65,10 +65,11 @@ static int64_t visited(const struct problem *p, const struct rows *r, const stru
 /* Of all tiles of rows: how many they are, and the key tiles that are visited by that with the fewest, by that with the most, and by all. */
 struct work {
     int64_t tiles, least, most, all;
+    int64_t columns; /* of a row of the output */
 };
 
 static struct work work_of(const struct problem *p, const struct rows *r, const struct tile *t) {
-    struct work w = {r->tiles, INT64_MAX, 0, 0};
+    struct work w = {.tiles = r->tiles, .least = INT64_MAX, .columns = t->dim_v};
     for (int64_t i = 0; i < r->per_head; i++) {
         const int64_t n = visited(p, r, t, i);
         w.least = n < w.least ? n : w.least;
@@ -79,19 +80,22 @@ static struct work work_of(const struct problem *p, const struct rows *r, const 
     return w;
 }
 
-/* As fitted to an H100, in key tiles: what a whole tile takes to begin and end; what a round of parts takes for that, to be stored and to be
- * merged; what a merge takes; and it for each of so many parts of a row. */
-enum { PER_TILE = 1, PER_PART = 7, PER_MERGE = 3, MERGED_PARTS = 8, MOST_ROUNDS = 8 };
+/* As fitted to an H100, in the time of key tiles: a round of tiles takes one more than it visits, and one of parts, which are stored, one
+ * for so many columns. The merge takes two, one for so many columns of tiles that a multiprocessor merges, and one for so many parts. */
+enum { PER_ROUND = 1, STORED_COLUMNS = 32, PER_MERGE = 2, MERGED_COLUMNS = 12, MERGED_PARTS = 3 };
 
-/* Key tiles' worth of time until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even, but
- * for the largest part and for the number of parts. */
+/* Until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even, but for the largest part and
+ * for the number of parts. */
 static int64_t time_of(const struct work *w, int64_t parts, int32_t blocks) {
     const int64_t rounds = ceil_divide(w->tiles * parts, blocks),
                   even = ceil_divide(w->all, blocks), largest = ceil_divide(w->most, parts),
                   smallest = rounds * ceil_divide(w->least, parts),
-                  visits = even > largest ? even : largest;
-    return (visits > smallest ? visits : smallest) +
-           (parts > 1 ? rounds * PER_PART + PER_MERGE + parts / MERGED_PARTS : rounds * PER_TILE);
+                  most = even > largest ? even : largest,
+                  visits = most > smallest ? most : smallest;
+    if (parts == 1)
+        return visits + rounds * PER_ROUND;
+    return visits + rounds * w->columns / STORED_COLUMNS + PER_MERGE +
+           w->tiles * w->columns / (MERGED_COLUMNS * blocks) + parts / MERGED_PARTS;
 }
 
 static int64_t better(const struct work *w, int64_t a, int64_t b, int32_t blocks) {
@@ -101,6 +105,7 @@ static int64_t better(const struct work *w, int64_t a, int64_t b, int32_t blocks
 }
 
 /* As many as take the least time: those that fill one round of the grid or more, or the fewer the less there is to merge. */
+enum { MOST_ROUNDS = 8 };
 static int64_t parts_of(const struct work *w, int32_t blocks) {
     int64_t best = 1;
     for (int64_t rounds = 1; rounds <= MOST_ROUNDS; rounds++)
