@@ -84,11 +84,13 @@ static struct work work_of(const struct problem *p, const struct rows *r, const 
  * for so many columns. The merge takes two, one for so many columns of tiles that a multiprocessor merges, and one for so many parts. */
 enum { PER_ROUND = 1, STORED_COLUMNS = 32, PER_MERGE = 2, MERGED_COLUMNS = 12, MERGED_PARTS = 3 };
 
-/* Until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even, but for the largest part and
- * for the number of parts. */
+/* Until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even but for half of what parts differ
+ * by, unless one part is more than that, or as many of the smallest as there are rounds. */
 static int64_t time_of(const struct work *w, int64_t parts, int32_t blocks) {
     const int64_t rounds = ceil_divide(w->tiles * parts, blocks),
-                  even = ceil_divide(w->all, blocks), largest = ceil_divide(w->most, parts),
+                  uneven = parts > 1 ? (w->most - w->least) / parts / 2 : 0,
+                  even = ceil_divide(w->all, blocks) + uneven,
+                  largest = ceil_divide(w->most, parts),
                   smallest = rounds * ceil_divide(w->least, parts),
                   most = even > largest ? even : largest,
                   visits = most > smallest ? most : smallest;
@@ -117,10 +119,11 @@ static int64_t parts_of(const struct work *w, int32_t blocks) {
 
 ROW_FUNCTIONS(cuda_fwd_split_sm90);
 
-/* cuda_decode_sm80 is faster with so few rows, and where tiles would be mostly empty. */
+/* Whether there are keys to split, rows for more than one step of cuda_decode_sm80, and tiles not mostly empty. */
 static bool suits(const struct problem *p, const struct rows *rows, const struct tile *t) {
-    enum { DECODED_ROWS = 64, LEAST_SHARE = 4 };
-    return p->len_q * (p->heads_q / p->heads_kv) > DECODED_ROWS &&
+    enum { LEAST_STEPS = 16, DECODED_ROWS = 64, LEAST_SHARE = 4 };
+    return p->len_k >= (int64_t)LEAST_STEPS * t->keys &&
+           p->len_q * (p->heads_q / p->heads_kv) > DECODED_ROWS &&
            p->batch * p->heads_q * p->len_q * LEAST_SHARE >= rows->tiles * t->rows;
 }
 
