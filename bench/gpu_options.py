@@ -1,12 +1,15 @@
 """The options of attention on the GPU: libdlattn beside what else has them, in one process.
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_options.py
-        [--out FILE.csv] [--dims 64,128] [--only packed,paged] [--no-flex] [--rounds N]
+        [--out FILE.csv] [--dims 64,128] [--only packed,paged] [--no-flex] [--rounds N] [--graphs]
 
 bf16, B 2, H 16, L 8192 unless a case says otherwise; timing as in gpu_bench.py. Peers are
-FlashAttention 4 (flash_attn.cute), cuDNN through PyTorch and compiled FlexAttention, each where it
-is installed and takes the case. FLOPs count what is visible: half for a causal mask, the pairs of a
-window, of documents and of packed sequences; a random mask counts as none.
+FlashAttention 4 (flash_attn.cute), cuDNN through PyTorch and compiled FlexAttention, and for few
+rows and few tiles FlashAttention 3 (fa3_fwd) and PyTorch's FlashAttention 2, each where it is
+installed and takes the case. FLOPs count what is visible: half for a causal mask, the pairs of a
+window, of documents and of packed sequences; a random mask counts as none. With --graphs calls are
+replayed from CUDA graphs, so that what they cost the host does not count: short calls of
+FlashAttention 3 and 4 take longer there than on the GPU.
 """
 
 import argparse
@@ -26,6 +29,10 @@ try:
     from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 except ImportError:
     flash_attn_func = flash_attn_varlen_func = None
+try:
+    from fa3_fwd_interface import flash_attn_func as flash_attention_3
+except ImportError:
+    flash_attention_3 = None
 
 
 def normal(*shape):
@@ -35,6 +42,16 @@ def normal(*shape):
 def rows_first(t):
     """[B, H, L, D] as [B, L, H, D], as FlashAttention wants it."""
     return t.transpose(1, 2)
+
+
+def recorded(call):
+    """What a call enqueues, from a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 class Case:
@@ -69,6 +86,17 @@ class Case:
             self.peers["fa4"] = lambda: flash_attn_func(q, k, v, causal=self.causal, **options)
         return self
 
+    def older_flash(self):
+        """FlashAttention 3, and the 2 of PyTorch, whose causal is that of the last rows."""
+        q, k, v = map(rows_first, (self.q, self.k, self.v))
+        if flash_attention_3:
+            self.peers["fa3"] = lambda: flash_attention_3(q, k, v, causal=self.causal)
+        lengths = q.shape[1], k.shape[1]
+        self.peers["fa2"] = lambda: torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, *lengths, 0.0, self.causal, False
+        )
+        return self
+
     def flash_paged(self, key, value, table, lengths):
         if flash_attn_varlen_func:
             q, k, v = map(rows_first, (self.q, key, value))
@@ -76,7 +104,10 @@ class Case:
                 q, k, v, page_table=table, seqused_k=lengths, causal=True
             )
 
-    def cudnn(self, attn_mask=None):
+    def cudnn(self, attn_mask=None, whole=False):
+        """`whole`: without the mask of last rows, for which PyTorch has no cuDNN, and which hides
+        little."""
+
         def call():
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 functional.scaled_dot_product_attention(
@@ -84,11 +115,11 @@ class Case:
                     self.k,
                     self.v,
                     attn_mask,
-                    is_causal=self.causal,
+                    is_causal=self.causal and not whole,
                     enable_gqa=self.heads != self.heads_kv,
                 )
 
-        self.peers["cudnn"] = call
+        self.peers["cudnn-whole" if whole else "cudnn"] = call
         return self
 
     def flex(self, score_mod=None, visible=None):
@@ -100,7 +131,7 @@ class Case:
         self.peers["flex"] = lambda: compiled(self.q, self.k, self.v, score_mod, mask)
         return self
 
-    def run(self, library, count):
+    def run(self, library, count, graphs):
         output = torch.empty_like(self.tensors["query"])
         desc = dict(self.desc)
         if "window_left" in desc:
@@ -114,6 +145,9 @@ class Case:
                 print(f"  {self.name}: {name} declines: {str(error).splitlines()[0][:100]}")
             else:
                 calls[name] = peer
+        kernel = calls["dlattn"].kernel
+        if graphs:
+            calls = {name: recorded(call) for name, call in calls.items()}
         times = rounds(calls, count)
         batch, length, length_k = self.shape
         for name, (median, spread) in times.items():
@@ -130,7 +164,7 @@ class Case:
                 "Dv": self.dim,
                 "causal": int(self.causal),
                 "impl": name,
-                "kernel": calls[name].kernel if name == "dlattn" else "",
+                "kernel": kernel if name == "dlattn" else "",
                 "median_us": f"{median:.2f}",
                 "spread_pct": f"{spread:.1f}",
                 "tflops": f"{flops / median / 1e6:.1f}",
@@ -249,14 +283,22 @@ def paged(dim, flex):
 
 def chunked(dim, flex):
     """The last rows of a long sequence."""
-    for rows in (16, 64, 256, 1024):
+    for rows in (4, 16, 64, 256, 1024):
         for length in (4096, 32768, 131072):
             case = Case("chunk", dim, heads=32, heads_kv=8, causal=1, alignment=1)
             case.pairs = rows * length - rows * (rows - 1) // 2
-            yield case.dense(rows, length, 1).flash()
+            yield case.dense(rows, length, 1).flash().older_flash().cudnn(whole=True)
 
 
-GROUPS = {f.__name__: f for f in (plain, by_score, documents, packed, paged, chunked)}
+def half_empty(dim, flex):
+    """Fewer tiles than an H100 has multiprocessors, or hardly more."""
+    for heads, length in ((2, 16384), (4, 4096), (8, 2048), (8, 1024)):
+        for causal in (0, 1):
+            case = Case("half-empty", dim, heads=heads, heads_kv=heads, causal=causal)
+            yield case.dense(length, batch=1).flash().older_flash().cudnn()
+
+
+GROUPS = {f.__name__: f for f in (plain, by_score, documents, packed, paged, chunked, half_empty)}
 
 
 def main():
@@ -266,6 +308,7 @@ def main():
     options.add_argument("--dims", default="128,64")
     options.add_argument("--only", default=",".join(GROUPS))
     options.add_argument("--no-flex", action="store_true")
+    options.add_argument("--graphs", action="store_true")
     options = options.parse_args()
     library, common = common_columns()
     path = options.out or f"bench/results/{common['date']}-{common['device']}-options.csv"
@@ -276,7 +319,7 @@ def main():
         for dim in map(int, options.dims.split(",")):
             for group in options.only.split(","):
                 for case in GROUPS[group](dim, not options.no_flex):
-                    rows = list(case.run(library, options.rounds))
+                    rows = list(case.run(library, options.rounds, options.graphs))
                     out.writerows(dict(common, **row) for row in rows)
                     file.flush()
                     text = ", ".join(

@@ -28,7 +28,7 @@ struct attention {
     dlattn_forward_desc desc;
     unsigned char *workspace; /* WORKSPACE_BYTES */
 };
-enum { WORKSPACE_BYTES = 4 << 20 };
+enum { WORKSPACE_BYTES = 16 << 20 };
 
 extern const DLDataType f16, f32;
 

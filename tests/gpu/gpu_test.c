@@ -23,6 +23,7 @@ Test(gpu, same_bits_a_thousand_times) {
         int64_t batch, heads;
     } rows[] = {{"cuda_fwd_sm80", &f16, 3, 16},
                 {"cuda_decode_sm80", &f16, 1, 2},
+                {"cuda_fwd_split_sm90", &f16, 1, 2},
                 {NULL, &f16, 3, 16},
                 {NULL, &f32, 3, 16}};
     enum { ROWS = sizeof rows / sizeof rows[0] };

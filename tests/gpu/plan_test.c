@@ -458,6 +458,45 @@ Test(gpu_plan, hopper_has_room_for_what_it_finds_out) {
     cr_expect(eq(sz, plan.workspace_bytes, 64 * 2 * 2 * 4));
 }
 
+/* The last rows of long sequences on an H100: as many parts of the keys as fill it once, or more often where that is more even; none
+ * where tiles are many, where packed rows are few, and where most rows of a tile would be empty. */
+Test(gpu_plan, few_rows_on_hopper_are_split) {
+    static const struct {
+        int64_t batch, heads_q, heads_kv, len_q, len_k;
+        int32_t splits; /* 0: another row */
+    } cases[] = {{1, 32, 8, 32, 4096, 8},    {1, 32, 8, 64, 32768, 8},  {1, 32, 8, 256, 131072, 2},
+                 {1, 32, 8, 384, 32768, 4},  {1, 8, 8, 100, 5000, 8},   {2, 8, 1, 64, 1 << 20, 33},
+                 {1, 32, 8, 1024, 32768, 0}, {1, 32, 8, 384, 4096, 0},  {1, 32, 8, 16, 32768, 0},
+                 {1, 28, 4, 16, 32768, 0},   {60, 32, 8, 64, 32768, 0}, {1, 32, 8, 64, 1024, 0}};
+    struct caps caps = caps_of(&machines[3]);
+    caps.multiprocessors = 132;
+    for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
+        struct problem p = hopper_problem(DLATTN_FEATURE_GQA | DLATTN_FEATURE_CAUSAL);
+        struct plan plan;
+        p.batch = cases[n].batch;
+        p.heads_q = cases[n].heads_q;
+        p.heads_kv = cases[n].heads_kv;
+        p.len_q = cases[n].len_q;
+        p.len_k = cases[n].len_k;
+        p.window_left = UNBOUNDED;
+        p.window_right = 0;
+        p.bottom_right = true;
+        p.query = p.output = compact(p.heads_q, p.len_q, 128);
+        p.key = p.value = compact(p.heads_kv, p.len_k, 128);
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK));
+        const bool split = strcmp(plan.kernel->name, "cuda_fwd_split_sm90") == 0;
+        cr_expect(eq(int, split ? plan.splits : 0, cases[n].splits), "case %d", (int)n);
+        if (!split)
+            continue;
+        const int64_t rows = p.batch * p.heads_q * p.len_q, tiles = (rows + 127) / 128;
+        cr_expect(ge(sz, plan.workspace_bytes, (size_t)(tiles * plan.splits * 128 * (128 + 2)) * 4),
+                  "case %d", (int)n);
+        p.features |= DLATTN_FEATURE_SOFTCAP;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK));
+        cr_expect(strcmp(plan.kernel->name, "cuda_fwd_split_sm90") != 0, "case %d", (int)n);
+    }
+}
+
 /* The heads that share a tile of cuda_fwd_sm90 are one axis of its tensor map, whose strides end at 2^40 bytes. */
 Test(gpu_plan, tensor_maps_reach_no_further_than_2_to_the_40) {
     const struct caps caps = caps_of(&machines[3]);

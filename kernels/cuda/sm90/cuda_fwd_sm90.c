@@ -1,5 +1,5 @@
 /* Forward attention for f16 and bf16 on Hopper: TMA, wgmma, warp specialisation. See docs/cuda-sm90.md. */
-#include "kernels/cuda/sm90/host.h"
+#include "kernels/cuda/sm90/fwd.h"
 
 #include <math.h>
 
@@ -108,7 +108,7 @@ static bool bounded(const struct problem *p) {
 /* Query heads of a group that share a tile, as a power of two: as many as make fewer tiles, at most the 64 rows of a
  * warpgroup. */
 enum { MOST_PACK_LOG2 = 6, MOST_PACK = 1 << MOST_PACK_LOG2 };
-static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
+int32_t sm90_pack_log2(const struct problem *p, int32_t tile_q) {
     /* Each head has a mask or a bias of its own. */
     const int64_t group =
         has(p, DLATTN_FEATURE_MASK | DLATTN_FEATURE_BIAS) ? 1 : p->heads_q / p->heads_kv;
@@ -124,7 +124,7 @@ static int32_t pack_log2(const struct problem *p, int32_t tile_q) {
 /* Tiles of rows of all sequences, for each head of those that share none. Packed sequences have at most as many as this, wherever they
  * end, unless they overlap. */
 static int64_t row_tiles(const struct problem *p, int32_t tile_q) {
-    const int32_t log2 = pack_log2(p, tile_q);
+    const int32_t log2 = sm90_pack_log2(p, tile_q);
     const int64_t of_longest = ceil_divide(p->len_q << log2, tile_q) * p->batch,
                   of_all = (p->total_q << log2) / tile_q + p->batch;
     return p->total_q > 0 && of_all < of_longest ? of_all : of_longest;
@@ -132,7 +132,7 @@ static int64_t row_tiles(const struct problem *p, int32_t tile_q) {
 
 /* Those of all heads, as the blocks take them. */
 static int64_t tiles_of(const struct problem *p, int32_t tile_q) {
-    return row_tiles(p, tile_q) * (p->heads_q >> pack_log2(p, tile_q));
+    return row_tiles(p, tile_q) * (p->heads_q >> sm90_pack_log2(p, tile_q));
 }
 
 /* Query rows of the multiprocessor that has most of them. */
@@ -161,7 +161,7 @@ static struct seen seen_of(const struct problem *p, int32_t tile_q, int32_t tile
     struct seen s = {.by_batch = has(p, of_batch) || p->mask.stride[0] != 0,
                      .by_head = p->mask.stride[1] != 0};
     s.heads = s.by_head ? p->heads_q : 1;
-    s.tiles = ceil_divide(p->len_q << pack_log2(p, tile_q), tile_q);
+    s.tiles = ceil_divide(p->len_q << sm90_pack_log2(p, tile_q), tile_q);
     s.rows = is_listed(p) ? row_tiles(p, tile_q) : (s.by_batch ? p->batch : 1) * s.tiles;
     s.words = ceil_divide(ceil_divide(p->len_k, tile_k), 32);
     return s;
@@ -219,7 +219,7 @@ static bool takes_seen(const struct problem *p) {
     return !is_seen(p) || s.words == 0 || s.rows <= INT32_MAX / s.heads / s.words;
 }
 
-static bool takes(const struct problem *p) {
+bool sm90_takes(const struct problem *p) {
     return p->scale > 0 && p->dim_v % 8 == 0 && (p->len_k > 0 || p->page_size > 0) &&
            p->len_k <= SM90_MAX_LENGTH &&
            p->len_q * (p->heads_q / p->heads_kv) <= SM90_MAX_LENGTH && p->total_q <= INT32_MAX &&
@@ -231,7 +231,7 @@ static bool takes(const struct problem *p) {
 ROW_FUNCTIONS(cuda_fwd_sm90);
 
 bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    if (!takes(p))
+    if (!sm90_takes(p))
         return false;
     const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, suits);
     if (chosen < 0)
@@ -249,16 +249,6 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
 
 /* ---- The tiles ------------------------------------------------------------------------------------------------ */
 
-static struct sm90_divisor divisor(int64_t d) {
-    struct sm90_divisor r = {0, 0};
-    if (d > 1) {
-        r.shift = 31u - (uint32_t)__builtin_clz((uint32_t)d - 1);
-        r.multiplier =
-            (uint32_t)(((UINT64_C(1) << (32 + r.shift)) + (uint64_t)d - 1) / (uint64_t)d);
-    }
-    return r;
-}
-
 /* With a bounded window the heads of a group have at most one tile for each block of the grid, see tile_at(): what the
  * blocks work on at one time then spans few heads, whose keys and values stay in L2; and whole batches where it can, whose
  * heads lie side by side in device memory. Other masks take head by head. */
@@ -271,7 +261,7 @@ static int64_t heads_per_group(const struct problem *p, const struct sm90_params
 }
 
 static void fill_heads(struct sm90_params *params, const struct problem *p, int32_t tile_q) {
-    const int32_t log2 = pack_log2(p, tile_q), pack = 1 << log2;
+    const int32_t log2 = sm90_pack_log2(p, tile_q), pack = 1 << log2;
     params->pack_log2 = log2;
     params->heads = (int32_t)(p->heads_q / pack);
     params->heads_per_kv = (int32_t)(p->heads_q / p->heads_kv / pack);
@@ -473,17 +463,22 @@ static void fill_problem(struct sm90_params *params, const struct problem *p) {
     };
 }
 
+int32_t sm90_fill(struct sm90_params *params, const struct problem *p, const struct plan *plan,
+                  void *workspace) {
+    fill_problem(params, p);
+    fill_heads(params, p, plan->tile_q);
+    fill_options(params, p, plan, workspace);
+    return fill_maps(params, p);
+}
+
 int32_t cuda_fwd_sm90_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
     struct cuda_kernel *const kernels = kernel_for(&tiles[plan->variant], p->dtype);
     const struct seen seen = seen_of(p, plan->tile_q, plan->tile_k);
     struct sm90_params params;
-    fill_problem(&params, p);
-    fill_heads(&params, p, plan->tile_q);
+    int32_t status = sm90_fill(&params, p, plan, exec->workspace);
     if (!is_listed(p))
         fill_walk(&params, p, plan);
-    fill_options(&params, p, plan, exec->workspace);
-    int32_t status = fill_maps(&params, p);
     const struct {
         enum kind kind;
         int64_t blocks; /* 0: it is not needed */

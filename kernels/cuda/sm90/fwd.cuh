@@ -744,7 +744,9 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
             tma_prefetch_map(&p.bias_map);
         init_barriers<C>(s);
     }
-    if (C::IS_PLACED && (p.list || p.seen))
+    if constexpr (C::IS_SPLIT)
+        start_dependents();
+    else if (C::IS_PLACED && (p.list || p.seen))
         wait_for_workspace();
     __syncthreads();
     if (warpgroup == 0) {

@@ -25,6 +25,16 @@ static inline struct sm90_strides strides(const struct view *v) {
 /* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
 static inline uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
 
+static inline struct sm90_divisor divisor(int64_t d) {
+    struct sm90_divisor r = {0, 0};
+    if (d > 1) {
+        r.shift = 31u - (uint32_t)__builtin_clz((uint32_t)d - 1);
+        r.multiplier =
+            (uint32_t)(((UINT64_C(1) << (32 + r.shift)) + (uint64_t)d - 1) / (uint64_t)d);
+    }
+    return r;
+}
+
 static inline int32_t window(int64_t keys) {
     return keys < SM90_UNBOUNDED ? (int32_t)keys : SM90_UNBOUNDED;
 }

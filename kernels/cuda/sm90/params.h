@@ -41,6 +41,18 @@ struct sm90_list {
     struct sm90_listed of[1 /* tiles */];
 };
 
+/* The walk of SPLIT kernels over parts: [row tiles / team_rows, B, H_kv, parts, team_rows, heads_per_kv]. The tiles of a team read
+ * the same keys at the same time. Part i of all has a tile's sums and outputs in the workspace, by strips of 16 rows. */
+struct sm90_split {
+    int32_t parts;                 /* of each tile */
+    int32_t team_rows, team_tiles; /* tiles_per_head or 1, and that times heads_per_kv */
+    int32_t key_heads, heads_kv;   /* B * H_kv, H_kv */
+    struct sm90_divisor by_parts, by_team_tiles, by_key_heads, by_heads_kv;
+    float *outputs; /* [part, strip, eight columns, lane] as in registers, not divided by the sum */
+    float *
+        sums; /* [part, strip, row]: log2 of the scale of outputs and sum, -inf if no key was seen; the sum */
+};
+
 struct sm90_params {
     struct cuda_tensor_map
         query_map; /* [D, pack, Lq, H / pack, B], box {64, pack, 64 / pack, 1, 1} */
@@ -126,10 +138,12 @@ struct sm90_params {
     int32_t
         batch_inside; /* the walk takes each head of all batches before the next head: they have a bias in common */
     struct sm90_divisor by_batch;
+    struct sm90_split split;
 };
 
 enum { SM90_LIST_THREADS = 1024, SM90_LIST_BYTES = 2048 };
 enum { SM90_SEEN_THREADS = 256, SM90_SEEN_BYTES = 8 };
+enum { SM90_MOST_PARTS = 256, SM90_MERGE_BYTES = 4 * (16 * SM90_MOST_PARTS + 33) };
 
 /* Boxes of a bias, 64 rows and 128 bytes of its keys each, that shared memory holds for each warpgroup; from 65 head dims on instead of a
  * second stage of queries. */

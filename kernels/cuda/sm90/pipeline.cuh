@@ -157,10 +157,25 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
                     evict_first(), 64 * c, 0, at.c2, at.c3, at.c4);
 }
 
+// SPLIT: the next part with keys. Parts become smaller from the first to the last; blocks take them to and fro, so that those
+// with the largest ones get the smallest ones, too.
+template <class C>
+__device__ __forceinline__ Tile<C> next_part(const sm90_params &p, int index, bool first) {
+    const int blocks = gridDim.x;
+    for (int round = first ? 0 : index / blocks + 1;; round++) {
+        const Tile<C> t =
+            tile_at<C>(p, round * blocks + (round & 1 ? blocks - 1 - blockIdx.x : blockIdx.x));
+        if (t.index < 0 || t.sees_keys())
+            return t;
+    }
+}
+
 // The tile of this block that follows the one with this index, or its first: claimed where sequences differ, whose order depends on
 // the lengths; else every gridDim-th.
 template <class C>
 __device__ __forceinline__ Tile<C> next_tile(const sm90_params &p, int index, bool first) {
+    if constexpr (C::IS_SPLIT)
+        return next_part<C>(p, index, first);
     if constexpr (C::IS_PACKED) {
         if (p.list)
             return tile_at<C>(p, uniform(threadIdx.x % 32 == 0 ? atomicAdd(&p.list->next, 1) : 0));

@@ -200,12 +200,40 @@ __device__ __forceinline__ float add_sink(float sink, float &top, float &total) 
     return factor * reciprocal_approx(total);
 }
 
+// SPLIT: the 64 rows of a warpgroup as they are in registers, not normalised, and what they are relative to.
+template <class C>
+__device__ __forceinline__ void store_part(const sm90_params &p, int wg, const Place<C> &t,
+                                           const float (&output)[C::DIM_V / 2],
+                                           const float (&top)[2], const float (&sum)[2]) {
+    const int lane = threadIdx.x & 31, strip = 4 * wg + threadIdx.x / 32 % 4;
+    const int64_t at = static_cast<int64_t>(t.index) * (C::TILE_Q / 16) + strip;
+    float4 *const to =
+        reinterpret_cast<float4 *>(p.split.outputs) + at * (C::DIM_V / 8) * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < C::DIM_V / 8; i++)
+        to[32 * i] =
+            make_float4(output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float total = sum[half];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        if ((lane & 3) == 0)
+            reinterpret_cast<float2 *>(p.split.sums)[16 * at + 8 * half + lane / 4] =
+                make_float2(top[half], total);
+    }
+}
+
 // Normalises and stores the 64 rows of a warpgroup, and their lse. Registers are laid out as in Consumer. Each warp
 // writes its 16 rows to shared memory, 64 columns at a time and swizzled by 16 bytes as TMA reads them.
 template <class C>
 __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C> &s, int wg,
                                            const Place<C> &t, const float (&output)[C::DIM_V / 2],
                                            const float (&row_top)[2], const float (&sum)[2]) {
+    if constexpr (C::IS_SPLIT) {
+        store_part<C>(p, wg, t, output, row_top, sum);
+        return;
+    }
     using E = typename C::Element;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int first_row = t.first_row + 64 * wg + 16 * warp;

@@ -9,8 +9,8 @@
 
 // What a kernel is compiled for. All but PLAIN also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
 // for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
-// beside all other options.
-enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32 };
+// beside all other options. SPLIT is for another row, whose tiles are parts of the keys: see split.cuh.
+enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32, SPLIT };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
@@ -19,7 +19,8 @@ struct Config {
     static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
-    static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED && WARPGROUPS < 3,
+    static constexpr bool IS_PLACED = Of != PLAIN, IS_SPLIT = Of == SPLIT,
+                          IS_PACKED = IS_PLACED && (IS_SPLIT || WARPGROUPS < 3),
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
                           IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,
                           COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
@@ -81,8 +82,13 @@ struct AnyPlace : DensePlace {
     int seen; // its row of p.seen
 };
 
+struct SplitPlace : AnyPlace {
+    int part; // of the tile's keys; `index` counts parts
+};
+
 template <class C>
-using Place = std::conditional_t<C::IS_PACKED, AnyPlace, DensePlace>;
+using Place = std::conditional_t<C::IS_SPLIT, SplitPlace,
+                                 std::conditional_t<C::IS_PACKED, AnyPlace, DensePlace>>;
 
 template <class C>
 struct alignas(64) Tile : Place<C> {
@@ -253,17 +259,53 @@ __device__ __forceinline__ void place_listed(const sm90_params &p, int wanted, T
     t.batch = at.sequence;
 }
 
+// SPLIT: where tile `wanted` is, or part `wanted`. Tiles that read the same keys stand together, and the last rows, which see the most
+// keys, first: see sm90_split.
+template <class C, bool WHOLE>
+__device__ __forceinline__ void place_split(const sm90_params &p, int wanted, Tile<C> &t) {
+    const sm90_split &s = p.split;
+    const int tiles = WHOLE ? p.tiles : p.tiles * s.parts, index = min(wanted, tiles - 1);
+    int team = divide(index, s.by_team_tiles);
+    const int in_team = index - team * s.team_tiles;
+    t.part = 0;
+    if (!WHOLE) {
+        const int parts_of = divide(team, s.by_parts);
+        t.part = team - parts_of * s.parts;
+        team = parts_of;
+    }
+    const int outer_row = divide(team, s.by_key_heads), key_head = team - outer_row * s.key_heads;
+    const int inner_row = divide(in_team, p.by_heads_per_kv),
+              row = outer_row * s.team_rows + inner_row;
+    t.index = wanted < tiles ? wanted : -1;
+    t.batch = divide(key_head, s.by_heads_kv);
+    t.head =
+        (key_head - t.batch * s.heads_kv) * p.heads_per_kv + in_team - inner_row * p.heads_per_kv;
+    t.first_row = (p.tiles_per_head - 1 - row) * C::TILE_Q;
+}
+
+// Key tiles of a part of a tile that visits `blocks` of them: the last part may have fewer, and some parts none.
+__device__ __forceinline__ int blocks_per_part(const sm90_params &p, int blocks) {
+    return divide(blocks + p.split.parts - 1, p.split.by_parts);
+}
+
 // Waits for the kernel before this one in the stream, which fills the workspace and which this one may have overtaken.
 __device__ __forceinline__ void wait_for_workspace() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Tile `wanted` of the walk.
-template <class C>
+// Lets the kernel behind this one start where there is room; it waits for the end of this one by itself.
+__device__ __forceinline__ void start_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// Tile `wanted` of the walk; SPLIT: part `wanted` of all tiles, or the WHOLE of a tile.
+template <class C, bool WHOLE = false>
 __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
     Tile<C> t;
     if constexpr (C::IS_PACKED) {
-        if (p.list)
+        if constexpr (C::IS_SPLIT)
+            place_split<C, WHOLE>(p, wanted, t);
+        else if (p.list)
             place_listed<C>(p, wanted, t);
         else
             place<C>(p, wanted, t);
@@ -297,6 +339,11 @@ __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
             t.end_block = end_seen(some, t.first_block, t.end_block);
         }
     }
+    if constexpr (C::IS_SPLIT && !WHOLE) {
+        const int part = blocks_per_part(p, t.end_block - t.first_block);
+        t.first_block = min(t.first_block + t.part * part, t.end_block);
+        t.end_block = min(t.first_block + part, t.end_block);
+    }
     return t;
 }
 
@@ -310,6 +357,8 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     const int last = min((t.first_row + 64 * wg + 63) >> p.pack_log2, t.q_len - 1);
     const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
     int end_block = max((highest + C::TILE_K - 1) / C::TILE_K, t.first_block + 1);
+    if constexpr (C::IS_SPLIT)
+        end_block = min(end_block, t.end_block);
     if constexpr (C::IS_ANY) {
         if (p.seen)
             end_block = end_seen(seen_some(p, t.seen), t.first_block + 1, end_block);

@@ -1,0 +1,19 @@
+// The instances of cuda_fwd_split_sm90 for the head dim SM90_D, named after what tiles.inc says of them.
+#include "kernels/cuda/sm90/split.cuh"
+
+#define INSTANCE(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                           \
+    extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
+        name(const __grid_constant__ sm90_params p) {                                              \
+        forward<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);               \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(4 * (DV), 1024 / (4 * (DV)))                      \
+        name##_merge(const __grid_constant__ sm90_params p) {                                      \
+        merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);           \
+    }
+#define INSTANCES_MANY_ROWS(name, ...)
+#define INSTANCES_ANY(name, ...)                                                                   \
+    INSTANCE(name##_f16, __half, __VA_ARGS__) INSTANCE(name##_bf16, __nv_bfloat16, __VA_ARGS__)
+#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
+    INSTANCES_##USE(cuda_fwd_split_sm90_##D##_##DV##_##KEYS##_##WARPGROUPS, D, DV, KEYS,           \
+                    WARPGROUPS, STAGES, QUERY_STAGES)
+#include "kernels/cuda/sm90/tiles.inc"

@@ -1,0 +1,19 @@
+/*
+ * What cuda_fwd_sm90.c has for the other row that runs its kernels.
+ */
+#ifndef DLATTN_SM90_FWD_H_
+#define DLATTN_SM90_FWD_H_
+
+#include "kernels/cuda/sm90/host.h"
+
+/* Whether the kernels can read what the problem has. */
+bool sm90_takes(const struct problem *p);
+
+/* Query heads of a group that share a tile of `tile_q` rows, as a power of two. */
+int32_t sm90_pack_log2(const struct problem *p, int32_t tile_q);
+
+/* All but the walk. */
+int32_t sm90_fill(struct sm90_params *params, const struct problem *p, const struct plan *plan,
+                  void *workspace);
+
+#endif /* DLATTN_SM90_FWD_H_ */
