@@ -16,6 +16,7 @@ MODULE(256)
     CUDA_KERNEL(module_##D, NAME, 128 * ((WARPGROUPS) + 1),                                        \
                 SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, 1))
 #define TILE_MANY_ROWS(...)
+#define TILE_BIAS TILE_ANY
 #define TILE_ANY(D, NAME, DV, KEYS, WARPGROUPS, ...)                                               \
     {.dim_qk = D,                                                                                  \
      .dim_v = DV,                                                                                  \

@@ -11,6 +11,7 @@
         merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);           \
     }
 #define INSTANCES_MANY_ROWS(name, ...)
+#define INSTANCES_BIAS INSTANCES_ANY
 #define INSTANCES_ANY(name, ...)                                                                   \
     INSTANCE(name##_f16, __half, __VA_ARGS__) INSTANCE(name##_bf16, __nv_bfloat16, __VA_ARGS__)
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
