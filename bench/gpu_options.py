@@ -87,10 +87,11 @@ class Case:
         return self
 
     def older_flash(self):
-        """FlashAttention 3, and the 2 of PyTorch, whose causal is that of the last rows."""
+        """FlashAttention 3, which chooses the parts of the keys (0), and the 2 of PyTorch, whose
+        causal is that of the last rows."""
         q, k, v = map(rows_first, (self.q, self.k, self.v))
         if flash_attention_3:
-            self.peers["fa3"] = lambda: flash_attention_3(q, k, v, causal=self.causal)
+            self.peers["fa3"] = lambda: flash_attention_3(q, k, v, causal=self.causal, num_splits=0)
         lengths = q.shape[1], k.shape[1]
         self.peers["fa2"] = lambda: torch.ops.aten._flash_attention_forward(
             q, k, v, None, None, *lengths, 0.0, self.causal, False
