@@ -171,8 +171,9 @@ bool cuda_bwd_sm80_plan(struct plan *plan, const struct problem *p, const struct
 #undef CHOOSE
     if (keys < 0 || rows < 0 || stats < 0 || bias < 0)
         return false;
-    if (sums >= 0 && (sums_tiles[sums].dim_qk != keys_tiles[keys].dim_qk ||
-                      prepare_blocks(p) > INT32_MAX || keys_of_row(p) < SUMS_FROM_KEYS))
+    if (sums >= 0 &&
+        (sums_tiles[sums].dim_qk != keys_tiles[keys].dim_qk || prepare_blocks(p) > INT32_MAX ||
+         p->features & DLATTN_FEATURE_UNALIGNED || keys_of_row(p) < SUMS_FROM_KEYS))
         sums = -1;
     plan->variant = keys << KEYS_TILE | rows << ROWS_TILE | stats << STATS_TILE |
                     bias << BIAS_TILE | (sums + 1) << SUMS_TILE;
