@@ -122,12 +122,14 @@ Test(gpu_plan, backward_of_every_head_dim_on_every_gpu) {
 }
 
 /* A multiprocessor of an H100 holds one block of 128 keys, and of smaller GPUs one of 64; statistics take 12 bytes for a row of
- * those that are padded to 64, and sums of slopes 4 for a block of rows. */
+ * those that are padded to 64, and sums of slopes 4 for a block of rows. Where there is room for five products, and rows see
+ * enough keys, statistics take 20, sums of queries 4 for an element, and facts 1152 for a kv head. */
 Test(gpu_plan, backward_follows_shared_memory) {
     static const int32_t keys[MACHINES] = {64, 64, 64, 128, 128, 64};
     struct problem p = problem_of(DTYPE_BF16, 128, 128, 0);
     p.operation = BACKWARD;
     p.kernel = "cuda_bwd_sm80";
+    p.window_left = p.window_right = UNBOUNDED;
     for (int m = 0; m < MACHINES; m++) {
         const struct caps caps = caps_of(&machines[m]);
         struct plan plan;
@@ -135,6 +137,12 @@ Test(gpu_plan, backward_follows_shared_memory) {
         cr_expect(eq(int, plan.tile_k, keys[m]), "sm_%d", machines[m].sm);
         cr_expect(eq(int, plan.tile_q, 128), "sm_%d", machines[m].sm);
         cr_expect(eq(sz, plan.workspace_bytes, 2 * (320 * 12 + 3 * 4)), "sm_%d", machines[m].sm);
+        p.len_q = p.len_k = 1000;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK));
+        p.len_q = p.len_k = 300;
+        const size_t bytes =
+            keys[m] == 128 ? 2 * (1024 * (20 + 128 * 4) + 1152) : 2 * (1024 * 12 + 8 * 4);
+        cr_expect(eq(sz, plan.workspace_bytes, bytes), "sm_%d", machines[m].sm);
     }
 }
 

@@ -10,9 +10,20 @@
 
 #include "kernels/cuda/common/bwd_head.cuh"
 #include "kernels/cuda/sm80/bwd_sizes.h"
+#include "kernels/cuda/sm80/bwd_sums.cuh"
 #include "kernels/cuda/sm80/fwd.cuh"
 
 #include <type_traits>
+
+// Adds to a number in memory that others add to; nobody here asks for what it was.
+__device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+// The end of named_barrier_sync() of others, for which this warp does not wait.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Four words of shared memory.
 __device__ __forceinline__ void load_chunk(uint32_t (&words)[4], uint32_t from) {
@@ -34,6 +45,9 @@ struct Head : BwdHead<E> {
 
     __device__ __forceinline__ float weight(float score, float top, float log) const {
         return exp2_approx(fmaf(score - top, slope(), -log));
+    }
+    __device__ __forceinline__ float weight(float score, float exponent) const {
+        return exp2_approx(fmaf(score, slope(), -exponent));
     }
 
     // The capped product, and the derivative of the cap.
@@ -177,23 +191,43 @@ __device__ __forceinline__ void share(Body body) {
         [&](auto n) { body(std::integral_constant<int, FIRST + decltype(n)::value>()); });
 }
 
+// MT * 16 rows as the left operand, 16 columns after the other; or HELD in registers from the first product on.
+template <int D, int MT, bool HELD = false>
+struct LeftRows {
+    uint32_t from, a[HELD ? D / 16 : 2][MT][4];
+
+    __device__ __forceinline__ void load_step(int step) {
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+            load_matrices(a[HELD ? step : step % 2][mt],
+                          Chunks<D>::after(from, step) + mt * 16 * D * 2);
+    }
+    __device__ __forceinline__ void hold() {
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step)
+            load_step(step);
+    }
+    __device__ __forceinline__ void load(int step) {
+        if (!HELD)
+            load_step(step);
+    }
+    __device__ __forceinline__ const uint32_t (&of(int step, int mt) const)[4] {
+        return a[HELD ? step : step % 2][mt];
+    }
+};
+
 // score = MT * 16 rows at `left` times N rows at `right`, in ITEMS steps. Matrices are loaded two products early.
 template <int D, int N>
 constexpr int ITEMS_OF = D / 16 * (N / 16);
-template <typename E, int D, int MT, int N, typename Between>
-__device__ __forceinline__ void multiply_rows(float (&score)[MT][N / 8][4], uint32_t left,
+template <typename E, int D, int MT, int N, typename Left, typename Between>
+__device__ __forceinline__ void multiply_rows(float (&score)[MT][N / 8][4], Left &left,
                                               uint32_t right, Between between) {
     constexpr int PARTS = N / 16, STEPS = D / 16, ITEMS = ITEMS_OF<D, N>;
-    uint32_t a[2][MT][4], b[3][4];
-    const auto load_left = [&](int step) {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-            load_matrices(a[step % 2][mt], Chunks<D>::after(left, step) + mt * 16 * D * 2);
-    };
+    uint32_t b[3][4];
     const auto load_right = [&](int i) {
         load_matrices(b[i % 3], Chunks<D>::after(right, i / PARTS) + i % PARTS * 16 * D * 2);
     };
-    load_left(0);
+    left.load(0);
     load_right(0);
     load_right(1);
     clear(score);
@@ -202,14 +236,20 @@ __device__ __forceinline__ void multiply_rows(float (&score)[MT][N / 8][4], uint
         if (i + 2 < ITEMS)
             load_right(i + 2);
         if ((i + 1) % PARTS == 0 && step + 1 < STEPS)
-            load_left(step + 1);
+            left.load(step + 1);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-            Element<E>::mma(score[mt][n], a[step % 2][mt], b[i % 3][0], b[i % 3][1]);
-            Element<E>::mma(score[mt][n + 1], a[step % 2][mt], b[i % 3][2], b[i % 3][3]);
+            Element<E>::mma(score[mt][n], left.of(step, mt), b[i % 3][0], b[i % 3][1]);
+            Element<E>::mma(score[mt][n + 1], left.of(step, mt), b[i % 3][2], b[i % 3][3]);
         }
         between(item);
     });
+}
+template <typename E, int D, int MT, int N, typename Between>
+__device__ __forceinline__ void multiply_rows(float (&score)[MT][N / 8][4], uint32_t left,
+                                              uint32_t right, Between between) {
+    LeftRows<D, MT> rows{left};
+    multiply_rows<E, D, MT, N>(score, rows, right, between);
 }
 
 // sum += the tile whose packed pairs are `left`, MT * 16 by N, times the N rows at `right`. make(mt, step, word) gives a word of
@@ -467,24 +507,31 @@ __device__ __noinline__ void write_keys_exactly(const bwd_params &p, int b, int 
 
 // From here on the rounding of a log-sum-exp in f32 is worth a look at the scores themselves.
 constexpr float FAR_FROM = 1024;
+// From here on rounding what exponents are relative to costs more than rounding weights to f16.
+constexpr float LARGEST_EXPONENT = 4096;
 
 template <int D>
 struct StatsTile {
     static constexpr int THREADS = STATS_THREADS, ROWS = BWD_STATS_ROWS, KEYS = STATS_KEYS;
 };
 
-// The product of output and its gradient over 8 columns of a row. An output of 0 counts as 0: it is that of a row that sees
-// nothing, whatever stands in the gradient.
+// The product of output and its gradient over 8 columns of a row, and the square of the latter. An output of 0 counts as 0: it is
+// that of a row that sees nothing, whatever stands in the gradient.
 template <typename E>
-__device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_t d_o, int column) {
+__device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_t d_o, int column,
+                                          float &square) {
     const bool f32 = p.flags & BWD_D_OUTPUT_F32;
     float sum = 0;
-    const auto add = [&](float x, float d_x) { sum = x == 0 ? sum : fmaf(x, d_x, sum); };
+    square = 0;
+    const auto add = [&](float x, float d_x) {
+        sum = x == 0 ? sum : fmaf(x, d_x, sum);
+        square = fmaf(d_x, d_x, square);
+    };
     if (column >= p.f.dim_v)
         return 0;
     if (p.f.flags & FWD_ALIGNED_OUTPUT && p.flags & BWD_ALIGNED_D_OUTPUT) {
-        const uint4 x = *(const uint4 *)((const E *)p.f.output.data + o + column),
-                    d_x = *(const uint4 *)((const E *)p.d_output.data + d_o + column);
+        const uint4 x = __ldg((const uint4 *)((const E *)p.f.output.data + o + column)),
+                    d_x = __ldg((const uint4 *)((const E *)p.d_output.data + d_o + column));
         const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, d_xs[4] = {d_x.x, d_x.y, d_x.z, d_x.w};
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
@@ -571,48 +618,101 @@ __device__ __forceinline__ void sweep(const bwd_params &p, const BwdSequence &se
     }
 }
 
-template <typename E, int D, bool EXTRAS>
-__device__ __forceinline__ void bwd_stats(const bwd_params &p) {
+template <typename E, int D, bool EXTRAS, bool SUMS>
+__device__ __forceinline__ void find_stats(const bwd_params &p, int block) {
     using T = StatsTile<D>;
     constexpr int LANES = D / 8, STEP = T::THREADS / LANES;
     extern __shared__ __align__(16) char shared[];
     const int blocks = (p.f.len_q + T::ROWS - 1) / T::ROWS;
-    const int h = blockIdx.x / blocks % p.f.heads_q, b = blockIdx.x / blocks / p.f.heads_q,
-              block_row = blockIdx.x % blocks * T::ROWS;
+    const int h = block / blocks % p.f.heads_q, b = block / blocks / p.f.heads_q,
+              block_row = block % blocks * T::ROWS;
     const BwdSequence seq(p, b);
     if (block_row >= seq.q_rows)
         return;
     const Head<E, EXTRAS> head{p, seq, b, h};
     float *const stats = (float *)stats_of(p, seq, h) + block_row;
-    bool far = false;
-#pragma unroll 2
+    float *const deltas = (float *)shared, *const squares = deltas + T::ROWS;
+#pragma unroll 4
     for (int r = threadIdx.x / LANES; r < T::ROWS; r += STEP) {
         const int i = block_row + r;
-        const bool exists = i < seq.q_len;
-        float delta = exists ? delta_of<E>(p, head.row(p.f.output, i), head.row(p.d_output, i),
-                                           threadIdx.x % LANES * 8)
-                             : 0;
+        float square = 0, delta = 0;
+        if (i < seq.q_len)
+            delta = delta_of<E>(p, head.row(p.f.output, i), head.row(p.d_output, i),
+                                threadIdx.x % LANES * 8, square);
 #pragma unroll
-        for (int step = LANES / 2; step; step /= 2)
+        for (int step = LANES / 2; step; step /= 2) {
             delta += __shfl_xor_sync(~0u, delta, step);
-        float log = POS_INF;
+            if (SUMS)
+                square += __shfl_xor_sync(~0u, square, step);
+        }
+        if (threadIdx.x % LANES == 0) {
+            deltas[r] = delta;
+            squares[r] = square;
+        }
+    }
+    __syncthreads();
+    bool far = false, odd = false;
+    uint32_t most = 0;
+    if (threadIdx.x < T::ROWS) {
+        const int r = threadIdx.x, i = block_row + r;
+        const bool exists = i < seq.q_len;
+        float log = POS_INF, d_lse = 0;
         if (exists) {
             log =
                 load_number<E>(p.f.lse.data, head.row(p.f.lse, i), p.f.flags & FWD_LSE_F32) * LOG2E;
             if (p.d_lse.data)
-                delta -=
-                    load_number<E>(p.d_lse.data, head.row(p.d_lse, i), p.flags & BWD_D_LSE_F32);
-            far |= !(p.f.flags & FWD_LSE_F32) || (fabsf(log) >= FAR_FROM && fabsf(log) < POS_INF);
+                d_lse = load_number<E>(p.d_lse.data, head.row(p.d_lse, i), p.flags & BWD_D_LSE_F32);
+            far = !(p.f.flags & FWD_LSE_F32) || (fabsf(log) >= FAR_FROM && fabsf(log) < POS_INF);
         }
+        const float delta = deltas[r] - d_lse;
         const bool empty = !exists || (fabsf(log) == POS_INF && p.f.flags & FWD_LSE_F32);
-        if (threadIdx.x % LANES == 0) {
-            stats[r] = 0;
-            stats[stats_plane(p) + r] = empty ? POS_INF : log;
-            stats[2 * stats_plane(p) + r] = empty ? 0 : delta;
+        stats[r] = 0;
+        stats[stats_plane(p) + r] = empty ? POS_INF : log;
+        stats[2 * stats_plane(p) + r] = empty ? 0 : delta;
+        if (SUMS) {
+            const bool sees = exists && seq.first_key(p.f, i) < seq.end_key(p.f, i);
+            const float bound = sees ? 2 * sqrtf(squares[r]) + fabsf(d_lse) : 0;
+            stats[3 * stats_plane(p) + r] = row_factor(bound);
+            stats[4 * stats_plane(p) + r] = empty ? POS_INF : log - WeightScale<E>::LOG;
+            most = __float_as_uint(bound);
+            odd = sees &&
+                  (beyond(squares[r]) || beyond(delta) || beyond(d_lse) || !(fabsf(log) < POS_INF));
         }
     }
-    if (named_barrier_any(0, T::THREADS, far))
+    if (named_barrier_any(0, T::THREADS, far)) {
         sweep<E, D, EXTRAS>(p, seq, b, h, block_row, shared_address(shared), stats);
+        if (SUMS) {
+            __syncthreads();
+            const int r = threadIdx.x % T::ROWS;
+            const float exponent = fmaf(stats[r], p.f.exponent_scale, stats[stats_plane(p) + r]);
+            stats[4 * stats_plane(p) + r] = exponent - WeightScale<E>::LOG;
+            odd |= exponent != POS_INF && !(fabsf(exponent) < LARGEST_EXPONENT);
+        }
+    }
+    if (SUMS) {
+        uint32_t *const facts = facts_of(p, b, h / p.f.group);
+        most = __reduce_max_sync(~0u, most);
+        if (threadIdx.x % 32 == 0)
+            atomicMax(facts + FACT_ROW, most);
+        if (odd)
+            facts[FACT_ODD] = 1;
+    }
+}
+
+template <typename E, int D, bool EXTRAS>
+__device__ __forceinline__ void bwd_stats(const bwd_params &p) {
+    find_stats<E, D, EXTRAS, false>(p, blockIdx.x);
+}
+
+// The same with a factor of each row for fixed point, and what that needs to know of keys and values.
+template <typename E, int D>
+__device__ __forceinline__ void bwd_prepare(const bwd_params &p) {
+    extern __shared__ __align__(16) char shared[];
+    const int scans = (p.f.len_k + SUM_KEYS - 1) / SUM_KEYS * p.heads_kv * p.f.batch;
+    if ((int)blockIdx.x < scans)
+        scan_keys<E, D>(p, blockIdx.x, (uint32_t *)shared);
+    else
+        find_stats<E, D, false, true>(p, blockIdx.x - scans);
 }
 
 // ---- Gradients of keys and values ---------------------------------------------------------------------------------------
@@ -620,62 +720,159 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
 // Two warps share MT * 16 keys. The first has S^T = K Q^T, the weights P^T, and d_value += P^T dO; the second has dP^T = V dO^T,
 // from P^T that the first left for it dS^T, and d_key += dS^T Q, one step later. So what is no product runs between products, and
 // one barrier a step is all that either waits for.
-template <int D, int WARPS, int MT, int BM>
+//
+// With SUMS all warps also have dQ = dS K of the step before the last, each 32 columns of some rows, and add it to sums of
+// integers: dS passes through shared memory, key by key.
+template <int D, int WARPS, int MT, int BM, bool SUMS, bool LAGS>
 struct KeysTile {
     static constexpr int THREADS = WARPS * 32, PAIRS = WARPS / 2, KEYS = PAIRS * MT * 16;
     static constexpr int OWN_BYTES = KEYS * D * 2, STEP_BYTES = BM * D * 2;
+    // The second warp is a step behind the first, or waits for its weights; what comes after both is SUMS steps behind that.
+    static constexpr int LAG = LAGS ? 1 : 0, LAST = LAG + (SUMS ? 1 : 0);
+    static constexpr int QUERY_STAGES = 2 + LAG, STATS_STAGES = 2 + LAST, WEIGHT_STAGES = 1 + LAG;
     static constexpr int STATS_BYTES = 3 * BM * 4, WEIGHTS_BYTES = MT * BM * 32;
-    // Keys, values, three stages of queries, two of d_output, three of statistics, two of weights.
-    static constexpr int QUERY_AT = 2 * OWN_BYTES, D_OUTPUT_AT = QUERY_AT + 3 * STEP_BYTES,
+    // Keys, values, three stages of queries, two of d_output, some of statistics, two of weights. With SUMS two of dS, and the factors
+    // of columns.
+    static constexpr int QUERY_AT = 2 * OWN_BYTES,
+                         D_OUTPUT_AT = QUERY_AT + QUERY_STAGES * STEP_BYTES,
                          STATS_AT = D_OUTPUT_AT + 2 * STEP_BYTES,
-                         WEIGHTS_AT = STATS_AT + 3 * STATS_BYTES;
-    static_assert(WEIGHTS_AT + 2 * PAIRS * WEIGHTS_BYTES == KEYS_SHARED_BYTES(D, WARPS, MT, BM),
+                         WEIGHTS_AT = STATS_AT + STATS_STAGES * STATS_BYTES,
+                         D_SCORE_AT = WEIGHTS_AT + WEIGHT_STAGES * PAIRS * WEIGHTS_BYTES;
+    static constexpr int D_SCORE_BYTES = KEYS * BM * 2, FACTORS_AT = D_SCORE_AT + 2 * D_SCORE_BYTES;
+    static_assert(SUMS ? FACTORS_AT + D * 4 == SUMS_SHARED_BYTES(D, WARPS, MT, BM, LAG)
+                       : D_SCORE_AT == KEYS_SHARED_BYTES(D, WARPS, MT, BM),
                   "");
+    // Keys and values stay in registers where there are enough, which spares shared memory.
+    static constexpr bool HELD = SUMS && D == 64 && BM == 64;
+    // A warp's part of dQ.
+    static constexpr int COLUMNS = D / SUM_COLUMNS, QUERY_ROWS = BM * COLUMNS / WARPS;
+    static_assert(!SUMS || (QUERY_ROWS % SUM_ROWS == 0 && BWD_STATS_ROWS % BM == 0), "");
+};
+
+// Where this thread's part of the rows of a query head begins.
+struct OwnRows {
+    int head = -1;
+    const char *rows = nullptr;
 };
 
 // What the two warps of a pair have in common. A step is tile `tile` of BM rows of a query head.
-template <typename E, int D, int WARPS, int MT, int BM, bool EXTRAS>
+template <typename E, int D, int WARPS, int MT, int BM, bool EXTRAS, bool SUMS, bool LAGS>
 struct KeysBlock {
-    using T = KeysTile<D, WARPS, MT, BM>;
+    using T = KeysTile<D, WARPS, MT, BM, SUMS, LAGS>;
     using Tile = Pairs<true, MT, BM>;
     const bwd_params &p;
     const BwdSequence &seq;
     int b, kv_head, block_key, key; // `key`: the pair's first
     int first_tile, tiles, steps;
+    divisor by_tiles;
+    int start;              // the tile that the walk over a head begins with, before it goes round
     int first_row, end_row; // that see keys of this pair
     char *shared;
     uint32_t base, weights; // `weights`: where this lane's are
 
     __device__ __forceinline__ int head(int step) const {
-        return kv_head * p.f.group + step / tiles;
+        return kv_head * p.f.group + divide(step, by_tiles);
     }
-    __device__ __forceinline__ int row(int step) const { return (first_tile + step % tiles) * BM; }
+    __device__ __forceinline__ int row(int step) const {
+        int tile = step - divide(step, by_tiles) * tiles;
+        if (SUMS) {
+            tile += start;
+            tile -= tile < tiles ? 0 : tiles;
+        }
+        return (first_tile + tile) * BM;
+    }
     __device__ __forceinline__ bool sees(int step) const {
         return row(step) < end_row && row(step) + BM > first_row;
     }
     __device__ __forceinline__ uint32_t query(int step) const {
-        return base + T::QUERY_AT + step % 3 * T::STEP_BYTES;
+        return base + T::QUERY_AT + (unsigned)step % T::QUERY_STAGES * T::STEP_BYTES;
     }
     __device__ __forceinline__ uint32_t d_output(int step) const {
-        return base + T::D_OUTPUT_AT + step % 2 * T::STEP_BYTES;
+        return base + T::D_OUTPUT_AT + (unsigned)step % 2 * T::STEP_BYTES;
     }
-    // Of this lane's columns, in three planes of BM.
+    // Of this lane's columns, in three planes of BM: top, log, delta; or delta, factor, exponent.
     __device__ __forceinline__ const float *stats(int step) const {
-        return (const float *)(shared + T::STATS_AT + step % 3 * T::STATS_BYTES) +
+        return (const float *)(shared + T::STATS_AT +
+                               (unsigned)step % T::STATS_STAGES * T::STATS_BYTES) +
                threadIdx.x % 4 * 2;
     }
     __device__ __forceinline__ uint32_t weights_at(int step, int mt, int part) const {
-        return weights + step % 2 * T::PAIRS * T::WEIGHTS_BYTES + (mt * (BM / 16) + part) * 512;
+        return weights + (unsigned)step % T::WEIGHT_STAGES * T::PAIRS * T::WEIGHTS_BYTES +
+               (mt * (BM / 16) + part) * 512;
     }
 
     __device__ __forceinline__ void load_keys() const {
         const Head<E, EXTRAS> head{p, seq, b, kv_head * p.f.group};
+        if constexpr (SUMS) {
+            load_aligned_keys(base, p.f.key, head.key(p.f.key, block_key), p.f.dim_qk);
+            load_aligned_keys(base + T::OWN_BYTES, p.f.value, head.key(p.f.value, block_key),
+                              p.f.dim_v);
+            return;
+        }
         load_tile<E, T::THREADS, T::KEYS, D>(base, p.f.key.data, head.key(p.f.key, block_key),
                                              p.f.key, seq.k_len - block_key, p.f.dim_qk,
                                              p.f.flags & FWD_ALIGNED_KEY, false);
         load_tile<E, T::THREADS, T::KEYS, D>(
             base + T::OWN_BYTES, p.f.value.data, head.key(p.f.value, block_key), p.f.value,
             seq.k_len - block_key, p.f.dim_v, p.f.flags & FWD_ALIGNED_VALUE, false);
+    }
+
+    __device__ __forceinline__ void load_aligned_keys(uint32_t to, const fwd_view &v, int64_t from,
+                                                      int dim) const {
+        using Load = Loader<E, T::THREADS, T::KEYS, D>;
+        const char *next = Load::start((const E *)v.data + from, v.stride[2]);
+        Load::template aligned<false>(to + Load::place(), next, v.stride[2], seq.k_len - block_key,
+                                      Load::columns(dim));
+    }
+
+    __device__ __forceinline__ void load_stats(int step, int h, int i) const {
+        if (threadIdx.x < 3 * BM / 4) {
+            const int plane = threadIdx.x / (BM / 4) + (SUMS ? 2 : 0),
+                      at = threadIdx.x % (BM / 4) * 4;
+            copy_async(base + T::STATS_AT + (unsigned)step % T::STATS_STAGES * T::STATS_BYTES +
+                           threadIdx.x * 16,
+                       stats_of(p, seq, h) + plane * stats_plane(p) + i + at, true);
+        }
+    }
+
+    // With SUMS, whose tensors are aligned, each half of the warps loads one of them: so few instructions of a step are not products.
+    template <bool FIRST>
+    __device__ __forceinline__ void load_own(int step) const {
+        OwnRows own;
+        load_own<FIRST>(step, own);
+    }
+    template <bool FIRST>
+    __device__ __forceinline__ void load_own(int step, OwnRows &own) const {
+        constexpr int HALF = T::THREADS / 2, ROWS = HALF / 8;
+        static_assert(ROWS % 8 == 0 && D % 64 == 0 && 3 * BM / 4 <= HALF, "");
+        if (step < steps) {
+            const fwd_view &v = FIRST ? p.f.query : p.d_output;
+            const unsigned thread = (unsigned)anew(threadIdx.x) % HALF;
+            const int h = head(step), i = row(step),
+                      columns = (FIRST ? p.f.dim_qk : p.f.dim_v) - (int)(thread % 8 * 8),
+                      rows = seq.q_len - i - (int)(thread / 8);
+            if (!T::HELD || h != own.head) {
+                const Head<E, EXTRAS> head{p, seq, b, h};
+                own.head = h;
+                own.rows =
+                    (const char *)((const E *)v.data + head.row(v, thread / 8) + thread % 8 * 8);
+            }
+            const char *from = own.rows + i * v.stride[2] * 2;
+            const uint32_t to =
+                (FIRST ? query(step) : d_output(step)) + Chunks<D>::at(thread / 8, thread % 8);
+#pragma unroll
+            for (int r = 0; r < BM; r += ROWS) {
+#pragma unroll
+                for (int c = 0; c < D / 8; c += 8)
+                    if (BM % ROWS == 0 || r + (int)thread / 8 < BM)
+                        copy_async(to + r * D * 2 + c * 16, from + c * 16,
+                                   c * 8 < columns && r < rows);
+                from += ROWS * 2 * v.stride[2];
+            }
+            if (FIRST)
+                load_stats(step, h, i);
+        }
+        copy_commit();
     }
 
     __device__ __forceinline__ void load(int step) const {
@@ -688,11 +885,7 @@ struct KeysBlock {
             load_tile<E, T::THREADS, BM, D>(
                 d_output(step), p.d_output.data, head.row(p.d_output, i), p.d_output, seq.q_len - i,
                 p.f.dim_v, p.flags & BWD_ALIGNED_D_OUTPUT, p.flags & BWD_D_OUTPUT_F32);
-            if (threadIdx.x < 3 * BM / 4) {
-                const int plane = threadIdx.x / (BM / 4), at = threadIdx.x % (BM / 4) * 4;
-                copy_async(base + T::STATS_AT + step % 3 * T::STATS_BYTES + threadIdx.x * 16,
-                           stats_of(p, seq, h) + plane * stats_plane(p) + i + at, true);
-            }
+            load_stats(step, h, i);
         }
         copy_commit();
     }
@@ -701,22 +894,31 @@ struct KeysBlock {
     __device__ __forceinline__ void begin(int step) const {
         copy_wait<0>();
         named_barrier_sync(0, T::THREADS);
-        load(step + 1);
+        if (!SUMS)
+            load(step + 1);
     }
 
     // The first warp: sums of d_value.
     __device__ __forceinline__ void add_values(float (&sum)[MT][D / 8][4], uint32_t keys) const {
         const int lane = threadIdx.x % 32;
+        LeftRows<D, MT, T::HELD> left{keys};
+        if (T::HELD)
+            left.hold();
         float score[MT][BM / 8][4];
+        OwnRows own;
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
+        for (int step = 0; step < steps + (SUMS ? T::LAST : 0); ++step) {
             begin(step);
-            if (!sees(step))
+            if (SUMS && step >= T::LAST)
+                add_queries(step - T::LAST);
+            if constexpr (SUMS)
+                load_own<true>(step + 1, own);
+            if ((SUMS && step >= steps) || !sees(step))
                 continue;
             const Head<E, EXTRAS> h{p, seq, b, head(step)};
             const int i = row(step) + lane % 4 * 2, j = key + lane / 4;
             const float *const tops = stats(step);
-            multiply_rows<E, D, MT, BM>(score, keys, query(step) + right_at<D>(lane), Nothing());
+            multiply_rows<E, D, MT, BM>(score, left, query(step) + right_at<D>(lane), Nothing());
             float cap[MT][BM / 8][4];
             if (EXTRAS)
                 Tile::options(h, j, i, score, cap);
@@ -730,6 +932,12 @@ struct KeysBlock {
                 sum, d_output(step) + transposed_at<D>(lane),
                 [&](int mt, int part, int word) {
                     const int n = part * 2 + word / 2, half = word % 2;
+                    if (SUMS) {
+                        if (mt == 0 && half == 0)
+                            log = *(const float2 *)(tops + 2 * BM + n * 8);
+                        return pack<E>(h.weight(score[mt][n][2 * half], log.x),
+                                       h.weight(score[mt][n][2 * half + 1], log.y));
+                    }
                     if (mt == 0 && half == 0) {
                         top = *(const float2 *)(tops + n * 8);
                         log = *(const float2 *)(tops + BM + n * 8);
@@ -749,8 +957,12 @@ struct KeysBlock {
                             store_chunk(weights_at(step, mt, part), others[part % 2][mt]);
                         else
                             store_chunk(weights_at(step, mt, part), left[mt]);
+                    if (!T::LAG && part + 1 == BM / 16)
+                        named_barrier_arrive(1 + threadIdx.x / 32 % T::PAIRS, 64);
                 });
         }
+        if (SUMS)
+            return;
         copy_wait<0>();
         named_barrier_sync(0, T::THREADS);
     }
@@ -770,22 +982,44 @@ struct KeysBlock {
     // The second warp: sums of d_key, of each step when the next has begun.
     __device__ __forceinline__ void add_keys(float (&sum)[MT][D / 8][4], uint32_t values) const {
         const int lane = threadIdx.x % 32;
+        LeftRows<D, MT, T::HELD> left{values};
+        if (T::HELD)
+            left.hold();
         float score[MT][BM / 8][4];
+        OwnRows own;
 #pragma unroll 1
-        for (int step = 0; step <= steps; ++step) {
+        for (int step = 0; step < steps + T::LAST; ++step) {
             begin(step);
-            if (step > 0 && sees(step - 1)) {
-                const float *const deltas = stats(step + 2) + 2 * BM; // of step - 1
+            const int done = step - T::LAG; // of which there are weights
+            const auto multiply = [&] {
+                if (step < steps && sees(step))
+                    multiply_rows<E, D, MT, BM>(score, left, d_output(step) + right_at<D>(lane),
+                                                Nothing());
+            };
+            if (!T::LAG) {
+                if (step >= T::LAST)
+                    add_queries(step - T::LAST);
+                if constexpr (SUMS)
+                    load_own<false>(step + 1, own);
+                multiply();
+            }
+            const bool adds = done >= 0 && done < steps && sees(done);
+            if (SUMS && done >= 0 && done < steps && !adds)
+                hide_d_scores(done);
+            if (adds) {
+                if (!T::LAG)
+                    named_barrier_sync(1 + threadIdx.x / 32 % T::PAIRS, 64);
+                const float *const deltas = stats(done) + (SUMS ? 0 : 2 * BM);
                 uint32_t weight[2][MT][4];
                 const auto load_weights = [&](int part) {
 #pragma unroll
                     for (int mt = 0; mt < MT; ++mt)
-                        load_chunk(weight[part % 2][mt], weights_at(step + 1, mt, part));
+                        load_chunk(weight[part % 2][mt], weights_at(done, mt, part));
                 };
                 float2 delta;
                 load_weights(0);
                 add_products<E, D, MT, BM>(
-                    sum, query(step + 2) + transposed_at<D>(lane),
+                    sum, query(done) + transposed_at<D>(lane),
                     [&](int mt, int part, int word) {
                         const int n = part * 2 + word / 2, half = word % 2;
                         if (mt == 0 && half == 0)
@@ -794,14 +1028,112 @@ struct KeysBlock {
                         return pack<E>(gradient(w.x, score[mt][n][2 * half], delta.x),
                                        gradient(w.y, score[mt][n][2 * half + 1], delta.y));
                     },
-                    [&](int part, const uint32_t(&)[MT][4]) {
+                    [&](int part, const uint32_t(&left)[MT][4]) {
+                        if (SUMS)
+                            store_d_scores(done, part, left);
                         if (part + 1 < BM / 16)
                             load_weights(part + 1);
                     });
             }
-            if (step < steps && sees(step))
-                multiply_rows<E, D, MT, BM>(score, values, d_output(step) + right_at<D>(lane),
-                                            Nothing());
+            if (T::LAG) {
+                if constexpr (SUMS)
+                    load_own<false>(step + 1, own);
+                if (SUMS && step >= T::LAST)
+                    add_queries(step - T::LAST);
+                multiply();
+            }
+        }
+    }
+
+    // Where dS of this lane's pairs of rows lie, those of its first key and rows.
+    __device__ __forceinline__ uint32_t d_scores(int step) const {
+        const int lane = threadIdx.x % 32;
+        return base + T::D_SCORE_AT + (unsigned)step % 2 * T::D_SCORE_BYTES +
+               Chunks<BM>::at(key - block_key + lane / 4, 0) + lane % 4 * 4;
+    }
+    __device__ __forceinline__ void store_d_scores(int step, int part,
+                                                   const uint32_t (&words)[MT][4]) const {
+        const uint32_t to = d_scores(step);
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int word = 0; word < 4; ++word)
+                store_word((to ^ (part * 2 + word / 2) * 16) + (mt * 16 + word % 2 * 8) * BM * 2,
+                           words[mt][word]);
+    }
+    __device__ __forceinline__ void hide_d_scores(int step) const {
+        const uint32_t nothing[MT][4] = {};
+#pragma unroll
+        for (int part = 0; part < BM / 16; ++part)
+            store_d_scores(step, part, nothing);
+    }
+
+    // dQ = dS K of a step, the warp's part, to the sums of its rows; 32 rows at a time.
+    __device__ __forceinline__ void add_queries(int step) const {
+        constexpr int ROWS = T::QUERY_ROWS < 32 ? T::QUERY_ROWS : 32;
+        const unsigned warp = (unsigned)anew(threadIdx.x) / 32;
+#pragma unroll
+        for (int first = 0; first < T::QUERY_ROWS; first += ROWS)
+            add_query_rows<ROWS / 16>(step, warp / T::COLUMNS * T::QUERY_ROWS + first,
+                                      warp % T::COLUMNS);
+    }
+    template <int MQ>
+    __device__ __forceinline__ void add_query_rows(int step, int first, int column) const {
+        constexpr int PARTS = SUM_COLUMNS / 16, STEPS = T::KEYS / 16;
+        const int lane = (unsigned)anew(threadIdx.x) % 32;
+        const uint32_t d_score = Chunks<BM>::after(base + T::D_SCORE_AT +
+                                                       (unsigned)step % 2 * T::D_SCORE_BYTES +
+                                                       right_at<BM>(lane),
+                                                   first / 16),
+                       keys = Chunks<D>::after(base + transposed_at<D>(lane), column * PARTS);
+        float sum[MQ][SUM_COLUMNS / 8][4];
+        constexpr int AHEAD = MQ == 1 ? 2 : 1,
+                      HELD = AHEAD + 1; // steps that matrices are loaded early
+        uint32_t a[HELD][MQ][4], b[HELD][PARTS][4];
+        const auto load = [&](int k) {
+#pragma unroll
+            for (int mt = 0; mt < MQ; ++mt)
+                load_matrices_transposed(a[k % HELD][mt],
+                                         Chunks<BM>::after(d_score, mt) + k * 16 * BM * 2);
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part)
+                load_matrices_transposed(b[k % HELD][part],
+                                         Chunks<D>::after(keys, part) + k * 16 * D * 2);
+        };
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k)
+            load(k);
+        clear(sum);
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            if (k + AHEAD < STEPS)
+                load(k + AHEAD);
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+                for (int mt = 0; mt < MQ; ++mt) {
+                    const uint32_t(&right)[4] = b[k % HELD][part];
+                    Element<E>::mma(sum[mt][2 * part], a[k % HELD][mt], right[0], right[1]);
+                    Element<E>::mma(sum[mt][2 * part + 1], a[k % HELD][mt], right[2], right[3]);
+                }
+        }
+        const float *const rows = stats(step) - lane % 4 * 2 + BM + first + lane / 4,
+                           *const columns = (const float *)(shared + T::FACTORS_AT) +
+                                            column * SUM_COLUMNS + lane % 4 * 2;
+        int32_t *const to =
+            sums_at<D>(p, seq, head(step), row(step) + first) + column * (SUM_ROWS * SUM_COLUMNS);
+#pragma unroll
+        for (int mt = 0; mt < MQ; ++mt) {
+            const float factor[2] = {rows[mt * 16], rows[mt * 16 + 8]};
+#pragma unroll
+            for (int n = 0; n < SUM_COLUMNS / 8; ++n) {
+                const float2 of_column = *(const float2 *)(columns + n * 8);
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    add_relaxed(to + mt * (SUM_ROWS * D) + (n * 4 + e) * 32 + lane,
+                                __float2int_rn(sum[mt][n][e] * factor[e / 2] *
+                                               (e % 2 ? of_column.y : of_column.x)));
+            }
         }
     }
 
@@ -813,16 +1145,25 @@ struct KeysBlock {
     }
 };
 
-template <typename E, int D, int WARPS, int MT, int BM, bool EXTRAS>
+// As of fill.h; all lanes have the same.
+__device__ __forceinline__ divisor divisor_of(int d) {
+    const int shift = d > 1 ? 63 - __clz(d - 1) : 31;
+    return {(uint32_t)kept_by_all((int)((((uint64_t)1 << shift) + d - 1) / max(d, 1))),
+            (uint32_t)kept_by_all(shift)};
+}
+
+template <typename E, int D, int WARPS, int MT, int BM, bool EXTRAS, bool SUMS = false,
+          bool LAGS = true>
 __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
-    using T = KeysTile<D, WARPS, MT, BM>;
+    using T = KeysTile<D, WARPS, MT, BM, SUMS, LAGS>;
     extern __shared__ __align__(16) char shared[];
     const int lane = threadIdx.x % 32, warp = kept_by_all(threadIdx.x / 32), pair = warp % T::PAIRS;
-    const int b = blockIdx.x / p.key_blocks / p.heads_kv;
+    const int key_blocks = SUMS ? (p.f.len_k + T::KEYS - 1) / T::KEYS : p.key_blocks;
+    const int b = blockIdx.x / key_blocks / p.heads_kv;
     const BwdSequence seq(p, b);
-    KeysBlock<E, D, WARPS, MT, BM, EXTRAS> block{p, seq, b};
-    block.kv_head = blockIdx.x / p.key_blocks % p.heads_kv;
-    block.block_key = blockIdx.x % p.key_blocks * T::KEYS;
+    KeysBlock<E, D, WARPS, MT, BM, EXTRAS, SUMS, LAGS> block{p, seq, b};
+    block.kv_head = blockIdx.x / key_blocks % p.heads_kv;
+    block.block_key = blockIdx.x % key_blocks * T::KEYS;
     const int key = block.key = block.block_key + pair * MT * 16;
     if (block.block_key >= seq.k_rows)
         return;
@@ -830,6 +1171,11 @@ __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
     const int end = (seq.end_row(p, block.block_key, block.block_key + T::KEYS) + BM - 1) / BM;
     block.tiles = max(end - block.first_tile, 0);
     block.steps = kept_by_all(block.tiles * p.f.group);
+    block.by_tiles = divisor_of(block.tiles);
+    // Blocks that work on one head at the same time begin at different rows, so that their sums do not meet. Behind a mask they do
+    // anyway.
+    const bool bounded = p.f.window_left != FWD_UNBOUNDED || p.f.window_right != FWD_UNBOUNDED;
+    block.start = bounded || block.tiles <= 0 ? 0 : block.block_key / BM % block.tiles;
     block.first_row = seq.first_row(p, key);
     block.end_row = seq.end_row(p, key, key + MT * 16);
     block.shared = shared;
@@ -838,16 +1184,35 @@ __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
 
     const bool first = warp < T::PAIRS;
     float sum[MT][D / 8][4];
+    bool odd = false;
     clear(sum);
     if (block.steps > 0) {
         block.load_keys();
-        block.load(0);
+        if (!SUMS)
+            block.load(0);
+        else if (first)
+            block.template load_own<true>(0);
+        else
+            block.template load_own<false>(0);
+        if constexpr (SUMS) {
+            odd = is_odd<E>(p, facts_of(p, b, block.kv_head));
+            load_column_factors<D, T::THREADS>(p, b, block.kv_head,
+                                               (float *)(shared + T::FACTORS_AT));
+        }
+        if (T::HELD || odd) {
+            copy_wait<0>();
+            named_barrier_sync(0, T::THREADS);
+        }
+    }
+    if (block.steps > 0 && !odd) {
         const uint32_t own =
             block.base + (first ? 0 : T::OWN_BYTES) + pair * MT * 16 * D * 2 + left_at<D>(lane);
         if (first)
             block.add_values(sum, own);
         else
             block.add_keys(sum, own);
+        if (SUMS) // the keys' place is about to be reused
+            named_barrier_sync(0, T::THREADS);
     }
     const fwd_view &to = first ? p.d_value : p.d_key;
     if (!to.data)
@@ -860,7 +1225,7 @@ __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
         p.flags & (first ? BWD_D_VALUE_F32 : BWD_D_KEY_F32),
         p.flags & (first ? BWD_ALIGNED_D_VALUE : BWD_ALIGNED_D_KEY),
         (float *)(shared + (first ? 0 : T::OWN_BYTES) + pair * MT * 16 * D * 2));
-    if (__any_sync(~0u, !is_finite(sum)))
+    if (odd || __any_sync(~0u, !is_finite(sum)))
         write_keys_exactly<E, EXTRAS>(p, b, block.kv_head, key, key + MT * 16, first);
 }
 
@@ -1058,6 +1423,49 @@ __device__ __forceinline__ void bwd_rows(const bwd_params &p) {
                              (float *)(shared + warp * MT * 16 * D * 2));
     if (__any_sync(~0u, !is_finite(sum)))
         write_query_exactly<E, EXTRAS>(p, work.b, work.h, row, row + MT * 16);
+}
+
+// ---- d_query from its sums ----------------------------------------------------------------------------------------------
+
+// 64 rows of a head.
+template <typename E, int D>
+__device__ __forceinline__ void bwd_finish(const bwd_params &p) {
+    extern __shared__ __align__(16) char shared[];
+    const int blocks = (p.f.len_q + BWD_STATS_ROWS - 1) / BWD_STATS_ROWS;
+    const int h = blockIdx.x / blocks % p.f.heads_q, b = blockIdx.x / blocks / p.f.heads_q,
+              lane = threadIdx.x % 32, warp = threadIdx.x / 32,
+              row = blockIdx.x % blocks * BWD_STATS_ROWS + warp * SUM_ROWS;
+    const BwdSequence seq(p, b);
+    const uint32_t *const facts = facts_of(p, b, h / p.f.group);
+    if (row >= seq.q_rows)
+        return;
+    const Head<E, false> head{p, seq, b, h};
+    const float *const factors = stats_of(p, seq, h) + 3 * stats_plane(p) + row + lane / 4;
+    const float of_row[2] = {inverse(factors[0]), inverse(factors[8])};
+    const int32_t *const sums = sums_at<D>(p, seq, h, row) + lane;
+#pragma unroll 2
+    for (int c = 0; c < D / SUM_COLUMNS; ++c) {
+        float sum[1][SUM_COLUMNS / 8][4];
+#pragma unroll
+        for (int n = 0; n < SUM_COLUMNS / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                sum[0][n][e] = (float)__ldcs(sums + ((c * SUM_COLUMNS / 8 + n) * 4 + e) * 32);
+#pragma unroll
+        for (int n = 0; n < SUM_COLUMNS / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                sum[0][n][e] = sum[0][n][e] * of_row[e / 2] *
+                               inverse(column_factor(
+                                   p, facts, c * SUM_COLUMNS + n * 8 + lane % 4 * 2 + e % 2));
+        store_gradient<E, SUM_COLUMNS, 1>(
+            sum, (float)p.f.scale, p.d_query,
+            head.row(p.d_query, row) + c * SUM_COLUMNS * p.d_query.stride[3], seq.q_rows - row,
+            seq.q_len - row, p.f.dim_qk - c * SUM_COLUMNS, p.flags & BWD_D_QUERY_F32,
+            p.flags & BWD_ALIGNED_D_QUERY, (float *)shared + warp * 8 * SUM_COLUMNS);
+    }
+    if (is_odd<E>(p, facts))
+        write_query_exactly<E, false>(p, b, h, row, row + SUM_ROWS);
 }
 
 // ---- Gradients of a bias ------------------------------------------------------------------------------------------------

@@ -16,6 +16,11 @@
 #define ROWS(D, WARPS, MT, BN, MINB, EXTRAS)                                                       \
     BOTH(rows_##D##_##WARPS##_##MT##_##BN##_##EXTRAS, WARPS * 32, MINB, bwd_rows, D, WARPS, MT,    \
          BN, EXTRAS)
+#define SUMS(D, WARPS, MT, BM, MINB, LAG)                                                          \
+    BOTH(sums_##D##_##WARPS##_##MT##_##BM##_##LAG, WARPS * 32, MINB, bwd_keys, D, WARPS, MT, BM,   \
+         false, true, LAG)                                                                         \
+    BOTH(prepare_##D##_##WARPS##_##MT##_##BM##_##LAG, STATS_THREADS, 1, bwd_prepare, D)            \
+    BOTH(finish_##D##_##WARPS##_##MT##_##BM##_##LAG, FINISH_THREADS, 1, bwd_finish, D)
 #define STATS(D, EXTRAS) BOTH(stats_##D##_##EXTRAS, STATS_THREADS, 1, bwd_stats, D, EXTRAS)
 #define BIAS(D) BOTH(bias_##D, BIAS_THREADS, 1, bwd_bias, D)
 #include "kernels/cuda/sm80/bwd_tiles.inc"

@@ -1,0 +1,134 @@
+// d_query as sums of integers, which do not depend on their order: what takes numbers into fixed point and out of it, and where
+// the sums are. See docs/cuda-backward.md.
+//
+// A partial sum of d_query_i[d] is at most scale (2 |d_output_i| max_j |value_j| + |d_lse_i|) max_j |key_j[d]|, and so at most scale
+// (2 |d_output_i| + |d_lse_i|) (max_j |value_j| + 1) max_j |key_j[d]|; the 1 only where there is a d_lse. With a power of two above
+// the row's factor and one above the column's taken out, and 30 bits for what is left, no sum of int32 overflows.
+#pragma once
+
+#include "kernels/cuda/common/bwd_head.cuh"
+#include "kernels/cuda/common/sixteen_bit.cuh"
+#include "kernels/cuda/sm80/bwd_sizes.h"
+
+__device__ __forceinline__ int exponent_above(float x) { return (__float_as_int(x) >> 23) - 126; }
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __int_as_float((min(max(exponent, -126), 120) + 127) << 23);
+}
+// 1 / x of a power of two.
+__device__ __forceinline__ float inverse(float x) {
+    return __int_as_float(0x7f000000 - __float_as_int(x));
+}
+
+// Of keys and squares of norms: products of three stay in the range of f32. Also true of NaN.
+__device__ __forceinline__ bool beyond(float x) { return !(fabsf(x) < 0x1p40f); }
+
+// ---- The workspace, behind the statistics: of each row its factor and what exponents are relative to; facts; the sums ----
+
+__device__ __forceinline__ uint32_t *facts_of(const bwd_params &p, int b, int kv_head) {
+    return (uint32_t *)p.stats + SUM_PLANES * stats_plane(p) +
+           ((int64_t)b * p.heads_kv + kv_head) * SUM_FACTS;
+}
+
+// Sums lie in tiles of SUM_ROWS x SUM_COLUMNS in the order of mma's accumulators.
+template <int D>
+__device__ __forceinline__ int32_t *sums_at(const bwd_params &p, const BwdSequence &seq, int h,
+                                            int row) {
+    return (int32_t *)facts_of(p, p.f.batch, 0) + (h * p.stats_rows + seq.stats + row) * D;
+}
+
+// Facts: squares of the largest norm of a value, and bits of the largest factor of a row; whether the head is odd; keys' maxima.
+enum { FACT_VALUE = 0, FACT_ROW = 1, FACT_ODD = 2, FACT_KEYS = 4 };
+
+__device__ __forceinline__ float value_bound(const bwd_params &p, const uint32_t *facts) {
+    return sqrtf(__uint_as_float(facts[FACT_VALUE])) + (p.d_lse.data ? 1 : 0);
+}
+
+__device__ __forceinline__ float column_factor(const bwd_params &p, const uint32_t *facts,
+                                               int column) {
+    return power_of_two(-exponent_above(value_bound(p, facts)) -
+                        exponent_above(__uint_as_float(facts[FACT_KEYS + column])));
+}
+
+__device__ __forceinline__ float row_factor(float bound) {
+    return power_of_two(30 - exponent_above(bound));
+}
+
+template <int D, int THREADS>
+__device__ __forceinline__ void load_column_factors(const bwd_params &p, int b, int kv_head,
+                                                    float *to) {
+    const uint32_t *const facts = facts_of(p, b, kv_head);
+    for (int c = threadIdx.x; c < D; c += THREADS)
+        to[c] = column_factor(p, facts, c);
+}
+
+// Whether integers cannot hold the head: something is not finite or too large, or dS might be too large for f16.
+template <typename E>
+__device__ __forceinline__ bool is_odd(const bwd_params &p, const uint32_t *facts) {
+    return facts[FACT_ODD] ||
+           (std::is_same<E, __half>::value &&
+            !(__uint_as_float(facts[FACT_ROW]) * value_bound(p, facts) < 0x1p15f));
+}
+
+// ---- Facts of keys and values ---------------------------------------------------------------------------------------------
+
+// Eight elements of an aligned row from `column` on; 0 where there is none.
+template <typename E>
+__device__ __forceinline__ void load_eight(uint32_t (&words)[4], const fwd_view &v, int64_t row,
+                                           int column, bool exists, int dim) {
+    uint4 x = {0, 0, 0, 0};
+    if (exists && column < dim)
+        x = __ldg((const uint4 *)((const E *)v.data + row + column));
+    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+}
+
+// Of SUM_KEYS keys of a kv head. Bits of NaN and infinity are above those of all numbers, and the largest does not depend on the
+// order.
+template <typename E, int D>
+__device__ __forceinline__ void scan_keys(const bwd_params &p, int block, uint32_t *shared) {
+    constexpr int LANES = D / 8, STEP = STATS_THREADS / LANES;
+    const int blocks = (p.f.len_k + SUM_KEYS - 1) / SUM_KEYS;
+    const int kv_head = block / blocks % p.heads_kv, b = block / blocks / p.heads_kv,
+              first = block % blocks * SUM_KEYS, column = threadIdx.x % LANES * 8;
+    const BwdSequence seq(p, b);
+    if (first >= seq.k_len)
+        return;
+    const BwdHead<E> head{p, seq, b, kv_head * p.f.group};
+    for (int c = threadIdx.x; c < D + 1; c += STATS_THREADS)
+        shared[c] = 0;
+    __syncthreads();
+    uint32_t most[4] = {}, norm = 0;
+#pragma unroll 4
+    for (int r = threadIdx.x / LANES; r < SUM_KEYS; r += STEP) {
+        const int j = first + r;
+        uint32_t key[4], value[4];
+        load_eight<E>(key, p.f.key, head.key(p.f.key, j), column, j < seq.k_len, p.f.dim_qk);
+        load_eight<E>(value, p.f.value, head.key(p.f.value, j), column, j < seq.k_len, p.f.dim_v);
+        float square = 0;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            most[n] = __vmaxu2(most[n], key[n] & 0x7fff7fff);
+            const float2 x = widen_pair<E>(value[n]);
+            square = fmaf(x.x, x.x, fmaf(x.y, x.y, square));
+        }
+#pragma unroll
+        for (int step = LANES / 2; step; step /= 2)
+            square += __shfl_xor_sync(~0u, square, step);
+        norm = max(norm, __float_as_uint(square));
+    }
+    norm = __reduce_max_sync(~0u, norm);
+    if (threadIdx.x % 32 == 0)
+        atomicMax(shared + D, norm);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        const float2 x = widen_pair<E>(most[n]);
+        atomicMax(shared + column + 2 * n, __float_as_uint(x.x));
+        atomicMax(shared + column + 2 * n + 1, __float_as_uint(x.y));
+    }
+    __syncthreads();
+    uint32_t *const facts = facts_of(p, b, kv_head);
+    for (int c = threadIdx.x; c < D + 1; c += STATS_THREADS) {
+        atomicMax(facts + (c < D ? FACT_KEYS + c : (int)FACT_VALUE), shared[c]);
+        if (beyond(__uint_as_float(shared[c])))
+            facts[FACT_ODD] = 1;
+    }
+}
