@@ -1,7 +1,7 @@
 """Attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
-                                                         [--ops fwd,bwd,decode,merge,call]
+                                                         [--ops fwd,bwd,fp8,decode,merge,call]
                                                          [--dims 64,128,192/128]
 
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
@@ -9,14 +9,14 @@ short busy loop of the device so that the host's own time stays out. The figures
 spread is the distance between the quartiles in percent of the median. A product of 8192 x 8192
 matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 2 B H Lq Lk
 (D + D_v), for bwd 2 B H Lq Lk (3 D + 2 D_v) whatever a row computes twice, halved for causal. The
-ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. Decoding is one query
-row for each head, also of bf16 over e4m3 keys and values, and every call of it finds L2 cold:
-before it 256 MiB are read. (Were they written, the call would pay for writing back what of them
-is still in L2.) Its GB/s are those of keys and values. The op merge has the number of parts as
-Lk, and the bytes that it must read and write as GB/s, beside a copy that reads and writes as many.
-Last come host times of one call on a tiny
-problem: a planned call, and a bare cuLaunchKernel of an empty kernel with as many bytes of
-parameters.
+ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. The op fp8 is fwd in
+e4m3 with outputs of bf16, and beside it in bf16, both also by FlashAttention 3 where its package
+fa3_fwd is installed. Decoding is one query row for each head, also of bf16 over e4m3 keys and
+values, and every call of it finds L2 cold: before it 256 MiB are read. (Were they written, the call
+would pay for writing back what of them is still in L2.) Its GB/s are those of keys and values. The
+op merge has the number of parts as Lk, and the bytes that it must read and write as GB/s, beside a
+copy that reads and writes as many. Last come host times of one call on a tiny problem: a planned
+call, and a bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
 """
 
 import argparse
@@ -494,6 +494,41 @@ def backward_rows(library, dtypes, quick, dims, kernels, count):
         yield list(case_rows("bwd", dtype, q, k, v, causal, found, times))
 
 
+def flash_attention_3(q, k, v, causal):
+    """Its forward, None where it is not installed; outputs of e4m3 are bf16."""
+    try:
+        from fa3_fwd_interface import flash_attn_func
+    except ImportError:
+        return None
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return functools.partial(flash_attn_func, q, k, v, causal=causal)
+
+
+def float8_rows(library, dtypes, quick, dims, kernels, count):
+    """The case_rows of each case of the grid without options, in bf16 and in e4m3."""
+    for op, _, (dim, dim_v), causal, length in grid(["bf16"], quick, dims):
+        if op != "fwd":
+            continue
+        wide = [random_rows("bf16", length, 2048 // dim, d) for d in (dim, dim, dim_v)]
+        output = torch.empty_like(wide[2])
+        found = {}
+        tensors = {"bf16": wide, "e4m3": [t.to(FLOAT8["e4m3"]) for t in wide]}
+        for dtype, (q, k, v) in tensors.items():
+            call = library.call(causal, query=q, key=k, value=v, output=output)
+            peer = flash_attention_3(q, k, v, causal)
+            found[dtype] = {f"dlattn {dtype}": ("dlattn", call)}
+            if peer:
+                found[dtype][f"fa3 {dtype}"] = ("fa3", peer)
+        times = rounds(
+            {name: f for both in found.values() for name, (_, f) in both.items()}, count
+        )
+        yield [
+            row
+            for dtype, both in found.items()
+            for row in case_rows("fwd", dtype, *tensors[dtype], causal, both, times)
+        ]
+
+
 def decode_cases():
     """The cases of DECODE: dtype, query, key, value."""
     for dtype, batch, heads, heads_kv, length, dim in DECODE:
@@ -602,7 +637,7 @@ def main():
         out.writeheader()
         out.writerows(common | row for row in ceiling_rows(options.rounds))
 
-        directions = {"fwd": forward_rows, "bwd": backward_rows}
+        directions = {"fwd": forward_rows, "bwd": backward_rows, "fp8": float8_rows}
         for rows in itertools.chain.from_iterable(
             rows_of(
                 library, options.dtypes.split(","), options.quick, dims, kernels, options.rounds
@@ -615,7 +650,7 @@ def main():
             print(
                 *(case["op"], case["dtype"]),
                 f"D {case['D']} causal {case['causal']} L {case['Lq']}:",
-                ", ".join(f"{r['kernel'] or r['impl']} {r['tflops']}" for r in rows),
+                ", ".join(f"{r['kernel'] or r['impl']} {r['dtype']} {r['tflops']}" for r in rows),
                 flush=True,
             )
 

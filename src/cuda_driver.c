@@ -29,6 +29,7 @@ enum {
     CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9,
     CU_MEMORYTYPE_DEVICE = 2,
     CU_STREAM_CAPTURE_MODE_RELAXED = 2,
+    CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0,
     CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
     CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7,
     CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
@@ -377,9 +378,10 @@ int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const voi
                         uint32_t rank, const uint64_t *extent, const uint64_t *stride,
                         const uint32_t *box, int32_t swizzle) {
     static const uint32_t every[5] = {1, 1, 1, 1, 1};
-    const int type = dtype == DTYPE_F16   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                     : dtype == DTYPE_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const int type = dtype_is_float8(dtype) ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                     : dtype == DTYPE_F16   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                     : dtype == DTYPE_F32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const int code = swizzle == 128  ? 3
                      : swizzle == 64 ? 2
                                      : swizzle == 32; /* CU_TENSOR_MAP_SWIZZLE_* */

@@ -63,7 +63,7 @@ int32_t cuda_synchronize(int32_t device, void *stream);
 /* Enqueues zeros. */
 int32_t cuda_clear(void *data, size_t bytes, void *stream);
 
-/* A tensor map for the copy engine of sm_90 (CUtensorMap, 128 bytes, 64-byte aligned): a tile of a tensor of f16, bf16 or f32 with
+/* A tensor map for the copy engine of sm_90 (CUtensorMap, 128 bytes, 64-byte aligned): a tile of a tensor of float8, f16, bf16 or f32 with
  * `rank` axes, innermost first. `stride` has rank - 1 entries in bytes. Swizzle: bytes, 0, 32, 64 or 128. Pure.
  * Elements outside the extents read as zero. */
 int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,

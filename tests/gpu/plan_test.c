@@ -450,6 +450,29 @@ Test(gpu_plan, options_on_hopper) {
     }
 }
 
+/* Queries of e4m3 on Hopper; the message names what is not taken. */
+Test(gpu_plan, queries_of_8_bits) {
+    const struct caps h100 = caps_of(&machines[3]);
+    struct problem p = problem_of(DTYPE_E4M3, 128, 64, DLATTN_FEATURE_MIXED_DTYPES);
+    struct plan plan;
+    p.query = p.key = p.value = p.output = compact(p.heads_q, p.len_q, 128);
+    p.query.dtype = p.key.dtype = p.value.dtype = DTYPE_E4M3;
+    p.output.dtype = DTYPE_F32;
+    cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_fp8_sm90") == 0, "%s", error_last());
+    cr_expect(strcmp(row_of(&machines[2], &p), "") == 0);
+    p.key.dtype = p.value.dtype = DTYPE_E5M2;
+    cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_fp8_sm90") == 0, "%s", error_last());
+    p.key.dtype = DTYPE_E4M3;
+    cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "both float8_e4m3fn") != NULL, "%s", error_last());
+    p.value.dtype = p.output.dtype = DTYPE_E4M3;
+    cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "outputs are") != NULL, "%s", error_last());
+    p.dtype = p.query.dtype = DTYPE_E5M2;
+    cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_UNSUPPORTED));
+    cr_expect(strstr(error_last(), "queries are") != NULL, "%s", error_last());
+}
+
 /* What depends on data has room in the workspace: the list of packed tiles, however many sequences there are, and a bit for each
  * tile of rows and keys that a mask may hide. */
 Test(gpu_plan, hopper_has_room_for_what_it_finds_out) {

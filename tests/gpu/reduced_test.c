@@ -31,7 +31,9 @@ static const char *const features[] = {
     "paged_causal",        "sliced",
     "odd_causal_lengths",  "nan_key",
     "cache_scales",        "cache_paged_window",
-    "offset_window_alibi",
+    "offset_window_alibi", "query_e4m3",
+    "query_softcap",       "query_varlen",
+    "query_paged_e5m2",    "query_nan_value",
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
 
@@ -127,12 +129,12 @@ static int32_t backward_wild(const dlattn_forward_desc *desc, const dlattn_tenso
 
 /* Every row with each kind of integer tensor. */
 static int call_wild(const dlattn_api *api) {
-    static const char *const wild_features[] = {"lengths_causal",   "varlen_causal",
-                                                "varlen_lengths",   "paged_causal",
-                                                "paged_everything", "cache_paged_window"};
+    static const char *const wild_features[] = {
+        "lengths_causal",   "varlen_causal",      "varlen_lengths", "paged_causal",
+        "paged_everything", "cache_paged_window", "query_lengths",  "query_paged"};
     for (int32_t i = 0; i < api->kernel_count(); i++) {
         dlattn_kernel_info row;
-        for (int n = 0; row_here(api, i, &row) && n < 6; n++) {
+        for (int n = 0; row_here(api, i, &row) && n < 8; n++) {
             const struct subject subject = {.api = api,
                                             .place = &place_gpu,
                                             .kernel = row.name,

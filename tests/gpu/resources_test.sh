@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # resources_test.sh CUOBJDUMP NVDISASM FATBIN...
 # Reads what was compiled: no kernel uses static shared memory beside the dynamic one that the plan counts, none has a
-# large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or more, an HGMMA counting as
-# four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL there. And
+# large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or more, an HGMMA or QGMMA
+# counting as four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL there. And
 # drivers before 580 load code whose ELF has ABI version 7, that of CUDA 12 (//third_party/ptxas); that of CUDA 13 is 8.
 set -euo pipefail
 cuobjdump=$1 nvdisasm=$2
@@ -42,7 +42,7 @@ for image in "$@"; do
             /^\.text\./ { kernel(); name = substr($1, 7); sub(":$", "", name) }
             / BRA / { block() }
             / HMMA/ { mma++ }
-            / HGMMA/ { mma += 4 }
+            / [HQ]GMMA/ { mma += 4 }
             / (LDL|STL)[. ]/ { moved++ }
             END { kernel() }')
     done

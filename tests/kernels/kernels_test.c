@@ -62,11 +62,12 @@ static void check(struct loop *loop, const struct shape *shape, const struct fea
                 loop->job->cpu, v.text);
 }
 
-/* Every shape, plain, causal, and with a cache of 8 bits. */
+/* Every shape, plain, causal, and with tensors of 8 bits. */
 static void loop_shapes(struct loop *loop) {
     for (int i = 0; i < check_shape_count; i++) {
         check(loop, &check_shapes[i], features_named("causal_bottom_right"));
         check(loop, &check_shapes[i], features_named(i % 2 ? "cache_scales" : "cache_e5m2"));
+        check(loop, &check_shapes[i], features_named(i % 2 ? "query_e4m3" : "query_cache_e5m2"));
         if (loop->share == 1)
             check(loop, &check_shapes[i], features_named("lse"));
     }
@@ -74,12 +75,15 @@ static void loop_shapes(struct loop *loop) {
 
 /* Rows and keys one below, at and above a tile and two of them. */
 static void loop_tiles(struct loop *loop, int64_t tile_q, int64_t tile_k) {
-    static const char *const sets[] = {"lse", "causal_lse", "lengths_causal"};
+    static const char *const sets[] = {"lse", "causal_lse", "lengths_causal"},
+                             *const float8_sets[] = {"query_plain", "query_causal",
+                                                     "query_lengths"};
     for (int64_t n = 0; n < 36; n += loop->share == 1 ? 1 : 5) {
         const int64_t times_q = 1 + n / 3 % 2, times_k = 1 + n / 6 % 2;
         const struct shape s = {
             1, 2, 1, tile_q * times_q + n % 3 - 1, tile_k * times_k + n / 12 - 1, 32, 32};
         check(loop, &s, features_named(sets[n % 7 % 3]));
+        check(loop, &s, features_named(float8_sets[n % 7 % 3]));
     }
 }
 
@@ -136,6 +140,17 @@ static void loop_wide(struct loop *loop) {
         const struct shape s = {1, 4, 2, 1100, 66, 128, i % 8 ? 128 : 104};
         check(loop, &s, &feature_sets[i]);
     }
+}
+
+/* Queries of 8 bits on every tile that a GPU has for them: heads of each width, rows and keys beyond a tile and two. */
+static void loop_float8(struct loop *loop) {
+    static const struct shape shapes[] = {{1, 2, 1, 150, 300, 128, 128},
+                                          {1, 2, 2, 70, 270, 256, 256},
+                                          {2, 4, 2, 140, 141, 64, 48},
+                                          {1, 4, 1, 70, 141, 96, 192}};
+    for (int i = 0; i < feature_set_count; i++)
+        for (int j = 0; j < 4 && feature_sets[i].query == E4M3; j++)
+            check(loop, &shapes[j], &feature_sets[i]);
 }
 
 static void loop_random(struct loop *loop) {
@@ -243,6 +258,8 @@ ParameterizedTest(struct job *job, kernels, row) {
     loop_empty(&loop);
     if (job->backward && strcmp(info.backend, "cuda") == 0)
         loop_wide(&loop);
+    if (!job->backward && strcmp(info.backend, "cuda") == 0)
+        loop_float8(&loop);
     loop_random(&loop);
     if (!job->backward)
         loop_long(&loop);

@@ -127,14 +127,28 @@ static void put_result(struct row *r) {
 
 /* ---- What a right row may miss ---------------------------------------------------------------------------- */
 
-double least_normal(enum element e) { return e == F16 ? 0x1p-14 : e == F64 ? 0x1p-1022 : 0x1p-126; }
+/* Weights of e4m3 are multiplied by 2^8. */
+double least_normal(enum element e) {
+    return e == F16 || e == E4M3 ? 0x1p-14 : e == F64 ? 0x1p-1022 : 0x1p-126;
+}
 
 double rounding(enum element e, double x) {
     return element_epsilon(e) * fmax(fabs(x), least_normal(e));
 }
 
 double factor_rounding(enum element e, double x) {
-    return e == F16 || e == BF16 ? rounding(e, x) : 0;
+    return e == F16 || e == BF16 || e == E4M3 ? rounding(e, x) : 0;
+}
+
+/* What weights may be rounded to. */
+static enum element weight_type(const struct row *r) {
+    return r->call->has_e4m3_weights ? E4M3 : r->call->made_from.element;
+}
+
+/* Of scores and sums. The tensor cores sum products of float8 to 13 bits. */
+static double epsilon_of_sums(const struct row *r) {
+    return r->call->has_e4m3_weights ? 0x1p-13
+                                     : element_epsilon(type_of_sums(r->call->made_from.element));
 }
 
 enum element type_of_sums(enum element e) { return e == F64 ? F64 : F32; }
@@ -148,11 +162,11 @@ double score_size(const struct row *r, int64_t j) {
            fabs(bias(r, j)) + alibi(r, j);
 }
 
-/* What a weight loses that is rounded to the element type; over float8 values it may be f16, whose steps stop shrinking. */
+/* What a weight loses that is rounded to its type; over float8 values it may be f16, whose steps stop shrinking. */
 static double lost_weight(const struct row *r, double weight) {
     const struct test_case *c = &r->call->made_from;
     const double f16 = c->features.value && c->element == BF16 ? rounding(F16, weight) : 0;
-    return fmax(rounding(c->element, weight), f16);
+    return fmax(rounding(weight_type(r), weight), f16);
 }
 
 static void add_key(const struct row *r, int64_t j, double size) {
@@ -170,13 +184,14 @@ static void add_key(const struct row *r, int64_t j, double size) {
 }
 
 /* The terms stand in docs/numerics.md, "The bound". */
-static double output_bound(enum element e, const struct sums *s, int64_t seen) {
+static double output_bound(const struct row *r, const struct sums *s, int64_t seen) {
+    const enum element e = r->call->made_from.element, of_weights = weight_type(r);
+    const bool rounds = of_weights == F16 || of_weights == BF16 || of_weights == E4M3;
     const double size = fabs(s->output),
-                 weights = factor_rounding(e, size) +
-                           (e == F16 || e == BF16 ? WALK * sqrt(s->rounded) : 0),
+                 weights =
+                     factor_rounding(of_weights, size) + (rounds ? WALK * sqrt(s->rounded) : 0),
                  sums = sqrt((double)seen) * (sqrt(s->values) + size) + sqrt(s->scored),
-                 bound = rounding(e, size) + weights +
-                         WALK * element_epsilon(type_of_sums(e)) * sums + s->tiny;
+                 bound = rounding(e, size) + weights + WALK * epsilon_of_sums(r) * sums + s->tiny;
     return e == F64 ? 2 * bound : bound; /* the reference misses as much */
 }
 
@@ -185,7 +200,7 @@ static double lse_bound(const struct row *r, double mean_size) {
                        stored = r->call->made_from.features.lse == LSE_ELEMENT ? e : F32;
     const double lse = r->most + log(r->total);
     return (e == F64 ? 1e-12 : 1e-5) * fmax(1, fabs(lse)) + rounding(stored, lse) +
-           WALK * element_epsilon(type_of_sums(e)) * mean_size;
+           WALK * epsilon_of_sums(r) * mean_size;
 }
 
 /* `size` says what a score's rounding works on. */
@@ -202,7 +217,7 @@ static void put_bounds_of(struct row *r, double (*size)(const struct row *, int6
         seen++;
     }
     for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++)
-        output[d] = output_bound(r->call->made_from.element, &r->sums[d], seen);
+        output[d] = output_bound(r, &r->sums[d], seen);
     if (r->call->has[LSE])
         *result_row(r, LSE) = lse_bound(r, mean_size);
 }

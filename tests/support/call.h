@@ -106,6 +106,8 @@ struct call {
     bool has[SLOTS];
     struct span span[MAX_BATCH];
     int64_t extent_q, extent_k; /* of a bias or mask that spans rows or keys */
+    bool
+        has_e4m3_weights; /* of bounds: the row multiplies values with weights of e4m3, in the tensor cores' sums */
 };
 
 /* Byte of untouched output storage, and of gaps between the elements of inputs (NaN in every float type). */

@@ -302,7 +302,8 @@ static void compare_with_reference(struct verdict *v, const dlattn_api *api, con
         call_upcast(&plain, c);
     if (backward)
         plain_gradients(&plain, &bounds);
-    else
+    bounds.has_e4m3_weights = strcmp(v->sku.math, "e4m3") == 0;
+    if (!backward)
         plain_bounds(&bounds);
     if (!backward && is_f64)
         plain_forward(&plain);

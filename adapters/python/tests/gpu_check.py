@@ -198,6 +198,18 @@ def check_torch() -> None:
         x = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in x]
         check("torch [B, L, H, D]", numpy(ours(*x)), numpy(theirs(*wide(x))), 4e-3)
 
+    def float8() -> None:
+        if torch.cuda.get_device_capability() != (9, 0):
+            return
+        for case in CASES[:3]:
+            x = [t.to(torch.float8_e4m3fn) for t in tensors(case, torch.float16)]
+            out = torch.empty(x[0].shape, dtype=torch.bfloat16, device="cuda")
+            two = torch.full((1,), 2.0, device="cuda")
+            dlattn.torch.attention(*x, causal=case[-1], query_scale=two, out=out)
+            q, k, v = wide(x)
+            expected = theirs(2 * q, k, v, is_causal=case[-1], enable_gqa=True)
+            check(f"torch float8_e4m3fn {case}", numpy(out), numpy(expected), 0.25)
+
     def masks() -> None:
         x = tensors(CASES[3], torch.float16)
         mask = torch.rand(1, 8, 257, 513, device="cuda") < 0.7
@@ -370,7 +382,7 @@ def check_torch() -> None:
         )
 
     for step in (
-        *(forward, strided, masks, gradients, packed_gradients, current_stream, graph),
+        *(forward, strided, float8, masks, gradients, packed_gradients, current_stream, graph),
         *(gradients_on_a_stream, gradients_in_a_graph, array_interface, merging, refusals),
     ):
         attempt(step)

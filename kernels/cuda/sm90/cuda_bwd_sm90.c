@@ -191,10 +191,10 @@ bool cuda_bwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
 static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p, const struct view *v,
                         int64_t dim, int64_t length, int64_t heads, bool packed,
                         uint32_t box_rows) {
-    const uint64_t row = step(v->stride[2]), most = UINT64_C(1) << 31;
+    const uint64_t row = step(v, v->stride[2]), most = UINT64_C(1) << 31;
     const uint64_t extent[] = {(uint64_t)dim, (uint64_t)length, most, (uint64_t)heads,
                                packed ? 1 : (uint64_t)p->batch};
-    const uint64_t stride[] = {row, row, step(v->stride[1]), step(v->stride[0])};
+    const uint64_t stride[] = {row, row, step(v, v->stride[1]), step(v, v->stride[0])};
     const uint32_t box[] = {64, box_rows, 1, 1, 1};
     const char *const origin = (const char *)v->data - (uint64_t)length * row;
     return cuda_tensor_map(map, p->dtype, origin, 5, extent, stride, box, 128);

@@ -99,7 +99,7 @@ static enum kind variant_of(const struct problem *p) {
 }
 
 /* Whether tiles are listed on the device: they depend on lengths. */
-static bool is_listed(const struct problem *p) { return has(p, DLATTN_FEATURE_VARLEN); }
+bool sm90_is_listed(const struct problem *p) { return has(p, DLATTN_FEATURE_VARLEN); }
 
 static bool bounded(const struct problem *p) {
     return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
@@ -162,7 +162,7 @@ static struct seen seen_of(const struct problem *p, int32_t tile_q, int32_t tile
                      .by_head = p->mask.stride[1] != 0};
     s.heads = s.by_head ? p->heads_q : 1;
     s.tiles = ceil_divide(p->len_q << sm90_pack_log2(p, tile_q), tile_q);
-    s.rows = is_listed(p) ? row_tiles(p, tile_q) : (s.by_batch ? p->batch : 1) * s.tiles;
+    s.rows = sm90_is_listed(p) ? row_tiles(p, tile_q) : (s.by_batch ? p->batch : 1) * s.tiles;
     s.words = ceil_divide(ceil_divide(p->len_k, tile_k), 32);
     return s;
 }
@@ -175,15 +175,16 @@ struct parts {
 static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t tile_k) {
     const struct seen s = seen_of(p, tile_q, tile_k);
     return (struct parts){
-        .list = is_listed(p) ? sizeof(struct sm90_list) +
-                                   (size_t)row_tiles(p, tile_q) * sizeof(struct sm90_listed)
-                             : 0,
+        .list = sm90_is_listed(p) ? sizeof(struct sm90_list) +
+                                        (size_t)row_tiles(p, tile_q) * sizeof(struct sm90_listed)
+                                  : 0,
         .seen = is_seen(p) ? (size_t)(s.heads * s.rows * 2 * s.words) * 4 : 0,
     };
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
-    return t->rows <= 128 || (variant_of(p) <= PLACED && !is_listed(p) && has_many_rows(p, caps));
+    return t->rows <= 128 ||
+           (variant_of(p) <= PLACED && !sm90_is_listed(p) && has_many_rows(p, caps));
 }
 
 /* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */
@@ -228,6 +229,17 @@ bool sm90_takes(const struct problem *p) {
            takes_seen(p) && takes_bias(p);
 }
 
+void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct caps *caps,
+                    const struct tile *tile) {
+    plan->tile_q = tile->rows;
+    plan->tile_k = tile->keys;
+    const int64_t all = tiles_of(p, plan->tile_q);
+    const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
+    plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
+    plan->workspace_bytes = parts.list + parts.seen;
+    plan->workspace_alignment = 8;
+}
+
 ROW_FUNCTIONS(cuda_fwd_sm90);
 
 bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
@@ -237,13 +249,7 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
     if (chosen < 0)
         return false;
     plan->variant = chosen;
-    plan->tile_q = tiles[chosen].rows;
-    plan->tile_k = tiles[chosen].keys;
-    const int64_t all = tiles_of(p, plan->tile_q);
-    const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
-    plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
-    plan->workspace_bytes = parts.list + parts.seen;
-    plan->workspace_alignment = 8;
+    sm90_plan_tile(plan, p, caps, &tiles[chosen]);
     return true;
 }
 
@@ -272,8 +278,7 @@ static void fill_heads(struct sm90_params *params, const struct problem *p, int3
 }
 
 /* The walk where it follows from the shape alone. */
-static void fill_walk(struct sm90_params *params, const struct problem *p,
-                      const struct plan *plan) {
+void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const struct plan *plan) {
     const int64_t pack = INT64_C(1) << params->pack_log2;
     params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, plan->tile_q);
     params->heads_total = (int32_t)(p->batch * params->heads);
@@ -289,6 +294,11 @@ static void fill_walk(struct sm90_params *params, const struct problem *p,
 
 /* ---- The tensors ---------------------------------------------------------------------------------------------- */
 
+/* Elements of 128 bytes. */
+static uint32_t box_columns(const struct view *v) {
+    return (uint32_t)(128 / dtype_bytes(v->dtype));
+}
+
 /* Q or O as [D, pack, Lq, H / pack, B], the query heads of one tile being neighbours, in boxes of `rows` rows. Packed: [D, pack, Lq,
  * end, H / pack] from Lq rows before the tensor on, see packed_row(). */
 static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p,
@@ -298,15 +308,15 @@ static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p,
     const int64_t heads = pack < rows ? pack : rows;
     const int64_t *s = v->stride;
     const bool packed = p->total_q > 0;
-    const uint64_t row = step(s[2]), all_heads = step(s[1] * pack);
+    const uint64_t row = step(v, s[2]), all_heads = step(v, s[1] * pack);
     const uint64_t outer = packed ? (uint64_t)p->total_q + 1 : (uint64_t)params->heads,
                    last = packed ? (uint64_t)params->heads : (uint64_t)p->batch;
     const uint64_t extent[] = {(uint64_t)dim, (uint64_t)pack, (uint64_t)p->len_q, outer, last};
-    const uint64_t stride[] = {step(s[1]), row, packed ? row : all_heads,
-                               packed ? all_heads : step(s[0])};
-    const uint32_t box[] = {64, (uint32_t)heads, (uint32_t)(rows / heads), 1, 1};
+    const uint64_t stride[] = {step(v, s[1]), row, packed ? row : all_heads,
+                               packed ? all_heads : step(v, s[0])};
+    const uint32_t box[] = {box_columns(v), (uint32_t)heads, (uint32_t)(rows / heads), 1, 1};
     const char *const origin = (const char *)v->data - (packed ? (uint64_t)p->len_q * row : 0);
-    return cuda_tensor_map(map, p->dtype, origin, 5, extent, stride, box, 128);
+    return cuda_tensor_map(map, v->dtype, origin, 5, extent, stride, box, 128);
 }
 
 /* K or V as [D, Lk, H_kv, B], in boxes of box_keys rows; pages are [D, page_size, H_kv, pages]. Packed: [D, Lk, end, H_kv] from
@@ -314,15 +324,15 @@ static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p,
 static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p,
                         const struct sm90_params *params, const struct view *v, int64_t dim) {
     const bool packed = p->total_k > 0, pages = p->page_size > 0;
-    const uint64_t row = step(v->stride[2]), head = step(v->stride[1]),
+    const uint64_t row = step(v, v->stride[2]), head = step(v, v->stride[1]),
                    heads = (uint64_t)p->heads_kv,
                    rows = (uint64_t)(pages ? p->page_size : p->len_k);
     const uint64_t extent[] = {(uint64_t)dim, rows, packed ? (uint64_t)p->total_k + 1 : heads,
                                packed ? heads : (uint64_t)(pages ? p->pages : p->batch)};
-    const uint64_t stride[] = {row, packed ? row : head, packed ? head : step(v->stride[0])};
-    const uint32_t box[] = {64, (uint32_t)params->box_keys, 1, 1};
+    const uint64_t stride[] = {row, packed ? row : head, packed ? head : step(v, v->stride[0])};
+    const uint32_t box[] = {box_columns(v), (uint32_t)params->box_keys, 1, 1};
     const char *const origin = (const char *)v->data - (packed ? rows * row : 0);
-    return cuda_tensor_map(map, p->dtype, origin, 4, extent, stride, box, 128);
+    return cuda_tensor_map(map, v->dtype, origin, 4, extent, stride, box, 128);
 }
 
 /* Extents and strides of axes that are broadcast are those of one element. */
@@ -340,10 +350,10 @@ static int32_t map_bias(struct cuda_tensor_map *map, const struct problem *p) {
     return cuda_tensor_map(map, v->dtype, v->data, 4, extent, stride, box, 128);
 }
 
-/* A cache of no pages has no keys to map: nobody copies any. */
+/* A cache of no pages has no keys to map: nobody copies any. Outputs of float8 rows leave by plain stores. */
 static int32_t fill_maps(struct sm90_params *params, const struct problem *p) {
     int32_t status = map_rows(&params->query_map, p, params, &p->query, p->dim_qk, 64);
-    if (status == DLATTN_OK)
+    if (status == DLATTN_OK && !dtype_is_float8(p->dtype))
         status = map_rows(&params->output_map, p, params, &p->output, p->dim_v, 16);
     params->key_map = params->value_map = params->query_map;
     if (status == DLATTN_OK && p->len_k > 0)
@@ -371,6 +381,10 @@ static void fill_cap(struct sm90_params *params, const struct problem *p) {
     }
 }
 
+static struct sm90_scale scale(const struct view *v) {
+    return (struct sm90_scale){v->data, v->stride[0], v->stride[1]};
+}
+
 static struct sm90_by_score by_position(const struct problem *p, const struct view *v) {
     const int64_t *s = v->stride;
     const bool is_wide =
@@ -382,7 +396,7 @@ static void fill_workspace(struct sm90_params *params, const struct problem *p,
                            const struct plan *plan, char *workspace) {
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     const struct seen s = seen_of(p, plan->tile_q, plan->tile_k);
-    params->list = is_listed(p) ? (struct sm90_list *)workspace : NULL;
+    params->list = sm90_is_listed(p) ? (struct sm90_list *)workspace : NULL;
     params->list_capacity = (int32_t)row_tiles(p, plan->tile_q);
     params->seen = is_seen(p) ? (uint32_t *)(workspace + parts.list) : NULL;
     params->seen_words = (int32_t)s.words;
@@ -427,8 +441,14 @@ static void fill_options(struct sm90_params *params, const struct problem *p,
     params->bias = by_position(p, &p->bias);
     params->bias_is_f32 = p->bias.dtype == DTYPE_F32;
     params->bias_box_bytes = p->bias.stride[2] ? 64 * 128 : 128;
-    params->batch_inside = !is_listed(p) && p->bias.stride[0] == 0;
+    params->batch_inside = !sm90_is_listed(p) && p->bias.stride[0] == 0;
     params->by_batch = divisor(p->batch);
+    params->query_scale = scale(&p->query_scale);
+    params->key_scale = scale(&p->key_scale);
+    params->value_scale = scale(&p->value_scale);
+    params->output_dtype = p->output.dtype == DTYPE_F32   ? SM90_F32
+                           : p->output.dtype == DTYPE_F16 ? SM90_F16
+                                                          : SM90_BF16;
 }
 
 static void fill_problem(struct sm90_params *params, const struct problem *p) {
@@ -477,13 +497,13 @@ int32_t cuda_fwd_sm90_launch(const struct plan *plan, const struct problem *p,
     const struct seen seen = seen_of(p, plan->tile_q, plan->tile_k);
     struct sm90_params params;
     int32_t status = sm90_fill(&params, p, plan, exec->workspace);
-    if (!is_listed(p))
-        fill_walk(&params, p, plan);
+    if (!sm90_is_listed(p))
+        sm90_fill_walk(&params, p, plan);
     const struct {
         enum kind kind;
         int64_t blocks; /* 0: it is not needed */
     } launches[] = {
-        {LIST, is_listed(p)},
+        {LIST, sm90_is_listed(p)},
         {SEEN, is_seen(p) ? seen.heads * seen.rows * seen.words : 0},
         {variant_of(p), plan->blocks},
     };

@@ -16,6 +16,8 @@ template <class C>
 struct Consumer {
     using E = typename C::Element;
     static constexpr int SCORES = C::TILE_K / 2, OUTPUTS = C::DIM_V / 2;
+    // The values of a key tile meet its weights in the next step.
+    static constexpr bool IS_DEFERRED = true;
 
     float score[SCORES];
     float output[OUTPUTS];
@@ -50,7 +52,7 @@ struct Consumer {
 
     // Keys of this thread, two of every eight, among the first `count` from its first one on.
     static __device__ __forceinline__ int keys_before(int count) {
-        const int inside = min(max(count, 0), C::TILE_K);
+        const int inside = min(max(count, 0), min(C::TILE_K, 128));
         return inside / 8 * 2 + min(inside % 8, 2);
     }
 
@@ -60,14 +62,15 @@ struct Consumer {
         return ones(begin, max(end - begin, 0));
     }
 
-    // Hides the keys whose bit is 0.
+    // Hides the keys whose bit is 0, of 128 from key 128 * PART of the tile on.
+    template <int PART = 0>
     __device__ __forceinline__ void mask(const uint32_t (&visible)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int i = 0; i < SCORES / 2; i++) {
+            for (int i = 32 * PART; i < min(32 * PART + 32, SCORES / 2); i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s = visible[half] >> i & 1 ? s : -INFINITY;
+                s = visible[half] >> i % 32 & 1 ? s : -INFINITY;
             }
         }
     }
@@ -551,18 +554,23 @@ struct Consumer {
                 return;
         }
         if constexpr (MASKED) {
-            uint32_t visible[2];
+            uint32_t visible[2], behind[2]; // behind: of keys from the tile's 128th on
 #pragma unroll
             for (int half = 0; half < 2; half++) {
+                const int column = block * C::TILE_K + threadIdx.x % 4 * 2;
                 int low, high;
                 row_bounds(p, t, row + 8 * half, low, high);
-                visible[half] = keys_between(block * C::TILE_K + threadIdx.x % 4 * 2, low, high);
+                visible[half] = keys_between(column, low, high);
+                if (C::TILE_K > 128)
+                    behind[half] = keys_between(column + 128, low, high);
             }
             if constexpr (C::IS_ANY) {
                 if (cut)
                     hide(p, t, row, block, visible);
             }
             mask(visible);
+            if constexpr (C::TILE_K > 128)
+                mask<1>(behind);
         }
     }
 
@@ -674,10 +682,10 @@ __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Sh
     store_rows<C>(p, s, pipe.wg, t, output, top, sum);
 }
 
-template <class C>
+template <class C, class Rows = Consumer<C>>
 __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s, int wg) {
     Pipeline<C> pipe(s, wg);
-    Consumer<C> rows;
+    Rows rows;
     Place<C> previous; // the tile whose output is unfinished
     previous.index = -1;
     int skipped = 0; // key tiles behind its own, whose values are still to pass over
@@ -698,13 +706,16 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.start_slopes(p, t, wg);
         if constexpr (C::HAS_EXPONENTS)
             rows.look(p, t, wg, n);
+        if (!Rows::IS_DEFERRED)
+            pipe.skip_values(skipped);
         if (previous.index < 0)
             rows.first(p, s, t, n, pipe);
         else if (C::FIRST_UNMASKED && n >= t.first_whole && n < t.end_whole)
             rows.template step<false, true, true>(p, s, t, n, pipe, previous);
         else
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
-        pipe.skip_values(skipped);
+        if (Rows::IS_DEFERRED)
+            pipe.skip_values(skipped);
         for (n = next_block<C>(p, t, n); n < t.end_block; n = next_block<C>(p, t, n)) {
             if constexpr (C::HAS_EXPONENTS) {
                 rows.look(p, t, wg, n);

@@ -1,5 +1,5 @@
 /*
- * What cuda_fwd_sm90.c has for the other row that runs its kernels.
+ * What cuda_fwd_sm90.c has for the other rows that share its tiles.
  */
 #ifndef DLATTN_SM90_FWD_H_
 #define DLATTN_SM90_FWD_H_
@@ -12,8 +12,18 @@ bool sm90_takes(const struct problem *p);
 /* Query heads of a group that share a tile of `tile_q` rows, as a power of two. */
 int32_t sm90_pack_log2(const struct problem *p, int32_t tile_q);
 
+/* Whether a kernel before it lists the tiles, which then depend on lengths that only the device knows. */
+bool sm90_is_listed(const struct problem *p);
+
+/* What a tile makes of the plan. */
+void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct caps *caps,
+                    const struct tile *tile);
+
 /* All but the walk. */
 int32_t sm90_fill(struct sm90_params *params, const struct problem *p, const struct plan *plan,
                   void *workspace);
+
+/* The walk over tiles that are not listed. */
+void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const struct plan *plan);
 
 #endif /* DLATTN_SM90_FWD_H_ */

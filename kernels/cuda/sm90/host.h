@@ -23,7 +23,9 @@ static inline struct sm90_strides strides(const struct view *v) {
 }
 
 /* Bytes of a stride; an axis of extent 1 may have any, and a tensor map wants a multiple of 16 above 0. */
-static inline uint64_t step(int64_t stride) { return stride > 0 ? (uint64_t)stride * 2 : 16; }
+static inline uint64_t step(const struct view *v, int64_t stride) {
+    return stride > 0 ? (uint64_t)(stride * dtype_bytes(v->dtype)) : 16;
+}
 
 static inline struct sm90_divisor divisor(int64_t d) {
     struct sm90_divisor r = {0, 0};

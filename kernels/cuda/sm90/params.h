@@ -1,5 +1,5 @@
 /*
- * What the host hands to a cuda_fwd_sm90 kernel, by value: C11 and CUDA C++ read the same struct.
+ * What the host hands to a kernel of cuda_fwd_sm90 or cuda_fwd_fp8_sm90, by value: C11 and CUDA C++ read the same struct.
  */
 #ifndef DLATTN_SM90_PARAMS_H_
 #define DLATTN_SM90_PARAMS_H_
@@ -21,6 +21,12 @@ struct sm90_packing {
     const int32_t *cu_seqlens; /* NULL: they are not */
     int64_t stride;
     int32_t total; /* rows */
+};
+
+/* Of float8: [B, H], stride 0 where an axis is broadcast. */
+struct sm90_scale {
+    const float *data; /* NULL: 1 */
+    int64_t batch, head;
 };
 
 /* [B, H, Lq, Lk], stride 0 where an axis is broadcast. */
@@ -54,6 +60,7 @@ struct sm90_split {
 };
 
 struct sm90_params {
+    /* Boxes are 128 bytes wide: 64 elements, of float8 128. */
     struct cuda_tensor_map
         query_map; /* [D, pack, Lq, H / pack, B], box {64, pack, 64 / pack, 1, 1} */
     struct cuda_tensor_map key_map;   /* [D, Lk, H_kv, B], box {64, tile_k, 1, 1} */
@@ -139,7 +146,13 @@ struct sm90_params {
         batch_inside; /* the walk takes each head of all batches before the next head: they have a bias in common */
     struct sm90_divisor by_batch;
     struct sm90_split split;
+
+    /* Of float8, whose output has a dtype of its own. */
+    struct sm90_scale query_scale, key_scale, value_scale;
+    int32_t output_dtype; /* SM90_F32, SM90_F16 or SM90_BF16 */
 };
+
+enum { SM90_F32, SM90_F16, SM90_BF16 };
 
 enum { SM90_LIST_THREADS = 1024, SM90_LIST_BYTES = 2048 };
 enum { SM90_SEEN_THREADS = 256, SM90_SEEN_BYTES = 8 };

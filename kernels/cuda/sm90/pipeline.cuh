@@ -90,7 +90,7 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
     for (int i = 0; i < C::STAGES; i++) {
         mbarrier_init(s.key_ring().full + 8 * i, 1);
         mbarrier_init(s.key_ring().empty + 8 * i, WARPS);
-        mbarrier_init(s.value_ring().full + 8 * i, 1);
+        mbarrier_init(s.value_ring().full + 8 * i, C::VALUE_WRITERS);
         mbarrier_init(s.value_ring().empty + 8 * i, WARPS);
     }
     for (int i = 0; i < C::CLAIMED_TILES; i++) {
@@ -154,7 +154,7 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
     mbarrier_expect_bytes(ring.full_barrier(), C::QUERY_BYTES);
     for (int c = 0; c < C::COLUMNS_QK; c++)
         tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
-                    evict_first(), 64 * c, 0, at.c2, at.c3, at.c4);
+                    evict_first(), C::COLUMN_ELEMENTS * c, 0, at.c2, at.c3, at.c4);
 }
 
 // SPLIT: the next part with keys. Parts become smaller from the first to the last; blocks take them to and fro, so that those
@@ -284,8 +284,8 @@ __device__ __forceinline__ void load_block(const sm90_params &p, const cuda_tens
         if (C::IS_PLACED)
             dst += lane * p.box_keys * 128;
         for (int c = 0; c < COLUMNS; c++)
-            tma_load_4d(dst + c * C::KEY_COLUMN, &map, ring.full_barrier(), evict_last(), 64 * c,
-                        block.row, block.c2, block.c3);
+            tma_load_4d(dst + c * C::KEY_COLUMN, &map, ring.full_barrier(), evict_last(),
+                        C::COLUMN_ELEMENTS * c, block.row, block.c2, block.c3);
     }
     ring.advance();
 }
@@ -363,12 +363,14 @@ __device__ __forceinline__ void release(uint32_t barrier) {
 // Ping-pong: the warpgroups issue their GEMMs in turn, so that one's softmax runs under the others' GEMMs.
 template <class C>
 __device__ __forceinline__ void wait_turn(int wg) {
-    named_barrier_sync(1 + wg, 256);
+    if (C::HAS_TURNS)
+        named_barrier_sync(1 + wg, 256);
 }
 
 template <class C>
 __device__ __forceinline__ void pass_turn(int wg) {
-    named_barrier_arrive(1 + (wg + 1 == C::WARPGROUPS ? 0 : wg + 1), 256);
+    if (C::HAS_TURNS)
+        named_barrier_arrive(1 + (wg + 1 == C::WARPGROUPS ? 0 : wg + 1), 256);
 }
 
 // Where a warpgroup stands in the rings.

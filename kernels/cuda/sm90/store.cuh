@@ -37,6 +37,20 @@ __device__ __forceinline__ bool is_row(const sm90_params &p, const Place<C> &t, 
     return row >> p.pack_log2 < p.len_q;
 }
 
+// Element `at` of a tensor of the output's dtype.
+template <class C>
+__device__ __forceinline__ void store_element(const sm90_params &p, void *tensor, int64_t at,
+                                              float x) {
+    if constexpr (!C::IS_FLOAT8)
+        static_cast<typename C::Element *>(tensor)[at] = typename C::Element(x);
+    else if (p.output_dtype == SM90_F32)
+        static_cast<float *>(tensor)[at] = x;
+    else if (p.output_dtype == SM90_F16)
+        static_cast<__half *>(tensor)[at] = __half(x);
+    else
+        static_cast<__nv_bfloat16 *>(tensor)[at] = __nv_bfloat16(x);
+}
+
 template <class C>
 __device__ __forceinline__ void store_lse(const sm90_params &p, const Place<C> &t, int row,
                                           float x) {
@@ -44,7 +58,7 @@ __device__ __forceinline__ void store_lse(const sm90_params &p, const Place<C> &
         return;
     const int64_t at = row_offset<C>(p, p.lse_strides, t, row);
     if (p.lse_is_element)
-        static_cast<typename C::Element *>(p.lse)[at] = typename C::Element(x);
+        store_element<C>(p, p.lse, at, x);
     else
         static_cast<float *>(p.lse)[at] = x;
 }
@@ -67,7 +81,7 @@ __device__ __forceinline__ float slope_of(const sm90_params &p, const Place<C> &
 // Where the rows of one tensor of keys are that a tile sees.
 template <class C>
 struct KeyRows {
-    using E = typename C::Element;
+    using E = typename C::Cached;
     const E *head;
     int64_t stride;
 
@@ -137,7 +151,7 @@ __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, i
     }
     if ((C::IS_ANY || C::HAS_SOFTCAP) && p.softcap > 0)
         score = p.softcap * tanhf(score / p.softcap);
-    if (C::COPIES_BIAS || C::LOADS_BIAS)
+    if constexpr (C::COPIES_BIAS || C::LOADS_BIAS)
         score += bias_of<C>(p, t, row, j);
     if ((C::IS_ANY || C::HAS_ALIBI) && p.alibi_slopes)
         score -= slope_of<C>(p, t, row) * abs((row >> p.pack_log2) + t.diagonal - j);
@@ -149,19 +163,22 @@ __device__ __forceinline__ float logit(const sm90_params &p, const Tile<C> &t, i
 // again; so are those whose weights overflowed, those whose top is past EXACT_FROM, and those that see no key.
 template <class C>
 __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t, int row) {
-    using E = typename C::Element;
+    using Query = typename C::Query;
+    using Cached = typename C::Cached;
     constexpr int QK_WORDS = (C::DIM_QK + 31) / 32, V_WORDS = (C::DIM_V + 31) / 32;
     const int lane = threadIdx.x & 31;
+    const Scales scales = scales_of<C>(p, t, row);
     const float scale_log2 = C::IS_PLACED ? LOG2E : p.scale_log2,
                 scale = C::IS_PLACED ? 1 : p.scale;
     int low, high;
     row_bounds(p, t, row, low, high);
-    const E *query = static_cast<const E *>(p.query) + row_offset<C>(p, p.query_strides, t, row);
+    const Query *query =
+        static_cast<const Query *>(p.query) + row_offset<C>(p, p.query_strides, t, row);
     const KeyRows<C> keys(p, p.key, p.key_strides, t), values(p, p.value, p.value_strides, t);
     float top = sink_of<C>(p, t, row), sum = top > -INFINITY, output[V_WORDS] = {};
     for (int j = low; j < high; j++) {
-        const E *const key = keys.row(p, p.key_strides, t, j), *const value = values.row(
-                                                                   p, p.value_strides, t, j);
+        const Cached *const key = keys.row(p, p.key_strides, t, j), *const value = values.row(
+                                                                        p, p.value_strides, t, j);
         float score = 0;
         for (int i = 0; i < QK_WORDS; i++)
             if (32 * i + lane < p.dim_qk)
@@ -169,7 +186,7 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t
         for (int i = 16; i > 0; i /= 2)
             score += __shfl_xor_sync(~0u, score, i);
         if constexpr (C::IS_PLACED)
-            score = logit(p, t, row, j, score * p.scale);
+            score = logit(p, t, row, j, score * scales.score);
         if (score == -INFINITY)
             continue;
         const float m = fmaxf(top, score);
@@ -181,10 +198,11 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t
                 output[i] = output[i] * factor + weight * float(value[32 * i + lane]);
         top = m;
     }
-    E *out = static_cast<E *>(p.output) + row_offset<C>(p, p.output_strides, t, row);
+    const int64_t out = row_offset<C>(p, p.output_strides, t, row);
     for (int i = 0; i < V_WORDS; i++)
         if (32 * i + lane < p.dim_v)
-            out[32 * i + lane] = E(sum == 0 ? 0.f : output[i] / sum);
+            store_element<C>(p, p.output, out + 32 * i + lane,
+                             sum == 0 ? 0.f : output[i] / sum * scales.value);
     if (lane == 0)
         store_lse<C>(p, t, row, sum == 0 ? p.empty_lse : top * scale + logf(sum));
 }
@@ -316,14 +334,19 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
 // Rows of a tile that sees no key.
 template <class C>
 __device__ __forceinline__ void store_empty(const sm90_params &p, const Tile<C> &t, int wg) {
-    using E = typename C::Element;
     for (int i = threadIdx.x / 16 % 8; i < 64; i += 8) {
         const int row = t.first_row + 64 * wg + i;
         if (!is_row<C>(p, t, row))
             break;
-        E *out = static_cast<E *>(p.output) + row_offset<C>(p, p.output_strides, t, row);
-        for (int column = 8 * (threadIdx.x % 16); column < p.dim_v; column += 128)
-            *reinterpret_cast<uint4 *>(out + column) = make_uint4(0, 0, 0, 0);
+        const int64_t at = row_offset<C>(p, p.output_strides, t, row);
+        if constexpr (C::IS_FLOAT8) {
+            for (int column = threadIdx.x % 16; column < p.dim_v; column += 16)
+                store_element<C>(p, p.output, at + column, 0);
+        } else {
+            auto *const out = static_cast<typename C::Element *>(p.output) + at;
+            for (int column = 8 * (threadIdx.x % 16); column < p.dim_v; column += 128)
+                *reinterpret_cast<uint4 *>(out + column) = make_uint4(0, 0, 0, 0);
+        }
         if (threadIdx.x % 16 == 0)
             store_lse<C>(p, t, row, empty_lse<C>(p, t, row));
     }

@@ -16,6 +16,10 @@ template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages
           Variant Of>
 struct Config {
     using Element = E;
+    using Query = E;
+    using Cached = E; // of keys and values
+    static constexpr bool IS_FLOAT8 = false;
+    static constexpr int COLUMN_ELEMENTS = 64;         // 128 bytes
     static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
@@ -56,6 +60,8 @@ struct Config {
     static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64;
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
     static constexpr int CLAIM_READERS = COPIES_BIAS ? 3 : 2;
+    static constexpr int VALUE_WRITERS = 1;
+    static constexpr bool HAS_TURNS = true; // see wait_turn()
     static constexpr int BARRIERS =
         TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
@@ -380,6 +386,26 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     t.end_whole = all_highest / C::TILE_K;
     t.first_untracked = all_lowest / C::TILE_K + 1;
     return t;
+}
+
+// Of float8: what a packed row's products are multiplied by, also as exponents of 2, and its output.
+struct Scales {
+    float score, score_log2, value;
+};
+
+__device__ __forceinline__ float scale_at(const sm90_scale &scale, int batch, int head) {
+    return scale.data ? __ldg(scale.data + batch * scale.batch + head * scale.head) : 1.f;
+}
+
+template <class C>
+__device__ __forceinline__ Scales scales_of(const sm90_params &p, const Place<C> &t, int row) {
+    if (!C::IS_FLOAT8)
+        return {p.scale, p.scale_log2, 1};
+    const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1)),
+              kv_head = divide(t.head, p.by_heads_per_kv);
+    const float product =
+        scale_at(p.query_scale, t.batch, head) * scale_at(p.key_scale, t.batch, kv_head);
+    return {p.scale * product, p.scale_log2 * product, scale_at(p.value_scale, t.batch, kv_head)};
 }
 
 // Keys [low, high) that a packed row sees.

@@ -1,0 +1,80 @@
+/* Forward attention for float8 on Hopper: cuda_fwd_sm90's tiles and parameters, and kernels of its own. See docs/fp8.md. */
+#include "kernels/cuda/sm90/fwd.h"
+
+/* One image for each head dim, which also has the kernel that lists tiles. */
+#define MODULE(D)                                                                                  \
+    extern const unsigned char cuda_fwd_fp8_sm90_##D##_image[];                                    \
+    static struct cuda_module module_##D = {.image = cuda_fwd_fp8_sm90_##D##_image};
+MODULE(64)
+MODULE(128)
+MODULE(256)
+
+/* Of e4m3 keys and values, then of e5m2; each without and with softcap. */
+enum { E5M2_KERNELS = 2, LIST = 4 };
+#define KERNEL(D, NAME, KEYS, WARPGROUPS, ...)                                                     \
+    CUDA_KERNEL(module_##D, "cuda_fwd_fp8_sm90_" NAME, 128 * ((WARPGROUPS) + 1),                   \
+                SM90_FLOAT8_SHARED_BYTES(D, KEYS, WARPGROUPS, __VA_ARGS__))
+#define TILE(D, KEYS, WARPGROUPS, ...)                                                             \
+    {.dim_qk = D,                                                                                  \
+     .dim_v = D,                                                                                   \
+     .rows = 64 * (WARPGROUPS),                                                                    \
+     .keys = KEYS,                                                                                 \
+     .kernels =                                                                                    \
+         (struct cuda_kernel[]){KERNEL(D, #D "_e4m3", KEYS, WARPGROUPS, __VA_ARGS__),              \
+                                KERNEL(D, #D "_e4m3_softcap", KEYS, WARPGROUPS, __VA_ARGS__),      \
+                                KERNEL(D, #D "_e5m2", KEYS, WARPGROUPS, __VA_ARGS__),              \
+                                KERNEL(D, #D "_e5m2_softcap", KEYS, WARPGROUPS, __VA_ARGS__),      \
+                                CUDA_KERNEL(module_##D, "cuda_fwd_fp8_sm90_list_" #D,              \
+                                            SM90_LIST_THREADS, SM90_LIST_BYTES)}},
+#define SM90_D 0
+static const struct tile tiles[] = {
+#include "kernels/cuda/sm90/fp8_tiles.inc"
+};
+
+/* Queries of e4m3, and what wgmma multiplies them with; wgmma's result leaves in another dtype. */
+static bool readable(struct plan *plan, const struct problem *p) {
+    const bool by_page = p->page_size && (p->key_scale.stride[0] | p->value_scale.stride[0]) != 0;
+    if (!dtype_is_float8(p->dtype))
+        return false;
+    if (p->dtype != DTYPE_E4M3)
+        plan->why = "queries are float8_e4m3fn";
+    else if (!dtype_is_float8(p->key.dtype) || p->key.dtype != p->value.dtype)
+        plan->why = "keys and values are both float8_e4m3fn or both float8_e5m2";
+    else if (dtype_is_float8(p->output.dtype))
+        plan->why = "outputs are float16, bfloat16 or float32";
+    else if (by_page)
+        plan->why = "scales are the same for all pages";
+    return !plan->why;
+}
+
+ROW_FUNCTIONS(cuda_fwd_fp8_sm90);
+
+bool cuda_fwd_fp8_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, NULL);
+    if (!readable(plan, p) || !sm90_takes(p) || (p->dim_qk | p->dim_v) % 16 != 0 || chosen < 0)
+        return false;
+    plan->variant = chosen;
+    sm90_plan_tile(plan, p, caps, &tiles[chosen]);
+    return true;
+}
+
+int32_t cuda_fwd_fp8_sm90_launch(const struct plan *plan, const struct problem *p,
+                                 const struct exec *exec) {
+    struct cuda_kernel *const kernels = tiles[plan->variant].kernels, *const kernel =
+                                                                          kernels +
+                                                                          (p->key.dtype ==
+                                                                                   DTYPE_E5M2
+                                                                               ? E5M2_KERNELS
+                                                                               : 0) +
+                                                                          (p->softcap > 0);
+    const bool is_listed = sm90_is_listed(p);
+    struct sm90_params params;
+    int32_t status = sm90_fill(&params, p, plan, exec->workspace);
+    if (!is_listed)
+        sm90_fill_walk(&params, p, plan);
+    if (status == DLATTN_OK && is_listed)
+        status = cuda_launch(kernels + LIST, p->device_id, 1, exec->stream, &params);
+    return status != DLATTN_OK ? status
+                               : (is_listed ? cuda_launch_early : cuda_launch)(
+                                     kernel, p->device_id, plan->blocks, exec->stream, &params);
+}

@@ -1,0 +1,512 @@
+// Attention forward for Hopper with float8 queries, keys and values. The walk over tiles, the rings and the masks are those of fwd.cuh;
+// docs/fp8.md says what differs:
+//
+// - wgmma takes 8-bit operands with the summed axis innermost alone, so two warps of the producer transpose V tiles on their way.
+// - Weights are rounded to e4m3 after multiplication by 2^8, below the maximum of the row so far, which is followed at every step.
+// - The tensor cores' own sums keep some 13 bits. Each key tile's P V starts from zero and is added to O in f32.
+#pragma once
+
+#include "kernels/cuda/sm90/fwd.cuh"
+
+#include <cuda_fp8.h>
+
+// ---- Shapes ----
+
+// Queries are e4m3, keys and values of E.
+template <typename E, int Dim, int TileK, int Warpgroups, int Stages, int QueryStages, Variant Of>
+struct Float8Config {
+    using Element = void; // of the output: p.output_dtype says
+    using Query = __nv_fp8_e4m3;
+    using Cached = E;
+    static constexpr bool IS_FLOAT8 = true;
+    static constexpr int COLUMN_ELEMENTS = 128;
+    static constexpr int DIM_QK = Dim, DIM_V = Dim;
+    static constexpr int TILE_K = TileK;
+    static constexpr int WARPGROUPS = Warpgroups, STAGES = Stages, QUERY_STAGES = QueryStages;
+    static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED,
+                          HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false, IS_ANY = false,
+                          LOADS_BIAS = false, COPIES_BIAS = false, IS_SPLIT = false,
+                          HAS_EXPONENTS = false, FIRST_UNMASKED = false;
+
+    static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
+    static constexpr int TRANSPOSERS = 2; // warps
+    static constexpr int VALUE_WRITERS = TRANSPOSERS, CLAIM_READERS = 1 + TRANSPOSERS;
+    static constexpr bool HAS_TURNS = WARPGROUPS == 2; // to make weights
+
+    static constexpr int COLUMNS_QK = (Dim + 127) / 128, COLUMNS_V = COLUMNS_QK;
+    static constexpr int QUERY_BYTES = 64 * 128 * COLUMNS_QK, KEY_COLUMN = TILE_K * 128;
+    static constexpr int KEY_BYTES = KEY_COLUMN * COLUMNS_QK;
+    static constexpr int LOADED_BYTES = KEY_COLUMN * COLUMNS_V;
+    // Transposed values: for each 128 keys a column of DIM_V rows.
+    static constexpr int VALUE_COLUMN = Dim * 128,
+                         VALUE_BYTES = (TILE_K + 127) / 128 * VALUE_COLUMN;
+    static constexpr int QUERY = 0, KEY = QUERY + QUERY_STAGES * WARPGROUPS * QUERY_BYTES;
+    static constexpr int LOADED = KEY + STAGES * KEY_BYTES, VALUE = LOADED + STAGES * LOADED_BYTES;
+    static constexpr int TILES = VALUE + STAGES * VALUE_BYTES;
+    static constexpr int TILE_BYTES = 128, CLAIMED_TILES = 2;
+    static constexpr int BARRIERS =
+        TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
+    static constexpr int SHARED_BYTES =
+        BARRIERS + 8 * (2 * QUERY_STAGES * WARPGROUPS + 6 * STAGES + 2 * CLAIMED_TILES) + 1024;
+    static_assert(IS_PLACED && Dim % 32 == 0 && Dim <= 256 && TILE_K % 64 == 0, "");
+    static_assert(SHARED_BYTES <= 227 * 1024, "");
+};
+
+// ---- wgmma ----
+
+// D[64, N] (f32) = or += A[64, 32] B[32, N], A being e4m3, and both with the summed axis innermost.
+template <typename B, int N>
+struct Float8Wgmma;
+
+#define SM90_FLOAT8_WGMMA(B, name, N, R, i0, i1, i2, i3, i4, i5)                                   \
+    template <>                                                                                    \
+    struct Float8Wgmma<B, N> {                                                                     \
+        static __device__ __forceinline__ void ss(float (&d)[R], uint64_t a, uint64_t b,           \
+                                                  int accumulate) {                                \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3." name               \
+                         " {" SM90_R##R "}, %" #i0 ", %" #i1 ", p, 1, 1;\n}\n"                     \
+                         : SM90_D##R                                                               \
+                         : "l"(a), "l"(b), "r"(accumulate));                                       \
+        }                                                                                          \
+        static __device__ __forceinline__ void rs(float (&d)[R], const uint32_t *a, uint64_t b,    \
+                                                  int accumulate) {                                \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3." name               \
+                         " {" SM90_R##R "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4       \
+                                        ", p, 1, 1;\n}\n"                                          \
+                         : SM90_D##R                                                               \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));   \
+        }                                                                                          \
+    };
+#define SM90_FLOAT8_WGMMA_BOTH(N, R, ...)                                                          \
+    SM90_FLOAT8_WGMMA(__nv_fp8_e4m3, "e4m3", N, R, __VA_ARGS__)                                    \
+    SM90_FLOAT8_WGMMA(__nv_fp8_e5m2, "e5m2", N, R, __VA_ARGS__)
+SM90_FLOAT8_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
+SM90_FLOAT8_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
+SM90_FLOAT8_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
+
+// Four floats as e4m3, the first in the lowest byte; what is beyond 448 becomes that.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+    uint32_t r;
+    asm("{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+}
+
+// ---- Producers ----
+
+// Values as they are loaded; in the ring of Shared they stand transposed.
+template <class C>
+__device__ __forceinline__ Ring<C::STAGES> loaded_ring(const Shared<C> &s) {
+    const uint32_t first = s.claimed_ring().empty + 8 * C::CLAIMED_TILES;
+    return {first, first + 8 * C::STAGES};
+}
+
+// A warp's part of a V tile, from [key][column] to [column][key], both in rows of 128 bytes and swizzled. Of 16 columns the even ones
+// come before the odd ones; of 16 keys, 4 i, 4 i + 1 .. are those that a thread i of four has weights of: 2 i, 2 i + 1, 2 i + 8,
+// 2 i + 9. Either is what ldmatrix and a byte permutation give. Several loads are under way at a time: one after the other would
+// wait for each.
+template <class C>
+__device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int warp) {
+    constexpr int LOADS = C::TILE_K % 128 == 0 ? 4 : 2; // of 32 keys each
+    const int lane = threadIdx.x % 32, row = lane % 8;
+    const uint32_t key = from + 128 * lane, column = to + 128 * (row + lane / 8 % 2 * 8);
+#pragma unroll 1
+    for (int c = warp; c < C::DIM_V / 16; c += C::TRANSPOSERS) {
+#pragma unroll 1
+        for (int first = 0; first < C::TILE_K / 32; first += LOADS) {
+            const uint32_t load = key + c / 8 * C::KEY_COLUMN + first * 32 * 128 +
+                                  ((c % 8 ^ row) << 4),
+                           store = column + first / 4 * C::VALUE_COLUMN + c * 16 * 128;
+            uint32_t w[LOADS][4];
+#pragma unroll
+            for (int i = 0; i < LOADS; i++)
+                load_matrices_transposed(w[i], load + i * 32 * 128);
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                const uint32_t turned[4] = {
+                    __byte_perm(w[i][0], w[i][1], 0x6420), __byte_perm(w[i][0], w[i][1], 0x7531),
+                    __byte_perm(w[i][2], w[i][3], 0x6420), __byte_perm(w[i][2], w[i][3], 0x7531)};
+                store_matrices(store + ((2 * (first % 4 + i) + lane / 16 ^ row) << 4), turned);
+            }
+        }
+    }
+}
+
+// The transposers, whose first one also brings the values: those of a tile before it transposes those of the tile before.
+template <class C>
+__device__ __forceinline__ void produce_values(const sm90_params &p, const Shared<C> &s, int warp) {
+    Ring<C::STAGES> loading = loaded_ring<C>(s), loaded = loading, values = s.value_ring();
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    const auto transpose = [&] {
+        mbarrier_wait(loaded.full_barrier(), loaded.phase);
+        mbarrier_wait(values.empty_barrier(), values.phase ^ 1);
+        transpose_values<C>(s.base + C::LOADED + loaded.stage * C::LOADED_BYTES,
+                            s.value(values.stage), warp);
+        async_proxy_fence();
+        __syncwarp();
+        release(loaded.empty_barrier());
+        release(values.full_barrier());
+        loaded.advance();
+        values.advance();
+    };
+    bool any = false;
+    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+        for (int n = t.first_block; n < t.end_block; n++) {
+            if (warp == 0)
+                load_block<C, C::COLUMNS_V>(p, p.value_map,
+                                            s.base + C::LOADED + loading.stage * C::LOADED_BYTES,
+                                            loading, block_of(p, t, n));
+            if (any)
+                transpose();
+            any = true;
+        }
+    }
+    if (any)
+        transpose();
+}
+
+// ---- Consumers ----
+
+// Stores four neighbouring columns.
+template <typename E>
+__device__ __forceinline__ void store_four(E *to, const float (&x)[4]) {
+    *reinterpret_cast<uint2 *>(to) = make_uint2(pack<E>(x[0], x[1]), pack<E>(x[2], x[3]));
+}
+template <>
+__device__ __forceinline__ void store_four<float>(float *to, const float (&x)[4]) {
+    *reinterpret_cast<float4 *>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// A row's half of the registers to output, of E; a thread has columns 4 i .. 4 i + 3 of 16, where transpose_values() put them.
+template <class C, typename E>
+__device__ __forceinline__ void store_columns(const sm90_params &p, int64_t row, int half,
+                                              float normalise,
+                                              const float (&output)[C::DIM_V / 2]) {
+    const int first = threadIdx.x % 4 * 4;
+    E *const to = static_cast<E *>(p.output) + row + first;
+#pragma unroll
+    for (int i = 0; i < C::DIM_V / 16; i++) {
+        float x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            x[j] = output[8 * i + 4 * (j % 2) + 2 * half + j / 2] * normalise;
+        if (16 * i + first < p.dim_v)
+            store_four(to + 16 * i, x);
+    }
+}
+
+// The end of the 64 rows of a warpgroup: output and lse, straight from registers.
+template <class C>
+__device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, const Place<C> &t,
+                                                  const float (&output)[C::DIM_V / 2],
+                                                  const float (&row_top)[2],
+                                                  const float (&sum)[2]) {
+    const int lane = threadIdx.x & 31,
+              first_row = t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16;
+    uint32_t spoilt[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = first_row + 8 * half + lane / 4;
+        const bool inside = is_row<C>(p, t, row);
+        float total = sum[half], top = row_top[half];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        const bool empty = total == 0;
+        float normalise = empty ? 0 : reciprocal_approx(total);
+        if (p.sinks)
+            normalise = add_sink(sink_of<C>(p, t, row), top, total);
+        float poison = 0; // NaN from the first element that is not finite
+#pragma unroll
+        for (int i = 0; i < C::DIM_V / 4; i++)
+            poison = fmaf(output[i / 2 * 4 + 2 * half + i % 2], 0.f, poison);
+        normalise *= scales_of<C>(p, t, row).value;
+        const int64_t at = row_offset<C>(p, p.output_strides, t, row);
+        if (inside) {
+            if (p.output_dtype == SM90_F32)
+                store_columns<C, float>(p, at, half, normalise, output);
+            else if (p.output_dtype == SM90_F16)
+                store_columns<C, __half>(p, at, half, normalise, output);
+            else
+                store_columns<C, __nv_bfloat16>(p, at, half, normalise, output);
+        }
+        spoilt[half] = __ballot_sync(
+            ~0u, inside && (poison != 0 || !(total < INFINITY) || is_far<C>(p, top, total)));
+        if (inside && p.lse && lane % 4 == 0 && !(spoilt[half] >> lane & 15))
+            store_lse<C>(p, t, row, total == 0 ? p.empty_lse : (top + log2_approx(total)) * LN2);
+    }
+    if (__builtin_expect(spoilt[0] | spoilt[1], 0)) {
+        const Tile<C> tile = tile_at<C>(p, t.index);
+        __syncwarp();
+        for (int i = 0; i < 16; i++)
+            if (spoilt[i / 8] >> (4 * (i & 7)) & 15)
+                exact_row<C>(p, tile, first_row + i);
+    }
+}
+
+// The rows of a warpgroup, as Consumer has them.
+template <class C>
+struct Float8Consumer : Consumer<C> {
+    using Base = Consumer<C>;
+    using Base::clear_sums, Base::output, Base::score, Base::sum, Base::top;
+    static constexpr int SCORES = Base::SCORES;
+    // Two warpgroups with up to 128 columns have registers to take P V under the scores of the next key tile. Others take it in the step
+    // of its scores, as many columns at a time as there are registers for, while other warpgroups do what they like.
+    static constexpr bool IS_DEFERRED = C::DIM_V <= 128 && C::WARPGROUPS == 2;
+    static constexpr int PART = C::DIM_V < 128 ? C::DIM_V : 128, PARTS = C::DIM_V / PART;
+    static constexpr float WEIGHT_LOG2 = 8; // of the largest weight: e4m3 ends with 448
+
+    uint32_t weight[SCORES / 4]; // the A operand of P V
+    float product[PART / 2];     // P V
+    float factor[2];             // what O is multiplied by before that is added
+    float scale[2]; // from scores to exponents of 2; with softcap to what scores are without scales
+
+    __device__ __forceinline__ void start_scores(const Shared<C> &s, const Pipeline<C> &pipe) {
+        const Descriptor a(s.query(pipe.queries.stage, pipe.wg), 16, 1024),
+            b(s.key(pipe.keys.stage), 16, 1024);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < C::DIM_QK / 32; k++)
+            Float8Wgmma<typename C::Cached, C::TILE_K>::ss(
+                score, a.at(k / 4 * 64 * 128 + 32 * (k % 4)),
+                b.at(k / 4 * C::KEY_COLUMN + 32 * (k % 4)), k > 0);
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void start_product(const Shared<C> &s, const Pipeline<C> &pipe,
+                                                  int part) {
+        const Descriptor b(s.value(pipe.values.stage) + part * PART * 128, 16, 1024);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < C::TILE_K / 32; k++)
+            Float8Wgmma<typename C::Cached, PART>::rs(
+                product, weight + 4 * k, b.at(k / 4 * C::VALUE_COLUMN + 32 * (k % 4)), k > 0);
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void add_product(int part) {
+#pragma unroll
+        for (int i = 0; i < PART / 2; i++) {
+            float &o = output[part * PART / 2 + i];
+            o = fmaf(o, factor[i / 2 % 2], product[i]);
+        }
+    }
+
+    // O += P V at once.
+    __device__ __forceinline__ void add_values(const Shared<C> &s, Pipeline<C> &pipe) {
+        mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            pin(product);
+            pin(weight);
+            start_product(s, pipe, part);
+            wgmma_wait<0>();
+            pin(product);
+            pin(weight);
+            add_product(part);
+        }
+        pipe.value_read();
+    }
+
+    template <bool MASKED>
+    __device__ __forceinline__ void shape(const sm90_params &p, const Shared<C> &s,
+                                          const Tile<C> &t, int n, Pipeline<C> &pipe) {
+        if constexpr (C::HAS_SOFTCAP) {
+#pragma unroll
+            for (int i = 0; i < SCORES; i++)
+                score[i] *= scale[i / 2 % 2];
+        }
+        this->template shape_scores<MASKED, true>(p, s, t, n, pipe);
+    }
+
+    __device__ __forceinline__ float exponent(int half) const {
+        return C::HAS_SOFTCAP ? 1.f : scale[half];
+    }
+
+    // The top is the row's maximum so far, less WEIGHT_LOG2.
+    __device__ __forceinline__ void follow_maximum(float (&grown)[2], float (&offset)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float m4[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll
+            for (int i = 0; i < SCORES / 2; i++)
+                m4[i % 4] = fmaxf(m4[i % 4], score[4 * (i / 2) + 2 * half + i % 2]);
+            float m = fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+            const float next = fmaxf(top[half], m * exponent(half) - WEIGHT_LOG2);
+            offset[half] = next == -INFINITY ? 0.f : next;
+            grown[half] = exp2_approx(top[half] - offset[half]);
+            top[half] = next;
+            sum[half] *= grown[half];
+        }
+    }
+
+    // S -> 2^(S - offset), and their sums.
+    __device__ __forceinline__ void weigh(const float (&offset)[2]) {
+#pragma unroll
+        for (int i = 0; i < SCORES; i++) {
+            const int half = i / 2 % 2;
+            score[i] = exp2_approx(fmaf(score[i], exponent(half), -offset[half]));
+            sum[half] += score[i];
+        }
+    }
+
+    // Four weights of a row are neighbours in the A fragment, for which transpose_values() orders the keys.
+    __device__ __forceinline__ void round_weights() {
+#pragma unroll
+        for (int i = 0; i < SCORES / 4; i++) {
+            const int at = i / 2 * 8 + i % 2 * 2;
+            weight[i] = pack_e4m3(score[at], score[at + 1], score[at + 4], score[at + 5]);
+        }
+    }
+
+    // After weights: lets the other warpgroup make its own.
+    __device__ __forceinline__ void end_turn(const Shared<C> &s, int wg) {
+        if (!C::HAS_TURNS)
+            return;
+        hold(s.base, sum[0] + sum[1]);
+        pass_turn<C>(wg);
+    }
+
+    __device__ __forceinline__ void begin_tile(const sm90_params &p, const Tile<C> &t, int wg) {
+        const int row = Base::first_row_of_thread(t, wg);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const Scales scales = scales_of<C>(p, t, row + 8 * half);
+            scale[half] = C::HAS_SOFTCAP ? scales.score / p.scale : scales.score_log2;
+        }
+        clear_sums();
+    }
+
+    // The weights of key tile n, with nothing else under way.
+    template <bool MASKED>
+    __device__ __forceinline__ void weigh_keys(const sm90_params &p, const Shared<C> &s,
+                                               const Tile<C> &t, int n, Pipeline<C> &pipe) {
+        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+        start_scores(s, pipe);
+        wgmma_wait<0>();
+        pin(score);
+        pipe.key_read(n == t.end_block - 1);
+        shape<MASKED>(p, s, t, n, pipe);
+        float offset[2];
+        follow_maximum(factor, offset);
+        wait_turn<C>(pipe.wg);
+        weigh(offset);
+        pin(score);
+        end_turn(s, pipe.wg);
+        round_weights();
+    }
+
+    __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
+                                          const Tile<C> &t, int n, Pipeline<C> &pipe) {
+        this->clear_output();
+        begin_tile(p, t, pipe.wg);
+        weigh_keys<true>(p, s, t, n, pipe);
+        if (!IS_DEFERRED)
+            add_values(s, pipe);
+    }
+
+    // As that of Consumer. The maximum is followed in any case.
+    template <bool MASKED, bool NEW_TILE, bool>
+    __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
+                                         int n, Pipeline<C> &pipe, const Place<C> &finished) {
+        if constexpr (IS_DEFERRED) {
+            step_deferred<MASKED, NEW_TILE>(p, s, t, n, pipe, finished);
+        } else {
+            if (NEW_TILE) {
+                store_float8_rows<C>(p, pipe.wg, finished, output, top, sum);
+                this->clear_output();
+                begin_tile(p, t, pipe.wg);
+            }
+            weigh_keys<MASKED>(p, s, t, n, pipe);
+            add_values(s, pipe);
+        }
+    }
+
+    // P V of the tile before is added in time for the weights' exponentials to hide that.
+    template <bool MASKED, bool NEW_TILE>
+    __device__ __forceinline__ void step_deferred(const sm90_params &p, const Shared<C> &s,
+                                                  const Tile<C> &t, int n, Pipeline<C> &pipe,
+                                                  const Place<C> &finished) {
+        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+        pin(product);
+        pin(weight);
+        start_scores(s, pipe);
+        mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+        start_product(s, pipe, 0);
+        wgmma_wait<1>();
+        pin(score);
+        pipe.key_read(n == t.end_block - 1);
+        const float finished_top[2] = {top[0], top[1]}, finished_sum[2] = {sum[0], sum[1]};
+        if (NEW_TILE)
+            begin_tile(p, t, pipe.wg);
+        shape<MASKED>(p, s, t, n, pipe);
+        float grown[2], offset[2];
+        follow_maximum(grown, offset);
+        wgmma_wait<0>();
+        pin(product);
+        pin(weight);
+        pipe.value_read();
+        wait_turn<C>(pipe.wg);
+        add_product(0);
+        factor[0] = grown[0];
+        factor[1] = grown[1];
+        if (NEW_TILE) {
+            store_float8_rows<C>(p, pipe.wg, finished, output, finished_top, finished_sum);
+            this->clear_output();
+        }
+        weigh(offset);
+        round_weights();
+        end_turn(s, pipe.wg);
+    }
+
+    __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
+                                         const Place<C> &t, Pipeline<C> &pipe) {
+        if (IS_DEFERRED)
+            add_values(s, pipe);
+        store_float8_rows<C>(p, pipe.wg, t, output, top, sum);
+    }
+};
+
+template <class C>
+__device__ __forceinline__ void forward_float8(const sm90_params &p) {
+    extern __shared__ char raw[];
+    const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
+    const Shared<C> s{base,
+                      reinterpret_cast<Tile<C> *>(raw + (base - shared_address(raw) + C::TILES))};
+    const int warpgroup = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32);
+    if (threadIdx.x == 0) {
+        tma_prefetch_map(&p.query_map);
+        tma_prefetch_map(&p.key_map);
+        tma_prefetch_map(&p.value_map);
+        init_barriers<C>(s);
+        for (int i = 0; i < C::STAGES; i++) {
+            mbarrier_init(loaded_ring<C>(s).full + 8 * i, 1);
+            mbarrier_init(loaded_ring<C>(s).empty + 8 * i, C::TRANSPOSERS);
+        }
+        mbarrier_init_fence();
+    }
+    if (p.list)
+        wait_for_workspace();
+    __syncthreads();
+    if (warpgroup == 0) {
+        registers_decrease<C::PRODUCER_REGISTERS>();
+        if (warp == 0)
+            produce_blocks<C, false>(p, s);
+        else if (warp == 1)
+            produce_queries<C>(p, s);
+        else
+            produce_values<C>(p, s, warp - 2);
+    } else {
+        registers_increase<C::CONSUMER_REGISTERS>();
+        consume<C, Float8Consumer<C>>(p, s, warpgroup - 1);
+    }
+}
