@@ -11,12 +11,13 @@ matrices and a copy of 1 GiB of the same process are written beside them. FLOPs 
 (D + D_v), for bwd 2 B H Lq Lk (3 D + 2 D_v) whatever a row computes twice, halved for causal. The
 ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. The op fp8 is fwd in
 e4m3 with outputs of bf16, and beside it in bf16, both also by FlashAttention 3 where its package
-fa3_fwd is installed. Decoding is one query row for each head, also of bf16 over e4m3 keys and
-values, and every call of it finds L2 cold: before it 256 MiB are read. (Were they written, the call
-would pay for writing back what of them is still in L2.) Its GB/s are those of keys and values. The
-op merge has the number of parts as Lk, and the bytes that it must read and write as GB/s, beside a
-copy that reads and writes as many. Last come host times of one call on a tiny problem: a planned
-call, and a bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
+fa3_fwd is installed, and all from CUDA graphs. Decoding is one query row for each head, also of
+bf16 over e4m3 keys and values, and every call of it finds L2 cold: before it 256 MiB are read.
+(Were they written, the call would pay for writing back what of them is still in L2.) Its GB/s are
+those of keys and values. The op merge has the number of parts as Lk, and the bytes that it must
+read and write as GB/s, beside a copy that reads and writes as many. Last come host times of one
+call on a tiny problem: a planned call, and a bare cuLaunchKernel of an empty kernel with as many
+bytes of parameters.
 """
 
 import argparse
@@ -181,6 +182,16 @@ def rounds(functions, count):
             if i:
                 times[name].append(t)
     return {name: summary(t) for name, t in times.items()}
+
+
+def recorded(call):
+    """What a call enqueues, from a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def summary(times):
@@ -519,9 +530,8 @@ def float8_rows(library, dtypes, quick, dims, kernels, count):
             found[dtype] = {f"dlattn {dtype}": ("dlattn", call)}
             if peer:
                 found[dtype][f"fa3 {dtype}"] = ("fa3", peer)
-        times = rounds(
-            {name: f for both in found.values() for name, (_, f) in both.items()}, count
-        )
+        calls = {name: f for both in found.values() for name, (_, f) in both.items()}
+        times = rounds({name: recorded(f) for name, f in calls.items()}, count)
         yield [
             row
             for dtype, both in found.items()

@@ -31,9 +31,7 @@ def make(name):
     rows, keys = 512, INPUTS[name]
     torch.manual_seed(1)
     size = torch.exp2(torch.arange(HEADS, device="cuda") - 3.0)[:, None, None]
-    query, key, value = (
-        torch.randn(1, HEADS, n, DIM, device="cuda") for n in (rows, keys, keys)
-    )
+    query, key, value = (torch.randn(1, HEADS, n, DIM, device="cuda") for n in (rows, keys, keys))
     if name == "outliers":
         key[..., :4] *= 20
         query[..., :4] /= 20

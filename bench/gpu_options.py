@@ -18,7 +18,7 @@ import random
 
 import torch
 import torch.nn.functional as functional
-from gpu_bench import CODES, COLUMNS, Call, Desc, ceiling_rows, common_columns, rounds
+from gpu_bench import CODES, COLUMNS, Call, Desc, ceiling_rows, common_columns, recorded, rounds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CODES[torch.int32] = (0, 32)
@@ -42,16 +42,6 @@ def normal(*shape):
 def rows_first(t):
     """[B, H, L, D] as [B, L, H, D], as FlashAttention wants it."""
     return t.transpose(1, 2)
-
-
-def recorded(call):
-    """What a call enqueues, from a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 class Case:
