@@ -3,8 +3,8 @@
     python3 bench/gpu_compare.py ./OLD.so ./NEW.so [--out FILE.csv] [--rounds N] [--kernel NAME]
 
 The cases are those of gpu_bench.py: its grid of forward calls in bf16 and f16, and decoding with a
-cold L2; with --kernel, forward calls alone, by that row. Prints old / new for each, which is above 1 where the new one is faster, and the geometric
-means. Set DLATTN_COMMIT to what the CSV shall name.
+cold L2; with --kernel, forward calls alone, by that row. Prints old / new for each, which is above
+1 where the new one is faster, and the geometric means. DLATTN_COMMIT is what the CSV shall name.
 """
 
 import argparse

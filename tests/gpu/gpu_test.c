@@ -58,16 +58,15 @@ struct training {
     dlattn_exec exec;
 };
 
-static void make_training(const dlattn_api *api, struct training *t,
-                          const dlattn_kernel_info *row, const int64_t shape[4]) {
+static void make_training(const dlattn_api *api, struct training *t, const dlattn_kernel_info *row,
+                          const int64_t shape[4]) {
     make_on(&t->a, 0, dtype_of(row), shape, 21);
     make_on(&t->other, 0, dtype_of(row), shape, 22);
-    t->lse = (DLTensor){
-        .data = cuda_take((size_t)(shape[0] * shape[1] * shape[2]) * sizeof(float)),
-        .device = {kDLCUDA, 0},
-        .ndim = 3,
-        .dtype = f32,
-        .shape = t->a.shape};
+    t->lse = (DLTensor){.data = cuda_take((size_t)(shape[0] * shape[1] * shape[2]) * sizeof(float)),
+                        .device = {kDLCUDA, 0},
+                        .ndim = 3,
+                        .dtype = f32,
+                        .shape = t->a.shape};
     t->a.tensors.lse = &t->lse;
     MUST(forward(api, &t->a, NULL));
     t->gradients = (dlattn_gradients){.struct_size = sizeof t->gradients,

@@ -20,7 +20,10 @@ struct spread {
 };
 
 static void make_spread(struct spread *s, const dlattn_kernel_info *row, enum element e) {
-    const bool options = row->features & DLATTN_FEATURE_BIAS && row->features & DLATTN_FEATURE_MASK;
+    /* Both, which cuda_fwd_sm90 does not take of one call. */
+    const bool options = row->features & DLATTN_FEATURE_BIAS &&
+                         row->features & DLATTN_FEATURE_MASK &&
+                         strcmp(row->name, "cuda_fwd_sm90") != 0;
     const int64_t shape[4] = {EXTENT, EXTENT, EXTENT, DIM},
                   keys[4] = {EXTENT, EXTENT, EXTENT, EXTENT};
     s->count = options ? 7 : 5;

@@ -237,8 +237,8 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
             else
                 store_columns<C, __nv_bfloat16>(p, at, half, normalise, output);
         }
-        spoilt[half] = __ballot_sync(
-            ~0u, inside && (poison != 0 || !(total < INFINITY) || is_far<C>(p, top, total)));
+        spoilt[half] =
+            __ballot_sync(~0u, inside && (poison != 0 || !(total < INFINITY) || is_far<C>(p, top)));
         if (inside && p.lse && lane % 4 == 0 && !(spoilt[half] >> lane & 15))
             store_lse<C>(p, t, row, total == 0 ? p.empty_lse : (top + log2_approx(total)) * LN2);
     }

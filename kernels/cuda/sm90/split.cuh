@@ -74,8 +74,7 @@ __device__ __forceinline__ bool store_merged(const sm90_params &p, const Tile<C>
                                       row_offset<C>(p, p.output_strides, t, row) + column) = pair;
     if (column == 0)
         store_lse<C>(p, t, row, total == 0 ? p.empty_lse : (top + log2_approx(total)) * LN2);
-    return multiply_add_zero<E>(pair, 0) & 0x7fff7fff || !(total < INFINITY) ||
-           is_far<C>(p, top, total);
+    return multiply_add_zero<E>(pair, 0) & 0x7fff7fff || !(total < INFINITY) || is_far<C>(p, top);
 }
 
 // Merges the parts of 16 rows of a tile: one block, of which each warp has eight columns.

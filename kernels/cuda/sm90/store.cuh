@@ -10,10 +10,10 @@
 constexpr float ALIBI_LEAST = 0x1p-12f, ALIBI_LOST = 0x1p-80f;
 
 // Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of HAS_EXPONENTS lose nothing, up to the end of
-// the range. Rows without a weight have no exponents.
+// the range. Rows that see nothing have a top of -inf and no exponents.
 template <class C>
-__device__ __forceinline__ bool is_far(const sm90_params &p, float top, float total) {
-    if (C::IS_PLACED && total == 0)
+__device__ __forceinline__ bool is_far(const sm90_params &p, float top) {
+    if (C::IS_PLACED && top == -INFINITY)
         return false;
     const bool loses = C::IS_ANY ? p.exponent_scale != 1 : !C::HAS_EXPONENTS;
     return !(fabsf(top) < (loses ? EXACT_FROM : FLT_MAX));
@@ -308,7 +308,7 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
         // Rows that see no key, or whose scores are all -inf, have a top of -inf.
         spoilt_threads[half] =
             __ballot_sync(~0u, inside && (poison[half] & 0x7fff7fff || !(total[half] < INFINITY) ||
-                                          is_far<C>(p, top[half], total[half])));
+                                          is_far<C>(p, top[half])));
     }
     if (p.lse && (lane & 2) == 0) {
         const int half = lane & 1, row = first_row + 8 * half + lane / 4;
