@@ -295,9 +295,7 @@ void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const s
 /* ---- The tensors ---------------------------------------------------------------------------------------------- */
 
 /* Elements of 128 bytes. */
-static uint32_t box_columns(const struct view *v) {
-    return (uint32_t)(128 / dtype_bytes(v->dtype));
-}
+static uint32_t box_columns(const struct view *v) { return dtype_is_float8(v->dtype) ? 128 : 64; }
 
 /* Q or O as [D, pack, Lq, H / pack, B], the query heads of one tile being neighbours, in boxes of `rows` rows. Packed: [D, pack, Lq,
  * end, H / pack] from Lq rows before the tensor on, see packed_row(). */
