@@ -340,10 +340,10 @@ typedef struct dlattn_exec {
 /* The kernel that a call gets, and what it guarantees. Strings are static. */
 typedef struct dlattn_sku {
     size_t struct_size;
-    const char *kernel;      /* row name, the same in tests, benchmarks and profilers */
-    const char *backend;     /* "cpu" or "cuda" */
-    const char *arch;        /* least machine of the row: "x86-64", "avx512", "sm_80" ... */
-    const char *math;        /* precision of the products: "f64", "f32", "tf32x3" (f32 in three), "f16", "bf16", "e4m3" */
+    const char *kernel;  /* row name, the same in tests, benchmarks and profilers */
+    const char *backend; /* "cpu" or "cuda" */
+    const char *arch;    /* least machine of the row: "x86-64", "avx512", "sm_80" ... */
+    const char *math;    /* precision of the products: "f64", "f32", "tf32x3" (f32 in three), "f16", "bf16", "e4m3" */
     const char *accumulator; /* precision of the sums: "f64" or "f32" */
     uint64_t features;       /* what this problem asks, DLATTN_FEATURE_* */
     size_t workspace_bytes;
