@@ -4,7 +4,7 @@
 #   run.sh [PROGRAM...] [OPTION...]  every program, or those named, Criterion's with these options, such as
 #                                    run.sh logits_test memory_test --filter '*/*huge*'; the exit status is the number of
 #                                    those that failed
-#   run.sh sanitize                  compute-sanitizer's four tools at once over every row of the table, about a minute; of
+#   run.sh sanitize                  compute-sanitizer's four tools at once over every row of the table, some two minutes; of
 #                                    merge two, over its own test
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/root" || exit 1
@@ -19,7 +19,7 @@ if [ "${1-}" = sanitize ]; then
         local tool
         names+=("$1")
         read -ra tool <<<"$2"
-        { timeout 60 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 "${@:3}" && touch "$logs/$1.ok"; } \
+        { timeout 150 compute-sanitizer --tool "${tool[@]}" --error-exitcode 1 "${@:3}" && touch "$logs/$1.ok"; } \
             >"$logs/$1" 2>&1 &
     }
     names=()
