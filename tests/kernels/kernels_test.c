@@ -256,12 +256,13 @@ ParameterizedTest(struct job *job, kernels, row) {
     loop_tiles(&loop, info.tile_q, info.tile_k);
     loop_features(&loop);
     loop_empty(&loop);
-    if (job->backward && strcmp(info.backend, "cuda") == 0)
+    const bool cuda = strcmp(info.backend, "cuda") == 0;
+    if (job->backward && cuda)
         loop_wide(&loop);
-    if (!job->backward && strcmp(info.backend, "cuda") == 0)
+    if (!job->backward && cuda)
         loop_float8(&loop);
     loop_random(&loop);
-    if (!job->backward)
+    if (!job->backward && cuda)
         loop_long(&loop);
     fprintf(stderr, "%s %s: %d cases, %d declined\n", info.name, element_name(job->element),
             loop.checked, loop.declined);
