@@ -32,6 +32,7 @@ enum {
     CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0,
     CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
     CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7,
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT64 = 8,
     CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
     CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3,
 };
@@ -374,14 +375,29 @@ int32_t cuda_clear(void *data, size_t bytes, void *stream) {
     return DLATTN_OK;
 }
 
+static int tensor_map_type(enum dtype dtype) {
+    switch (dtype) {
+    case DTYPE_F64:
+        return CU_TENSOR_MAP_DATA_TYPE_FLOAT64;
+    case DTYPE_F32:
+        return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    case DTYPE_F16:
+        return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case DTYPE_BF16:
+        return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DTYPE_E4M3:
+    case DTYPE_E5M2:
+        return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    case DTYPE_COUNT:
+        break;
+    }
+    return -1;
+}
+
 int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const void *data,
                         uint32_t rank, const uint64_t *extent, const uint64_t *stride,
                         const uint32_t *box, int32_t swizzle) {
     static const uint32_t every[5] = {1, 1, 1, 1, 1};
-    const int type = dtype_is_float8(dtype) ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                     : dtype == DTYPE_F16   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                     : dtype == DTYPE_F32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const int code = swizzle == 128  ? 3
                      : swizzle == 64 ? 2
                                      : swizzle == 32; /* CU_TENSOR_MAP_SWIZZLE_* */
@@ -389,7 +405,7 @@ int32_t cuda_tensor_map(struct cuda_tensor_map *map, enum dtype dtype, const voi
         const void *in;
         void *out; /* the driver's signature lacks a const */
     } address = {data};
-    TRY(cuTensorMapEncodeTiled, map, type, rank, address.out, extent, stride, box, every, 0, code,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
+    TRY(cuTensorMapEncodeTiled, map, tensor_map_type(dtype), rank, address.out, extent, stride, box,
+        every, 0, code, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, 0);
     return DLATTN_OK;
 }

@@ -39,9 +39,6 @@ struct Eight {
     }
 };
 
-// Not finite, or too large: also true of NaN.
-__device__ __forceinline__ bool beyond(float x) { return !(fabsf(x) < LARGEST); }
-
 // Exponents relative to an lse beyond this have lost bits that gradients need; in units of q k, what f16 holds.
 constexpr float LARGEST_LSE = 4096, LARGEST_TERM = 60000;
 
@@ -224,7 +221,7 @@ __device__ __forceinline__ void store_row(const sm90_bwd_params &p, const Unit &
     const float from_lse = sees ? d_lse : 0, delta = d_lse - dot;
     const float least = -lse * (p.softcap > 0 ? LOG2E : 1 / p.scale);
     float *const stats = stats_of(p, head, tile) + r;
-    stats[SM90_BWD_FACTOR * TILE_Q] = row_factor(norm, from_lse);
+    stats[SM90_BWD_FACTOR * TILE_Q] = row_factor(2 * norm + fabsf(from_lse));
     stats[SM90_BWD_LSE * TILE_Q] = least;
     stats[SM90_BWD_DELTA * TILE_Q] = delta;
     char *const terms = rows_of(p, head, tile) + STATS_BYTES;

@@ -1,6 +1,7 @@
 // Which rows and keys a block of cuda_bwd_sm90 works on, and where their numbers are in the workspace.
 #pragma once
 
+#include "kernels/cuda/common/fixed_point.cuh"
 #include "kernels/cuda/sm90/bwd_params.h"
 #include "kernels/cuda/sm90/ptx.cuh"
 
@@ -85,21 +86,7 @@ __device__ __forceinline__ T *row_of(T *data, const sm90_strides &s, int b, int 
     return data + b * s.batch + head * s.head + row * s.row;
 }
 
-// ---- Fixed point: sums of integers do not depend on their order --------------------------------------------------
-
-// A partial sum of d_query_i[d] is at most scale (2 |d_output_i| max_j |value_j| + |d_lse_i|) max_j |key_j[d]|, and so at most scale
-// (2 |d_output_i| + |d_lse_i|) (max_j |value_j| + 1) max_j |key_j[d]|; the 1 only where there is a d_lse. With a power of two above
-// the row's factor and one above the column's taken out, and 30 bits for what is left, no sum of int32 overflows.
-__device__ __forceinline__ int exponent_above(float x) { return (__float_as_int(x) >> 23) - 126; }
-__device__ __forceinline__ float power_of_two(int exponent) {
-    return __int_as_float((min(max(exponent, -126), 120) + 127) << 23);
-}
-// 1 / x of a power of two.
-__device__ __forceinline__ float inverse(float x) {
-    return __int_as_float(0x7f000000 - __float_as_int(x));
-}
-// Of norms and keys that the fast path takes: products of three stay in the range of f32.
-constexpr float LARGEST = 0x1p40f;
+// ---- Fixed point ---------------------------------------------------------------------------------------------------
 
 // What the factors of all columns have in common.
 __device__ __forceinline__ int value_exponent(const sm90_bwd_params &p, const uint32_t *facts) {
@@ -110,9 +97,6 @@ __device__ __forceinline__ float column_factor(const uint32_t *facts, int value_
                                                int column) {
     return power_of_two(-value_exponent -
                         exponent_above(__uint_as_float(__ldcg(facts + SM90_BWD_KEYS + column))));
-}
-__device__ __forceinline__ float row_factor(float d_output_norm, float d_lse) {
-    return power_of_two(30 - exponent_above(2 * d_output_norm + fabsf(d_lse)));
 }
 
 // Element i of a thread's part of d_query: of the rows of a warp, and of the columns of a warpgroup. (PTX ISA, wgmma D fragment)

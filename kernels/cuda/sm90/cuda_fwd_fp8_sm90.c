@@ -60,21 +60,19 @@ bool cuda_fwd_fp8_sm90_plan(struct plan *plan, const struct problem *p, const st
 
 int32_t cuda_fwd_fp8_sm90_launch(const struct plan *plan, const struct problem *p,
                                  const struct exec *exec) {
-    struct cuda_kernel *const kernels = tiles[plan->variant].kernels, *const kernel =
-                                                                          kernels +
-                                                                          (p->key.dtype ==
-                                                                                   DTYPE_E5M2
-                                                                               ? E5M2_KERNELS
-                                                                               : 0) +
-                                                                          (p->softcap > 0);
-    const bool is_listed = sm90_is_listed(p);
+    struct cuda_kernel *const kernels = tiles[plan->variant].kernels;
+    struct cuda_kernel *const kernel =
+        kernels + (p->key.dtype == DTYPE_E5M2 ? E5M2_KERNELS : 0) + (p->softcap > 0);
     struct sm90_params params;
     int32_t status = sm90_fill(&params, p, plan, exec->workspace);
-    if (!is_listed)
+    if (status != DLATTN_OK)
+        return status;
+    if (!sm90_is_listed(p)) {
         sm90_fill_walk(&params, p, plan);
-    if (status == DLATTN_OK && is_listed)
-        status = cuda_launch(kernels + LIST, p->device_id, 1, exec->stream, &params);
-    return status != DLATTN_OK ? status
-                               : (is_listed ? cuda_launch_early : cuda_launch)(
-                                     kernel, p->device_id, plan->blocks, exec->stream, &params);
+        return cuda_launch(kernel, p->device_id, plan->blocks, exec->stream, &params);
+    }
+    status = cuda_launch(kernels + LIST, p->device_id, 1, exec->stream, &params);
+    if (status != DLATTN_OK)
+        return status;
+    return cuda_launch_early(kernel, p->device_id, plan->blocks, exec->stream, &params);
 }

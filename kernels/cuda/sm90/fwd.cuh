@@ -149,19 +149,23 @@ struct Consumer {
         sums[i / 2 % 2] += score[i];
     }
 
+    // The largest score of a row. Four maxima side by side: one would be a chain of SCORES / 2 instructions.
+    __device__ __forceinline__ float maximum(int half) const {
+        float m4[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll
+        for (int i = 0; i < SCORES / 2; i++)
+            m4[i % 4] = fmaxf(m4[i % 4], score[4 * (i / 2) + 2 * half + i % 2]);
+        float m = fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+        return fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+    }
+
     // Moves the top to the maximum of S where that grew by more than 2^8; `factor` is what older results scale by.
     // No branch: wgmmas are in flight, and ptxas waits for them where paths meet.
     __device__ __forceinline__ void track_maximum(float scale_log2, float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            // Four maxima side by side: one would be a chain of SCORES / 2 instructions.
-            float m4[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-#pragma unroll
-            for (int i = 0; i < SCORES / 2; i++)
-                m4[i % 4] = fmaxf(m4[i % 4], score[4 * (i / 2) + 2 * half + i % 2]);
-            float m = fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+            const float m = maximum(half);
             const float growth = m * scale_log2 - top[half];
             const bool grown = growth > 8.f;
             factor[half] = grown ? exp2_approx(-growth) : 1.f;

@@ -334,14 +334,7 @@ struct Float8Consumer : Consumer<C> {
     __device__ __forceinline__ void follow_maximum(float (&grown)[2], float (&offset)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float m4[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-#pragma unroll
-            for (int i = 0; i < SCORES / 2; i++)
-                m4[i % 4] = fmaxf(m4[i % 4], score[4 * (i / 2) + 2 * half + i % 2]);
-            float m = fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-            const float next = fmaxf(top[half], m * exponent(half) - WEIGHT_LOG2);
+            const float next = fmaxf(top[half], this->maximum(half) * exponent(half) - WEIGHT_LOG2);
             offset[half] = next == -INFINITY ? 0.f : next;
             grown[half] = exp2_approx(top[half] - offset[half]);
             top[half] = next;
