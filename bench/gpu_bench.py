@@ -505,14 +505,45 @@ def backward_rows(library, dtypes, quick, dims, kernels, count):
         yield list(case_rows("bwd", dtype, q, k, v, causal, found, times))
 
 
-def flash_attention_3(q, k, v, causal):
+def flash_attention_3(q, k, v, causal, **options):
     """Its forward, None where it is not installed; outputs of e4m3 are bf16."""
     try:
         from fa3_fwd_interface import flash_attn_func
     except ImportError:
         return None
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return functools.partial(flash_attn_func, q, k, v, causal=causal)
+    return functools.partial(flash_attn_func, q, k, v, causal=causal, **options)
+
+
+def started(case, name, make):
+    """What make() gives of a peer, once it has run; None, and a line, where it declines."""
+    try:
+        peer = make()
+        peer()
+        torch.cuda.synchronize()
+    except Exception as error:  # each peer has its own ways to decline
+        print(f"  {case}: {name} declines: {str(error).splitlines()[0][:100]}")
+        return None
+    return peer
+
+
+def write_cases(path, common, count, cases):
+    """The rows of each case into a CSV, and a line of them to the terminal."""
+    with open(path, "w", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS, restval="")
+        out.writeheader()
+        out.writerows(common | row for row in ceiling_rows(count, ("gemm",)))
+        for rows in cases:
+            out.writerows(common | row for row in rows)
+            file.flush()
+            first = rows[0]
+            shape = ", ".join(str(first[axis]) for axis in ("B", "Lq", "Lk"))
+            times = ", ".join(f"{r['impl']} {r['median_us']} us ({r['tflops']})" for r in rows)
+            print(
+                f"{first['op']} D {first['D']} [{shape}] causal {first['causal']}:",
+                f"{first['kernel']}: {times}",
+                flush=True,
+            )
 
 
 def float8_rows(library, dtypes, quick, dims, kernels, count):

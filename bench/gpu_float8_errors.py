@@ -17,7 +17,7 @@ import csv
 import sys
 
 import torch
-from gpu_bench import common_columns
+from gpu_bench import common_columns, flash_attention_3
 
 HEADS, DIM = 8, 128
 INPUTS = {"random": 2048, "outliers": 2048, "long": 65536, "sink": 4096}  # keys, of 512 rows
@@ -64,13 +64,12 @@ def error(output, wanted):
     return f"{missed.sqrt().mean().item():.2e}"
 
 
-def flash_attention_3(tensors, scales):
-    try:
-        from fa3_fwd_interface import flash_attn_func
-    except ImportError:
-        return None
+def by_flash_attention_3(tensors, scales):
     descale = {f"{n}_descale": s.expand(1, HEADS).contiguous() for n, s in zip("qkv", scales)}
-    out = flash_attn_func(*(t.transpose(1, 2) for t in tensors), **descale)
+    call = flash_attention_3(*tensors, False, **descale)
+    if call is None:
+        return None
+    out = call()
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
@@ -84,7 +83,7 @@ def results(library, tensors, scales):
         )
         call()
         yield str(dtype).removeprefix("torch."), call.kernel, out
-    peer = flash_attention_3(tensors, scales)
+    peer = by_flash_attention_3(tensors, scales)
     if peer is not None:
         yield "bfloat16", "fa3", peer
 

@@ -13,12 +13,21 @@ FlashAttention 3 and 4 take longer there than on the GPU.
 """
 
 import argparse
-import csv
 import random
 
 import torch
 import torch.nn.functional as functional
-from gpu_bench import CODES, COLUMNS, Call, Desc, ceiling_rows, common_columns, recorded, rounds
+from gpu_bench import (
+    CODES,
+    Call,
+    Desc,
+    common_columns,
+    flash_attention_3,
+    recorded,
+    rounds,
+    started,
+    write_cases,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CODES[torch.int32] = (0, 32)
@@ -29,10 +38,6 @@ try:
     from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 except ImportError:
     flash_attn_func = flash_attn_varlen_func = None
-try:
-    from fa3_fwd_interface import flash_attn_func as flash_attention_3
-except ImportError:
-    flash_attention_3 = None
 
 
 def normal(*shape):
@@ -79,9 +84,10 @@ class Case:
     def older_flash(self):
         """FlashAttention 3, which chooses the parts of the keys (0), and the 2 of PyTorch, whose
         causal is that of the last rows."""
+        newer = flash_attention_3(self.q, self.k, self.v, self.causal, num_splits=0)
+        if newer:
+            self.peers["fa3"] = newer
         q, k, v = map(rows_first, (self.q, self.k, self.v))
-        if flash_attention_3:
-            self.peers["fa3"] = lambda: flash_attention_3(q, k, v, causal=self.causal, num_splits=0)
         lengths = q.shape[1], k.shape[1]
         self.peers["fa2"] = lambda: torch.ops.aten._flash_attention_forward(
             q, k, v, None, None, *lengths, 0.0, self.causal, False
@@ -129,12 +135,7 @@ class Case:
             desc["flags"] = WINDOW
         calls = {"dlattn": Call(library, Desc(**desc), {**self.tensors, "output": output})}
         for name, peer in self.peers.items():
-            try:
-                peer()
-                torch.cuda.synchronize()
-            except Exception as error:  # each peer has its own ways to decline
-                print(f"  {self.name}: {name} declines: {str(error).splitlines()[0][:100]}")
-            else:
+            if started(self.name, name, lambda peer=peer: peer):
                 calls[name] = peer
         kernel = calls["dlattn"].kernel
         if graphs:
@@ -303,22 +304,13 @@ def main():
     options = options.parse_args()
     library, common = common_columns()
     path = options.out or f"bench/results/{common['date']}-{common['device']}-options.csv"
-    with open(path, "w", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="")
-        out.writeheader()
-        out.writerows(common | row for row in ceiling_rows(options.rounds, ("gemm",)))
-        for dim in map(int, options.dims.split(",")):
-            for group in options.only.split(","):
-                for case in GROUPS[group](dim, not options.no_flex):
-                    rows = list(case.run(library, options.rounds, options.graphs))
-                    out.writerows(dict(common, **row) for row in rows)
-                    file.flush()
-                    text = ", ".join(
-                        f"{r['impl']} {r['median_us']} us ({r['tflops']})" for r in rows
-                    )
-                    print(
-                        f"{case.name} D {dim} {case.shape}: {rows[0]['kernel']}: {text}", flush=True
-                    )
+    cases = (
+        list(case.run(library, options.rounds, options.graphs))
+        for dim in map(int, options.dims.split(","))
+        for group in options.only.split(",")
+        for case in GROUPS[group](dim, not options.no_flex)
+    )
+    write_cases(path, common, options.rounds, cases)
 
 
 if __name__ == "__main__":

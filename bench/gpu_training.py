@@ -11,12 +11,11 @@ takes the case. FLOPs count what is visible.
 """
 
 import argparse
-import csv
 import functools
 
 import torch
 import torch.nn.functional as functional
-from gpu_bench import COLUMNS, PEERS, Call, Desc, ceiling_rows, common_columns, rounds
+from gpu_bench import PEERS, Call, Desc, common_columns, rounds, started, write_cases
 from gpu_options import HEADS, normal, packed_lengths, rows_first
 from torch.nn.attention import sdpa_kernel
 
@@ -76,13 +75,8 @@ class Case:
     def run(self, library, count):
         calls = {"dlattn": self.dlattn(library)}
         for name, make in self.peers.items():
-            try:
-                peer = make()
-                peer()
-                torch.cuda.synchronize()
-            except Exception as error:  # each peer has its own ways to decline
-                print(f"  {self.name}: {name} declines: {str(error).splitlines()[0][:100]}")
-            else:
+            peer = started(self.name, name, make)
+            if peer:
                 calls[name] = peer
         query, key, value = self.inputs
         heads, dim = query.shape[1], query.shape[-1]
@@ -156,19 +150,12 @@ def main():
     options = options.parse_args()
     library, common = common_columns()
     path = options.out or f"bench/results/{common['date']}-{common['device']}-training.csv"
-    with open(path, "w", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="")
-        out.writeheader()
-        out.writerows(common | row for row in ceiling_rows(options.rounds, ("gemm",)))
-        for dim in map(int, options.dims.split(",")):
-            for case in (*packed(dim), *grouped(dim)):
-                rows = list(case.run(library, options.rounds))
-                out.writerows(dict(common, **row) for row in rows)
-                text = ", ".join(f"{r['impl']} {r['median_us']} us ({r['tflops']})" for r in rows)
-                causal = rows[0]["causal"]
-                print(
-                    f"{case.name} D {dim} causal {causal}: {rows[0]['kernel']}: {text}", flush=True
-                )
+    cases = (
+        list(case.run(library, options.rounds))
+        for dim in map(int, options.dims.split(","))
+        for case in (*packed(dim), *grouped(dim))
+    )
+    write_cases(path, common, options.rounds, cases)
 
 
 if __name__ == "__main__":
