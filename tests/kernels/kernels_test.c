@@ -285,12 +285,13 @@ ParameterizedTestParameters(kernels, choice) {
     return cr_make_param_array(struct job, jobs, (size_t)(end - jobs), free_jobs);
 }
 
-/* The widest heads that any row of this backend takes. */
+/* The widest heads of which any row of this backend has a forward. */
 static int64_t widest_head(const dlattn_api *api) {
     int64_t widest = 0;
     for (int32_t row = 0; row < api->kernel_count(); row++) {
         const dlattn_kernel_info info = kernel_info(api, row);
-        if (strcmp(info.backend, BACKEND) == 0 && info.max_head_dim > widest)
+        if (strcmp(info.backend, BACKEND) == 0 && strcmp(info.operation, "forward") == 0 &&
+            info.max_head_dim > widest)
             widest = info.max_head_dim;
     }
     return widest;

@@ -237,7 +237,6 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
     plan->workspace_bytes = parts.list + parts.seen;
-    plan->workspace_alignment = 8;
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);

@@ -10,11 +10,13 @@
 constexpr float ALIBI_LEAST = 0x1p-12f, ALIBI_LOST = 0x1p-80f;
 
 // Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of HAS_EXPONENTS lose nothing, up to the end of
-// the range. Rows that see nothing have a top of -inf and no exponents.
+// the range. A top of -inf is that of a row that sees nothing, which is known of its bounds alone, or of one whose logits have no exponent
+// in f32 (below -2.4e38). Masks and biases may hide all keys of many rows, and then the second is given up: to look again costs a walk
+// over all keys.
 template <class C>
 __device__ __forceinline__ bool is_far(const sm90_params &p, float top) {
     if (C::IS_PLACED && top == -INFINITY)
-        return false;
+        return !(C::IS_ANY || C::COPIES_BIAS || C::LOADS_BIAS);
     const bool loses = C::IS_ANY ? p.exponent_scale != 1 : !C::HAS_EXPONENTS;
     return !(fabsf(top) < (loses ? EXACT_FROM : FLT_MAX));
 }
