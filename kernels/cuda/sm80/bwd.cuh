@@ -632,6 +632,11 @@ __device__ __forceinline__ void find_stats(const bwd_params &p, int block) {
     const Head<E, EXTRAS> head{p, seq, b, h};
     float *const stats = (float *)stats_of(p, seq, h) + block_row;
     float *const deltas = (float *)shared, *const squares = deltas + T::ROWS;
+    if (SUMS) {
+        uint4 *const sums = (uint4 *)sums_at<D>(p, seq, h, block_row);
+        for (int i = threadIdx.x; i < T::ROWS * D / 4; i += T::THREADS)
+            sums[i] = {0, 0, 0, 0};
+    }
 #pragma unroll 4
     for (int r = threadIdx.x / LANES; r < T::ROWS; r += STEP) {
         const int i = block_row + r;
@@ -704,7 +709,7 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
     find_stats<E, D, EXTRAS, false>(p, blockIdx.x);
 }
 
-// The same with a factor of each row for fixed point, and what that needs to know of keys and values.
+// The same with a factor of each row for fixed point and zeros for its sums, and what the factors need to know of keys and values.
 template <typename E, int D>
 __device__ __forceinline__ void bwd_prepare(const bwd_params &p) {
     extern __shared__ __align__(16) char shared[];

@@ -152,8 +152,7 @@ static int32_t launch_sums(const struct problem *p, const struct exec *exec, con
         {of_type + 2 * FINISH, heads * ceil_divide(p->len_q, BWD_STATS_ROWS)},
         {&sinks_kernels[p->dtype == DTYPE_BF16], p->d_sinks.data ? p->heads_q : 0},
     };
-    int32_t status =
-        cuda_clear((char *)exec->workspace + parts.rows, parts.facts + parts.sums, exec->stream);
+    int32_t status = cuda_clear((char *)exec->workspace + parts.rows, parts.facts, exec->stream);
     for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
         if (launches[i].blocks > 0)
             status = cuda_launch(launches[i].kernel, p->device_id, (int32_t)launches[i].blocks,
