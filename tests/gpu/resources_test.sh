@@ -2,51 +2,83 @@
 # resources_test.sh CUOBJDUMP NVDISASM FATBIN...
 # Reads what was compiled: no kernel uses static shared memory beside the dynamic one that the plan counts, none has a
 # large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or more, an HGMMA or QGMMA
-# counting as four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL there. And
-# drivers before 580 load code whose ELF has ABI version 7, that of CUDA 12 (//third_party/ptxas); that of CUDA 13 is 8,
-# and that of Blackwell, which no driver before CUDA 12.8's runs.
+# counting as four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL
+# there; a kernel without a stack has none, and is not disassembled. And drivers before 580 load code whose ELF has ABI
+# version 7, that of CUDA 12 (//third_party/ptxas); that of CUDA 13 is 8, and that of Blackwell, which no driver before
+# CUDA 12.8's runs.
 set -euo pipefail
-cuobjdump=$1 nvdisasm=$2
+cuobjdump=$(realpath "$1") nvdisasm=$(realpath "$2")
 shift 2
+export cuobjdump nvdisasm
+
+# resources IMAGE: of each kernel, its architecture, name, bytes of stack and of static shared memory.
+resources() {
+    "$cuobjdump" --dump-resource-usage "$1" | awk '
+        /^arch =/ { arch = $3 }
+        /Function/ { name = $2; sub(":$", "", name) }
+        /REG:/ { match($0, /STACK:[0-9]+/); stack = substr($0, RSTART + 6, RLENGTH - 6)
+                 match($0, /SHARED:[0-9]+/); print arch, name, stack, substr($0, RSTART + 7, RLENGTH - 7) }'
+}
+
+# with_stack RESOURCES CUBIN: the symbols' indices, with commas between, of the kernels that have a stack; fails if one has
+# no symbol. readelf warns of NVIDIA's order of symbols.
+with_stack() {
+    readelf --symbols --wide "$2" 2>/dev/null | awk -v arch="$(grep -o 'sm_[0-9a-z]*' <<<"${2%.cubin}" | tail -n 1)" '
+        NR == FNR { if ($1 == arch && $3 > 0) missing[$2]; next }
+        $4 == "FUNC" && $NF in missing { printf "%s%d", comma, $1; comma = ","; delete missing[$NF] }
+        END { for (name in missing) exit 1 }' "$1" -
+}
+
+# loops CUBIN SYMBOLS: of each kernel with a main loop, its name, the loop's HMMA and its local accesses.
+loops() {
+    "$nvdisasm" -c -fun "$2" "$1" | awk '
+        function block() { if (mma >= 16) { if (mma > most) most = mma; if (moved > worst) worst = moved } mma = moved = 0 }
+        function kernel() { block(); if (most > 0) print name, most, worst; most = worst = 0 }
+        /^\.text\./ { kernel(); name = substr($1, 7); sub(":$", "", name) }
+        / BRA / { block() }
+        / HMMA/ { mma++ }
+        / [HQ]GMMA/ { mma += 4 }
+        / (LDL|STL)[. ]/ { moved++ }
+        END { kernel() }'
+}
+
+# check_cubin CUBIN: beside it, its image's `resources`.
+check_cubin() {
+    local failed=0 name most moved symbols found=""
+    if [[ $1 != *.sm_1[0-9][0-9]* ]] && [ "$(od -An -tu1 -j8 -N1 "$1" | tr -d ' ')" -ne 7 ]; then
+        echo "$(basename "$1"): not code of CUDA 12"
+        failed=1
+    fi
+    symbols=$(with_stack "$(dirname "$1")/resources" "$1")
+    if [ -n "$symbols" ]; then
+        found=$(loops "$1" "$symbols")
+    fi
+    while read -r name most moved; do
+        [ -n "$name" ] || continue
+        echo "$(basename "$1") $name: $moved local accesses beside $most HMMA"
+        [ "$moved" -le 16 ] || failed=1
+    done <<<"$found"
+    return $failed
+}
+export -f check_cubin with_stack loops
+
 failed=0 kernels=0
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
-
 for image in "$@"; do
+    folder=$temporary/$(basename "$image") path=$(realpath "$image")
+    mkdir "$folder"
+    resources "$image" >"$folder/resources"
+    (cd "$folder" && "$cuobjdump" --extract-elf all "$path" >/dev/null)
     while read -r arch name stack static; do
         kernels=$((kernels + 1))
         if [ "$static" -gt 1024 ] || [ "$stack" -gt 256 ]; then
             echo "$arch $name: $static bytes of static shared memory, $stack bytes of stack"
             failed=1
         fi
-    done < <("$cuobjdump" --dump-resource-usage "$image" | awk '
-        /^arch =/ { arch = $3 }
-        /Function/ { name = $2; sub(":$", "", name) }
-        /REG:/ { match($0, /STACK:[0-9]+/); stack = substr($0, RSTART + 6, RLENGTH - 6)
-                 match($0, /SHARED:[0-9]+/); print arch, name, stack, substr($0, RSTART + 7, RLENGTH - 7) }')
-
-    path=$(realpath "$image")
-    (cd "$temporary" && rm -f ./*.cubin && "$OLDPWD/$cuobjdump" --extract-elf all "$path" >/dev/null)
-    for cubin in "$temporary"/*.cubin; do
-        if [[ $cubin != *.sm_1[0-9][0-9]* ]] && [ "$(od -An -tu1 -j8 -N1 "$cubin" | tr -d ' ')" -ne 7 ]; then
-            echo "$(basename "$cubin"): not code of CUDA 12"
-            failed=1
-        fi
-        while read -r name most moved; do
-            echo "$(basename "$cubin") $name: $moved local accesses beside $most HMMA"
-            if [ "$moved" -gt 16 ]; then
-                failed=1
-            fi
-        done < <("$nvdisasm" -c "$cubin" | awk '
-            function block() { if (mma >= 16) { if (mma > most) most = mma; if (moved > worst) worst = moved } mma = moved = 0 }
-            function kernel() { block(); if (most > 0) print name, most, worst; most = worst = 0 }
-            /^\.text\./ { kernel(); name = substr($1, 7); sub(":$", "", name) }
-            / BRA / { block() }
-            / HMMA/ { mma++ }
-            / [HQ]GMMA/ { mma += 4 }
-            / (LDL|STL)[. ]/ { moved++ }
-            END { kernel() }')
-    done
+    done <"$folder/resources"
 done
+find "$temporary" -name '*.cubin' -print0 |
+    xargs -0 -P "$(nproc)" -I {} bash -euo pipefail -c "check_cubin {}" || failed=1
 echo "$kernels kernels"
 [ "$failed" -eq 0 ] && [ "$kernels" -gt 0 ]

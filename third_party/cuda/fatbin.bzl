@@ -8,6 +8,13 @@ _ARCHS = ["80", "89", "90", "100", "120"]
 # PTX that a newer driver compiles for a GPU that we have no code for.
 _PTX = ["80"]
 
+# Architectures whose PTX is that of another but for its `.target`, unless a source asks for __CUDA_ARCH__ between the two:
+# the compiler, which takes longer than the assembler, runs once for both.
+_PTX_OF = {
+    "89": "80",
+    "120": "100",
+}
+
 _FLAGS = [
     "-std=c++17",
     "-O3",
@@ -45,7 +52,29 @@ def _ptx(ctx, arch):
         progress_message = "Compiling %s for compute_%s" % (ctx.file.src.short_path, arch),
         use_default_shell_env = True,  # nvcc finds clang in PATH
     )
-    return struct(kind = "ptx", sm = arch, file = out)
+    return out
+
+def _retarget(ctx, arch, of, ptx):
+    """What _ptx() would make for `arch`, of what it made for `of`."""
+    out = ctx.actions.declare_file("%s.compute_%s.ptx" % (ctx.label.name, arch))
+    ctx.actions.run_shell(
+        command = 'sed "s/^\\.target sm_%s$/.target sm_%s/" "$1" > "$2"' % (of, arch),
+        arguments = [ptx.path, out.path],
+        inputs = [ptx],
+        outputs = [out],
+        mnemonic = "CudaRetarget",
+    )
+    return out
+
+def _all_ptx(ctx):
+    """PTX by architecture: for each that is to be had as code or as PTX."""
+    archs = depset(ctx.attr.archs + ctx.attr.ptx).to_list()
+    made = {arch: _ptx(ctx, arch) for arch in archs if ctx.attr.ptx_of.get(arch) not in archs}
+    for arch in archs:
+        if arch not in made:
+            of = ctx.attr.ptx_of[arch]
+            made[arch] = _retarget(ctx, arch, of, made[of])
+    return made
 
 def _cubin(ctx, arch, ptx):
     """Code that every driver of CUDA 12 and later loads: third_party/ptxas."""
@@ -67,8 +96,9 @@ def _cubin(ctx, arch, ptx):
     return struct(kind = "elf", sm = arch, file = out)
 
 def _fatbin_impl(ctx):
-    ptx = {arch: _ptx(ctx, arch) for arch in depset(ctx.attr.archs + ctx.attr.ptx).to_list()}
-    images = [_cubin(ctx, arch, ptx[arch].file) for arch in ctx.attr.archs] + [ptx[arch] for arch in ctx.attr.ptx]
+    ptx = _all_ptx(ctx)
+    images = [_cubin(ctx, arch, ptx[arch]) for arch in ctx.attr.archs]
+    images += [struct(kind = "ptx", sm = arch, file = ptx[arch]) for arch in ctx.attr.ptx]
     out = ctx.actions.declare_file(ctx.label.name)
     arguments = ctx.actions.args()
     arguments.add("--create=" + out.path)
@@ -91,6 +121,7 @@ _fatbin = rule(
         "defines": attr.string_list(),
         "hdrs": attr.label_list(allow_files = True),
         "ptx": attr.string_list(),
+        "ptx_of": attr.string_dict(),
         "src": attr.label(allow_single_file = [".cu"], mandatory = True),
         "_compiler": attr.label(default = "@cuda//:compiler"),
         "_fatbinary": attr.label(default = "@cuda//:bin/fatbinary", allow_single_file = True),
@@ -133,7 +164,7 @@ _embed = rule(
     },
 )
 
-def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], copts = [], **kwargs):
+def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_OF, defines = [], copts = [], **kwargs):
     """A cc_library with the symbol `const unsigned char NAME[]`: what cuModuleLoadData and cuLibraryLoadData take.
 
     A fatbin holds one source, because the driver loads one image of it: the best for its GPU. Sources that are variants
@@ -145,6 +176,7 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], 
       hdrs: the headers that it includes.
       archs: the architectures to compile code for, such as ["90a"]; each is a compilation of its own.
       ptx: the architectures to add PTX for. Give [] where the source works on its own archs alone.
+      ptx_of: architectures whose PTX is that of another one. Leave out those between which the source asks for __CUDA_ARCH__.
       defines: macros, without -D.
       copts: more flags for nvcc.
       **kwargs: visibility, tags and the like for the cc_library.
@@ -157,6 +189,7 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, defines = [], 
         copts = copts,
         defines = defines,
         ptx = ptx,
+        ptx_of = ptx_of,
         tags = ["manual"],  # built through _embed alone
         visibility = kwargs.get("visibility"),
     )
