@@ -5,12 +5,23 @@
 #include "kernels/cuda/common/sequence.cuh"
 #include "src/philox.h"
 
+// x, and what follows from it, is worked out here each time, so that no register holds it meanwhile.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Of one query head of one sequence. Row i and key j count from the sequence's first.
 struct PairOptions {
     const fwd_params &f;
     const pair_params &p;
     const Sequence &seq;
     const int b, h;
+
+    // The same, of which nothing is kept from one step of a loop to the next.
+    __device__ __forceinline__ PairOptions for_once() const {
+        return {f, p, seq, anew(b), anew(h)};
+    }
 
     __device__ __forceinline__ int query_segment(int i) const {
         const fwd_view &v = p.query_segments;
@@ -78,8 +89,7 @@ struct SeenTiles {
 };
 template <int KEYS>
 struct SeenTiles<KEYS, true> {
-    static constexpr int MOST_BLOCKS =
-        64; // of a tile that are looked at: more cost more than they spare
+    static constexpr int MOST_BLOCKS = 64; // of a tile: to look at more costs more than it spares
 
     const PairOptions options;
     const int row, end_row, end; // rows, and tiles
@@ -89,7 +99,7 @@ struct SeenTiles<KEYS, true> {
     __device__ __forceinline__ SeenTiles(const PairOptions &options, int row, int end_row,
                                          int first, int end)
         : options(options), row(row), end_row(end_row), end(end), seen(0) {
-        if (any() && first < end)
+        if (any() && first % 32 && first < end)
             look(first / 32);
     }
 
@@ -97,7 +107,8 @@ struct SeenTiles<KEYS, true> {
         return options.p.query_segments.data || options.p.block_mask.data;
     }
 
-    __device__ __forceinline__ bool by_segments(int low, int high, int key, int end_key) const {
+    __device__ __forceinline__ static bool by_segments(const PairOptions &options, int low,
+                                                       int high, int key, int end_key) {
         int least = INT32_MAX, most = INT32_MIN;
 #pragma unroll 4
         for (int j = key; j < end_key; ++j) {
@@ -108,7 +119,8 @@ struct SeenTiles<KEYS, true> {
         return low <= most && least <= high;
     }
 
-    __device__ __forceinline__ bool by_blocks(int key, int end_key) const {
+    __device__ __forceinline__ static bool by_blocks(const PairOptions &options, int row,
+                                                     int end_row, int key, int end_key) {
         const pair_params &p = options.p;
         const int first_row = divide(row, p.block_q), first_key = divide(key, p.block_k),
                   rows = divide(end_row - 1, p.block_q) - first_row + 1,
@@ -120,22 +132,23 @@ struct SeenTiles<KEYS, true> {
     }
 
     __device__ __forceinline__ void look(int group) {
-        const int key = (group * 32 + threadIdx.x % 32) * KEYS,
-                  end_key = min(key + KEYS, options.seq.k_len);
+        const PairOptions here = options.for_once();
+        const int first_row = anew(row), key = (group * 32 + threadIdx.x % 32) * KEYS,
+                  end_key = min(key + KEYS, here.seq.k_len);
         bool sees = key < end_key;
-        if (options.p.query_segments.data) {
+        if (here.p.query_segments.data) {
             int low = INT32_MAX, high = INT32_MIN;
-            for (int i = row + threadIdx.x % 32; i < end_row; i += 32) {
-                const int x = options.query_segment(i);
+            for (int i = first_row + threadIdx.x % 32; i < end_row; i += 32) {
+                const int x = here.query_segment(i);
                 low = min(low, x);
                 high = max(high, x);
             }
             low = __reduce_min_sync(~0u, low);
             high = __reduce_max_sync(~0u, high);
-            sees = sees && by_segments(low, high, key, end_key);
+            sees = sees && by_segments(here, low, high, key, end_key);
         }
-        if (options.p.block_mask.data)
-            sees = sees && by_blocks(key, end_key);
+        if (here.p.block_mask.data)
+            sees = sees && by_blocks(here, first_row, end_row, key, end_key);
         seen = __ballot_sync(~0u, sees);
     }
 

@@ -235,8 +235,10 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p, const pair_pa
         S::multiply(t.s, q_tile + y * R * S::PITCH, kv_tile);
         __syncthreads();
         load_kv(p.value, key, p.dim_v, p.flags & FWD_ALIGNED_VALUE);
-        const bool masked = t.template logits<EXTRAS>(p, pairs, seq, work.b, work.h, row, key);
-        const uint32_t dropped = EXTRAS && pair.dropout ? S::dropped(pairs, row, key) : 0;
+        const bool masked = t.template logits<EXTRAS>(p, EXTRAS ? pairs.for_once() : pairs, seq,
+                                                      work.b, work.h, row, key);
+        const uint32_t dropped =
+            EXTRAS && pair.dropout ? S::dropped(pairs.for_once(), row, key) : 0;
         t.softmax(prob, dropped);
         const bool any_masked =
             __any_sync(~0u, masked || dropped); // and the half warp sees the probabilities

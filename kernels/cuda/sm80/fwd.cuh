@@ -41,12 +41,6 @@ __device__ __forceinline__ T kept(T x) {
 // The same for a number that all lanes have.
 __device__ __forceinline__ int kept_by_all(int x) { return __reduce_max_sync(~0u, x); }
 
-// The opposite: x, and what follows from it, is worked out here each time, so that no register holds it meanwhile.
-__device__ __forceinline__ int anew(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 template <int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
 struct Tile {
     static constexpr int THREADS = WARPS * 32, ROWS = WARPS / SPLIT * MT * 16;
@@ -990,7 +984,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_pa
             w.find_maxima();
             w.follow_maxima(shared + p_tile);
             if (EXTRAS && pair.dropout)
-                w.drop(options, share.first_row + lane / 4, key + lane % 4 * 2);
+                w.drop(options.for_once(), share.first_row + lane / 4, key + lane % 4 * 2);
             w.template exponentials<0, W::PART * W::AHEAD>(at.p_to);
         }
         offset = offset + T::STAGE_BYTES == R::BYTES ? 0 : offset + T::STAGE_BYTES;

@@ -468,13 +468,13 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p, const pair_
             if (options)
                 w.template logits<EXTRAS>(p, pair, seq, work.b, work.h, row, key);
             if (hidden)
-                w.hide(pairs, row, key);
+                w.hide(pairs.for_once(), anew(row), key);
             if (key < clean_first || key + BN > clean_end)
                 w.mask(p, seq, row, key);
             float shrink[2];
             w.softmax(shrink);
             if (EXTRAS && pair.dropout)
-                w.drop(pairs, row, key);
+                w.drop(pairs.for_once(), anew(row), key);
             w.add_values(v_at, p.dim_v, shrink);
         }
     }
