@@ -51,7 +51,9 @@ static const char *row_of(const struct machine *m, const struct problem *p) {
 Test(gpu_plan, every_head_dim_on_every_gpu) {
     static const uint64_t features[] = {
         0, DLATTN_FEATURE_CAUSAL | DLATTN_FEATURE_LSE, DLATTN_FEATURE_BIAS,
-        DLATTN_FEATURE_PAGED | DLATTN_FEATURE_UNALIGNED | DLATTN_FEATURE_STRIDED};
+        DLATTN_FEATURE_PAGED | DLATTN_FEATURE_UNALIGNED | DLATTN_FEATURE_STRIDED,
+        DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK |
+            DLATTN_FEATURE_DIAGONAL_OFFSET};
     for (int m = 0; m < MACHINES; m++) {
         for (int64_t dim = 1; dim <= 256; dim++) {
             for (size_t f = 0; f < sizeof features / sizeof features[0]; f++) {
@@ -166,6 +168,35 @@ Test(gpu_plan, forward_on_an_offset_diagonal) {
     for (int m = 0; m < MACHINES; m++)
         cr_expect(strcmp(row_of(&machines[m], &p), "cuda_fwd_sm80") == 0, "sm_%d", machines[m].sm);
     expect_most_offset(&p, "cuda_fwd_sm80");
+    p = problem_of(DTYPE_F32, 64, 64, DLATTN_FEATURE_DIAGONAL_OFFSET);
+    expect_most_offset(&p, "cuda_fwd_tf32x3");
+    expect_most_offset(&p, "cuda_fwd_simt");
+}
+
+/* What came with ABI 1.1 takes no dtype from its row, but Hopper's own has segments alone; and it has tiles of its own. */
+Test(gpu_plan, forward_with_options_of_pairs) {
+    static const uint64_t features[] = {DLATTN_FEATURE_DROPOUT, DLATTN_FEATURE_SEGMENTS,
+                                        DLATTN_FEATURE_BLOCK_MASK, DLATTN_FEATURE_DIAGONAL_OFFSET};
+    static const char *const rows[] = {
+        [DTYPE_F64] = "cuda_fwd_simt",
+        [DTYPE_F32] = "cuda_fwd_tf32x3",
+        [DTYPE_F16] = "cuda_fwd_sm80",
+        [DTYPE_BF16] = "cuda_fwd_sm80",
+    };
+    const struct caps caps = caps_of(&machines[0]);
+    for (size_t f = 0; f < sizeof features / sizeof features[0]; f++) {
+        for (enum dtype e = 0; e < DTYPE_E4M3; e++) {
+            const struct problem p = problem_of(e, 64, 64, features[f]),
+                                 plain = problem_of(e, 64, 64, 0);
+            struct plan plan, without;
+            cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+            cr_assert(eq(int, plan_choose(&without, &plain, &caps), DLATTN_OK));
+            cr_expect(strcmp(plan.kernel->name, rows[e]) == 0, "%s: %s", dtype_name(e),
+                      plan.kernel->name);
+            cr_expect(plan.kernel == without.kernel && plan.variant != without.variant, "%s",
+                      dtype_name(e));
+        }
+    }
 }
 
 /* Blocks of few rows while that makes more of them than four for each multiprocessor, and of no more than there are slots for;

@@ -116,7 +116,7 @@ Test(choice, shapes) {
 /* Of what came after 1.0, the rows that widen have float8 and scales. */
 static bool is_for_the_reference(const struct features *f, enum element e) {
     const bool others = f->diagonal_offset != 0 || f->segments || f->block_q > 0 || f->dropout > 0;
-    return others || (e == F64 && features_are_later(f));
+    return others || (e == F64 && features_have_8_bits(f));
 }
 
 /* No option of ABI 1.0, no float8, no scale and no layout takes a problem away from its row. */

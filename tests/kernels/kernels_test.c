@@ -114,6 +114,17 @@ static void loop_long(struct loop *loop) {
     }
 }
 
+/* Options that leave nothing of some tiles of keys, more than 32 of them, on each tile of a GPU. */
+static void loop_hidden(struct loop *loop) {
+    static const struct shape shapes[] = {{2, 2, 1, 150, 1300, 64, 64},
+                                          {1, 2, 2, 150, 1300, 128, 128},
+                                          {1, 2, 1, 70, 1300, 256, 256}};
+    for (int i = 0; i < feature_set_count; i++)
+        for (int j = 0; j < 3; j++)
+            if (feature_sets[i].segment_rows || feature_sets[i].block_k > 64)
+                check(loop, &shapes[j], &feature_sets[i]);
+}
+
 /* Rows that see nothing and shall have an lse of +inf, many and few. */
 static void loop_empty(struct loop *loop) {
     static const struct shape shapes[] = {{3, 4, 2, 40, 9, 32, 32}, {3, 4, 2, 4, 2, 32, 32}};
@@ -264,6 +275,8 @@ ParameterizedTest(struct job *job, kernels, row) {
     loop_random(&loop);
     if (!job->backward && cuda)
         loop_long(&loop);
+    if (cuda)
+        loop_hidden(&loop);
     fprintf(stderr, "%s %s: %d cases, %d declined\n", info.name, element_name(job->element),
             loop.checked, loop.declined);
     cr_expect(eq(int, loop.failed, 0), "%s: %d of %d cases failed", info.name, loop.failed,
@@ -305,7 +318,7 @@ ParameterizedTest(struct job *job, kernels, choice) {
     const int64_t widest = widest_head(loop.subject.api);
     for (int i = 0; i < feature_set_count; i += SHARE) {
         const struct shape *shape = &check_shapes[(i * 7 + 5) % check_shape_count];
-        const bool has_row = strcmp(BACKEND, "cpu") == 0 || !features_are_later(&feature_sets[i]);
+        const bool has_row = strcmp(BACKEND, "cpu") == 0 || !features_have_8_bits(&feature_sets[i]);
         if (has_row && shape->dim_qk <= widest && shape->dim_v <= widest)
             check(&loop, shape, &feature_sets[i]);
     }

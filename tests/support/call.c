@@ -327,6 +327,8 @@ static double value_of(const struct call *c, enum slot slot, uint64_t n, const i
         return ldexp(1, -(int)(1 + n % 8));
     case QUERY_SEGMENTS:
     case KEY_SEGMENTS:
+        if (f->segment_rows)
+            return (double)(index[c->tensor[slot].dl.ndim - 1] / f->segment_rows);
         return (double)random_below(draw(c, slot), n / 5, 3) - 1;
     case BLOCK_MASK:
         return (double)random_below(draw(c, slot), n, 3);
@@ -768,13 +770,12 @@ void case_print(const struct test_case *c, char *text, size_t size) {
              layout_name(c->features.layout), (unsigned long long)c->seed);
 }
 
-bool features_are_later(const struct features *f) {
-    return f->diagonal_offset != 0 || f->segments || f->block_q || f->scales || f->dropout > 0 ||
-           f->query || f->key || f->value;
+bool features_have_8_bits(const struct features *f) {
+    return f->scales || f->query || f->key || f->value;
 }
 
 bool features_are_forward_only(const struct features *f) {
-    return f->page_size || f->scales || f->query || f->key || f->value;
+    return f->page_size || features_have_8_bits(f);
 }
 
 struct features features_random(uint64_t seed) {

@@ -41,6 +41,7 @@ struct features {
     double logits;                                      /* multiplies the query; 0 = 1 */
     int64_t diagonal_offset;
     bool segments;
+    int64_t segment_rows;           /* not 0: segments are sorted, each has so many rows or keys */
     int64_t block_q, block_k;       /* not 0: a block mask */
     int scales;                     /* 1: [1], 2: [B, heads] or [pages, heads], 3: [1, heads] */
     double dropout;                 /* its probability */
@@ -156,8 +157,8 @@ extern const struct features feature_sets[];
 extern const int feature_set_count;
 /* The set of that name, which there is. */
 const struct features *features_named(const char *name);
-/* Whether they ask for what ABI 1.1 brought, of which the reference row alone has all. */
-bool features_are_later(const struct features *f);
+/* Whether a tensor may be of 8 bits, or has a scale. */
+bool features_have_8_bits(const struct features *f);
 /* Whether backward refuses them. */
 bool features_are_forward_only(const struct features *f);
 /* A sensible combination drawn by chance. */

@@ -122,6 +122,30 @@ def check_jax() -> None:
                     what = f"jax {dtype} {case} gradient {name}, native: {native}"
                     check(what, a, b, tolerance * float(jnp.abs(b).max()))
 
+    def segments() -> None:
+        """Documents in one sequence, forward and backward, beside the same as a mask."""
+        documents = jnp.broadcast_to(jnp.arange(1024, dtype=jnp.int32) // 150, (2, 1024))
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+
+        def by_segments(*x: Any) -> Any:
+            x = [t.swapaxes(1, 2) for t in x]
+            found = dlattn.jax.attention(*x, query_segments=documents, key_segments=documents)
+            return found.swapaxes(1, 2)
+
+        def results(f: Callable[..., Any], x: list[Any]) -> list[Any]:
+            def loss(*x: Any) -> Any:
+                return jnp.sum(f(*x).astype(jnp.float32) ** 2)
+
+            return [jax.jit(f)(*x), *jax.jit(jax.grad(loss, (0, 1, 2)))(*x)]
+
+        for name, tolerance in {"bfloat16": 0.03, "float16": 0.005, "float32": 1e-4}.items():
+            x = tensors(CASES[0][:3] + (1024, 1024, 64, False), jnp.dtype(name))
+            with jax.default_matmul_precision("highest"):
+                expected = results(partial(jax.nn.dot_product_attention, mask=same), wide(x))
+            for what, a, b in zip(("output", *"qkv"), results(by_segments, x), expected):
+                bound = tolerance * max(1.0, float(jnp.abs(b).max()))
+                check(f"jax {name} segments {what}", a, b, bound)
+
     def mapped() -> None:
         """Over a new axis of queries and values, with one key for all."""
         query, key, value = tensors(CASES[0], jnp.float16)
@@ -155,7 +179,7 @@ def check_jax() -> None:
         x = [t.astype(jnp.int32) for t in (query, key, value)]
         refused("jax dtype", NotImplementedError, "dtype", lambda: ours(*x))
 
-    for step in (forward, gradients, mapped, loop, on_cpu, refusals):
+    for step in (forward, gradients, segments, mapped, loop, on_cpu, refusals):
         attempt(step)
 
 
@@ -363,6 +387,41 @@ def check_torch() -> None:
         stream.synchronize()
         check("DLPack methods", numpy(out), numpy(theirs(*wide(x))), 4e-3)
 
+    def dropout() -> None:
+        """One seed drops the same weights on any device: output and gradients beside the CPU's."""
+
+        def results(name: str, device: str, case: tuple) -> list[Any]:
+            x = [t.requires_grad_() for t in tensors(case, getattr(torch, name), device)]
+            torch.manual_seed(5)
+            output = ours(*x, dropout_p=0.3, is_causal=case[-1], enable_gqa=True)
+            output.float().square().sum().backward()
+            return [output, *(t.grad for t in x)]
+
+        for name, tolerance in {"bfloat16": 0.03, "float16": 0.005, "float32": 1e-4}.items():
+            for case in CASES[1:4]:
+                pairs = zip(results(name, "cuda", case), results(name, "cpu", case))
+                for what, (a, b) in zip(("output", *"qkv"), pairs):
+                    bound = tolerance * max(1.0, float(b.abs().max()))
+                    check(f"torch {name} {case} dropout {what}", numpy(a), numpy(b), bound)
+
+    def hidden() -> None:
+        """Documents in one sequence, and blocks of rows and keys, beside the same as a mask."""
+        rng = np.random.default_rng(1)
+        documents = torch.arange(1024, dtype=torch.int32, device="cuda")[None] // 150
+        blocks = torch.from_numpy(rng.integers(0, 3, (1, 4, 8, 8), np.uint8)).cuda()
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        tall = blocks.repeat_interleave(128, 2).repeat_interleave(128, 3) != 0
+        ways = {
+            "segments": ({"query_segments": documents, "key_segments": documents}, same),
+            "block mask": ({"block_mask": blocks, "block_size": (128, 128)}, tall),
+        }
+        for dtype, tolerance in TOLERANCE.items():
+            x = tensors(CASES[5], getattr(torch, dtype))
+            for name, (options, mask) in ways.items():
+                found = dlattn.attention(*x, **options)
+                expected = theirs(*wide(x), attn_mask=mask).nan_to_num()
+                check(f"torch {dtype} {name}", numpy(found), numpy(expected), tolerance)
+
     def merging() -> None:
         """Of a few parts, and of more than a launch takes at once, whose table is a workspace."""
         q, k, v = tensors(CASES[3], torch.bfloat16)
@@ -383,7 +442,8 @@ def check_torch() -> None:
 
     for step in (
         *(forward, strided, float8, masks, gradients, packed_gradients, current_stream, graph),
-        *(gradients_on_a_stream, gradients_in_a_graph, array_interface, merging, refusals),
+        *(gradients_on_a_stream, gradients_in_a_graph, array_interface, dropout, hidden),
+        *(merging, refusals),
     ):
         attempt(step)
 

@@ -4,9 +4,9 @@
 
 #include "kernels/cuda/common/bwd_params.h"
 #include "kernels/cuda/common/exponential.cuh"
+#include "kernels/cuda/common/pairs.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
-#include "src/philox.h"
 
 #include <math_constants.h>
 #include <type_traits>
@@ -49,7 +49,7 @@ struct BwdSequence : Sequence {
         const int64_t padded = (p.f.len_q + BWD_STATS_ROWS - 1) / BWD_STATS_ROWS * BWD_STATS_ROWS;
         stats =
             p.f.cu_seqlens_q.data ? (q_start / BWD_STATS_ROWS + b) * BWD_STATS_ROWS : b * padded;
-        diagonal += p.diagonal_offset;
+        diagonal += p.pair.diagonal_offset;
     }
 
     // Rows [first, end) to which the window leaves one of the keys [key, key_end).
@@ -100,39 +100,9 @@ struct BwdHead {
         return (N)abs(i + seq.diagonal - j);
     }
 
-    __device__ __forceinline__ bool same_segment(int i, int j) const {
-        const fwd_view &q = p.query_segments, &k = p.key_segments;
-        return ((const int *)q.data)[b * q.stride[0] + (seq.q_start + i) * q.stride[2]] ==
-               ((const int *)k.data)[b * k.stride[0] + (seq.k_start + j) * k.stride[2]];
-    }
-    // By block mask and mask.
-    __device__ __forceinline__ bool unmasked(int i, int j) const {
-        if (p.block_mask.data) {
-            const uint8_t state =
-                ((const uint8_t *)
-                     p.block_mask.data)[at(p.block_mask, i / p.block_q, j / p.block_k)];
-            if (state != 1)
-                return state != 0;
-        }
-        return !p.f.mask.data || ((const uint8_t *)p.f.mask.data)[at(p.f.mask, i, j)];
-    }
+    __device__ __forceinline__ PairOptions options() const { return {p.f, p.pair, seq, b, h}; }
     __device__ __forceinline__ bool in_window(int i, int j) const {
         return j >= seq.first_key(p.f, i) && j < seq.end_key(p.f, i);
-    }
-
-    // The random words of keys j / 4 * 4 to j / 4 * 4 + 3.
-    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4]) const {
-        x[0] = j / 4;
-        x[1] = i;
-        x[2] = b * p.f.heads_q + h;
-        x[3] = p.offset;
-        philox(x, p.seed[0], p.seed[1]);
-    }
-    __device__ __forceinline__ bool dropped(int i, int j) const {
-        uint32_t x[4];
-        random(i, j, x);
-        const uint32_t low = j & 1 ? x[1] : x[0], high = j & 1 ? x[3] : x[2];
-        return (j & 2 ? high : low) <= p.dropped_upto;
     }
 
     // First elements of row i of query and output, and of key j and its value.

@@ -19,8 +19,7 @@ enum {
     BWD_ALIGNED_D_QUERY = 128, /* as FWD_ALIGNED_QUERY, for its own type */
     BWD_ALIGNED_D_KEY = 256,
     BWD_ALIGNED_D_VALUE = 512,
-    BWD_DROPOUT = 1024,
-    BWD_LOGITS = 2048, /* statistics are relative to logits, not to products of query and key */
+    BWD_LOGITS = 1024, /* statistics are relative to logits, not to products of query and key */
 };
 
 /* Statistics of rows lie in groups of this many: each sequence begins with one. */
@@ -32,7 +31,7 @@ enum { SUM_THREADS = 256, SUM_SHARED_BYTES = SUM_THREADS / 32 * 8 };
 struct bwd_params {
     struct fwd_params f;
     struct fwd_view d_output, d_lse, d_query, d_key, d_value, d_bias, d_alibi_slopes, d_sinks;
-    struct fwd_view query_segments, key_segments, block_mask;
+    struct pair_params pair;
     /* [3][heads_q][stats_rows]: of each row what scores are relative to, the exponent of 2 of the sum of its weights relative to that
      * (infinity: it takes no part), and delta. f64 and its exponents are of e. */
     void *stats;
@@ -40,13 +39,7 @@ struct bwd_params {
     void *slope_sums; /* [batch][heads_q][row_blocks] */
     int32_t heads_kv;
     int32_t key_blocks;
-    int32_t diagonal_offset;
-    int32_t block_q, block_k;
     int32_t flags;
-    float keep;            /* 1 / (1 - dropout_probability) */
-    uint32_t dropped_upto; /* random words up to this one drop their weight */
-    uint32_t seed[2], offset;
-    double dropout_probability;
 };
 
 #endif /* DLATTN_CUDA_BWD_PARAMS_H_ */

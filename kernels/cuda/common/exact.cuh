@@ -4,18 +4,20 @@
 #pragma once
 
 #include "kernels/cuda/common/float8.cuh"
+#include "kernels/cuda/common/pairs.cuh"
 #include "kernels/cuda/common/sequence.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 // E: elements of the tensors; Sum: what products and sums are computed in; C: elements of keys and values, of which float8 may have
-// scales.
-template <typename E, typename Sum, typename C = E>
+// scales; PAIRS: with the options of pair_params.
+template <typename E, typename Sum, typename C = E, bool PAIRS = false>
 struct ExactRow {
     const fwd_params &p;
     const Sequence &seq;
     const int b, h, i;
+    const pair_params *pair = nullptr; // PAIRS
 
     template <typename T = E>
     __device__ static Sum load(const void *data, int64_t at) {
@@ -37,6 +39,8 @@ struct ExactRow {
         return head + paged_row(p, v, b, j);
     }
 
+    __device__ PairOptions options() const { return {p, *pair, seq, b, h}; }
+
     // -inf for a key that the row does not see.
     __device__ Sum logit(int j) const {
         if (j < seq.first_key(p, i) || j >= seq.end_key(p, i))
@@ -44,8 +48,12 @@ struct ExactRow {
         const auto at = [&](const fwd_view &v) {
             return b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
         };
-        if (p.mask.data && !((const uint8_t *)p.mask.data)[at(p.mask)])
+        if constexpr (PAIRS) {
+            if (!options().visible(i, j))
+                return -INFINITY;
+        } else if (p.mask.data && !((const uint8_t *)p.mask.data)[at(p.mask)]) {
             return -INFINITY;
+        }
         const int64_t q =
             b * p.query.stride[0] + h * p.query.stride[1] + (seq.q_start + i) * p.query.stride[2];
         const int64_t k = key_row(p.key, j);
@@ -87,7 +95,10 @@ struct ExactRow {
             const Sum x = base + lane < end ? logit(base + lane) : (Sum)-INFINITY;
             const Sum weight = x == -INFINITY ? 0 : exp(x - top);
             total += weight;
-            for (unsigned left = __ballot_sync(~0u, x != -INFINITY); left; left &= left - 1) {
+            bool counts = x != -INFINITY;
+            if constexpr (PAIRS)
+                counts = counts && !(pair->dropout && options().dropped(i, base + lane));
+            for (unsigned left = __ballot_sync(~0u, counts); left; left &= left - 1) {
                 const int who = __ffs(left) - 1;
                 const Sum w = __shfl_sync(~0u, weight, who);
                 const int64_t v = key_row(p.value, base + who);
@@ -107,6 +118,8 @@ struct ExactRow {
         Sum over = total; // what the output is divided by
         if constexpr (is_float8<C>)
             over /= (Sum)scale_at(p.value_scale, b, h / p.group);
+        if constexpr (PAIRS)
+            over *= (Sum)(1 - pair->dropout_probability);
         const int64_t row = seq.q_start + i;
         E *const to = (E *)p.output.data + b * p.output.stride[0] + h * p.output.stride[1] +
                       row * p.output.stride[2];
@@ -134,4 +147,15 @@ __device__ __noinline__ void write_rows_exactly(const fwd_params &p, int b, int 
     __syncwarp();
     for (int i = row; i < min(end, seq.q_len); ++i)
         ExactRow<E, Sum, C>{p, seq, b, h, i}.write();
+}
+
+// The same with the options of pair_params.
+template <typename E, typename Sum>
+__device__ __noinline__ void write_rows_exactly(const fwd_params &p, const pair_params &pair, int b,
+                                                int h, int row, int end) {
+    Sequence seq(p, b);
+    seq.diagonal += pair.diagonal_offset;
+    __syncwarp();
+    for (int i = row; i < min(end, seq.q_len); ++i)
+        ExactRow<E, Sum, E, true>{p, seq, b, h, i, &pair}.write();
 }

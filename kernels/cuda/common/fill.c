@@ -28,8 +28,9 @@ bool fwd_plan(struct plan *plan, const struct problem *p, const struct tile *til
 
 int32_t fwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
                    const struct tile *tiles) {
-    struct fwd_params params;
-    fwd_fill(&params, p, plan->tile_q);
+    struct fwd_pair_params params;
+    fwd_fill(&params.fwd, p, plan->tile_q);
+    pair_fill(&params.pair, p);
     return cuda_launch(kernel_for(&tiles[plan->variant], p->dtype), p->device_id, plan->blocks,
                        exec->stream, &params);
 }
@@ -114,6 +115,37 @@ bool offset_fits(struct plan *plan, const struct problem *p) {
     return !plan->why;
 }
 
+struct divisor divisor_of(int64_t d) {
+    struct divisor r = {.shift = 31};
+    while (INT64_C(1) << (r.shift - 31) < d)
+        r.shift++;
+    r.multiplier = (uint32_t)(((INT64_C(1) << r.shift) + d - 1) / d);
+    return r;
+}
+
+bool fwd_needs_pairs(const struct problem *p) {
+    return p->features & (DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS |
+                          DLATTN_FEATURE_BLOCK_MASK | DLATTN_FEATURE_DIAGONAL_OFFSET);
+}
+
+void pair_fill(struct pair_params *params, const struct problem *p) {
+    *params = (struct pair_params){
+        .query_segments = view(&p->query_segments),
+        .key_segments = view(&p->key_segments),
+        .block_mask = view(&p->block_mask),
+        .block_q = divisor_of(p->block_q > 0 ? p->block_q : 1),
+        .block_k = divisor_of(p->block_k > 0 ? p->block_k : 1),
+        .diagonal_offset = (int32_t)p->diagonal_offset,
+        .dropout = p->dropout_probability > 0,
+        .keep = (float)(1 / (1 - p->dropout_probability)),
+        .dropped_upto = (uint32_t)fmax(ceil(p->dropout_probability * 0x1p32) - 1, 0),
+        .seed = {(uint32_t)p->dropout_seed,
+                 (uint32_t)(p->dropout_seed >> 32) ^ (uint32_t)(p->dropout_offset >> 32)},
+        .offset = (uint32_t)p->dropout_offset,
+        .dropout_probability = p->dropout_probability,
+    };
+}
+
 bool bwd_fits(struct plan *plan, const struct problem *p) {
     return offset_fits(plan, p) && fwd_fits(plan, p);
 }
@@ -129,14 +161,6 @@ int64_t bwd_stats_rows(const struct problem *p) {
     const int64_t group = BWD_STATS_ROWS;
     return p->total_q > 0 ? (p->total_q / group + p->batch + 1) * group
                           : (p->len_q + group - 1) / group * group * p->batch;
-}
-
-struct divisor divisor_of(int64_t d) {
-    struct divisor r = {.shift = 31};
-    while (INT64_C(1) << (r.shift - 31) < d)
-        r.shift++;
-    r.multiplier = (uint32_t)(((INT64_C(1) << r.shift) + d - 1) / d);
-    return r;
 }
 
 static int32_t bwd_flags(const struct problem *p) {
@@ -158,8 +182,7 @@ static int32_t bwd_flags(const struct problem *p) {
     }
     if (p->d_output.dtype == p->dtype && aligned(&p->d_output, dtype_bytes(p->dtype), p->dim_v))
         flags |= BWD_ALIGNED_D_OUTPUT;
-    return flags | (p->dropout_probability > 0 ? BWD_DROPOUT : 0) |
-           (bwd_needs_logits(p) ? BWD_LOGITS : 0);
+    return flags | (bwd_needs_logits(p) ? BWD_LOGITS : 0);
 }
 
 void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q) {
@@ -172,23 +195,12 @@ void bwd_fill(struct bwd_params *params, const struct problem *p, int32_t tile_q
         .d_bias = view(&p->d_bias),
         .d_alibi_slopes = view(&p->d_alibi_slopes),
         .d_sinks = view(&p->d_sinks),
-        .query_segments = view(&p->query_segments),
-        .key_segments = view(&p->key_segments),
-        .block_mask = view(&p->block_mask),
         .stats_rows = bwd_stats_rows(p),
         .heads_kv = (int32_t)p->heads_kv,
-        .diagonal_offset = (int32_t)p->diagonal_offset,
-        .block_q = (int32_t)p->block_q,
-        .block_k = (int32_t)p->block_k,
         .flags = bwd_flags(p),
-        .dropout_probability = p->dropout_probability,
-        .keep = (float)(1 / (1 - p->dropout_probability)),
-        .dropped_upto = (uint32_t)fmax(ceil(p->dropout_probability * 0x1p32) - 1, 0),
-        .seed = {(uint32_t)p->dropout_seed,
-                 (uint32_t)(p->dropout_seed >> 32) ^ (uint32_t)(p->dropout_offset >> 32)},
-        .offset = (uint32_t)p->dropout_offset,
     };
     fwd_fill(&params->f, p, tile_q);
+    pair_fill(&params->pair, p);
 }
 
 /* Blocks of each kernel of a row. */

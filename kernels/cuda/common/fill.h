@@ -15,7 +15,11 @@ bool offset_fits(struct plan *plan, const struct problem *p);
 /* Parameters for blocks of `tile_q` rows. */
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q);
 
-/* The plan and the launch of a row of which each tile is one kernel. `chosen`: of choose_tile(). */
+/* True if the problem asks what is in pair_params. */
+bool fwd_needs_pairs(const struct problem *p);
+void pair_fill(struct pair_params *params, const struct problem *p);
+
+/* The plan and the launch of a row of which each tile is one kernel. `chosen`: of choose_tile(). The parameters are fwd_pair_params. */
 bool fwd_plan(struct plan *plan, const struct problem *p, const struct tile *tiles, int32_t chosen);
 int32_t fwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
                    const struct tile *tiles);

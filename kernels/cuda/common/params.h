@@ -57,4 +57,22 @@ struct fwd_params {
     struct fwd_view query_scale, key_scale, value_scale; /* absent: 1 */
 };
 
+/* What came with ABI 1.1: options of a pair of a row and a key, for kernels that have them. */
+struct pair_params {
+    struct fwd_view query_segments, key_segments, block_mask;
+    struct divisor block_q, block_k;
+    int32_t diagonal_offset;
+    int32_t dropout;       /* 1: weights are dropped */
+    float keep;            /* 1 / (1 - dropout_probability) */
+    uint32_t dropped_upto; /* with dropout: random words up to this one drop their weight */
+    uint32_t seed[2], offset;
+    double dropout_probability;
+};
+
+/* Of a forward row that has them. Kernels of tiles without EXTRAS read `fwd` alone. */
+struct fwd_pair_params {
+    struct fwd_params fwd;
+    struct pair_params pair;
+};
+
 #endif /* DLATTN_CUDA_PARAMS_H_ */

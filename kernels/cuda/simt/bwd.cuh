@@ -88,14 +88,14 @@ struct SimtPairs {
             const T slope = head.alibi_slope();
             each([&](int i, int c) { score[i][c] -= slope * head.distance(row(i, c), key(i, c)); });
         }
-        if (p.query_segments.data)
+        if (p.pair.query_segments.data)
             each([&](int i, int c) {
-                if (seen(i, c) && !head.same_segment(row(i, c), key(i, c)))
+                if (seen(i, c) && !head.options().same_segment(row(i, c), key(i, c)))
                     score[i][c] = -CUDART_INF;
             });
-        if (p.f.mask.data || p.block_mask.data)
+        if (p.f.mask.data || p.pair.block_mask.data)
             each([&](int i, int c) {
-                if (seen(i, c) && !head.unmasked(row(i, c), key(i, c)))
+                if (seen(i, c) && !head.options().unmasked(row(i, c), key(i, c)))
                     score[i][c] = -CUDART_INF;
             });
     }
@@ -165,13 +165,13 @@ struct SimtBwd : SimtTile<T, D, R, C> {
                                                      T (&score)[R][C], T (&d)[R][C]) {
         const Head &head = pairs.head;
         const bwd_params &p = head.p;
-        const T slope = exponent_per_score<T>(p), keep = T(1 / (1 - p.dropout_probability));
+        const T slope = exponent_per_score<T>(p), keep = T(1 / (1 - p.pair.dropout_probability));
         T derivative[R][C];
         pairs.scores(score, derivative);
         uint32_t dropped = 0; // a bit for each pair
-        if (p.flags & BWD_DROPOUT)
+        if (p.pair.dropout)
             pairs.each([&](int i, int c) {
-                if (head.dropped(pairs.row(i, c), pairs.key(i, c)))
+                if (head.options().dropped(pairs.row(i, c), pairs.key(i, c)))
                     dropped |= 1u << (i * C + c);
             });
         bool hidden = dropped != 0;

@@ -5,19 +5,21 @@ extern const unsigned char cuda_fwd_simt_image[];
 
 static struct cuda_module module = {.image = cuda_fwd_simt_image};
 
-#define TILE(TYPE, CTYPE, D, R, C)                                                                 \
+#define TILE(TYPE, CTYPE, D, R, C, EXTRAS)                                                         \
     {.dim_qk = D,                                                                                  \
      .dim_v = D,                                                                                   \
      .rows = 8 * (R),                                                                              \
      .keys = 16 * (C),                                                                             \
-     .kernels = (struct cuda_kernel[]){CUDA_KERNEL(module, "cuda_fwd_simt_" #TYPE "_" #D, 128,     \
-                                                   TILE_SHARED_BYTES(CTYPE, D, R, C))}},
-#define F32(D, R, C) TILE(f32, float, D, R, C)
+     .extras = EXTRAS,                                                                             \
+     .kernels =                                                                                    \
+         (struct cuda_kernel[]){CUDA_KERNEL(module, "cuda_fwd_simt_" #TYPE "_" #D "_" #EXTRAS,     \
+                                            128, TILE_SHARED_BYTES(CTYPE, D, R, C))}},
+#define F32(D, R, C, EXTRAS) TILE(f32, float, D, R, C, EXTRAS)
 static const struct tile f32_tiles[] = {
 #include "kernels/cuda/simt/tiles.inc"
 };
 #undef F32
-#define F64(D, R, C) TILE(f64, double, D, R, C)
+#define F64(D, R, C, EXTRAS) TILE(f64, double, D, R, C, EXTRAS)
 static const struct tile f64_tiles[] = {
 #include "kernels/cuda/simt/tiles.inc"
 };
@@ -32,7 +34,8 @@ ROW_FUNCTIONS(cuda_fwd_simt);
 bool cuda_fwd_simt_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const struct tile *const tiles = tiles_of(p->dtype);
     const int32_t count = p->dtype == DTYPE_F32 ? COUNT(f32_tiles) : COUNT(f64_tiles);
-    return fwd_plan(plan, p, tiles, choose_tile(tiles, count, false, p, caps, NULL));
+    return offset_fits(plan, p) &&
+           fwd_plan(plan, p, tiles, choose_tile(tiles, count, fwd_needs_pairs(p), p, caps, NULL));
 }
 
 int32_t cuda_fwd_simt_launch(const struct plan *plan, const struct problem *p,

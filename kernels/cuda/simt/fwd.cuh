@@ -6,6 +6,7 @@
 // tile in turn; other blocks of the multiprocessor compute while one waits for its copies.
 #pragma once
 
+#include "kernels/cuda/common/pairs.cuh"
 #include "kernels/cuda/simt/tile.cuh"
 
 template <typename T, int D, int R, int C>
@@ -22,8 +23,9 @@ struct Simt : SimtTile<T, D, R, C> {
     T slope; // exponent per unit of score
 
     // Logits from raw products; -inf for keys that row i does not see. True if there is one.
-    __device__ __forceinline__ bool logits(const fwd_params &p, const Sequence &seq, int b, int h,
-                                           int row, int key) {
+    template <bool EXTRAS>
+    __device__ __forceinline__ bool logits(const fwd_params &p, const PairOptions &pairs,
+                                           const Sequence &seq, int b, int h, int row, int key) {
         const T scale = unit == (T)p.scale ? T(1) : (T)p.scale, cap = (T)p.softcap;
         const T alibi =
             p.alibi_slopes.data
@@ -52,7 +54,8 @@ struct Simt : SimtTile<T, D, R, C> {
                                                     : ((const T *)p.bias.data)[at];
                     }
                     x -= alibi * abs(q + seq.diagonal - j);
-                    if (p.mask.data && !mask[q * p.mask.stride[2] + j * p.mask.stride[3]])
+                    if (EXTRAS ? !pairs.visible(q, j)
+                               : p.mask.data && !mask[q * p.mask.stride[2] + j * p.mask.stride[3]])
                         x = -CUDART_INF;
                 }
                 masked |= x == -CUDART_INF;
@@ -70,8 +73,9 @@ struct Simt : SimtTile<T, D, R, C> {
     }
 
     // Probabilities relative to the new row maxima, and everything so far brought to them. The largest score of a row has a
-    // probability of exactly 1, and one that is masked -0: see is_masked().
-    __device__ __forceinline__ void softmax(T *prob) {
+    // probability of exactly 1, and one that is masked -0: see is_masked(). `dropped`: bits of those that are in the sum, but masked
+    // for the output, number i * C + c.
+    __device__ __forceinline__ void softmax(T *prob, uint32_t dropped) {
 #pragma unroll
         for (int i = 0; i < R; ++i) {
             T highest = s[i][0];
@@ -91,14 +95,26 @@ struct Simt : SimtTile<T, D, R, C> {
             for (int c = 0; c < C; ++c) {
                 const T x = s[i][c] == -CUDART_INF ? -T(0) : exponential((s[i][c] - base) * slope);
                 sum[i] += x;
-                prob[i * P_PITCH + threadIdx.x % 16 + 16 * c] = x;
+                prob[i * P_PITCH + threadIdx.x % 16 + 16 * c] =
+                    dropped >> (i * C + c) & 1 ? -T(0) : x;
             }
             top[i] = highest;
         }
     }
 
+    // Those of this thread that dropout drops.
+    __device__ __forceinline__ static uint32_t dropped(const PairOptions &pairs, int row, int key) {
+        static_assert(R * C <= 32, "a bit for each");
+        uint32_t bits = 0;
+#pragma unroll 2
+        for (int n = 0; n < R * C; ++n)
+            bits |= (uint32_t)pairs.dropped(row + n / C, key + threadIdx.x % 16 + n % C * 16) << n;
+        return bits;
+    }
+
+    // `keep`: what dropout multiplies weights by.
     __device__ __forceinline__ void finish(const fwd_params &p, const Sequence &seq,
-                                           const Work &work, int row) {
+                                           const Work &work, int row, T keep) {
         const T sink = p.sinks.data ? (T)((const float *)p.sinks.data)[work.h * p.sinks.stride[1]]
                                     : -CUDART_INF;
         T *const o = (T *)p.output.data + work.b * p.output.stride[0] + work.h * p.output.stride[1];
@@ -117,6 +133,7 @@ struct Simt : SimtTile<T, D, R, C> {
                 total = total * factor + exponential((sink - higher) * PER_LOGIT<T>);
                 top = higher;
             }
+            factor *= keep;
             if (q >= seq.q_rows)
                 continue;
             if (p.lse.data && threadIdx.x % 16 == 0) {
@@ -149,8 +166,8 @@ struct Simt : SimtTile<T, D, R, C> {
     }
 };
 
-template <typename T, int D, int R, int C>
-__device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
+template <typename T, int D, int R, int C, bool EXTRAS>
+__device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p, const pair_params &pair) {
     using S = Simt<T, D, R, C>;
     extern __shared__ __align__(16) char shared[];
     T *const q_tile = (T *)shared, *const kv_tile = q_tile + S::ROWS * S::PITCH;
@@ -158,7 +175,9 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
     T *const prob = kv_tile + S::KEYS * S::PITCH + y * R * S::P_PITCH; // the rows of this half warp
 
     const Work work(p);
-    const Sequence seq(p, work.b);
+    Sequence seq(p, work.b);
+    if (EXTRAS)
+        seq.diagonal += pair.diagonal_offset;
     const int block_row = work.row_block * S::ROWS, rows = min(S::ROWS, seq.q_rows - block_row),
               row = block_row + y * R;
     if (rows <= 0)
@@ -197,20 +216,32 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
                 t.out[i][w][e] = 0;
     }
     const int last_row = min(block_row + S::ROWS, seq.q_len) - 1;
-    const int first = seq.first_key(p, block_row) / S::KEYS * S::KEYS;
+    int first = seq.first_key(p, block_row) / S::KEYS * S::KEYS;
     const int end = last_row < block_row ? 0 : seq.end_key(p, last_row);
+    const PairOptions pairs{p, pair, seq, work.b, work.h};
+    SeenTiles<S::KEYS, EXTRAS> seen(pairs, block_row, last_row + 1, first / S::KEYS,
+                                    (end + S::KEYS - 1) / S::KEYS);
+    int next = 0; // EXTRAS: the keys of the step after this one
+    if (EXTRAS)
+        first = seen.next(first / S::KEYS) * S::KEYS;
     if (first < end)
         load_kv(p.key, first, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
 #pragma unroll 1
-    for (int key = first; key < end; key += S::KEYS) {
+    for (int key = first; key < end; key = EXTRAS ? next : key + S::KEYS) {
+        if (EXTRAS)
+            next = seen.next(key / S::KEYS + 1) * S::KEYS;
         copy_wait<0>();
         __syncthreads();
         S::multiply(t.s, q_tile + y * R * S::PITCH, kv_tile);
         __syncthreads();
         load_kv(p.value, key, p.dim_v, p.flags & FWD_ALIGNED_VALUE);
-        const bool masked = t.logits(p, seq, work.b, work.h, row, key);
-        t.softmax(prob);
-        const bool any_masked = __any_sync(~0u, masked); // and the half warp sees the probabilities
+        const bool masked = t.template logits<EXTRAS>(p, EXTRAS ? pairs.for_once() : pairs, seq,
+                                                      work.b, work.h, row, key);
+        const uint32_t dropped =
+            EXTRAS && pair.dropout ? S::dropped(pairs.for_once(), row, key) : 0;
+        t.softmax(prob, dropped);
+        const bool any_masked =
+            __any_sync(~0u, masked || dropped); // and the half warp sees the probabilities
         copy_wait<0>();
         __syncthreads();
         if (any_masked)
@@ -218,9 +249,9 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p) {
         else
             S::template add<false>(t.out, prob, kv_tile);
         __syncthreads();
-        if (key + S::KEYS < end)
-            load_kv(p.key, key + S::KEYS, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
+        if ((EXTRAS ? next : key + S::KEYS) < end)
+            load_kv(p.key, EXTRAS ? next : key + S::KEYS, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
     }
     copy_wait<0>();
-    t.finish(p, seq, work, row);
+    t.finish(p, seq, work, row, EXTRAS ? T(1 / (1 - pair.dropout_probability)) : T(1));
 }

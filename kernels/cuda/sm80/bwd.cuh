@@ -126,14 +126,14 @@ struct Pairs {
                 score[mt][n][e] = fmaf(-slope, head.distance(i, j), score[mt][n][e]);
             });
         }
-        if (p.query_segments.data)
+        if (p.pair.query_segments.data)
             each(row, column, [&](int mt, int n, int e, int i, int j) {
-                if (!head.same_segment(min(i, last_row), min(j, last_key)))
+                if (!head.options().same_segment(min(i, last_row), min(j, last_key)))
                     score[mt][n][e] = NEG_INF;
             });
-        if (p.f.mask.data || p.block_mask.data)
+        if (p.f.mask.data || p.pair.block_mask.data)
             each(row, column, [&](int mt, int n, int e, int i, int j) {
-                if (!head.unmasked(min(i, last_row), min(j, last_key)))
+                if (!head.options().unmasked(min(i, last_row), min(j, last_key)))
                     score[mt][n][e] = NEG_INF;
             });
     }
@@ -386,7 +386,8 @@ struct ExactPair {
         : weight(0), gradient(0), seen(false), kept(false) {
         const bwd_params &p = head.p;
         if (i >= head.seq.q_len || !head.in_window(i, j) ||
-            (p.query_segments.data && !head.same_segment(i, j)) || !head.unmasked(i, j))
+            (p.pair.query_segments.data && !head.options().same_segment(i, j)) ||
+            !head.options().unmasked(i, j))
             return;
         const int64_t q = head.row(p.f.query, i), k = head.key(p.f.key, j),
                       o = head.row(p.d_output, i), v = head.key(p.f.value, j);
@@ -406,15 +407,15 @@ struct ExactPair {
         seen = true;
         const float *const stats = stats_of(p, head.seq, head.h) + i;
         const float probability = head.weight(score, stats[0], stats[stats_plane(p)]);
-        kept = !(EXTRAS && p.flags & BWD_DROPOUT && head.dropped(i, j));
+        kept = !(EXTRAS && p.pair.dropout && head.options().dropped(i, j));
         for (int d = 0; d < p.f.dim_v && kept; ++d)
             d_weight =
                 fmaf(load_number<E>(p.d_output.data, o + d * p.d_output.stride[3],
                                     p.flags & BWD_D_OUTPUT_F32),
                      load_number<E>(p.f.value.data, v + d * p.f.value.stride[3], false), d_weight);
-        weight = kept ? probability * p.keep : 0;
-        gradient =
-            probability * (d_weight * p.keep - stats[2 * stats_plane(p)]) * cap * (float)p.f.scale;
+        weight = kept ? probability * p.pair.keep : 0;
+        gradient = probability * (d_weight * p.pair.keep - stats[2 * stats_plane(p)]) * cap *
+                   (float)p.f.scale;
     }
 };
 
@@ -976,8 +977,8 @@ struct KeysBlock {
     // become 0 if they are.
     __device__ __forceinline__ uint32_t with_options(const Head<E, EXTRAS> &h, int i, int j,
                                                      const float *cap, float &x, float &y) const {
-        const bool dropout = p.flags & BWD_DROPOUT, drop_x = dropout && h.dropped(i, j),
-                   drop_y = dropout && h.dropped(i + 1, j);
+        const bool dropout = p.pair.dropout, drop_x = dropout && h.options().dropped(i, j),
+                   drop_y = dropout && h.options().dropped(i + 1, j);
         const float a = x * cap[0], b = y * cap[1];
         x = drop_x ? 0 : x;
         y = drop_y ? 0 : y;
@@ -1146,7 +1147,7 @@ struct KeysBlock {
         if (!EXTRAS)
             return weight * fmaf(d_weight, WeightScale<E>::UNDO, -delta * WeightScale<E>::UNDO);
         return fabsf(weight) * WeightScale<E>::UNDO *
-               ((signbit(weight) ? 0 : d_weight * p.keep) - delta);
+               ((signbit(weight) ? 0 : d_weight * p.pair.keep) - delta);
     }
 };
 
@@ -1225,8 +1226,8 @@ __device__ __forceinline__ void bwd_keys(const bwd_params &p) {
     const int64_t at =
         b * to.stride[0] + block.kv_head * to.stride[1] + (seq.k_start + key) * to.stride[2];
     store_gradient<E, D, MT>(
-        sum, first ? p.keep * WeightScale<E>::UNDO : (float)p.f.scale, to, at, seq.k_rows - key,
-        seq.k_len - key, first ? p.f.dim_v : p.f.dim_qk,
+        sum, first ? p.pair.keep * WeightScale<E>::UNDO : (float)p.f.scale, to, at,
+        seq.k_rows - key, seq.k_len - key, first ? p.f.dim_v : p.f.dim_qk,
         p.flags & (first ? BWD_D_VALUE_F32 : BWD_D_KEY_F32),
         p.flags & (first ? BWD_ALIGNED_D_VALUE : BWD_ALIGNED_D_KEY),
         (float *)(shared + (first ? 0 : T::OWN_BYTES) + pair * MT * 16 * D * 2));
@@ -1269,7 +1270,7 @@ logit_gradients(const Head<E, EXTRAS> &head, const RowStats<MT> &stats, int row,
         Tile::options(head, row, key, score, cap);
     if (masked)
         Tile::hide(head.p, head.seq, row, key, score);
-    if (EXTRAS && head.p.flags & BWD_DROPOUT) {
+    if (EXTRAS && head.p.pair.dropout) {
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -1278,14 +1279,14 @@ logit_gradients(const Head<E, EXTRAS> &head, const RowStats<MT> &stats, int row,
                 for (int n = 0; n < N / 8; ++n) {
                     const int j = key + n * 8;
                     uint32_t x[4];
-                    head.random(row + mt * 16 + half * 8, j, x);
+                    head.options().random(row + mt * 16 + half * 8, j, x);
                     float(&y)[4] = d[mt][n];
-                    y[2 * half] = (j & 2 ? x[2] : x[0]) <= head.p.dropped_upto
+                    y[2 * half] = (j & 2 ? x[2] : x[0]) <= head.p.pair.dropped_upto
                                       ? 0
-                                      : y[2 * half] * head.p.keep;
-                    y[2 * half + 1] = (j & 2 ? x[3] : x[1]) <= head.p.dropped_upto
+                                      : y[2 * half] * head.p.pair.keep;
+                    y[2 * half + 1] = (j & 2 ? x[3] : x[1]) <= head.p.pair.dropped_upto
                                           ? 0
-                                          : y[2 * half + 1] * head.p.keep;
+                                          : y[2 * half + 1] * head.p.pair.keep;
                 }
     }
     Tile::each(row, key, [&](int mt, int n, int e, int, int) {

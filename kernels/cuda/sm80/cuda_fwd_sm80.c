@@ -1,6 +1,5 @@
 /* Forward attention for f16 and bf16 on the tensor cores of any GPU since Ampere. See docs/cuda-sm80.md. */
 #include "kernels/cuda/common/fill.h"
-#include "kernels/cuda/sm80/params.h"
 
 extern const unsigned char cuda_fwd_sm80_image[];
 
@@ -22,9 +21,8 @@ static const struct tile tiles[] = {
 
 static bool needs_extras(const struct problem *p) {
     const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
-                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED |
-                            DLATTN_FEATURE_DIAGONAL_OFFSET;
-    return p->features & extras || !(p->scale > 0);
+                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED;
+    return p->features & extras || fwd_needs_pairs(p) || !(p->scale > 0);
 }
 
 /* True if blocks of so many rows, of which a multiprocessor holds one, and steps of so many keys pay: there is a block for
@@ -52,8 +50,5 @@ bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct
 
 int32_t cuda_fwd_sm80_launch(const struct plan *plan, const struct problem *p,
                              const struct exec *exec) {
-    struct sm80_params params = {.diagonal_offset = (int32_t)p->diagonal_offset};
-    fwd_fill(&params.fwd, p, plan->tile_q);
-    return cuda_launch(kernel_for(&tiles[plan->variant], p->dtype), p->device_id, plan->blocks,
-                       exec->stream, &params);
+    return fwd_launch(plan, p, exec, tiles);
 }

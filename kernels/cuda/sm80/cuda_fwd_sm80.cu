@@ -3,9 +3,8 @@
 
 #define INSTANCE(name, E, D, DV, WARPS, MT, BN, STAGES, SPLIT, MINB, EXTRAS)                       \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, MINB)                                 \
-        name(const __grid_constant__ sm80_params p) {                                              \
-        cuda_fwd_sm80<E, D, DV, WARPS, MT, BN, STAGES, SPLIT, EXTRAS>(                             \
-            p.fwd, EXTRAS ? p.diagonal_offset : 0);                                                \
+        name(const __grid_constant__ fwd_pair_params p) {                                          \
+        cuda_fwd_sm80<E, D, DV, WARPS, MT, BN, STAGES, SPLIT, EXTRAS>(p.fwd, p.pair);              \
     }
 #define TILE(D, DV, WARPS, MT, BN, STAGES, SPLIT, MINB, EXTRAS)                                    \
     static_assert(Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>::SHARED_BYTES ==                       \

@@ -12,10 +12,10 @@
 #pragma once
 
 #include "kernels/cuda/common/exact.cuh"
+#include "kernels/cuda/common/pairs.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
 #include "kernels/cuda/common/sixteen_bit.cuh"
-#include "kernels/cuda/sm80/params.h"
 
 #include <utility>
 
@@ -40,12 +40,6 @@ __device__ __forceinline__ T kept(T x) {
 
 // The same for a number that all lanes have.
 __device__ __forceinline__ int kept_by_all(int x) { return __reduce_max_sync(~0u, x); }
-
-// The opposite: x, and what follows from it, is worked out here each time, so that no register holds it meanwhile.
-__device__ __forceinline__ int anew(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
 
 template <int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
 struct Tile {
@@ -450,9 +444,90 @@ struct Warp {
             combine([&](const T *from, int j) { return Two{at(from, j), at(from, j + 1)}; });
     }
 
+    // Hides keys of another segment. `row` as in mask(); `column`: the first of this thread's keys.
+    __device__ __forceinline__ void hide_segments(const PairOptions &options, int row, int column) {
+        const int last_row = options.seq.q_len - 1, last_key = options.seq.k_len - 1;
+        int own[MT][2];
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                own[mt][half] = options.query_segment(min(row + mt * 16 + half * 8, last_row));
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int segment = options.key_segment(min(column + n * 8 + e, last_key));
+#pragma unroll
+                for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        if (segment != own[mt][half])
+                            score[mt][n][2 * half + e] = NEG_INF;
+            }
+    }
+
+    // Hides what block mask and mask hide, key by key: for tiles that lie in several blocks.
+    __device__ __forceinline__ void hide_masked(const PairOptions &options, int row, int column) {
+        const int last_row = options.seq.q_len - 1, last_key = options.seq.k_len - 1;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int i = min(row + mt * 16 + half * 8, last_row);
+                uint32_t seen = 0; // a bit for each key
+#pragma unroll 2
+                for (int key = 0; key < 2 * NT; ++key)
+                    seen |=
+                        (uint32_t)options.unmasked(i, min(column + key / 2 * 8 + key % 2, last_key))
+                        << key;
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        if (!(seen >> (n * 2 + e) & 1))
+                            score[mt][n][2 * half + e] = NEG_INF;
+            }
+    }
+
+    // Adds weights of the next tile that dropout drops to the sum, and hides their keys. `row` and `column` as in
+    // hide_segments(). Random words are of four keys of a row, and a lane needs those of two: it finds those of one of two
+    // rows for itself and for its neighbour, and gets those of the other.
+    __device__ __forceinline__ void drop(const PairOptions &options, int row, int column) {
+        static_assert(NT * 4 <= 32, "a bit for each");
+        const int odd = threadIdx.x % 2;
+        row = anew(row) + odd * 8;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+            uint32_t dropped = 0;
+#pragma unroll 2
+            for (int n = 0; n < NT; ++n) {
+                uint32_t x[4];
+                options.random(row + mt * 16, column + n * 8, x);
+#pragma unroll
+                for (int word = 0; word < 4; ++word)
+                    dropped |= (uint32_t)(x[word] <= options.p.dropped_upto) << (n * 4 + word);
+            }
+            const uint32_t other = __shfl_xor_sync(~0u, dropped, 1),
+                           of_half[2] = {(odd ? other : dropped) >> 2 * odd,
+                                         (odd ? dropped : other) >> 2 * odd};
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        if (of_half[half] >> (n * 4 + e) & 1) {
+                            float &x = score[mt][n][2 * half + e];
+                            sum[mt][half] += exp2_approx(fmaf(x, slope, -top[mt][half]));
+                            x = NEG_INF;
+                        }
+        }
+    }
+
     // The options of the forward pass, one after the other; leaves logits times log2(e). `row`, `key` as in mask().
-    __device__ __forceinline__ void extras(const fwd_params &p, const Sequence &seq, int b, int h,
-                                           int row, int key) {
+    __device__ __forceinline__ void extras(const fwd_params &p, const pair_params &pair,
+                                           const Sequence &seq, int b, int h, int row, int key) {
         b = anew(b);
         h = anew(h);
         row = anew(row);
@@ -484,7 +559,22 @@ struct Warp {
                 return __fmaf_rz(-alibi, fabsf(distance + (mt * 16 + half * 8 - n * 8 - e)), x);
             });
         }
-        if (p.mask.data)
+        const PairOptions options{p, pair, seq, b, h};
+        if (pair.query_segments.data)
+            hide_segments(options, row, column);
+        int state = 1;
+        if (pair.block_mask.data) {
+            const int last_row = seq.q_len - 1, last_key = seq.k_len - 1,
+                      first_row = row - threadIdx.x % 32 / 4;
+            state =
+                options.state_of(min(first_row, last_row), min(first_row + MT * 16 - 1, last_row),
+                                 min(key, last_key), min(key + KEYS - 1, last_key));
+        }
+        if (state < 0)
+            hide_masked(options, row, column);
+        else if (state == 0)
+            change_scores([](float, int, int, int, int) { return NEG_INF; });
+        else if (state == 1 && p.mask.data)
             combine_scores<uint8_t>(p.mask, seq, b, h, row, column,
                                     whole && p.flags & FWD_PAIRED_MASK,
                                     [](float x, uint8_t y) { return y ? x : NEG_INF; });
@@ -554,6 +644,42 @@ struct Share {
     }
 };
 
+// Which tiles come after tile g: all of them, one after the other. The first step of a block has no tile, g is first - 1.
+template <int BN, int STAGES, bool EXTRAS>
+struct Steps {
+    __device__ __forceinline__ Steps(const PairOptions &, int, int, int, int) {}
+    __device__ __forceinline__ static int after(int g, int n) { return g + n; }
+    __device__ __forceinline__ static int skipped(int, int) { return 0; }
+    __device__ __forceinline__ static int turn(int g) { return g + 1; }
+};
+// Those of which segments and block mask leave something.
+template <int BN, int STAGES>
+struct Steps<BN, STAGES, true> {
+    SeenTiles<BN, true> seen;
+    int next[STAGES];
+
+    __device__ __forceinline__ Steps(const PairOptions &options, int row, int end_row, int first,
+                                     int end)
+        : seen(options, row, end_row, first, end) {
+#pragma unroll
+        for (int n = 0; n < STAGES; ++n)
+            next[n] = seen.next(n == 0 ? first : next[n - 1] + 1);
+    }
+    __device__ __forceinline__ int after(int g, int n) const { return n == 0 ? g : next[n - 1]; }
+    // Tiles between after(g, n) and the one before it.
+    __device__ __forceinline__ int skipped(int g, int n) const {
+        return after(g, n) - after(g, n - 1) - 1;
+    }
+    __device__ __forceinline__ int turn(int) {
+        const int g = next[0];
+#pragma unroll
+        for (int n = 1; n < STAGES; ++n)
+            next[n - 1] = next[n];
+        next[STAGES - 1] = kept_by_all(seen.next(next[STAGES - 1] + 1));
+        return g;
+    }
+};
+
 // The keys and values of a block on their way into the ring, tile by tile.
 template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
 struct Ring {
@@ -612,9 +738,10 @@ struct Ring {
             Load::any(to, in_pages, view.stride[3], rows, dim);
     }
 
-    // Tiles one after the other from `first` on, into the stage at `offset`.
-    __device__ __forceinline__ void load_key(int tile, uint32_t offset) {
+    // Tiles one after the other from `first` on but those that are skipped, into the stage at `offset`.
+    __device__ __forceinline__ void load_key(int tile, int skipped, uint32_t offset) {
         const int left = seq.k_len - tile * BN;
+        next_key += skipped * p.key.stride[2] * (BN * 2);
         if (tile < aligned)
             LoadK::template aligned<true>(key_to + offset, next_key, p.key.stride[2], left,
                                           key_columns);
@@ -625,8 +752,9 @@ struct Ring {
             load_slowly<LoadK>(stage + offset, k, p.key, tile * BN, left, p.dim_qk,
                                p.flags & FWD_ALIGNED_KEY);
     }
-    __device__ __forceinline__ void load_value(int tile, uint32_t offset) {
+    __device__ __forceinline__ void load_value(int tile, int skipped, uint32_t offset) {
         const int left = seq.k_len - tile * BN;
+        next_value += skipped * p.value.stride[2] * (BN * 2);
         if (tile < aligned)
             LoadV::template aligned<true>(value_to + offset, next_value, p.value.stride[2], left,
                                           value_columns);
@@ -639,19 +767,22 @@ struct Ring {
     }
 
     // All pairs of the ring but the last, which follows in the first step.
-    __device__ __forceinline__ void fill() {
-        load_key(first, 0);
+    template <typename Steps>
+    __device__ __forceinline__ void fill(const Steps &steps) {
+        const int g = first - 1;
+        load_key(steps.after(g, 1), steps.skipped(g, 1), 0);
         copy_commit();
 #pragma unroll
         for (int i = 1; i < STAGES; ++i) {
-            load_key(first + i, i * T::STAGE_BYTES);
-            load_value(first + i - 1, i * T::STAGE_BYTES);
+            load_key(steps.after(g, i + 1), steps.skipped(g, i + 1), i * T::STAGE_BYTES);
+            load_value(steps.after(g, i), steps.skipped(g, i), i * T::STAGE_BYTES);
             copy_commit();
         }
     }
 
     // Waits for the pair of step g, which is at `offset`, and has the one STAGES steps later take the place of the last.
-    __device__ __forceinline__ void turn(int g, uint32_t offset) {
+    template <typename Steps>
+    __device__ __forceinline__ void turn(int g, const Steps &steps, uint32_t offset) {
         if (g < first)
             copy_wait<STAGES - 1>();
         else
@@ -660,25 +791,27 @@ struct Ring {
         if (g >= first) {
             const uint32_t free =
                 offset == 0 ? (STAGES - 1) * T::STAGE_BYTES : offset - T::STAGE_BYTES;
-            load_key(g + STAGES, free);
-            load_value(g + STAGES - 1, free);
+            load_key(steps.after(g, STAGES), steps.skipped(g, STAGES), free);
+            load_value(steps.after(g, STAGES - 1), steps.skipped(g, STAGES - 1), free);
             copy_commit();
         }
     }
 
     // With one stage K of the next tile is on its way while V of this one is used, and the other way round.
-    __device__ __forceinline__ void turn_to_value(int g) {
+    template <typename Steps>
+    __device__ __forceinline__ void turn_to_value(int g, const Steps &steps) {
         if (g >= first) {
             copy_wait<0>();
             __syncthreads();
         }
-        load_key(g + 1, 0);
+        load_key(steps.after(g, 1), steps.skipped(g, 1), 0);
         copy_commit();
     }
-    __device__ __forceinline__ void turn_to_key(int g) {
+    template <typename Steps>
+    __device__ __forceinline__ void turn_to_key(int g, const Steps &steps) {
         copy_wait<0>();
         __syncthreads();
-        load_value(g + 1, 0);
+        load_value(steps.after(g, 1), steps.skipped(g, 1), 0);
         copy_commit();
     }
 };
@@ -720,22 +853,11 @@ struct Operands {
     __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 };
 
-// write_rows_exactly() where the diagonal is elsewhere.
-template <typename E>
-__device__ __noinline__ void write_offset_rows_exactly(const fwd_params &p, int diagonal_offset,
-                                                       int b, int h, int row, int end) {
-    Sequence seq(p, b);
-    seq.diagonal += diagonal_offset;
-    __syncwarp();
-    for (int i = row; i < min(end, seq.q_len); ++i)
-        ExactRow<E, float>{p, seq, b, h, i}.write();
-}
-
 // A warp's rows of output and lse. The output takes the place of the warp's own queries on its way to whole 16-byte writes.
 template <typename E, int D, int DV, int MT, int BN, int SPLIT, bool EXTRAS, typename Share>
 __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, const Sequence &seq,
                                        const Share &share, Warp<E, D, DV, MT, BN, SPLIT> &w,
-                                       char *shared, uint32_t p_tile, int diagonal_offset) {
+                                       char *shared, uint32_t p_tile, const pair_params &pair) {
     using W = Warp<E, D, DV, MT, BN, SPLIT>;
     const int lane = threadIdx.x % 32, warp = share.warp, part = share.part;
     const float sink = sink_of(p, work.h);
@@ -759,7 +881,9 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
                 total = 0;
                 top = NEG_INF;
             }
-            const float factor = end_row(sink, top, total);
+            float factor = end_row(sink, top, total);
+            if (EXTRAS)
+                factor *= pair.keep;
             if (lane % 4 == mt * 2 + half) {
                 lse_total = total;
                 lse_top = top;
@@ -789,7 +913,7 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
     if (!exactly)
         return;
     if constexpr (EXTRAS)
-        write_offset_rows_exactly<E>(p, diagonal_offset, work.b, work.h, share.block_row + mine,
+        write_rows_exactly<E, float>(p, pair, work.b, work.h, share.block_row + mine,
                                      share.block_row + mine + ROWS);
     else
         write_rows_exactly<E, float>(p, work.b, work.h, share.block_row + mine,
@@ -797,7 +921,7 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
 }
 
 template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
-__device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, int diagonal_offset) {
+__device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_params &pair) {
     using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
     using W = Warp<E, D, DV, MT, BN, SPLIT>;
     using R = Ring<E, D, DV, WARPS, MT, BN, STAGES, SPLIT>;
@@ -807,7 +931,8 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, int diagonal_
 
     const Work work(p);
     Sequence seq(p, work.b);
-    seq.diagonal += diagonal_offset;
+    if (EXTRAS)
+        seq.diagonal += pair.diagonal_offset;
     Share<T::ROWS, MT * 16, BN, SPLIT> share(work, seq, warps);
     if (share.rows <= 0)
         return;
@@ -819,10 +944,14 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, int diagonal_
     const E *const k = R::start(p.key, work, kv_head, seq.k_start, pages);
     const E *const v = R::start(p.value, work, kv_head, seq.k_start, pages);
     share.find_tiles(p, seq);
+    const PairOptions options{p, pair, seq, work.b, work.h};
+    Steps<BN, STAGES, EXTRAS> steps(options, share.block_row,
+                                    min(share.block_row + T::ROWS, seq.q_len), share.first,
+                                    share.end);
     R ring(p, work, seq, k, v, pages, k_tile, share.first, share.end);
     load_queries<Loader<E, T::THREADS, T::ROWS, D>>(p, q_tile, q, share.rows);
     if (STAGES > 1)
-        ring.fill();
+        ring.fill(steps);
 
     W w;
     w.init(EXTRAS ? 1.0f : p.exponent_scale);
@@ -831,28 +960,31 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, int diagonal_
                                             share.warp, share.part);
     uint32_t offset = 0;
 #pragma unroll 1
-    for (int g = share.first - 1; g < share.end; ++g) {
+    for (int g = share.first - 1; g < share.end; g = steps.turn(g)) {
         const bool current = g >= share.warp_first && g < share.warp_end,
-                   next = g + 1 >= share.warp_first && g + 1 < share.warp_end;
+                   next = (EXTRAS ? steps.after(g, 1) : g + 1) >= share.warp_first &&
+                          (EXTRAS ? steps.after(g, 1) : g + 1) < share.warp_end;
         if (STAGES == 1)
-            ring.turn_to_value(g);
+            ring.turn_to_value(g, steps);
         else
-            ring.turn(g, offset);
+            ring.turn(g, steps, offset);
         if (current)
             w.add_values(at.v + offset, at.p, at.p_to);
         if (STAGES == 1)
-            ring.turn_to_key(g);
+            ring.turn_to_key(g, steps);
         if (next) {
-            const int key = (g + 1) * BN + share.part * W::KEYS;
+            const int key = (EXTRAS ? steps.after(g, 1) : g + 1) * BN + share.part * W::KEYS;
             w.multiply_keys(at.q, at.k + offset);
             if (EXTRAS)
-                w.extras(p, seq, work.b, work.h, share.first_row + lane / 4, key);
-            if (g + 1 < share.whole_first)
+                w.extras(p, pair, seq, work.b, work.h, share.first_row + lane / 4, key);
+            if ((EXTRAS ? steps.after(g, 1) : g + 1) < share.whole_first)
                 w.template mask<false>(p, seq, share.first_row + lane / 4, key);
-            if (g + 1 >= share.whole_end)
+            if ((EXTRAS ? steps.after(g, 1) : g + 1) >= share.whole_end)
                 w.template mask<true>(p, seq, share.first_row + lane / 4, key);
             w.find_maxima();
             w.follow_maxima(shared + p_tile);
+            if (EXTRAS && pair.dropout)
+                w.drop(options.for_once(), share.first_row + lane / 4, key + lane % 4 * 2);
             w.template exponentials<0, W::PART * W::AHEAD>(at.p_to);
         }
         offset = offset + T::STAGE_BYTES == R::BYTES ? 0 : offset + T::STAGE_BYTES;
@@ -860,6 +992,5 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, int diagonal_
     copy_wait<0>();
     if (share.first >= share.end)
         __syncthreads(); // no step has waited for the queries; their tile is about to be reused
-    finish<E, D, DV, MT, BN, SPLIT, EXTRAS>(p, work, seq, share, w, shared, p_tile,
-                                            diagonal_offset);
+    finish<E, D, DV, MT, BN, SPLIT, EXTRAS>(p, work, seq, share, w, shared, p_tile, pair);
 }

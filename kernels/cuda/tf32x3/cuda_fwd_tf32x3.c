@@ -5,14 +5,16 @@ extern const unsigned char cuda_fwd_tf32x3_image[];
 
 static struct cuda_module module = {.image = cuda_fwd_tf32x3_image};
 
-#define TILE(D, WARPS, BN, MINB)                                                                   \
+#define TILE(D, WARPS, BN, MINB, EXTRAS)                                                           \
     {.dim_qk = D,                                                                                  \
      .dim_v = D,                                                                                   \
      .rows = (WARPS) * 16,                                                                         \
      .keys = BN,                                                                                   \
      .blocks = MINB,                                                                               \
-     .kernels = (struct cuda_kernel[]){CUDA_KERNEL(                                                \
-         module, "cuda_fwd_tf32x3_" #D "_" #BN, (WARPS) * 32, TILE_SHARED_BYTES(D, WARPS, BN))}},
+     .extras = EXTRAS,                                                                             \
+     .kernels =                                                                                    \
+         (struct cuda_kernel[]){CUDA_KERNEL(module, "cuda_fwd_tf32x3_" #D "_" #BN "_" #EXTRAS,     \
+                                            (WARPS) * 32, TILE_SHARED_BYTES(D, WARPS, BN))}},
 static const struct tile tiles[] = {
 #include "kernels/cuda/tf32x3/tiles.inc"
 };
@@ -26,8 +28,9 @@ static bool wanted(const struct problem *p, int32_t sm) {
 ROW_FUNCTIONS(cuda_fwd_tf32x3);
 
 bool cuda_fwd_tf32x3_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    return wanted(p, caps->sm) &&
-           fwd_plan(plan, p, tiles, choose_tile(tiles, COUNT(tiles), false, p, caps, NULL));
+    return wanted(p, caps->sm) && offset_fits(plan, p) &&
+           fwd_plan(plan, p, tiles,
+                    choose_tile(tiles, COUNT(tiles), fwd_needs_pairs(p), p, caps, NULL));
 }
 
 int32_t cuda_fwd_tf32x3_launch(const struct plan *plan, const struct problem *p,

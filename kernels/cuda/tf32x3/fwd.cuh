@@ -10,6 +10,7 @@
 #pragma once
 
 #include "kernels/cuda/common/exact.cuh"
+#include "kernels/cuda/common/pairs.cuh"
 #include "kernels/cuda/common/ptx.cuh"
 #include "kernels/cuda/common/sequence.cuh"
 
@@ -252,8 +253,9 @@ struct Warp {
 
     // Logits: the options of the forward pass, one after the other. Rows and keys outside the tensors give anything: mask()
     // hides them.
-    __device__ __forceinline__ void logits(const fwd_params &p, const Sequence &seq, int b, int h,
-                                           int row, int key) {
+    template <bool EXTRAS>
+    __device__ __forceinline__ void logits(const fwd_params &p, const pair_params &pair,
+                                           const Sequence &seq, int b, int h, int row, int key) {
         const float scale = (float)p.scale, cap = (float)p.softcap;
         const float alibi =
             p.alibi_slopes.data
@@ -279,11 +281,57 @@ struct Warp {
                     if (p.bias.data && exists)
                         x += bias[i * p.bias.stride[2] + j * p.bias.stride[3]];
                     x -= alibi * abs(i + seq.diagonal - j);
-                    if (p.mask.data && exists && !mask[i * p.mask.stride[2] + j * p.mask.stride[3]])
+                    if (p.mask.data && !(EXTRAS && pair.block_mask.data) && exists &&
+                        !mask[i * p.mask.stride[2] + j * p.mask.stride[3]])
                         x = -INFINITY;
                     score[n][half * 2 + e] = x;
                 }
         }
+    }
+
+    // Hides what segments, block mask and mask hide. `row`, `key` as in mask().
+    __device__ __forceinline__ void hide(const PairOptions &options, int row, int key) {
+        const int last_row = options.seq.q_len - 1, last_key = options.seq.k_len - 1;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = min(row + half * 8, last_row);
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int j = min(key + n * 8 + (int)threadIdx.x % 4 * 2 + e, last_key);
+                    if (!options.visible(i, j))
+                        score[n][half * 2 + e] = -INFINITY;
+                }
+        }
+    }
+
+    // Probabilities that dropout drops become 0: they are in the sum. `row`, `key` as in mask(). Random words are of four keys
+    // of a row, and a thread needs those of two: it finds those of one of two rows for itself and for its neighbour, and gets
+    // those of the other.
+    __device__ __forceinline__ void drop(const PairOptions &options, int row, int key) {
+        static_assert(NT * 4 <= 32, "a bit for each");
+        const int odd = threadIdx.x % 2;
+        uint32_t dropped = 0;
+#pragma unroll 2
+        for (int n = 0; n < NT; ++n) {
+            uint32_t x[4];
+            options.random(row + odd * 8, key + n * 8 + threadIdx.x % 4 * 2, x);
+#pragma unroll
+            for (int word = 0; word < 4; ++word)
+                dropped |= (uint32_t)(x[word] <= options.p.dropped_upto) << (n * 4 + word);
+        }
+        const uint32_t other = __shfl_xor_sync(~0u, dropped, 1),
+                       of_half[2] = {(odd ? other : dropped) >> 2 * odd,
+                                     (odd ? dropped : other) >> 2 * odd};
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    if (of_half[half] >> (n * 4 + e) & 1)
+                        score[n][half * 2 + e] = 0;
     }
 
     // Probabilities relative to the new row maxima; shrink: what brings everything before to them. The largest score of a
@@ -314,8 +362,8 @@ struct Warp {
     }
 };
 
-template <int D, int WARPS, int BN>
-__device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
+template <int D, int WARPS, int BN, bool EXTRAS>
+__device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p, const pair_params &pair) {
     using T = Tile<D, WARPS, BN>;
     using LoadQ = Loader<T::THREADS, T::ROWS, D>;
     using LoadKV = Loader<T::THREADS, BN, D>;
@@ -325,7 +373,9 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     const Work work(p);
-    const Sequence seq(p, work.b);
+    Sequence seq(p, work.b);
+    if (EXTRAS)
+        seq.diagonal += pair.diagonal_offset;
     const int block_row = work.row_block * T::ROWS, rows = min(T::ROWS, seq.q_rows - block_row);
     if (rows <= 0)
         return;
@@ -355,6 +405,8 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
     };
 
     Warp<D, BN> w;
+    const PairOptions pairs{p, pair, seq, work.b, work.h};
+    const bool hidden = EXTRAS && (pair.query_segments.data || pair.block_mask.data);
     const bool options =
         p.softcap > 0 || p.bias.data || p.alibi_slopes.data || p.mask.data || !(p.scale > 0);
     w.unit = options ? 1.0f : (float)p.scale;
@@ -374,12 +426,17 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
     // Keys [first, end) of the block and of this warp; tiles inside [clean_first, clean_end) are seen whole by the warp.
     const int last_row = min(block_row + T::ROWS, seq.q_len) - 1,
               warp_last = min(warp_row + 16, seq.q_len) - 1;
-    const int first = seq.first_key(p, block_row) / BN * BN;
+    int first = seq.first_key(p, block_row) / BN * BN;
     const int end = last_row < block_row ? 0 : seq.end_key(p, last_row);
+    SeenTiles<BN, EXTRAS> seen(pairs, block_row, last_row + 1, first / BN, (end + BN - 1) / BN);
+    int next = 0; // EXTRAS: the keys of the step after this one
+    if (EXTRAS)
+        first = seen.next(first / BN) * BN;
     const int warp_first = seq.first_key(p, warp_row),
               warp_end = warp_last < warp_row ? 0 : seq.end_key(p, warp_last);
     const int clean_first = seq.first_key(p, warp_row + 16 - 1),
-              clean_end = options || warp_row + 16 > seq.q_len ? 0 : seq.end_key(p, warp_row);
+              clean_end =
+                  options || hidden || warp_row + 16 > seq.q_len ? 0 : seq.end_key(p, warp_row);
     const int steps = (p.dim_qk + 31) / 32;
     const int g = lane / 4, t = lane % 4;
     const uint32_t q_at = q_tile + warp * 16 * Rows<D>::PITCH + Rows<D>::at(g, t),
@@ -394,7 +451,9 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
     if (first < end)
         load(k_tile, p.key, first, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
 #pragma unroll 1
-    for (int key = first; key < end; key += BN) {
+    for (int key = first; key < end; key = EXTRAS ? next : key + BN) {
+        if (EXTRAS)
+            next = seen.next(key / BN + 1) * BN;
         const bool sees = key < warp_end && key + BN > warp_first;
         copy_wait<0>();
         __syncthreads(); // K is there, and all warps are done with V of the step before
@@ -403,15 +462,19 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
             w.multiply_keys(q_at, k_at, steps);
         copy_wait<0>();
         __syncthreads(); // V is there, and all warps are done with K
-        if (key + BN < end)
-            load(k_tile, p.key, key + BN, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
+        if ((EXTRAS ? next : key + BN) < end)
+            load(k_tile, p.key, EXTRAS ? next : key + BN, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
         if (sees) {
             if (options)
-                w.logits(p, seq, work.b, work.h, row, key);
+                w.template logits<EXTRAS>(p, pair, seq, work.b, work.h, row, key);
+            if (hidden)
+                w.hide(pairs.for_once(), anew(row), key);
             if (key < clean_first || key + BN > clean_end)
                 w.mask(p, seq, row, key);
             float shrink[2];
             w.softmax(shrink);
+            if (EXTRAS && pair.dropout)
+                w.drop(pairs.for_once(), anew(row), key);
             w.add_values(v_at, p.dim_v, shrink);
         }
     }
@@ -439,6 +502,8 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
             total = total * factor + exp2_approx((sink - higher) * LOG2E);
             top = higher;
         }
+        if (EXTRAS)
+            factor *= pair.keep;
         if (p.lse.data && t == 0 && exists) // f32 is also the element type
             ((float *)p.lse.data)[work.b * p.lse.stride[0] + work.h * p.lse.stride[1] +
                                   (seq.q_start + i) * p.lse.stride[2]] =
@@ -472,6 +537,12 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p) {
     }
 #pragma unroll 1
     for (int r = 0; r < 16 && odd_rows; ++r)
-        if (odd_rows >> 4 * r & 15)
-            write_rows_exactly<float, double>(p, work.b, work.h, warp_row + r, warp_row + r + 1);
+        if (odd_rows >> 4 * r & 15) {
+            if constexpr (EXTRAS)
+                write_rows_exactly<float, double>(p, pair, work.b, work.h, warp_row + r,
+                                                  warp_row + r + 1);
+            else
+                write_rows_exactly<float, double>(p, work.b, work.h, warp_row + r,
+                                                  warp_row + r + 1);
+        }
 }
