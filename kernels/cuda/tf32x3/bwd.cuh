@@ -6,10 +6,10 @@
 //   sums    a block owns keys of one kv head, and walks over the rows of all query heads of the group: d_key and d_value, and a
 //           part of d_query, which it adds to sums of integers
 //   finish  d_query from its sums
-// and what cuda_bwd_simt has for the rest: rows for heads that integers cannot hold, and for d_alibi_slopes; bias, sinks, slopes.
+// and what cuda_bwd_simt has for the rest: keys and rows of odd heads, rows for d_alibi_slopes, too; bias, sinks, slopes.
 #pragma once
 
-#include "kernels/cuda/common/bwd_exact.cuh"
+#include "kernels/cuda/common/bwd_pairs.cuh"
 #include "kernels/cuda/common/fixed_point.cuh"
 #include "kernels/cuda/simt/bwd.cuh"
 #include "kernels/cuda/tf32x3/bwd_sizes.h"
@@ -38,8 +38,9 @@ __device__ __forceinline__ bool has_sums(const bwd_params &p) {
     return p.d_query.data && !p.d_alibi_slopes.data;
 }
 
-// Keys and values of one head have one exponent for all, so what is vast would take the last bits of the others; NaN is larger.
-constexpr float LARGEST_FACT = 0x1p12f;
+// A head is odd, and cuda_bwd_simt's, if something of it is not finite, since 0 times that is NaN; if a key or a value is large, since
+// one exponent for all would leave the others few bits; or if a logit is so large that truncated sums move its weight.
+constexpr float LARGEST_FACT = 0x1p12f, LARGEST_QUERY = 0x1p32f, LARGEST_LSE = 0x1p10f;
 
 __device__ __forceinline__ bool is_odd(const uint32_t *facts) {
     return facts[FACT_ODD] || !(__uint_as_float(facts[FACT_KEY]) < LARGEST_FACT) ||
@@ -95,26 +96,42 @@ __device__ __forceinline__ void bwd_scan(const bwd_params &p) {
 // Beyond, weights are relative to what the scores say themselves.
 constexpr float FAR_FROM = 32;
 
-// Row i: delta, and the square of the norm of its d_output. By a warp, all of which have both.
-__device__ __forceinline__ float2 delta_and_square(const BwdHead<float> &head, int i) {
-    const bwd_params &p = head.p;
-    const float *const output = (const float *)p.f.output.data + head.row(p.f.output, i),
-                       *const d_output = (const float *)p.d_output.data + head.row(p.d_output, i);
-    float delta = 0, square = 0;
-    for (int d = threadIdx.x % 32; d < p.f.dim_v; d += 32) {
-        const float x = output[d * p.f.output.stride[3]], d_x = d_output[d * p.d_output.stride[3]];
-        delta = x == 0 ? delta : fmaf(x, d_x, delta);
-        square = fmaf(d_x, d_x, square);
-    }
+// Of row i. By a warp, all of which have it.
+struct RowFacts {
+    float delta = 0, square = 0; // of the norm of d_output
+    uint32_t query = 0;          // bits of the largest
+
+    __device__ __forceinline__ RowFacts(const BwdHead<float> &head, int i) {
+        const bwd_params &p = head.p;
+        const int lane = threadIdx.x % 32;
+        const float *const output = (const float *)p.f.output.data + head.row(p.f.output, i),
+                           *const d_output =
+                               (const float *)p.d_output.data + head.row(p.d_output, i);
+        for (int d = lane; d < p.f.dim_v; d += 32) {
+            const float x = output[d * p.f.output.stride[3]],
+                        d_x = d_output[d * p.d_output.stride[3]];
+            delta = x == 0 ? delta : fmaf(x, d_x, delta);
+            square = fmaf(d_x, d_x, square);
+        }
+        const uint32_t *const q = (const uint32_t *)p.f.query.data + head.row(p.f.query, i);
+        for (int d = lane; d < p.f.dim_qk; d += 32)
+            query = max(query, q[d * p.f.query.stride[3]] & 0x7fffffff);
+        query = __reduce_max_sync(~0u, query);
 #pragma unroll
-    for (int step = 16; step; step /= 2) {
-        delta += __shfl_xor_sync(~0u, delta, step);
-        square += __shfl_xor_sync(~0u, square, step);
+        for (int step = 16; step; step /= 2) {
+            delta += __shfl_xor_sync(~0u, delta, step);
+            square += __shfl_xor_sync(~0u, square, step);
+        }
+        if (p.d_lse.data)
+            delta -= ((const float *)p.d_lse.data)[head.row(p.d_lse, i)];
     }
-    if (p.d_lse.data)
-        delta -= ((const float *)p.d_lse.data)[head.row(p.d_lse, i)];
-    return {delta, square};
-}
+
+    __device__ __forceinline__ bool is_odd() const {
+        return !(fabsf(delta) < LARGEST_QUERY * LARGEST_QUERY) ||
+               !(square < LARGEST_QUERY * LARGEST_QUERY) ||
+               !(__uint_as_float(query) < LARGEST_QUERY);
+    }
+};
 
 // By lse where that will do, or else by the scores, in blocks of cuda_bwd_simt.
 template <int D, int R, int C>
@@ -133,27 +150,25 @@ __device__ __forceinline__ void bwd_near_stats(const bwd_params &p) {
     bool far = false, odd = false;
     for (int i = block_row + threadIdx.x / 32; i < end; i += S::THREADS / 32) {
         const float lse = ((const float *)p.f.lse.data)[head.row(p.f.lse, i)];
-        const float2 both = delta_and_square(head, i);
+        const RowFacts row(head, i);
         far |= !(fabsf(lse) < FAR_FROM);
+        odd |= row.is_odd();
         if (threadIdx.x % 32 == 0) {
             stats[i] = 0;
             stats[plane + i] = lse * LOG2E;
-            stats[2 * plane + i] = both.x;
-            if (has_sums(p)) {
-                const bool sees = seq.first_key(p.f, i) < seq.end_key(p.f, i);
-                odd |= sees && !(fabsf(both.x) + both.y < POS_INF);
-                stats[3 * plane + i] =
-                    __int_as_float(sum_exponent(p, facts, sqrtf(both.y), both.x));
-            }
+            stats[2 * plane + i] = row.delta;
+            stats[3 * plane + i] =
+                __int_as_float(sum_exponent(p, facts, sqrtf(row.square), row.delta));
         }
     }
     if (__syncthreads_or(far)) {
         find_stats<float, D, R, C>(head, block_row, (float *)shared);
         __syncthreads();
+        const float slope = exponent_per_score<float>(p) * LN2;
         for (int i = block_row + threadIdx.x; i < end; i += S::THREADS)
-            odd |= !(fabsf(stats[i]) < POS_INF) || isnan(stats[plane + i]);
+            odd |= !(fabsf(stats[i]) * slope < LARGEST_LSE) || isnan(stats[plane + i]);
     }
-    if (odd && has_sums(p))
+    if (odd)
         facts[FACT_ODD] = 1;
 }
 
@@ -335,7 +350,7 @@ struct SumsBlock {
         const float *const from = stats_of(p, seq, h) + row;
         for (int x = threadIdx.x; x < TF32X3_BWD_PLANES * ROWS; x += T::THREADS) {
             const int plane = x / ROWS, r = x % ROWS;
-            const bool read = row + r < seq.q_len && (plane < 3 || has_sums(p));
+            const bool read = row + r < seq.q_len;
             stats(stage)[x] = read ? from[plane * stats_plane(p) + r] : plane == 1 ? POS_INF : 0;
         }
     }
@@ -449,18 +464,15 @@ struct SumsBlock {
                                     __double2ll_rn(sum[c][mt][i][e] * factor[mt * 2 + e / 2]));
     }
 
-    // Whether one of this thread's sums, which it writes, is not finite.
-    __device__ __forceinline__ bool store(const float (&sum)[T::NC][2][4][4], float factor,
+    __device__ __forceinline__ void store(const float (&sum)[T::NC][2][4][4], float factor,
                                           const fwd_view &v, int dim, bool aligned) const {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const int first = warp / T::KEY_COLUMNS * 32 + lane / 4,
                   column = warp % T::KEY_COLUMNS * T::NC * 32 + lane % 4 * 8;
         const int64_t to =
             b * v.stride[0] + kv_head * v.stride[1] + (seq.k_start + key) * v.stride[2];
-        bool finite = true;
 #pragma unroll
-        for (int c = 0; c < T::NC; ++c) {
-            finite &= is_finite(sum[c]);
+        for (int c = 0; c < T::NC; ++c)
 #pragma unroll
             for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
@@ -476,16 +488,6 @@ struct SumsBlock {
                             store_four(v, to + r * v.stride[2], column + c * 32 + e * 4, dim,
                                        aligned, x);
                     }
-        }
-        return !finite;
-    }
-
-    // The same keys by plain loops, if a sum of the block is not finite.
-    __device__ __forceinline__ void correct(bool odd, bool values) const {
-        if (!__syncthreads_or(odd))
-            return;
-        const int keys = KEYS / WARPS, first = key + threadIdx.x / 32 * keys;
-        write_keys_exactly<float, EXTRAS>(p, b, kv_head, first, first + keys, values);
     }
 };
 
@@ -493,17 +495,15 @@ template <int D, int WARPS, int KEYS, int ROWS, bool EXTRAS>
 __device__ __forceinline__ void bwd_sums(const bwd_params &p) {
     using T = SumsTile<D, WARPS, KEYS, ROWS>;
     extern __shared__ __align__(16) char shared[];
-    const int b = blockIdx.x / p.key_blocks / p.heads_kv,
-              kv_head = blockIdx.x / p.key_blocks % p.heads_kv,
-              key = blockIdx.x % p.key_blocks * KEYS;
+    const int blocks = (p.f.len_k + KEYS - 1) / KEYS, b = blockIdx.x / blocks / p.heads_kv,
+              kv_head = blockIdx.x / blocks % p.heads_kv, key = blockIdx.x % blocks * KEYS;
     const BwdSequence seq(p, b);
-    if (key >= seq.k_rows)
+    if (key >= seq.k_rows || is_odd(facts_of(p, b, kv_head)))
         return;
     const SumsBlock<D, WARPS, KEYS, ROWS, EXTRAS> block{
         p, seq, b, kv_head, key, shared, shared_address(shared)};
     const int first = seq.first_row(p, key) / ROWS * ROWS, end = seq.end_row(p, key, key + KEYS),
               first_head = kv_head * p.f.group;
-    const bool sums = has_sums(p) && !is_odd(facts_of(p, b, kv_head));
     float d_key[T::NC][2][4][4] = {}, d_value[T::NC][2][4][4] = {};
     if (first < end) {
         block.load_keys();
@@ -525,20 +525,16 @@ __device__ __forceinline__ void bwd_sums(const bwd_params &p) {
         const int next_h = same ? h : h + 1, next_row = same ? row + ROWS : first;
         if (next_h < first_head + p.f.group)
             block.load_rows(next_h, next_row, stage ^ 1);
-        if (sums)
+        if (has_sums(p))
             block.add_queries(h, row, stage);
         h = next_h;
         row = next_row;
         stage ^= 1;
     }
     if (p.d_key.data)
-        block.correct(
-            block.store(d_key, (float)p.f.scale, p.d_key, p.f.dim_qk, p.flags & BWD_ALIGNED_D_KEY),
-            false);
+        block.store(d_key, (float)p.f.scale, p.d_key, p.f.dim_qk, p.flags & BWD_ALIGNED_D_KEY);
     if (p.d_value.data)
-        block.correct(
-            block.store(d_value, p.keep, p.d_value, p.f.dim_v, p.flags & BWD_ALIGNED_D_VALUE),
-            true);
+        block.store(d_value, p.keep, p.d_value, p.f.dim_v, p.flags & BWD_ALIGNED_D_VALUE);
 }
 
 // ---- d_query from its sums ----------------------------------------------------------------------------------------------
@@ -584,7 +580,16 @@ __device__ __forceinline__ void bwd_finish(const bwd_params &p) {
     }
 }
 
-// Rows of heads that integers cannot hold, or all where slopes are wanted, too.
+// ---- What cuda_bwd_simt computes -----------------------------------------------------------------------------------------
+
+template <int D, int R, int C>
+__device__ __forceinline__ void bwd_odd_keys(const bwd_params &p) {
+    const int head = blockIdx.x / p.key_blocks;
+    if (is_odd(facts_of(p, head / p.heads_kv, head % p.heads_kv)))
+        bwd_keys<float, D, R, C>(p);
+}
+
+// All heads where slopes are wanted.
 template <int D, int R, int C>
 __device__ __forceinline__ void bwd_odd_rows(const bwd_params &p) {
     const Work work(p.f);

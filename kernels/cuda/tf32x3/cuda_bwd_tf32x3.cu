@@ -15,6 +15,7 @@
 
 #define TILE(D, R, C)                                                                              \
     INSTANCE(stats_##D, 128, 2, bwd_near_stats<D, R, C>)                                           \
+    INSTANCE(keys_##D, 128, 2, bwd_odd_keys<D, R, C>)                                              \
     INSTANCE(rows_##D, 128, 2, bwd_odd_rows<D, R, C>)                                              \
     INSTANCE(bias_##D, 128, 2, bwd_bias<float, D, R, C>)                                           \
     INSTANCE(finish_##D, FINISH_THREADS, 1, bwd_finish<D>)
