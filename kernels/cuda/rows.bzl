@@ -10,15 +10,16 @@ def cuda_rows(name, different):
 
     Args:
       name: of the library.
-      different: for rows that are compiled otherwise, by name: `archs`, `ptx` and `ptx_of` of their cuda_fatbin; `parts`, by name, the macros
-        with which a part of the row is compiled into NAME_PART_image.
+      different: for rows that are compiled otherwise, by name: `archs`, `ptx` and `ptx_of` of their cuda_fatbin; `folders` whose headers
+        they have, too; `parts`, by name, the macros with which a part of the row is compiled into NAME_PART_image.
     """
     images = []
     for src in native.glob(["*/*.cu"]):
         folder, row = src[:-len(".cu")].split("/")
         options = dict(different.get(row, {}))
         of_src = ["//src:philox.h"] + (["//src:tensor_map.h"] if folder == "sm90" else [])
-        headers = ["%s/%s" % (of, kind) for of in ["common", folder] for kind in ["*.cuh", "*.inc", "*params.h", "*sizes.h"]]
+        folders = ["common", folder] + options.pop("folders", [])
+        headers = ["%s/%s" % (of, kind) for of in folders for kind in ["*.cuh", "*.inc", "*params.h", "*sizes.h"]]
         for part, defines in options.pop("parts", {"": []}).items():
             image = "_".join([row, part, "image"] if part else [row, "image"])
             images.append(image)

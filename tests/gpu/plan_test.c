@@ -291,6 +291,34 @@ Test(gpu_plan, rows_by_dtype) {
     }
 }
 
+/* Gradients of f32 on tensor cores where tf32 is fast and a block has the shared memory. The workspace has 16 bytes for a row of those
+ * that are padded to 64, 8 for each element of its sums, and 16 for a kv head. */
+Test(gpu_plan, backward_of_f32) {
+    static const struct {
+        int64_t dim;
+        int32_t keys[MACHINES]; /* 0: cuda_bwd_simt */
+    } cases[] = {
+        {64, {64, 0, 0, 64, 64, 0}}, {65, {64, 0, 0, 64, 64, 0}}, {256, {32, 0, 0, 64, 64, 0}}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const int64_t dim = cases[i].dim, padded = dim == 65 ? 128 : dim;
+        struct problem p = problem_of(DTYPE_F32, dim, dim, 0);
+        p.operation = BACKWARD;
+        for (int m = 0; m < MACHINES; m++) {
+            const struct caps caps = caps_of(&machines[m]);
+            const int32_t keys = cases[i].keys[m];
+            struct plan plan;
+            cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+            cr_expect(strcmp(plan.kernel->name, keys ? "cuda_bwd_tf32x3" : "cuda_bwd_simt") == 0,
+                      "sm_%d D %d is %s", machines[m].sm, (int)dim, plan.kernel->name);
+            if (!keys)
+                continue;
+            cr_expect(eq(int, plan.tile_k, keys), "sm_%d D %d", machines[m].sm, (int)dim);
+            cr_expect(eq(sz, plan.workspace_bytes, 2 * (320 * (16 + 8 * (size_t)padded) + 16)),
+                      "sm_%d D %d", machines[m].sm, (int)dim);
+        }
+    }
+}
+
 /* Few rows: their own kernel, in about as many blocks as the GPU has multiprocessors, and workspace for what those leave. */
 Test(gpu_plan, decoding_is_split_until_it_fills_the_gpu) {
     static const struct {

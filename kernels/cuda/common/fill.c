@@ -212,8 +212,7 @@ static int64_t blocks_of_rows(const struct problem *p, int64_t rows) {
     return p->batch * p->heads_q * ceil_divide(p->len_q, rows);
 }
 
-/* One for each part of the bias that has a gradient of its own. */
-static int64_t blocks_of_bias(const struct problem *p, const struct bwd_row *row) {
+int64_t bwd_bias_blocks(const struct problem *p, const struct bwd_row *row) {
     const int64_t *const stride = p->d_bias.stride;
     return (stride[0] ? p->batch : 1) * (stride[1] ? p->heads_q : 1) *
            (stride[2] ? ceil_divide(p->len_q, row->bias_rows) : 1) *
@@ -226,7 +225,7 @@ static struct blocks blocks_of(const struct plan *plan, const struct problem *p,
         .stats = blocks_of_rows(p, row->stats_rows),
         .keys = p->batch * p->heads_kv * ceil_divide(p->len_k, plan->tile_k),
         .rows = blocks_of_rows(p, plan->tile_q),
-        .bias = blocks_of_bias(p, row),
+        .bias = bwd_bias_blocks(p, row),
         .slopes = (p->d_alibi_slopes.stride[0] ? p->batch : 1) * p->heads_q,
     };
 }

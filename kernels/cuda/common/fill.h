@@ -43,6 +43,9 @@ struct bwd_row {
     struct cuda_kernel *stats, *keys, *rows, *bias, *sinks, *slopes;
     int32_t stats_rows, bias_rows, bias_keys; /* that blocks of two others own */
 };
+/* One for each part of the bias that has a gradient of its own. */
+int64_t bwd_bias_blocks(const struct problem *p, const struct bwd_row *row);
+
 bool bwd_plan(struct plan *plan, const struct problem *p, const struct bwd_row *row);
 int32_t bwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
                    const struct bwd_row *row);

@@ -344,25 +344,21 @@ __device__ __forceinline__ T part_of_delta(const SimtHead<T> &head, int i, int x
     return sum;
 }
 
+// The statistics of a block's rows.
 template <typename T, int D, int R, int C>
-__device__ __forceinline__ void bwd_stats(const bwd_params &p) {
+__device__ __forceinline__ void find_stats(const SimtHead<T> &head, int block_row, T *shared) {
     using S = SimtBwd<T, D, R, C>;
-    extern __shared__ __align__(16) char shared[];
-    const Work work(p.f);
-    const BwdSequence seq(p, work.b);
-    const SimtHead<T> head{p, seq, work.b, work.h};
-    const int block_row = work.row_block * S::OWN;
-    if (block_row >= seq.q_len)
-        return;
+    const bwd_params &p = head.p;
+    const BwdSequence &seq = head.seq;
     T top[R], total[R];
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         top[i] = -CUDART_INF;
         total[i] = 0;
     }
-    sweep<T, D, R, C>(head, block_row, (T *)shared, top, total);
+    sweep<T, D, R, C>(head, block_row, shared, top, total);
     const T slope = exponent_per_score<T>(p),
-            sink = p.f.sinks.data ? (T)((const float *)p.f.sinks.data)[work.h * p.f.sinks.stride[1]]
+            sink = p.f.sinks.data ? (T)((const float *)p.f.sinks.data)[head.h * p.f.sinks.stride[1]]
                                   : -CUDART_INF;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
@@ -387,7 +383,7 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
         }
         const bool empty = log == -CUDART_INF;
         if (S::x() == 0 && row < seq.q_len) {
-            T *const stats = (T *)stats_of<T>(p, seq, work.h) + row;
+            T *const stats = (T *)stats_of<T>(p, seq, head.h) + row;
             if (p.d_lse.data)
                 delta -=
                     load_number<T>(p.d_lse.data, head.row(p.d_lse, row), p.flags & BWD_D_LSE_F32);
@@ -396,6 +392,16 @@ __device__ __forceinline__ void bwd_stats(const bwd_params &p) {
             stats[2 * stats_plane(p)] = empty ? 0 : delta;
         }
     }
+}
+
+template <typename T, int D, int R, int C>
+__device__ __forceinline__ void bwd_stats(const bwd_params &p) {
+    extern __shared__ __align__(16) char shared[];
+    const Work work(p.f);
+    const BwdSequence seq(p, work.b);
+    const int block_row = work.row_block * SimtBwd<T, D, R, C>::OWN;
+    if (block_row < seq.q_len)
+        find_stats<T, D, R, C>({p, seq, work.b, work.h}, block_row, (T *)shared);
 }
 
 // ---- The two walks --------------------------------------------------------------------------------------------------------
