@@ -419,6 +419,8 @@ Test(gpu_plan, refuses_older_gpus_and_wider_heads) {
                          wide_f32 = problem_of(DTYPE_F32, 257, 64, 0);
     cr_expect(strcmp(row_of(&turing, &p), "") == 0);
     cr_expect(strcmp(row_of(&machines[0], &wide), "") == 0);
+    cr_expect(strstr(error_last(), "cuda_fwd_wide_sm80, goes up to 576 and 512") != NULL, "%s",
+              error_last());
     cr_expect(strcmp(row_of(&machines[0], &wide_v), "") == 0);
     cr_expect(strcmp(row_of(&machines[0], &wide_f32), "") == 0);
 }
