@@ -57,10 +57,10 @@ static struct stats *stats_of(const struct call *c, const struct query_row *r) {
 
 static double dot_values(const struct query_row *r, int64_t j) {
     const struct problem *p = r->p;
-    const int64_t o = query_at(r, &p->d_output);
+    const int64_t o = query_at(r, &p->d_output), v = key_at(r, &p->value, j);
     double dot = 0;
     for (int64_t d = 0; d < p->dim_v; d++)
-        dot += element(&p->d_output, o, d) * value_element(r, j, d);
+        dot += element(&p->d_output, o, d) * element(&p->value, v, d);
     return dot;
 }
 

@@ -20,8 +20,14 @@ static inline int64_t row_of(const struct view *v, int64_t b, int64_t h, int64_t
     return b * v->stride[0] + h * v->stride[1] + l * v->stride[2];
 }
 
+/* Most calls are of tests that ask for the truth, in double throughout: no call of a function for those. */
 static inline double element(const struct view *v, int64_t first, int64_t d) {
-    return load_element(v->data, v->dtype, first + d * v->stride[3]);
+    const int64_t at = first + d * v->stride[3];
+    double wide;
+    if (v->dtype != DTYPE_F64)
+        return load_element(v->data, v->dtype, at);
+    memcpy(&wide, (const char *)v->data + at * (int64_t)sizeof wide, sizeof wide);
+    return wide;
 }
 
 static inline int64_t kv_head(const struct problem *p, int64_t h) {
@@ -72,11 +78,6 @@ static inline bool unmasked(const struct query_row *r, int64_t j) {
 static inline double key_scale_at(const struct query_row *r, const struct view *scale, int64_t j) {
     const bool paged = r->p->features & DLATTN_FEATURE_PAGED && scale->data;
     return scale_at(scale, paged ? problem_page(r->p, r->b, j) : r->b, kv_head(r->p, r->h));
-}
-
-static inline double value_element(const struct query_row *r, int64_t j, int64_t d) {
-    const struct view *v = &r->p->value;
-    return element(v, key_at(r, v, j), d);
 }
 
 static inline double distance(const struct query_row *r, int64_t j) {

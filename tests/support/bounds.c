@@ -68,8 +68,10 @@ double scale_of(const struct row *r, int64_t j) {
 double scaled_product(const struct row *r, int64_t j) {
     const double *q = query_row(r, QUERY), *k = kv_row(r, KEY, j);
     double x = 0;
-    for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
+    for (int64_t d = 0, dim = r->call->made_from.shape.dim_qk; d < dim; d++) {
+#pragma clang fp reassociate(on)
         x += q[d] * k[d];
+    }
     return x * scale_of(r, j);
 }
 
@@ -101,17 +103,16 @@ static void weigh(struct row *r) {
 }
 
 /* A value that dropout drops counts as 0, whatever it holds. */
-static double scaled_value(const struct row *r, int64_t j, int64_t d) {
-    return r->factor[j] == 0 ? 0 : r->factor[j] * r->value[j][d];
-}
+static double scaled_value(double factor, double value) { return factor == 0 ? 0 : factor * value; }
 
 void attend(struct row *r) {
     const int64_t dim_v = r->call->made_from.shape.dim_v;
     weigh(r);
     memset(r->sums, 0, (size_t)dim_v * sizeof *r->sums);
     for (int64_t j = 0; j < r->keys; j++) {
-        for (int64_t d = 0; d < dim_v && r->value[j]; d++)
-            r->sums[d].output += r->weight[j] * scaled_value(r, j, d);
+        const double weight = r->weight[j], factor = r->factor[j], *value = r->value[j];
+        for (int64_t d = 0; d < dim_v && value; d++)
+            r->sums[d].output += weight * scaled_value(factor, value[d]);
     }
 }
 
@@ -156,8 +157,10 @@ enum element type_of_sums(enum element e) { return e == F64 ? F64 : F32; }
 double score_size(const struct row *r, int64_t j) {
     const double *q = query_row(r, QUERY), *k = kv_row(r, KEY, j);
     double products = 0;
-    for (int64_t d = 0; d < r->call->made_from.shape.dim_qk; d++)
+    for (int64_t d = 0, dim = r->call->made_from.shape.dim_qk; d < dim; d++) {
+#pragma clang fp reassociate(on)
         products += fabs(q[d] * k[d]);
+    }
     return 1 + products * fabs(scale_of(r, j)) + r->call->made_from.features.softcap +
            fabs(bias(r, j)) + alibi(r, j);
 }
@@ -173,9 +176,11 @@ static void add_key(const struct row *r, int64_t j, double size) {
     const enum element e = r->call->made_from.element;
     const double weight = r->weight[j], lost = lost_weight(r, weight * r->total) / r->total;
     const bool tiny = weight * r->total < least_normal(type_of_sums(e));
-    for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++) {
+    const double factor = r->factor[j], *values = r->value[j];
+    for (int64_t d = 0, dim = r->call->made_from.shape.dim_v; d < dim; d++) {
         struct sums *s = &r->sums[d];
-        const double value = scaled_value(r, j, d), moved = weight * size * (value - s->output);
+        const double value = scaled_value(factor, values[d]),
+                     moved = weight * size * (value - s->output);
         s->values += weight * value * weight * value;
         s->rounded += lost * value * lost * value;
         s->scored += moved * moved;
