@@ -431,7 +431,7 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p, const pair_
     SeenTiles<BN, EXTRAS> seen(pairs, block_row, last_row + 1, first / BN, (end + BN - 1) / BN);
     int next = 0; // EXTRAS: the keys of the step after this one
     if (EXTRAS)
-        first = seen.next(first / BN) * BN;
+        first = seen.next(seen.begin()) * BN;
     const int warp_first = seq.first_key(p, warp_row),
               warp_end = warp_last < warp_row ? 0 : seq.end_key(p, warp_last);
     const int clean_first = seq.first_key(p, warp_row + 16 - 1),
