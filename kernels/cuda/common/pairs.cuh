@@ -64,10 +64,6 @@ struct PairOptions {
         return (!p.query_segments.data || same_segment(i, j)) && unmasked(i, j);
     }
 
-    // The random words of keys j / 4 * 4 to j / 4 * 4 + 3.
-    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4]) const {
-        random(i, j, x, p.seed[0], p.seed[1]);
-    }
     __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4], uint32_t seed0,
                                            uint32_t seed1) const {
         x[0] = j / 4;
@@ -76,11 +72,36 @@ struct PairOptions {
         x[3] = p.offset;
         philox(x, seed0, seed1);
     }
+    // The random words of keys j / 4 * 4 to j / 4 * 4 + 3.
+    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4]) const {
+        random(i, j, x, p.seed[0], p.seed[1]);
+    }
     __device__ __forceinline__ bool dropped(int i, int j) const {
         uint32_t x[4];
         random(i, j, x);
         const uint32_t low = j & 1 ? x[1] : x[0], high = j & 1 ? x[3] : x[2];
         return (j & 2 ? high : low) <= p.dropped_upto;
+    }
+    // Of a tile of accumulators in the layout of mma, bits n * 4 + e of rows i and i + 8: whether keys j + n * 8 + e are dropped, e being
+    // 0 or 1. Random words are of four keys of a row, and a lane needs those of two: it finds those of one row for itself and
+    // for its neighbour, and gets those of the other.
+    template <int NT>
+    __device__ __forceinline__ void dropped_in_tile(int i, int j, uint32_t (&of_half)[2]) const {
+        static_assert(NT * 4 <= 32, "a bit for each");
+        const int odd = threadIdx.x % 2;
+        const uint32_t seed0 = anew(p.seed[0]), seed1 = anew(p.seed[1]);
+        uint32_t own = 0;
+#pragma unroll 2
+        for (int n = 0; n < NT; ++n) {
+            uint32_t x[4];
+            random(i + odd * 8, j + n * 8, x, seed0, seed1);
+#pragma unroll
+            for (int word = 0; word < 4; ++word)
+                own |= (uint32_t)(x[word] <= p.dropped_upto) << (n * 4 + word);
+        }
+        const uint32_t other = __shfl_xor_sync(~0u, own, 1);
+        of_half[0] = (odd ? other : own) >> 2 * odd;
+        of_half[1] = (odd ? own : other) >> 2 * odd;
     }
 };
 

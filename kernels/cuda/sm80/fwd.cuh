@@ -510,27 +510,13 @@ struct Warp {
     }
 
     // Adds weights of the next tile that dropout drops to the sum, and hides their keys. `row` and `column` as in
-    // hide_segments(). Random words are of four keys of a row, and a lane needs those of two: it finds those of one of two
-    // rows for itself and for its neighbour, and gets those of the other.
+    // hide_segments().
     __device__ __forceinline__ void drop(const PairOptions &options, int row, int column) {
-        static_assert(NT * 4 <= 32, "a bit for each");
-        const int odd = threadIdx.x % 2;
-        const uint32_t seed0 = anew(options.p.seed[0]), seed1 = anew(options.p.seed[1]);
-        row = anew(row) + odd * 8;
+        row = anew(row);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-            uint32_t dropped = 0;
-#pragma unroll 2
-            for (int n = 0; n < NT; ++n) {
-                uint32_t x[4];
-                options.random(row + mt * 16, column + n * 8, x, seed0, seed1);
-#pragma unroll
-                for (int word = 0; word < 4; ++word)
-                    dropped |= (uint32_t)(x[word] <= options.p.dropped_upto) << (n * 4 + word);
-            }
-            const uint32_t other = __shfl_xor_sync(~0u, dropped, 1),
-                           of_half[2] = {(odd ? other : dropped) >> 2 * odd,
-                                         (odd ? dropped : other) >> 2 * odd};
+            uint32_t of_half[2];
+            options.template dropped_in_tile<NT>(row + mt * 16, column, of_half);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
