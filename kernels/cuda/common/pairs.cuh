@@ -64,13 +64,17 @@ struct PairOptions {
         return (!p.query_segments.data || same_segment(i, j)) && unmasked(i, j);
     }
 
-    // The random words of keys j / 4 * 4 to j / 4 * 4 + 3.
-    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4]) const {
+    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4], uint32_t seed0,
+                                           uint32_t seed1) const {
         x[0] = j / 4;
         x[1] = i;
         x[2] = b * f.heads_q + h;
         x[3] = p.offset;
-        philox(x, p.seed[0], p.seed[1]);
+        philox(x, seed0, seed1);
+    }
+    // The random words of keys j / 4 * 4 to j / 4 * 4 + 3.
+    __device__ __forceinline__ void random(int i, int j, uint32_t (&x)[4]) const {
+        random(i, j, x, p.seed[0], p.seed[1]);
     }
     __device__ __forceinline__ bool dropped(int i, int j) const {
         uint32_t x[4];
@@ -78,13 +82,35 @@ struct PairOptions {
         const uint32_t low = j & 1 ? x[1] : x[0], high = j & 1 ? x[3] : x[2];
         return (j & 2 ? high : low) <= p.dropped_upto;
     }
+    // Of a tile of accumulators in the layout of mma, bits n * 4 + e of rows i and i + 8: whether keys j + n * 8 + e are dropped, e being
+    // 0 or 1. Random words are of four keys of a row, and a lane needs those of two: it finds those of one row for itself and
+    // for its neighbour, and gets those of the other.
+    template <int NT>
+    __device__ __forceinline__ void dropped_in_tile(int i, int j, uint32_t (&of_half)[2]) const {
+        static_assert(NT * 4 <= 32, "a bit for each");
+        const int odd = threadIdx.x % 2;
+        const uint32_t seed0 = anew(p.seed[0]), seed1 = anew(p.seed[1]);
+        uint32_t own = 0;
+#pragma unroll 2
+        for (int n = 0; n < NT; ++n) {
+            uint32_t x[4];
+            random(i + odd * 8, j + n * 8, x, seed0, seed1);
+#pragma unroll
+            for (int word = 0; word < 4; ++word)
+                own |= (uint32_t)(x[word] <= p.dropped_upto) << (n * 4 + word);
+        }
+        const uint32_t other = __shfl_xor_sync(~0u, own, 1);
+        of_half[0] = (odd ? other : own) >> 2 * odd;
+        of_half[1] = (odd ? own : other) >> 2 * odd;
+    }
 };
 
-// Which tiles of KEYS keys segments and block mask leave to rows [row, end_row). Every warp finds out by itself, each lane about one
-// tile of 32. Segments are told apart by their ranges: where they are sorted, only tiles with a key that is seen are left.
+// Which of tiles [first, end) of KEYS keys segments and block mask leave to rows [row, end_row). Every warp finds out by itself, each
+// lane about one tile of 32. Segments are told apart by their ranges: where they are sorted, only tiles with a key that is seen are left.
 template <int KEYS, bool EXTRAS>
 struct SeenTiles {
     __device__ __forceinline__ SeenTiles(const PairOptions &, int, int, int, int) {}
+    __device__ __forceinline__ static int begin() { return 0; }
     __device__ __forceinline__ static int next(int tile) { return tile; }
 };
 template <int KEYS>
@@ -92,27 +118,32 @@ struct SeenTiles<KEYS, true> {
     static constexpr int MOST_BLOCKS = 64; // of a tile: to look at more costs more than it spares
 
     const PairOptions options;
-    const int row, end_row, end; // rows, and tiles
-    uint32_t seen;               // of 32 tiles, those from a multiple of 32 on
+    const int row, end_row, first, end;
+    uint32_t seen; // of 32 tiles, those from a multiple of 32 on
 
-    // `first`: the least tile that next() will be asked about.
     __device__ __forceinline__ SeenTiles(const PairOptions &options, int row, int end_row,
                                          int first, int end)
-        : options(options), row(row), end_row(end_row), end(end), seen(0) {
-        if (any() && first % 32 && first < end)
-            look(first / 32);
-    }
+        : options(options), row(row), end_row(end_row), first(first), end(end), seen(0) {}
 
     __device__ __forceinline__ bool any() const {
         return options.p.query_segments.data || options.p.block_mask.data;
     }
 
-    __device__ __forceinline__ static bool by_segments(const PairOptions &options, int low,
-                                                       int high, int key, int end_key) {
-        int least = INT32_MAX, most = INT32_MIN;
+    __device__ __forceinline__ static bool by_segments(const PairOptions &options, int row,
+                                                       int end_row, int key) {
+        const int last_key = options.seq.k_len - 1;
+        int low = INT32_MAX, high = INT32_MIN, least = INT32_MAX, most = INT32_MIN;
+#pragma unroll 1
+        for (int i = row + threadIdx.x % 32; i < end_row; i += 32) {
+            const int x = options.query_segment(i);
+            low = min(low, x);
+            high = max(high, x);
+        }
+        low = __reduce_min_sync(~0u, low);
+        high = __reduce_max_sync(~0u, high);
 #pragma unroll 4
-        for (int j = key; j < end_key; ++j) {
-            const int x = options.key_segment(j);
+        for (int n = 0; n < KEYS; ++n) {
+            const int x = options.key_segment(min(key + n, last_key));
             least = min(least, x);
             most = max(most, x);
         }
@@ -120,37 +151,34 @@ struct SeenTiles<KEYS, true> {
     }
 
     __device__ __forceinline__ static bool by_blocks(const PairOptions &options, int row,
-                                                     int end_row, int key, int end_key) {
+                                                     int end_row, int key) {
         const pair_params &p = options.p;
+        const int last_key = min(key + KEYS, options.seq.k_len) - 1;
         const int first_row = divide(row, p.block_q), first_key = divide(key, p.block_k),
                   rows = divide(end_row - 1, p.block_q) - first_row + 1,
-                  keys = divide(end_key - 1, p.block_k) - first_key + 1;
+                  keys = divide(last_key, p.block_k) - first_key + 1;
         bool some = rows * keys > MOST_BLOCKS;
-        for (int n = 0; n < rows * keys && !some; ++n)
-            some = options.block_state(first_row + n / keys, first_key + n % keys);
+#pragma unroll 1
+        for (int i = 0; i < rows && !some; ++i)
+#pragma unroll 1
+            for (int j = 0; j < keys && !some; ++j)
+                some = options.block_state(first_row + i, first_key + j);
         return some;
     }
 
     __device__ __forceinline__ void look(int group) {
         const PairOptions here = options.for_once();
-        const int first_row = anew(row), key = (group * 32 + threadIdx.x % 32) * KEYS,
-                  end_key = min(key + KEYS, here.seq.k_len);
-        bool sees = key < end_key;
-        if (here.p.query_segments.data) {
-            int low = INT32_MAX, high = INT32_MIN;
-            for (int i = first_row + threadIdx.x % 32; i < end_row; i += 32) {
-                const int x = here.query_segment(i);
-                low = min(low, x);
-                high = max(high, x);
-            }
-            low = __reduce_min_sync(~0u, low);
-            high = __reduce_max_sync(~0u, high);
-            sees = sees && by_segments(here, low, high, key, end_key);
-        }
-        if (here.p.block_mask.data)
-            sees = sees && by_blocks(here, first_row, end_row, key, end_key);
+        const int from = anew(row), tile = group * 32 + threadIdx.x % 32, key = tile * KEYS;
+        bool sees = tile >= first && key < here.seq.k_len;
+        if (here.p.query_segments.data)
+            sees = by_segments(here, from, end_row, key) && sees;
+        if (here.p.block_mask.data && sees)
+            sees = by_blocks(here, from, end_row, key);
         seen = __ballot_sync(~0u, sees);
     }
+
+    // Where to begin with next().
+    __device__ __forceinline__ int begin() const { return any() ? first / 32 * 32 : first; }
 
     // The first tile from `tile` on that is left, or `end`. It is asked about one after the other.
     __device__ __forceinline__ int next(int tile) {

@@ -1,6 +1,6 @@
 #include "kernels/cuda/common/tile.h"
 
-static bool covers(const struct tile *t, bool extras, const struct problem *p,
+static bool covers(const struct tile *t, int32_t extras, const struct problem *p,
                    const struct caps *caps) {
     return t->dim_qk >= p->dim_qk && t->dim_v >= p->dim_v && t->extras >= extras &&
            t->kernels[0].shared_memory_bytes <= caps->shared_memory_bytes;
@@ -12,8 +12,8 @@ static bool held(const struct tile *t, const struct caps *caps) {
            t->blocks;
 }
 
-int32_t choose_tile(const struct tile *tiles, int32_t count, bool extras, const struct problem *p,
-                    const struct caps *caps, tile_suits suits) {
+int32_t choose_tile(const struct tile *tiles, int32_t count, int32_t extras,
+                    const struct problem *p, const struct caps *caps, tile_suits suits) {
     int32_t best = -1;
     for (int32_t i = 0; i < count; i++) {
         const struct tile *const t = &tiles[i];

@@ -10,7 +10,7 @@ struct tile {
     int32_t rows, keys;    /* that a block owns, or takes in one step */
     int32_t
         blocks; /* that a multiprocessor must hold at a time, or it is for want of a better one; 0: no matter */
-    bool extras; /* also for the options that cost registers */
+    int32_t extras; /* also for options that cost registers, of rows that say which; 0: none */
     struct cuda_kernel
         *kernels; /* f16, bf16, and what else the row says; all want the same shared memory */
 };
@@ -33,8 +33,8 @@ typedef bool (*tile_suits)(const struct tile *t, const struct problem *p, const 
 /* Tiles are listed narrowest first. The first that covers the problem's head dims, has the extras that are asked for and fits the
  * GPU's shared memory says which head dims it will be. Of the tiles of these the first that suits, with as many blocks on a
  * multiprocessor as it says, is chosen, or else the last. Its index, -1 if none covers the problem. `suits` may be NULL. */
-int32_t choose_tile(const struct tile *tiles, int32_t count, bool extras, const struct problem *p,
-                    const struct caps *caps, tile_suits suits);
+int32_t choose_tile(const struct tile *tiles, int32_t count, int32_t extras,
+                    const struct problem *p, const struct caps *caps, tile_suits suits);
 
 static inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

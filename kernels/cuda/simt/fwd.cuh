@@ -223,7 +223,7 @@ __device__ __forceinline__ void cuda_fwd_simt(const fwd_params &p, const pair_pa
                                     (end + S::KEYS - 1) / S::KEYS);
     int next = 0; // EXTRAS: the keys of the step after this one
     if (EXTRAS)
-        first = seen.next(first / S::KEYS) * S::KEYS;
+        first = seen.next(seen.begin()) * S::KEYS;
     if (first < end)
         load_kv(p.key, first, p.dim_qk, p.flags & FWD_ALIGNED_KEY);
 #pragma unroll 1

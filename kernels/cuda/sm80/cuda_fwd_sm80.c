@@ -19,10 +19,13 @@ static const struct tile tiles[] = {
 #include "kernels/cuda/sm80/tiles.inc"
 };
 
-static bool needs_extras(const struct problem *p) {
+static int32_t needed_extras(const struct problem *p) {
     const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
-                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED;
-    return p->features & extras || fwd_needs_pairs(p) || !(p->scale > 0);
+                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED |
+                            DLATTN_FEATURE_DIAGONAL_OFFSET,
+                   pairs =
+                       DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK;
+    return p->features & pairs ? 2 : p->features & extras || !(p->scale > 0);
 }
 
 /* True if blocks of so many rows, of which a multiprocessor holds one, and steps of so many keys pay: there is a block for
@@ -45,7 +48,7 @@ ROW_FUNCTIONS(cuda_fwd_sm80);
 bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     return offset_fits(plan, p) &&
            fwd_plan(plan, p, tiles,
-                    choose_tile(tiles, COUNT(tiles), needs_extras(p), p, caps, suits));
+                    choose_tile(tiles, COUNT(tiles), needed_extras(p), p, caps, suits));
 }
 
 int32_t cuda_fwd_sm80_launch(const struct plan *plan, const struct problem *p,

@@ -490,27 +490,33 @@ struct Warp {
             }
     }
 
+    // Hides what segments and block mask hide. False: there is nothing left for the mask to do.
+    __device__ __forceinline__ bool hide_pairs(const PairOptions &options, int row, int column) {
+        const pair_params &pair = options.p;
+        if (pair.query_segments.data)
+            hide_segments(options, row, column);
+        if (!pair.block_mask.data)
+            return true;
+        const int last_row = options.seq.q_len - 1, last_key = options.seq.k_len - 1,
+                  first_row = row - threadIdx.x % 32 / 4, first_key = column - threadIdx.x % 4 * 2;
+        const int state =
+            options.state_of(min(first_row, last_row), min(first_row + MT * 16 - 1, last_row),
+                             min(first_key, last_key), min(first_key + KEYS - 1, last_key));
+        if (state < 0)
+            hide_masked(options, row, column);
+        else if (state == 0)
+            change_scores([](float, int, int, int, int) { return NEG_INF; });
+        return state == 1;
+    }
+
     // Adds weights of the next tile that dropout drops to the sum, and hides their keys. `row` and `column` as in
-    // hide_segments(). Random words are of four keys of a row, and a lane needs those of two: it finds those of one of two
-    // rows for itself and for its neighbour, and gets those of the other.
+    // hide_segments().
     __device__ __forceinline__ void drop(const PairOptions &options, int row, int column) {
-        static_assert(NT * 4 <= 32, "a bit for each");
-        const int odd = threadIdx.x % 2;
-        row = anew(row) + odd * 8;
+        row = anew(row);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-            uint32_t dropped = 0;
-#pragma unroll 2
-            for (int n = 0; n < NT; ++n) {
-                uint32_t x[4];
-                options.random(row + mt * 16, column + n * 8, x);
-#pragma unroll
-                for (int word = 0; word < 4; ++word)
-                    dropped |= (uint32_t)(x[word] <= options.p.dropped_upto) << (n * 4 + word);
-            }
-            const uint32_t other = __shfl_xor_sync(~0u, dropped, 1),
-                           of_half[2] = {(odd ? other : dropped) >> 2 * odd,
-                                         (odd ? dropped : other) >> 2 * odd};
+            uint32_t of_half[2];
+            options.template dropped_in_tile<NT>(row + mt * 16, column, of_half);
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -526,6 +532,7 @@ struct Warp {
     }
 
     // The options of the forward pass, one after the other; leaves logits times log2(e). `row`, `key` as in mask().
+    template <bool PAIRS>
     __device__ __forceinline__ void extras(const fwd_params &p, const pair_params &pair,
                                            const Sequence &seq, int b, int h, int row, int key) {
         b = anew(b);
@@ -559,22 +566,10 @@ struct Warp {
                 return __fmaf_rz(-alibi, fabsf(distance + (mt * 16 + half * 8 - n * 8 - e)), x);
             });
         }
-        const PairOptions options{p, pair, seq, b, h};
-        if (pair.query_segments.data)
-            hide_segments(options, row, column);
-        int state = 1;
-        if (pair.block_mask.data) {
-            const int last_row = seq.q_len - 1, last_key = seq.k_len - 1,
-                      first_row = row - threadIdx.x % 32 / 4;
-            state =
-                options.state_of(min(first_row, last_row), min(first_row + MT * 16 - 1, last_row),
-                                 min(key, last_key), min(key + KEYS - 1, last_key));
-        }
-        if (state < 0)
-            hide_masked(options, row, column);
-        else if (state == 0)
-            change_scores([](float, int, int, int, int) { return NEG_INF; });
-        else if (state == 1 && p.mask.data)
+        bool masked = true;
+        if constexpr (PAIRS)
+            masked = hide_pairs(PairOptions{p, pair, seq, b, h}, row, column);
+        if (masked && p.mask.data)
             combine_scores<uint8_t>(p.mask, seq, b, h, row, column,
                                     whole && p.flags & FWD_PAIRED_MASK,
                                     [](float x, uint8_t y) { return y ? x : NEG_INF; });
@@ -645,7 +640,7 @@ struct Share {
 };
 
 // Which tiles come after tile g: all of them, one after the other. The first step of a block has no tile, g is first - 1.
-template <int BN, int STAGES, bool EXTRAS>
+template <int BN, int STAGES, bool PAIRS>
 struct Steps {
     __device__ __forceinline__ Steps(const PairOptions &, int, int, int, int) {}
     __device__ __forceinline__ static int after(int g, int n) { return g + n; }
@@ -661,9 +656,11 @@ struct Steps<BN, STAGES, true> {
     __device__ __forceinline__ Steps(const PairOptions &options, int row, int end_row, int first,
                                      int end)
         : seen(options, row, end_row, first, end) {
-#pragma unroll
+        for (int &tile : next)
+            tile = seen.begin() - 1;
+#pragma unroll 1
         for (int n = 0; n < STAGES; ++n)
-            next[n] = seen.next(n == 0 ? first : next[n - 1] + 1);
+            turn(0);
     }
     __device__ __forceinline__ int after(int g, int n) const { return n == 0 ? g : next[n - 1]; }
     // Tiles between after(g, n) and the one before it.
@@ -854,7 +851,7 @@ struct Operands {
 };
 
 // A warp's rows of output and lse. The output takes the place of the warp's own queries on its way to whole 16-byte writes.
-template <typename E, int D, int DV, int MT, int BN, int SPLIT, bool EXTRAS, typename Share>
+template <typename E, int D, int DV, int MT, int BN, int SPLIT, int EXTRAS, typename Share>
 __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, const Sequence &seq,
                                        const Share &share, Warp<E, D, DV, MT, BN, SPLIT> &w,
                                        char *shared, uint32_t p_tile, const pair_params &pair) {
@@ -882,7 +879,7 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
                 top = NEG_INF;
             }
             float factor = end_row(sink, top, total);
-            if (EXTRAS)
+            if (EXTRAS == 2)
                 factor *= pair.keep;
             if (lane % 4 == mt * 2 + half) {
                 lse_total = total;
@@ -920,11 +917,12 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
                                      share.block_row + mine + ROWS);
 }
 
-template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
+template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, int EXTRAS>
 __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_params &pair) {
     using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
     using W = Warp<E, D, DV, MT, BN, SPLIT>;
     using R = Ring<E, D, DV, WARPS, MT, BN, STAGES, SPLIT>;
+    constexpr bool PAIRS = EXTRAS == 2;
     extern __shared__ __align__(16) char shared[];
     const uint32_t q_tile = shared_address(shared), k_tile = q_tile + T::Q_BYTES;
     const int lane = threadIdx.x % 32, warps = kept_by_all(threadIdx.x / 32);
@@ -945,9 +943,9 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_pa
     const E *const v = R::start(p.value, work, kv_head, seq.k_start, pages);
     share.find_tiles(p, seq);
     const PairOptions options{p, pair, seq, work.b, work.h};
-    Steps<BN, STAGES, EXTRAS> steps(options, share.block_row,
-                                    min(share.block_row + T::ROWS, seq.q_len), share.first,
-                                    share.end);
+    Steps<BN, STAGES, PAIRS> steps(options, share.block_row,
+                                   min(share.block_row + T::ROWS, seq.q_len), share.first,
+                                   share.end);
     R ring(p, work, seq, k, v, pages, k_tile, share.first, share.end);
     load_queries<Loader<E, T::THREADS, T::ROWS, D>>(p, q_tile, q, share.rows);
     if (STAGES > 1)
@@ -962,8 +960,8 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_pa
 #pragma unroll 1
     for (int g = share.first - 1; g < share.end; g = steps.turn(g)) {
         const bool current = g >= share.warp_first && g < share.warp_end,
-                   next = (EXTRAS ? steps.after(g, 1) : g + 1) >= share.warp_first &&
-                          (EXTRAS ? steps.after(g, 1) : g + 1) < share.warp_end;
+                   next = (PAIRS ? steps.after(g, 1) : g + 1) >= share.warp_first &&
+                          (PAIRS ? steps.after(g, 1) : g + 1) < share.warp_end;
         if (STAGES == 1)
             ring.turn_to_value(g, steps);
         else
@@ -973,17 +971,18 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_pa
         if (STAGES == 1)
             ring.turn_to_key(g, steps);
         if (next) {
-            const int key = (EXTRAS ? steps.after(g, 1) : g + 1) * BN + share.part * W::KEYS;
+            const int key = (PAIRS ? steps.after(g, 1) : g + 1) * BN + share.part * W::KEYS;
             w.multiply_keys(at.q, at.k + offset);
             if (EXTRAS)
-                w.extras(p, pair, seq, work.b, work.h, share.first_row + lane / 4, key);
-            if ((EXTRAS ? steps.after(g, 1) : g + 1) < share.whole_first)
+                w.template extras<PAIRS>(p, pair, seq, work.b, work.h, share.first_row + lane / 4,
+                                         key);
+            if ((PAIRS ? steps.after(g, 1) : g + 1) < share.whole_first)
                 w.template mask<false>(p, seq, share.first_row + lane / 4, key);
-            if ((EXTRAS ? steps.after(g, 1) : g + 1) >= share.whole_end)
+            if ((PAIRS ? steps.after(g, 1) : g + 1) >= share.whole_end)
                 w.template mask<true>(p, seq, share.first_row + lane / 4, key);
             w.find_maxima();
             w.follow_maxima(shared + p_tile);
-            if (EXTRAS && pair.dropout)
+            if (PAIRS && pair.dropout)
                 w.drop(options.for_once(), share.first_row + lane / 4, key + lane % 4 * 2);
             w.template exponentials<0, W::PART * W::AHEAD>(at.p_to);
         }

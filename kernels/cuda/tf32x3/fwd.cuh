@@ -197,24 +197,10 @@ struct Warp {
         }
     }
 
-    // Probabilities that dropout drops become 0: they are in the sum. `row`, `key` as in mask(). Random words are of four keys
-    // of a row, and a thread needs those of two: it finds those of one of two rows for itself and for its neighbour, and gets
-    // those of the other.
+    // Probabilities that dropout drops become 0: they are in the sum. `row`, `key` as in mask().
     __device__ __forceinline__ void drop(const PairOptions &options, int row, int key) {
-        static_assert(NT * 4 <= 32, "a bit for each");
-        const int odd = threadIdx.x % 2;
-        uint32_t dropped = 0;
-#pragma unroll 2
-        for (int n = 0; n < NT; ++n) {
-            uint32_t x[4];
-            options.random(row + odd * 8, key + n * 8 + threadIdx.x % 4 * 2, x);
-#pragma unroll
-            for (int word = 0; word < 4; ++word)
-                dropped |= (uint32_t)(x[word] <= options.p.dropped_upto) << (n * 4 + word);
-        }
-        const uint32_t other = __shfl_xor_sync(~0u, dropped, 1),
-                       of_half[2] = {(odd ? other : dropped) >> 2 * odd,
-                                     (odd ? dropped : other) >> 2 * odd};
+        uint32_t of_half[2];
+        options.template dropped_in_tile<NT>(row, key + (int)threadIdx.x % 4 * 2, of_half);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -322,7 +308,7 @@ __device__ __forceinline__ void cuda_fwd_tf32x3(const fwd_params &p, const pair_
     SeenTiles<BN, EXTRAS> seen(pairs, block_row, last_row + 1, first / BN, (end + BN - 1) / BN);
     int next = 0; // EXTRAS: the keys of the step after this one
     if (EXTRAS)
-        first = seen.next(first / BN) * BN;
+        first = seen.next(seen.begin()) * BN;
     const int warp_first = seq.first_key(p, warp_row),
               warp_end = warp_last < warp_row ? 0 : seq.end_key(p, warp_last);
     const int clean_first = seq.first_key(p, warp_row + 16 - 1),
