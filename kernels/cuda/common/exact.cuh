@@ -10,8 +10,8 @@
 #include <cuda_fp16.h>
 
 // E: elements of the tensors; Sum: what products and sums are computed in; C: elements of keys and values, of which float8 may have
-// scales.
-template <typename E, typename Sum, typename C = E>
+// scales; DV: most columns of the output.
+template <typename E, typename Sum, typename C = E, int DV = 256>
 struct ExactRow {
     const fwd_params &p;
     const Sequence &seq;
@@ -82,7 +82,7 @@ struct ExactRow {
         }
         for (int step = 16; step; step /= 2)
             top = fmax(top, __shfl_xor_sync(~0u, top, step));
-        Sum total = 0, out[8] = {}; // columns lane + 32 * c
+        Sum total = 0, out[DV / 32] = {}; // columns lane + 32 * c
         for (int base = first; base < end && !nan; base += 32) {
             const Sum x = base + lane < end ? logit(base + lane) : (Sum)-INFINITY;
             const Sum weight = x == -INFINITY ? 0 : exp(x - top);
@@ -92,7 +92,7 @@ struct ExactRow {
                 const Sum w = __shfl_sync(~0u, weight, who);
                 const int64_t v = key_row(p.value, base + who);
 #pragma unroll
-                for (int c = 0; c < 8; ++c)
+                for (int c = 0; c < DV / 32; ++c)
                     if (lane + 32 * c < p.dim_v)
                         out[c] = fma(w,
                                      load_cached(p.value, v + (lane + 32 * c) * p.value.stride[3],
@@ -111,7 +111,7 @@ struct ExactRow {
         E *const to = (E *)p.output.data + b * p.output.stride[0] + h * p.output.stride[1] +
                       row * p.output.stride[2];
 #pragma unroll
-        for (int c = 0; c < 8; ++c)
+        for (int c = 0; c < DV / 32; ++c)
             if (lane + 32 * c < p.dim_v)
                 to[(lane + 32 * c) * p.output.stride[3]] = E(empty ? 0.0f : (float)(out[c] / over));
         if (!p.lse.data || lane != 0)
@@ -127,11 +127,12 @@ struct ExactRow {
 };
 
 // Rows [row, end) of a head, by one warp, over what it has written before.
-template <typename E, typename Sum, typename C = E>
-__device__ __noinline__ void write_rows_exactly(const fwd_params &p, int b, int h, int row,
-                                                int end) {
-    const Sequence seq(p, b);
+template <typename E, typename Sum, typename C = E, int DV = 256>
+__device__ __noinline__ void write_rows_exactly(const fwd_params &p, int b, int h, int row, int end,
+                                                int diagonal_offset = 0) {
+    Sequence seq(p, b);
+    seq.diagonal += diagonal_offset;
     __syncwarp();
     for (int i = row; i < min(end, seq.q_len); ++i)
-        ExactRow<E, Sum, C>{p, seq, b, h, i}.write();
+        ExactRow<E, Sum, C, DV>{p, seq, b, h, i}.write();
 }

@@ -3,7 +3,7 @@
 
 #define INSTANCE(name, E, C, D, NT, MT, WARPS, STAGES)                                             \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)                                    \
-        name(const __grid_constant__ decode_params p) {                                            \
+        name(const __grid_constant__ packed_params p) {                                            \
         static_assert(Tile<sizeof(C), D, D, NT, MT, WARPS, STAGES>::SHARED_BYTES ==                \
                       TILE_SHARED_BYTES(sizeof(C), D, NT, MT, WARPS, STAGES));                     \
         cuda_decode_sm80<E, C, D, D, NT, MT, WARPS, STAGES>(p);                                    \
@@ -21,8 +21,8 @@
 
 #define MERGE(name, E, C)                                                                          \
     extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32)                                 \
-        name(const __grid_constant__ decode_params p) {                                            \
-        cuda_decode_sm80_merge<E, C, MERGE_WARPS>(p);                                              \
+        name(const __grid_constant__ packed_params p) {                                            \
+        merge_splits<E, C, 2, MERGE_WARPS>(p);                                                     \
     }
 MERGE(cuda_decode_sm80_merge_f16, __half, __half)
 MERGE(cuda_decode_sm80_merge_bf16, __nv_bfloat16, __nv_bfloat16)

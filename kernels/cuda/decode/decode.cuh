@@ -10,12 +10,9 @@
 // a query of bf16 is brought into the range of f16 row by row, and scales and that range meet in the slope of a row's exponents.
 #pragma once
 
-#include "kernels/cuda/common/exact.cuh"
 #include "kernels/cuda/common/float8.cuh"
+#include "kernels/cuda/common/packed.cuh"
 #include "kernels/cuda/common/ptx.cuh"
-#include "kernels/cuda/common/sequence.cuh"
-#include "kernels/cuda/common/sixteen_bit.cuh"
-#include "kernels/cuda/decode/params.h"
 
 #include <type_traits>
 
@@ -39,119 +36,6 @@ struct Tile {
     static constexpr int SLOPE_BYTES = BYTES == 1 ? ROWS * 4 : 0;
     static constexpr int SHARED_BYTES = Q_BYTES + WARPS * RING_BYTES + SUM_BYTES + SLOPE_BYTES;
 };
-
-// A tile of packed rows.
-struct Rows {
-    int b, kv_head, first, group;
-    divisor by_group;
-    __device__ __forceinline__ Rows(const decode_params &p, int tile, int rows)
-        : group(p.fwd.group), by_group(p.by_group) {
-        const int head = divide(tile, p.by_row_blocks);
-        first = (tile - head * p.fwd.row_blocks) * rows;
-        b = divide(head, p.by_heads_kv);
-        kv_head = head - b * p.heads_kv;
-    }
-    __device__ __forceinline__ int query(int r) const { return divide(first + r, by_group); }
-    __device__ __forceinline__ int head(int r) const {
-        return kv_head * group + first + r - query(r) * group;
-    }
-};
-
-// A row whose keys are all added up: log2 of the scale of sum and output, -inf if it saw no key; columns
-// lane * 4 + n * 128 of the output and the next three.
-template <int COLUMNS>
-struct Merged {
-    float top, total;
-    float4 out[COLUMNS];
-};
-
-// The weight of a part whose scale is 2^top in a sum whose scale is 2^most; a part that saw no key has none.
-__device__ __forceinline__ float weight_of(float top, float most) {
-    return top == NEG_INF ? 0 : exp2_approx(top - most);
-}
-
-__device__ __forceinline__ void add(float4 &to, float weight, const float4 &x) {
-    to.x = fmaf(weight, x.x, to.x);
-    to.y = fmaf(weight, x.y, to.y);
-    to.z = fmaf(weight, x.z, to.z);
-    to.w = fmaf(weight, x.w, to.w);
-}
-
-// The parts first, first + step ... of a row, added up by a warp in this order, four at a time: `sums` gives what
-// decode_params.sums has of a part, `outputs` four columns of its output.
-template <int COLUMNS, typename Sums, typename Outputs>
-__device__ __forceinline__ Merged<COLUMNS> merged(int first, int step, int parts, int dim_v,
-                                                  Sums sums, Outputs outputs) {
-    const int lane = threadIdx.x % 32;
-    Merged<COLUMNS> row = {NEG_INF, 0, {}};
-#pragma unroll 1
-    for (; first < parts; first += 4 * step) {
-        float2 sum[4];
-        float4 out[4][COLUMNS];
-        float most = row.top;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int part = first + i * step;
-            sum[i] = part < parts ? sums(part) : make_float2(NEG_INF, 0);
-#pragma unroll
-            for (int n = 0; n < COLUMNS; ++n)
-                out[i][n] = part < parts && lane * 4 + n * 128 < dim_v
-                                ? outputs(part, lane * 4 + n * 128)
-                                : make_float4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            most = fmaxf(most, sum[i].x);
-        const float shrink = weight_of(row.top, most);
-        row.top = most;
-        row.total *= shrink;
-#pragma unroll
-        for (int n = 0; n < COLUMNS; ++n)
-            row.out[n] = {row.out[n].x * shrink, row.out[n].y * shrink, row.out[n].z * shrink,
-                          row.out[n].w * shrink};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float weight = weight_of(sum[i].x, most);
-            row.total = fmaf(weight, sum[i].y, row.total);
-#pragma unroll
-            for (int n = 0; n < COLUMNS; ++n)
-                add(row.out[n], weight, out[i][n]);
-        }
-    }
-    return row;
-}
-
-// Output and lse of a row, by a warp. C: elements of keys and values.
-template <typename E, typename C, int COLUMNS>
-__device__ __forceinline__ void finish_row(const fwd_params &p, const Sequence &seq,
-                                           const Rows &rows, int r, const Merged<COLUMNS> &row) {
-    const int i = rows.query(r), h = rows.head(r), lane = threadIdx.x % 32;
-    const bool empty = i >= seq.q_len || row.total == 0;
-    const float sink = sink_of(p, h);
-    float top = empty ? NEG_INF : row.top, total = empty ? 0 : row.total;
-    float factor = end_row(sink, top, total);
-    if constexpr (is_float8<C>)
-        factor *= scale_at(p.value_scale, rows.b, rows.kv_head);
-    if (lane == 0 && p.lse.data)
-        store_lse<E>(p, rows.b, h, seq.q_start + i, sink, top, total);
-    E *const to = (E *)p.output.data + rows.b * p.output.stride[0] + h * p.output.stride[1] +
-                  (seq.q_start + i) * p.output.stride[2];
-    uint32_t odd = 0; // not 0: the output has a NaN or Inf
-#pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) {
-        const int c = lane * 4 + n * 128;
-        const float4 x = row.out[n];
-        uint2 pairs = {pack<E>(x.x * factor, x.y * factor), pack<E>(x.z * factor, x.w * factor)};
-        if (empty)
-            pairs = {0, 0};
-        if (c < p.dim_v) {
-            *(uint2 *)(to + c) = pairs;
-            odd = multiply_add_zero<E>(pairs.y, multiply_add_zero<E>(pairs.x, odd));
-        }
-    }
-    if (__any_sync(~0u, odd != 0) || fabsf(row.top) == FLT_MAX)
-        write_rows_exactly<E, float, C>(p, rows.b, h, i, i + 1);
-}
 
 template <typename E, typename C, int D, int DV, int NT, int MT, int WARPS, int STAGES>
 struct Warp {
@@ -391,7 +275,7 @@ struct Warp {
 // Makes f16 of the queries in shared memory and `slopes` of what their scores are multiplied by. Rows of bf16 are shifted
 // until their largest element is near f16's largest, so that what f16 cannot hold is 2^-31 of it or less.
 template <typename E, int D, int ROWS, int WARPS>
-__device__ __forceinline__ void prepare_queries(const decode_params &dp, const Rows &rows,
+__device__ __forceinline__ void prepare_queries(const packed_params &dp, const Rows &rows,
                                                 int count, char *queries, float *slopes) {
     const fwd_params &p = dp.fwd;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -424,7 +308,7 @@ __device__ __forceinline__ void prepare_queries(const decode_params &dp, const R
 }
 
 template <typename E, typename C, int D, int DV, int NT, int MT, int WARPS, int STAGES>
-__device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
+__device__ __forceinline__ void cuda_decode_sm80(const packed_params &dp) {
     using T = Tile<sizeof(C), D, DV, NT, MT, WARPS, STAGES>;
     using W = Warp<E, C, D, DV, NT, MT, WARPS, STAGES>;
     extern __shared__ __align__(128) char shared[];
@@ -443,15 +327,8 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     if (count <= 0)
         return;
 
-    // Keys that rows of the tile see, this split's part of them, and what all of them see.
-    const int top_row = rows.query(0), bottom_row = min(rows.query(count - 1), seq.q_len - 1);
-    const int first_key = seq.first_key(p, top_row),
-              end_key = bottom_row < top_row ? 0 : seq.end_key(p, bottom_row);
-    const int clean_first = seq.first_key(p, rows.query(T::ROWS - 1)),
-              clean_end = seq.end_key(p, top_row);
-    const int steps = max(0, (end_key - first_key + T::KEYS - 1) / T::KEYS);
-    const int each = divide(steps, dp.by_splits), more = steps - each * dp.splits;
-    const int first = split * each + min(split, more), end = first + each + (split < more);
+    const Part part(dp, seq, rows, count, split, T::KEYS);
+    const int first_key = part.first_key, end_key = part.end_key, end = part.end;
 
     // One step's keys and values by one warp: lane l knows where key l begins and tells the others. Lanes lie on eight
     // chunks of four rows, or four of eight where a row has no more.
@@ -477,7 +354,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
                            row < left && c < columns - first_column);
         }
     };
-    int page = 0, next_step = first + warp;
+    int page = 0, next_step = part.first + warp;
     const auto look_up = [&]() {
         const int key = min(first_key + next_step * T::KEYS + lane % T::KEYS, end_key - 1);
         if (p.page_size && next_step < end)
@@ -521,7 +398,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
     const bool key_e5m2 = p.flags & FWD_KEY_E5M2, value_e5m2 = p.flags & FWD_VALUE_E5M2;
     look_up();
     uint32_t offset = 0;
-    int step = first + warp;
+    int step = part.first + warp;
 #pragma unroll 1
     for (int n = 0;; ++n) {
         if (n >= STAGES) {
@@ -545,7 +422,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
             const int key = first_key + step * T::KEYS;
             w.multiply_keys(q_at, k_at + offset, key_e5m2);
             w.scale(slope, cap, inner);
-            if (key < clean_first || key + T::KEYS > clean_end)
+            if (key < part.clean_first || key + T::KEYS > part.clean_end)
                 w.mask(p, seq, rows, key);
             w.follow_maxima();
             w.add_values(v_at + offset, value_e5m2);
@@ -598,53 +475,9 @@ __device__ __forceinline__ void cuda_decode_sm80(const decode_params &dp) {
                                          (r * T::PITCH + c) * 4);
             });
         if (dp.splits == 1) {
-            finish_row<E, C>(p, seq, rows, r, row);
+            finish_row<E, C>(dp, seq, rows, r, row);
             continue;
         }
-        if (lane == 0)
-            ((float2 *)dp.sums)[place + r] = make_float2(row.top, row.total);
-#pragma unroll
-        for (int n = 0; n < COLUMNS; ++n)
-            if (lane * 4 + n * 128 < p.dim_v)
-                *(float4 *)(dp.outputs + (place + r) * p.dim_v + lane * 4 + n * 128) = row.out[n];
+        leave_row(dp, place + r, row);
     }
-}
-
-// Adds up the splits of one packed row, first those of each warp.
-template <typename E, typename C, int WARPS>
-__device__ __forceinline__ void cuda_decode_sm80_merge(const decode_params &dp) {
-    extern __shared__ __align__(128) char shared[];
-    float4(*const outputs)[2][32] = (float4(*)[2][32])shared; // [warp][column / 128][lane]
-    float2 *const sums = (float2 *)(outputs + WARPS);
-    const fwd_params &p = dp.fwd;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // blockIdx.x is (head, query, place in its group), and so is the packed row of a head.
-    const int queries = divide(blockIdx.x, dp.by_group), head = queries / p.len_q,
-              packed = blockIdx.x - head * p.len_q * p.group;
-    const int row_block = packed / dp.tile_rows, tile = head * p.row_blocks + row_block,
-              r = packed - row_block * dp.tile_rows;
-    const Rows rows(dp, tile, dp.tile_rows);
-    const Sequence seq(p, rows.b);
-#if __CUDA_ARCH__ >= 900
-    // All of it may start before the other kernel has ended, and none of it may end before.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    if (rows.query(r) >= seq.q_rows)
-        return;
-    const int64_t first = tile * (int64_t)dp.splits * dp.tile_rows + r;
-    const Merged<2> own = merged<2>(
-        warp, WARPS, dp.splits, p.dim_v,
-        [&](int s) { return ((const float2 *)dp.sums)[first + s * dp.tile_rows]; },
-        [&](int s, int c) {
-            return *(const float4 *)(dp.outputs + (first + s * dp.tile_rows) * p.dim_v + c);
-        });
-    sums[warp] = make_float2(own.top, own.total);
-    outputs[warp][0][lane] = own.out[0];
-    outputs[warp][1][lane] = own.out[1];
-    __syncthreads();
-    if (warp == 0)
-        finish_row<E, C>(p, seq, rows, r,
-                         merged<2>(
-                             0, 1, WARPS, p.dim_v, [&](int i) { return sums[i]; },
-                             [&](int i, int c) { return outputs[i][c / 128][lane]; }));
 }

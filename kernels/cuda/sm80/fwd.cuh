@@ -720,17 +720,6 @@ struct Operands {
     __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 };
 
-// write_rows_exactly() where the diagonal is elsewhere.
-template <typename E>
-__device__ __noinline__ void write_offset_rows_exactly(const fwd_params &p, int diagonal_offset,
-                                                       int b, int h, int row, int end) {
-    Sequence seq(p, b);
-    seq.diagonal += diagonal_offset;
-    __syncwarp();
-    for (int i = row; i < min(end, seq.q_len); ++i)
-        ExactRow<E, float>{p, seq, b, h, i}.write();
-}
-
 // A warp's rows of output and lse. The output takes the place of the warp's own queries on its way to whole 16-byte writes.
 template <typename E, int D, int DV, int MT, int BN, int SPLIT, bool EXTRAS, typename Share>
 __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, const Sequence &seq,
@@ -788,12 +777,8 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
                                    (seq.q_start + share.block_row) * p.output.stride[2]);
     if (!exactly)
         return;
-    if constexpr (EXTRAS)
-        write_offset_rows_exactly<E>(p, diagonal_offset, work.b, work.h, share.block_row + mine,
-                                     share.block_row + mine + ROWS);
-    else
-        write_rows_exactly<E, float>(p, work.b, work.h, share.block_row + mine,
-                                     share.block_row + mine + ROWS);
+    write_rows_exactly<E, float>(p, work.b, work.h, share.block_row + mine,
+                                 share.block_row + mine + ROWS, diagonal_offset);
 }
 
 template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, bool EXTRAS>
