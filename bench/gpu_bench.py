@@ -1,7 +1,7 @@
 """Attention on the GPU: libdlattn beside PyTorch's backends, in one process and in turns.
 
     DLATTN_LIBRARY=bazel-bin/libdlattn.so.1 python3 bench/gpu_bench.py [--out FILE.csv] [--quick]
-                                                         [--ops fwd,bwd,fp8,decode,merge,call]
+                                                         [--ops fwd,bwd,fp8,decode,mla,merge,call]
                                                          [--dims 64,128,192/128]
 
 Every case is timed in rounds: each implementation once per round, between two CUDA events, after a
@@ -14,10 +14,11 @@ e4m3 with outputs of bf16, and beside it in bf16, both also by FlashAttention 3 
 fa3_fwd is installed, and all from CUDA graphs. Decoding is one query row for each head, also of
 bf16 over e4m3 keys and values, and every call of it finds L2 cold: before it 256 MiB are read.
 (Were they written, the call would pay for writing back what of them is still in L2.) Its GB/s are
-those of keys and values. The op merge has the number of parts as Lk, and the bytes that it must
-read and write as GB/s, beside a copy that reads and writes as many. Last come host times of one
-call on a tiny problem: a planned call, and a bare cuLaunchKernel of an empty kernel with as many
-bytes of parameters.
+those of keys and values. The op mla is decoding over the latent cache of MLA, likewise cold, whose
+GB/s are those of the cache, and after it head dim 512. The op merge has the number of parts as Lk,
+and the bytes that it must read and write as GB/s, beside a copy that reads and writes as many. Last
+come host times of one call on a tiny problem: a planned call, and a bare cuLaunchKernel of an empty
+kernel with as many bytes of parameters.
 """
 
 import argparse
@@ -73,6 +74,7 @@ CODES = {
     torch.float32: (2, 32),
     torch.float64: (2, 64),
     torch.bool: (6, 8),
+    torch.int32: (0, 32),
     torch.float8_e4m3fn: (10, 8),
     torch.float8_e5m2: (12, 8),
 }
@@ -597,6 +599,81 @@ def decode_rows(library, kernels, count):
         yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
 
 
+# Batch and query heads over one latent cache: 4,096 keys of 576 columns, in pages of 64, of which
+# the first 512 columns are the values.
+MLA = ((1, 16), (64, 16), (128, 128))
+
+
+def mla_operators(q, k, v, scale):
+    """Each sequence's heads as the rows of two products and a softmax."""
+    q, k, v = q[:, :, 0], k[:, 0], v[:, 0]
+    return lambda: ((q @ k.mT) * scale).softmax(-1) @ v
+
+
+def memory_efficient(q, k, v, causal=False):
+    """PyTorch's backend that takes wide heads; those that share keys and values repeat them."""
+    k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+
+    def call():
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return call
+
+
+def wide_peers(found, case, **peers):
+    """Adds the peers that take the case."""
+    for name, peer in peers.items():
+        if started(case, name, lambda peer=peer: peer):
+            found[name] = (name, peer)
+    return found
+
+
+def mla_rows(library, count):
+    """The case_rows of decoding over the latent cache of MLA, with its GB/s, and of D 512."""
+    other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
+    for batch, heads in MLA:
+        q = torch.randn(batch, heads, 1, 576, device="cuda", dtype=torch.bfloat16)
+        pages = torch.randn(batch * 64, 1, 64, 576, device="cuda", dtype=torch.bfloat16)
+        table = torch.randperm(batch * 64, device="cuda").to(torch.int32).view(batch, 64)
+        lengths = torch.full((batch,), 4096, device="cuda", dtype=torch.int32)
+        call = library.call(
+            False,
+            query=q,
+            key=pages,
+            value=pages[..., :512],
+            output=torch.empty_like(q[..., :512]),
+            block_table=table,
+            key_lengths=lengths,
+        )
+        k = pages.view(batch, 1, 4096, 576)  # peers read pages in their order
+        v = k[..., :512]
+        found = wide_peers(
+            {"dlattn": ("dlattn", call)},
+            f"mla {batch} x {heads}",
+            operators=mla_operators(q, k, v, 576**-0.5),
+            mem_efficient=memory_efficient(q, k, v),
+        )
+        cold = {}
+        for name, (_, function) in found.items():
+            cold[f"before {name}"] = other.max
+            cold[name] = function
+        yield from case_rows("mla", "bf16", q, k, v, False, found, rounds(cold, count), k.nbytes)
+    for causal in False, True:
+        q, k, v = (
+            torch.randn(2, 2048, 8, 512, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            for _ in range(3)
+        )
+        call = library.call(causal, query=q, key=k, value=v, output=torch.empty_like(v))
+        found = wide_peers(
+            {"dlattn": ("dlattn", call)},
+            f"D 512 causal {causal}",
+            mem_efficient=memory_efficient(q, k, v, causal),
+        )
+        times = rounds({name: function for name, (_, function) in found.items()}, count)
+        yield from case_rows("fwd", "bf16", q, k, v, causal, found, times)
+
+
 # (dtypes of the parts, the first also of the result; B, H, L, D, whether heads are inner). Of two
 # dtypes the result is the first part, as in a ring of many steps.
 MERGE = (
@@ -696,6 +773,8 @@ def main():
             )
 
         rows = decode_rows(library, kernels, options.rounds) if "decode" in options.ops else ()
+        if "mla" in options.ops:
+            rows = itertools.chain(rows, mla_rows(library, options.rounds))
         if "merge" in options.ops:
             rows = itertools.chain(rows, merge_rows(library, options.rounds))
         for row in rows:

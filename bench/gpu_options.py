@@ -18,7 +18,6 @@ import random
 import torch
 import torch.nn.functional as functional
 from gpu_bench import (
-    CODES,
     Call,
     Desc,
     common_columns,
@@ -30,7 +29,6 @@ from gpu_bench import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CODES[torch.int32] = (0, 32)
 WINDOW = 1  # DLATTN_WINDOW
 BATCH, HEADS, LENGTH = 2, 16, 8192
 

@@ -124,7 +124,9 @@ int32_t plan_choose(struct plan *plan, const struct problem *p, const struct cap
         enum fit how = fit(plan, &kernel_table[i], p, caps);
         if (how == FITS)
             return DLATTN_OK;
-        if (how > best || (how == DECLINES && plan->why)) {
+        const bool wider = how == LACKS_HEAD_DIM && how == best &&
+                           kernel_table[i].max_head_dim > nearest->max_head_dim;
+        if (how > best || wider || (how == DECLINES && plan->why)) {
             best = how;
             nearest = &kernel_table[i];
             why = how == DECLINES ? plan->why : NULL;

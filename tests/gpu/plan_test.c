@@ -292,6 +292,31 @@ Test(gpu_plan, decoding_is_split_until_it_fills_the_gpu) {
     }
 }
 
+/* Heads wider than 256, on every GPU: tiles of what fits its shared memory, and splits of the keys of few rows. */
+Test(gpu_plan, wide_heads) {
+    static const struct {
+        int32_t rows, keys;
+    } want[MACHINES] = {{64, 32}, {32, 16}, {32, 16}, {64, 64}, {64, 64}, {32, 16}};
+    for (int m = 0; m < MACHINES; m++) {
+        const struct caps caps = caps_of(&machines[m]);
+        struct problem p = problem_of(DTYPE_BF16, 576, 512, DLATTN_FEATURE_GQA);
+        struct plan plan;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+        cr_expect(strcmp(plan.kernel->name, "cuda_fwd_wide_sm80") == 0);
+        cr_expect(eq(int, plan.tile_q, want[m].rows), "sm_%d", machines[m].sm);
+        cr_expect(eq(int, plan.tile_k, want[m].keys), "sm_%d", machines[m].sm);
+        p.heads_q = 16;
+        p.heads_kv = 1;
+        p.len_q = 1;
+        p.len_k = 4096;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+        cr_expect(eq(int, plan.tile_q, 16), "sm_%d", machines[m].sm);
+        cr_expect(eq(int, plan.tile_k, 32), "sm_%d", machines[m].sm);
+        cr_expect(eq(int, plan.splits, 100), "sm_%d", machines[m].sm);
+        cr_expect(eq(sz, plan.workspace_bytes, (size_t)plan.splits * 16 * (512 + 2) * 4));
+    }
+}
+
 static struct view compact(int64_t heads, int64_t length, int64_t dim) {
     return (struct view){.stride = {heads * length * dim, length * dim, dim, 1}};
 }
@@ -389,9 +414,15 @@ Test(gpu_plan, long_and_half_empty) {
 Test(gpu_plan, refuses_older_gpus_and_wider_heads) {
     const struct machine turing = {75, 65536};
     const struct problem p = problem_of(DTYPE_F16, 64, 64, 0),
-                         wide = problem_of(DTYPE_F16, 257, 64, 0);
+                         wide = problem_of(DTYPE_F16, 577, 64, 0),
+                         wide_v = problem_of(DTYPE_F16, 576, 513, 0),
+                         wide_f32 = problem_of(DTYPE_F32, 257, 64, 0);
     cr_expect(strcmp(row_of(&turing, &p), "") == 0);
     cr_expect(strcmp(row_of(&machines[0], &wide), "") == 0);
+    cr_expect(strstr(error_last(), "cuda_fwd_wide_sm80, goes up to 576 and 512") != NULL, "%s",
+              error_last());
+    cr_expect(strcmp(row_of(&machines[0], &wide_v), "") == 0);
+    cr_expect(strcmp(row_of(&machines[0], &wide_f32), "") == 0);
 }
 
 /* Indices inside the kernels are 32 bits wide. */

@@ -22,6 +22,8 @@ static const struct choice {
 #undef CHOICE
 };
 
+enum { WIDEST = 512 }; /* of a row of the output */
+
 struct attention_of {
     struct tensor query, key, value, output, lse;
 };
@@ -56,7 +58,7 @@ static void make_tensors(struct attention_of *a, const struct choice *c) {
 
 /* Row i of head h in double, and its lse, which is returned. Alignment is top left. */
 static double attend(const struct attention_of *a, const struct choice *c, int64_t b, int64_t h,
-                     int64_t i, double output[256]) {
+                     int64_t i, double output[WIDEST]) {
     const int64_t g = h / (c->heads_q / c->heads_kv),
                   keys = c->causal && i < c->len_k ? i + 1 : c->len_k;
     double *const x = malloc((size_t)keys * sizeof *x), most = -INFINITY, total = 0;
@@ -68,7 +70,7 @@ static double attend(const struct attention_of *a, const struct choice *c, int64
         x[j] /= sqrt((double)c->dim_qk);
         most = fmax(most, x[j]);
     }
-    memset(output, 0, 256 * sizeof *output);
+    memset(output, 0, WIDEST * sizeof *output);
     for (int64_t j = 0; j < keys; j++) {
         const double weight = exp(x[j] - most);
         total += weight;
@@ -84,7 +86,7 @@ static double attend(const struct attention_of *a, const struct choice *c, int64
 /* Weights and outputs are rounded to the element, each by up to half a unit of what values and outputs have at most. */
 static void check_row(const struct attention_of *a, const struct choice *c, int64_t b, int64_t h,
                       int64_t i) {
-    double want[256];
+    double want[WIDEST];
     const double lse = attend(a, c, b, h, i, want), precision = c->element == F64 ? 1e-12 : 1e-5,
                  bound = precision + 2 * element_epsilon(c->element);
     const double got_lse = tensor_get(&a->lse, (const int64_t[4]){b, h, i});

@@ -142,6 +142,23 @@ static void loop_wide(struct loop *loop) {
     }
 }
 
+/* Heads wider than most rows take: groups, decoding of a latent cache, rows and keys beyond a tile. A CPU, whose rows have no kernels
+ * of their own for these, gets some of the features. */
+static void loop_wide_heads(struct loop *loop, bool few) {
+    static const struct shape shapes[] = {{2, 4, 2, 37, 75, 512, 512},
+                                          {1, 16, 1, 1, 300, 576, 512},
+                                          {1, 4, 1, 5, 90, 576, 512},
+                                          {1, 2, 1, 70, 70, 320, 272},
+                                          {2, 24, 1, 3, 141, 400, 400}};
+    for (int i = 0; i < feature_set_count; i++) {
+        if (few && i % 16 != 0 && !feature_sets[i].view)
+            continue;
+        check(loop, &shapes[i % 5], &feature_sets[i]);
+        if (!few)
+            check(loop, &shapes[(i + 1) % 5], &feature_sets[i]);
+    }
+}
+
 /* Queries of 8 bits on every tile that a GPU has for them: heads of each width, rows and keys beyond a tile and two. */
 static void loop_float8(struct loop *loop) {
     static const struct shape shapes[] = {{1, 2, 1, 150, 300, 128, 128},
@@ -261,6 +278,8 @@ ParameterizedTest(struct job *job, kernels, row) {
         loop_wide(&loop);
     if (!job->backward && cuda)
         loop_float8(&loop);
+    if (!job->backward && info.max_head_dim > 256 && !is_reference(&info))
+        loop_wide_heads(&loop, !cuda);
     loop_random(&loop);
     if (!job->backward && cuda)
         loop_long(&loop);
@@ -285,13 +304,17 @@ ParameterizedTestParameters(kernels, choice) {
     return cr_make_param_array(struct job, jobs, (size_t)(end - jobs), free_jobs);
 }
 
-/* The widest heads that any row of this backend takes. */
-static int64_t widest_head(const dlattn_api *api) {
-    int64_t widest = 0;
+/* The widest heads that any row of this backend takes, of keys and of values. */
+struct widest {
+    int64_t qk, v;
+};
+static struct widest widest_head(const dlattn_api *api, enum element e) {
+    struct widest widest = {0, 0};
     for (int32_t row = 0; row < api->kernel_count(); row++) {
         const dlattn_kernel_info info = kernel_info(api, row);
-        if (strcmp(info.backend, BACKEND) == 0 && info.max_head_dim > widest)
-            widest = info.max_head_dim;
+        if (strcmp(info.backend, BACKEND) == 0 && strcmp(info.operation, "forward") == 0 &&
+            element_is_listed(info.dtypes, e) && info.max_head_dim > widest.qk)
+            widest = (struct widest){info.max_head_dim, info.max_head_dim_v};
     }
     return widest;
 }
@@ -301,11 +324,11 @@ ParameterizedTest(struct job *job, kernels, choice) {
         setenv("DLATTN_CPU", job->cpu, 1);
     struct loop loop = {
         .subject = {.api = test_api(), .place = &PLACE}, .share = SHARE, .job = job, .seed = 5000};
-    const int64_t widest = widest_head(loop.subject.api);
+    const struct widest widest = widest_head(loop.subject.api, job->element);
     for (int i = 0; i < feature_set_count; i += SHARE) {
         const struct shape *shape = &check_shapes[(i * 7 + 5) % check_shape_count];
         const bool has_row = strcmp(BACKEND, "cpu") == 0 || !features_are_later(&feature_sets[i]);
-        if (has_row && shape->dim_qk <= widest && shape->dim_v <= widest)
+        if (has_row && shape->dim_qk <= widest.qk && shape->dim_v <= widest.v)
             check(&loop, shape, &feature_sets[i]);
     }
     cr_expect(eq(int, loop.failed, 0), "%d of %d cases failed", loop.failed, loop.checked);

@@ -169,6 +169,20 @@ static enum element element_of(const struct features *f, enum slot slot, enum el
     return may_differ && !has_element ? F32 : e;
 }
 
+/* Value in the memory of key, with its strides. */
+static void make_view(struct call *c, int64_t dim_v) {
+    struct tensor *const value = &c->tensor[VALUE];
+    *value = c->tensor[KEY];
+    value->shape[value->dl.ndim - 1] = dim_v;
+    value->dl.shape = value->shape;
+    value->dl.strides = value->stride;
+    c->has[VALUE] = true;
+}
+
+bool call_has_view(const struct call *c) {
+    return c->has[VALUE] && c->tensor[VALUE].image == c->tensor[KEY].image;
+}
+
 static void make_main(struct call *c) {
     const struct shape *s = &c->made_from.shape;
     const struct features *f = &c->made_from.features;
@@ -180,6 +194,7 @@ static void make_main(struct call *c) {
         s->batch ? c->span[s->batch - 1].k_start + c->span[s->batch - 1].k_rows : 0;
     const int64_t pages = f->page_size ? s->batch * (c->extent_k / f->page_size) + 2 : 0;
     const unsigned heads = f->broadcast_heads ? 2 : 0; /* axis 1 in every form */
+    const bool view = f->view && of_key == of_value && s->dim_v <= s->dim_qk;
 
     if (f->varlen_q) {
         make(c, QUERY, of_query, 3, (int64_t[]){total_q, s->heads_q, s->dim_qk}, 0);
@@ -190,12 +205,18 @@ static void make_main(struct call *c) {
     }
     if (f->varlen_k) {
         make(c, KEY, of_key, 3, (int64_t[]){total_k, s->heads_kv, s->dim_qk}, heads);
-        make(c, VALUE, of_value, 3, (int64_t[]){total_k, s->heads_kv, s->dim_v}, heads);
+        if (view)
+            make_view(c, s->dim_v);
+        else
+            make(c, VALUE, of_value, 3, (int64_t[]){total_k, s->heads_kv, s->dim_v}, heads);
     } else {
         const int64_t outer = f->page_size ? pages : s->batch,
                       length = f->page_size ? f->page_size : s->len_k;
         make(c, KEY, of_key, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_qk}, heads);
-        make(c, VALUE, of_value, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_v}, heads);
+        if (view)
+            make_view(c, s->dim_v);
+        else
+            make(c, VALUE, of_value, 4, (int64_t[]){outer, s->heads_kv, length, s->dim_v}, heads);
     }
     if (f->lse || f->backward) {
         const enum element le = element_of(f, LSE, e);
@@ -606,8 +627,9 @@ void call_make(struct call *c, const struct test_case *from) {
 }
 
 void call_free(struct call *c) {
+    const bool view = call_has_view(c);
     for (int slot = 0; slot < SLOTS; slot++) {
-        if (c->has[slot])
+        if (c->has[slot] && (slot != VALUE || !view))
             tensor_free(&c->tensor[slot]);
     }
 }
@@ -774,7 +796,7 @@ bool features_are_later(const struct features *f) {
 }
 
 bool features_are_forward_only(const struct features *f) {
-    return f->page_size || f->scales || f->query || f->key || f->value;
+    return f->view || f->page_size || f->scales || f->query || f->key || f->value;
 }
 
 struct features features_random(uint64_t seed) {

@@ -36,6 +36,7 @@ struct features {
     bool empty_lse_inf;
     enum layout layout;
     bool broadcast_heads; /* key and value have stride 0 over their heads */
+    bool view; /* value is the first columns of key, where it is no wider and of the same type */
     enum { NO_NAN, NAN_QUERY, NAN_KEY, NAN_VALUE } nan; /* in one element that some rows see */
     double planted;                                     /* there, instead of the NaN; 0 = NaN */
     double logits;                                      /* multiplies the query; 0 = 1 */
@@ -124,6 +125,8 @@ void call_upcast(struct call *wide, const struct call *from);
 dlattn_tensors call_tensors(const struct call *c);
 dlattn_gradients call_gradients(const struct call *c);
 /* Whether the call writes the tensor, which it has. */
+/* Whether value lies in the memory of key. */
+bool call_has_view(const struct call *c);
 bool call_writes(const struct call *c, enum slot slot);
 /* The type of D_OUTPUT or a later slot before the call was upcast. */
 enum element call_gradient_element(const struct call *c, enum slot slot);

@@ -71,8 +71,12 @@ static void put(struct call *c, const struct place *place, struct run *run) {
             continue;
         if (call_writes(c, (enum slot)slot))
             tensor_fill(t, run->fill);
-        run->block[slot] = place->take(t->bytes, t->alignment, run->side);
-        place->store(&run->block[slot], t->image);
+        if (slot == VALUE && call_has_view(c)) {
+            run->block[slot] = run->block[KEY];
+        } else {
+            run->block[slot] = place->take(t->bytes, t->alignment, run->side);
+            place->store(&run->block[slot], t->image);
+        }
         /* byte_offset must be added before anything is read: `data` itself points outside. */
         t->dl.device = place->device;
         t->dl.byte_offset = 4096 + t->first;
@@ -88,7 +92,7 @@ static bool take_back(struct verdict *v, struct call *c, const struct place *pla
         struct tensor *t = &c->tensor[slot];
         const bool written = call_writes(c, (enum slot)slot);
         size_t at = 0;
-        if (!c->has[slot])
+        if (!c->has[slot] || (slot == VALUE && call_has_view(c)))
             continue;
         unsigned char *before = malloc(t->bytes + 1);
         assert(before);
