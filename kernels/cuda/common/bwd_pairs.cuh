@@ -71,7 +71,7 @@ struct Pairs {
                     for (int e = 0; e < 2; ++e) {
                         const int c = column + n * 8 + e;
                         if (c < first || c >= end)
-                            score[mt][n][2 * half + e] = NEG_INF;
+                            score[mt][n][2 * half + e] = -CUDART_INF_F;
                     }
             }
     }
@@ -99,12 +99,12 @@ struct Pairs {
         if (p.query_segments.data)
             each(row, column, [&](int mt, int n, int e, int i, int j) {
                 if (!head.same_segment(min(i, last_row), min(j, last_key)))
-                    score[mt][n][e] = NEG_INF;
+                    score[mt][n][e] = -CUDART_INF_F;
             });
         if (p.f.mask.data || p.block_mask.data)
             each(row, column, [&](int mt, int n, int e, int i, int j) {
                 if (!head.unmasked(min(i, last_row), min(j, last_key)))
-                    score[mt][n][e] = NEG_INF;
+                    score[mt][n][e] = -CUDART_INF_F;
             });
     }
 };

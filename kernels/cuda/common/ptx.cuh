@@ -75,9 +75,6 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool x) {
     return any;
 }
 
-#define NEG_INF __int_as_float(0xff800000)
-#define POS_INF __int_as_float(0x7f800000)
-
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // 2^x; -inf gives 0, NaN stays NaN.

@@ -7,6 +7,9 @@
 #include <float.h>
 #include <type_traits>
 
+#define NEG_INF __int_as_float(0xff800000)
+#define POS_INF __int_as_float(0x7f800000)
+
 constexpr float LAZY = 8; // log2 of the largest P
 
 // Exponents s * slope - m, m being a maximum times slope and rounded, have the part that m lost in common. It cancels between

@@ -351,7 +351,7 @@ struct SumsBlock {
         for (int x = threadIdx.x; x < TF32X3_BWD_PLANES * ROWS; x += T::THREADS) {
             const int plane = x / ROWS, r = x % ROWS;
             const bool read = row + r < seq.q_len;
-            stats(stage)[x] = read ? from[plane * stats_plane(p) + r] : plane == 1 ? POS_INF : 0;
+            stats(stage)[x] = read ? from[plane * stats_plane(p) + r] : plane == 1 ? CUDART_INF_F : 0;
         }
     }
 
@@ -390,7 +390,7 @@ struct SumsBlock {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         const float x = score[mt][n][2 * half + e];
-                        const bool seen = x != NEG_INF,
+                        const bool seen = x != -CUDART_INF_F,
                                    kept = !(EXTRAS && p.flags & BWD_DROPOUT &&
                                             head.dropped(i + n * 8 + e, j + mt * 16 + half * 8));
                         const float w = head.weight(x, e ? top.y : top.x, e ? log.y : log.x);
