@@ -351,7 +351,9 @@ struct SumsBlock {
         for (int x = threadIdx.x; x < TF32X3_BWD_PLANES * ROWS; x += T::THREADS) {
             const int plane = x / ROWS, r = x % ROWS;
             const bool read = row + r < seq.q_len;
-            stats(stage)[x] = read ? from[plane * stats_plane(p) + r] : plane == 1 ? CUDART_INF_F : 0;
+            stats(stage)[x] = read         ? from[plane * stats_plane(p) + r]
+                              : plane == 1 ? CUDART_INF_F
+                                           : 0;
         }
     }
 
