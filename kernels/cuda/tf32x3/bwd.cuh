@@ -48,12 +48,14 @@ __device__ __forceinline__ bool is_odd(const uint32_t *facts) {
 }
 
 // A partial sum of d_query_i[d] is at most scale (keep |d_output_i| max_j |value_j| + |delta_i|) max_jd |key_j[d]|, because the
-// weights of a row add up to 1. With 58 bits for that, five more are left for what is rounded.
-__device__ __forceinline__ int sum_exponent(const bwd_params &p, const uint32_t *facts, float norm,
-                                            float delta) {
-    const float value = __uint_as_float(facts[FACT_VALUE]) * sqrtf((float)p.f.dim_v),
-                bound = fmaf(p.keep * norm, value, fabsf(delta));
-    return 58 - exponent_above(bound) - exponent_above(__uint_as_float(facts[FACT_KEY]));
+// weights of a row add up to 1. With 58 bits for that, five more are left for what is rounded. `d_output`: bits of the row's largest.
+__device__ __forceinline__ int sum_exponent(const bwd_params &p, const uint32_t *facts,
+                                            uint32_t d_output, float delta) {
+    const auto above = [](uint32_t bits) { return exponent_above(__uint_as_float(bits)); };
+    const int products = above(d_output) + above(facts[FACT_VALUE]) +
+                         exponent_above(p.keep * (float)p.f.dim_v),
+              terms = max(products, exponent_above(fabsf(delta))) + 1;
+    return 58 - terms - above(facts[FACT_KEY]);
 }
 
 // A power of two that float may not have.
@@ -65,25 +67,30 @@ __device__ __forceinline__ void add_relaxed(int64_t *to, int64_t x) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
 }
 
-// Bits of NaN and infinity are above those of all numbers, and the largest does not depend on the order.
+// Bits of the largest of the `dim` numbers from `at` on, to all of a warp. Those of NaN and infinity are above all numbers', and the
+// largest does not depend on the order.
+__device__ __forceinline__ uint32_t largest(const fwd_view &v, int64_t at, int dim) {
+    const uint32_t *const row = (const uint32_t *)v.data + at;
+    uint32_t most = 0;
+    for (int d = threadIdx.x % 32; d < dim; d += 32)
+        most = max(most, row[d * v.stride[3]] & 0x7fffffff);
+    return __reduce_max_sync(~0u, most);
+}
+
 __device__ __forceinline__ void bwd_scan(const bwd_params &p) {
     const int blocks = (p.f.len_k + SCAN_KEYS - 1) / SCAN_KEYS;
     const int kv_head = blockIdx.x / blocks % p.heads_kv, b = blockIdx.x / blocks / p.heads_kv,
-              first = blockIdx.x % blocks * SCAN_KEYS, lane = threadIdx.x % 32;
+              first = blockIdx.x % blocks * SCAN_KEYS;
     const BwdSequence seq(p, b);
     const BwdHead<float> head{p, seq, b, kv_head * p.f.group};
-    const auto largest = [&](const fwd_view &v, int dim) {
-        uint32_t most = 0;
-        for (int j = first + threadIdx.x / 32; j < min(first + SCAN_KEYS, seq.k_len);
-             j += SCAN_THREADS / 32) {
-            const uint32_t *const row = (const uint32_t *)v.data + head.key(v, j);
-            for (int d = lane; d < dim; d += 32)
-                most = max(most, row[d * v.stride[3]] & 0x7fffffff);
-        }
-        return __reduce_max_sync(~0u, most);
-    };
-    const uint32_t key = largest(p.f.key, p.f.dim_qk), value = largest(p.f.value, p.f.dim_v);
-    if (lane == 0) {
+    uint32_t key = 0, value = 0;
+#pragma unroll 2
+    for (int j = first + threadIdx.x / 32; j < min(first + SCAN_KEYS, seq.k_len);
+         j += SCAN_THREADS / 32) {
+        key = max(key, largest(p.f.key, head.key(p.f.key, j), p.f.dim_qk));
+        value = max(value, largest(p.f.value, head.key(p.f.value, j), p.f.dim_v));
+    }
+    if (threadIdx.x % 32 == 0) {
         uint32_t *const facts = facts_of(p, b, kv_head);
         atomicMax(facts + FACT_KEY, key);
         atomicMax(facts + FACT_VALUE, value);
@@ -98,38 +105,25 @@ constexpr float FAR_FROM = 32;
 
 // Of row i. By a warp, all of which have it.
 struct RowFacts {
-    float delta = 0, square = 0; // of the norm of d_output
-    uint32_t query = 0;          // bits of the largest
+    float delta;
+    uint32_t query, d_output; // bits of the largest
 
     __device__ __forceinline__ RowFacts(const BwdHead<float> &head, int i) {
         const bwd_params &p = head.p;
-        const int lane = threadIdx.x % 32;
-        const float *const output = (const float *)p.f.output.data + head.row(p.f.output, i),
-                           *const d_output =
-                               (const float *)p.d_output.data + head.row(p.d_output, i);
-        for (int d = lane; d < p.f.dim_v; d += 32) {
-            const float x = output[d * p.f.output.stride[3]],
-                        d_x = d_output[d * p.d_output.stride[3]];
-            delta = x == 0 ? delta : fmaf(x, d_x, delta);
-            square = fmaf(d_x, d_x, square);
-        }
-        const uint32_t *const q = (const uint32_t *)p.f.query.data + head.row(p.f.query, i);
-        for (int d = lane; d < p.f.dim_qk; d += 32)
-            query = max(query, q[d * p.f.query.stride[3]] & 0x7fffffff);
-        query = __reduce_max_sync(~0u, query);
+        query = largest(p.f.query, head.row(p.f.query, i), p.f.dim_qk);
+        d_output = largest(p.d_output, head.row(p.d_output, i), p.f.dim_v);
+        delta = part_of_delta<32>(head, i, threadIdx.x % 32);
 #pragma unroll
-        for (int step = 16; step; step /= 2) {
+        for (int step = 16; step; step /= 2)
             delta += __shfl_xor_sync(~0u, delta, step);
-            square += __shfl_xor_sync(~0u, square, step);
-        }
         if (p.d_lse.data)
             delta -= ((const float *)p.d_lse.data)[head.row(p.d_lse, i)];
     }
 
     __device__ __forceinline__ bool is_odd() const {
-        return !(fabsf(delta) < LARGEST_QUERY * LARGEST_QUERY) ||
-               !(square < LARGEST_QUERY * LARGEST_QUERY) ||
-               !(__uint_as_float(query) < LARGEST_QUERY);
+        return !(__uint_as_float(query) < LARGEST_QUERY) ||
+               !(__uint_as_float(d_output) < LARGEST_QUERY) ||
+               !(fabsf(delta) < LARGEST_QUERY * LARGEST_QUERY);
     }
 };
 
@@ -157,8 +151,7 @@ __device__ __forceinline__ void bwd_near_stats(const bwd_params &p) {
             stats[i] = 0;
             stats[plane + i] = lse * LOG2E;
             stats[2 * plane + i] = row.delta;
-            stats[3 * plane + i] =
-                __int_as_float(sum_exponent(p, facts, sqrtf(row.square), row.delta));
+            stats[3 * plane + i] = __int_as_float(sum_exponent(p, facts, row.d_output, row.delta));
         }
     }
     if (__syncthreads_or(far)) {
