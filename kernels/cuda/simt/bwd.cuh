@@ -326,14 +326,14 @@ __device__ __forceinline__ void sweep(const SimtHead<T> &head, int block_row, T 
     copy_wait<0>();
 }
 
-// Output times its gradient, of columns x, x + 16, ... of a row. An output of 0 counts as 0: it is that of a row that sees
+// Output times its gradient, of columns x, x + LANES, ... of a row. An output of 0 counts as 0: it is that of a row that sees
 // nothing, whatever stands in the gradient.
-template <typename T>
+template <int LANES, typename T>
 __device__ __forceinline__ T part_of_delta(const SimtHead<T> &head, int i, int x) {
     const bwd_params &p = head.p;
     const int64_t o = head.row(p.f.output, i), d_o = head.row(p.d_output, i);
     T sum = 0;
-    for (int d = x; d < p.f.dim_v; d += 16) {
+    for (int d = x; d < p.f.dim_v; d += LANES) {
         const T out = ((const T *)p.f.output.data)[o + d * p.f.output.stride[3]];
         if (out != 0)
             sum = fma(out,
@@ -363,7 +363,7 @@ __device__ __forceinline__ void find_stats(const SimtHead<T> &head, int block_ro
 #pragma unroll
     for (int i = 0; i < R; ++i) {
         const int row = block_row + S::y() + i;
-        T highest = top[i], delta = row < seq.q_len ? part_of_delta(head, row, S::x()) : 0;
+        T highest = top[i], delta = row < seq.q_len ? part_of_delta<16>(head, row, S::x()) : 0;
 #pragma unroll
         for (int lane = 1; lane < 16; lane *= 2) {
             highest = fmax(highest, __shfl_xor_sync(~0u, highest, lane));
