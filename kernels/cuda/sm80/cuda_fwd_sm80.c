@@ -20,13 +20,6 @@ static const struct tile tiles[] = {
 #include "kernels/cuda/sm80/tiles.inc"
 };
 
-static bool needs_extras(const struct problem *p) {
-    const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
-                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED |
-                            DLATTN_FEATURE_DIAGONAL_OFFSET;
-    return p->features & extras || !(p->scale > 0);
-}
-
 /* True if blocks of so many rows, of which a multiprocessor holds one, and steps of so many keys pay: there is a block for
  * every multiprocessor, and what a causal mask or a window cuts off is little beside what rows see. */
 static bool is_long(const struct tile *t, const struct problem *p, const struct caps *caps) {
@@ -47,7 +40,7 @@ ROW_FUNCTIONS(cuda_fwd_sm80);
 bool cuda_fwd_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     return offset_fits(plan, p) &&
            fwd_plan(plan, p, tiles,
-                    choose_tile(tiles, COUNT(tiles), needs_extras(p), p, caps, suits));
+                    choose_tile(tiles, COUNT(tiles), fwd_needs_extras(p), p, caps, suits));
 }
 
 int32_t cuda_fwd_sm80_launch(const struct plan *plan, const struct problem *p,
