@@ -10,8 +10,8 @@ spread is the distance between the quartiles in percent of the median. A product
 matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 2 B H Lq Lk
 (D + D_v), for bwd 2 B H Lq Lk (3 D + 2 D_v) whatever a row computes twice, halved for causal. The
 ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. The op fp8 is fwd in
-e4m3 with outputs of bf16, and beside it in bf16, both also by FlashAttention 3 where its package
-fa3_fwd is installed, and all from CUDA graphs. Decoding is one query row for each head, also of
+e4m3 with outputs of bf16, and beside it in bf16, both also by the rows that are named and by
+FlashAttention 3 where its package fa3_fwd is installed, and all from CUDA graphs. Decoding is one query row for each head, also of
 bf16 over e4m3 keys and values, and every call of it finds L2 cold: before it 256 MiB are read.
 (Were they written, the call would pay for writing back what of them is still in L2.) Its GB/s are
 those of keys and values. The op mla is decoding over the latent cache of MLA, likewise cold, whose
@@ -319,17 +319,22 @@ DECODE = (
 )
 
 
-def implementations(library, q, k, v, causal, option, kernels):
-    output = torch.empty_like(q[..., : v.shape[3]])
-    extra, attn_mask = OPTIONS[option](q) if option else ({}, None)
+def calls_of(library, causal, kernels, **tensors):
+    """A call by each of the rows, None being the first choice, once for each row that runs."""
     found = {}
     for kernel in kernels:
         try:
-            call = library.call(causal, kernel, query=q, key=k, value=v, output=output, **extra)
+            call = library.call(causal, kernel, **tensors)
         except RuntimeError:
             continue  # the row does not take this dtype, or not on this device
-        if call.kernel not in {c.kernel for _, c in found.values() if isinstance(c, Call)}:
-            found[f"dlattn {call.kernel}"] = ("dlattn", call)
+        found.setdefault(f"dlattn {call.kernel}", ("dlattn", call))
+    return found
+
+
+def implementations(library, q, k, v, causal, option, kernels):
+    output = torch.empty_like(q[..., : v.shape[3]])
+    extra, attn_mask = OPTIONS[option](q) if option else ({}, None)
+    found = calls_of(library, causal, kernels, query=q, key=k, value=v, output=output, **extra)
     for name, backend in PEERS.items() if k.dtype == q.dtype else ():
 
         def peer(backend=backend):
@@ -561,9 +566,9 @@ def float8_rows(library, dtypes, quick, dims, kernels, count):
         found = {}
         tensors = {"bf16": wide, "e4m3": [t.to(FLOAT8["e4m3"]) for t in wide]}
         for dtype, (q, k, v) in tensors.items():
-            call = library.call(causal, query=q, key=k, value=v, output=output)
+            given = {"query": q, "key": k, "value": v, "output": output}
+            found[dtype] = calls_of(library, causal, kernels, **given)
             peer = flash_attention_3(q, k, v, causal)
-            found[dtype] = {f"dlattn {dtype}": ("dlattn", call)}
             if peer:
                 found[dtype][f"fa3 {dtype}"] = ("fa3", peer)
         calls = {name: f for both in found.values() for name, (_, f) in both.items()}

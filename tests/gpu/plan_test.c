@@ -540,7 +540,7 @@ Test(gpu_plan, options_on_hopper) {
     }
 }
 
-/* Queries of e4m3 on Hopper; the message names what is not taken. */
+/* Queries of e4m3, on Hopper by its own row where that has the option; the message names what is not taken. */
 Test(gpu_plan, queries_of_8_bits) {
     const struct caps h100 = caps_of(&machines[3]);
     struct problem p = problem_of(DTYPE_E4M3, 128, 64, DLATTN_FEATURE_MIXED_DTYPES);
@@ -549,7 +549,16 @@ Test(gpu_plan, queries_of_8_bits) {
     p.query.dtype = p.key.dtype = p.value.dtype = DTYPE_E4M3;
     p.output.dtype = DTYPE_F32;
     cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_fp8_sm90") == 0, "%s", error_last());
-    cr_expect(strcmp(row_of(&machines[2], &p), "") == 0);
+    for (int m = 0; m < MACHINES; m++) {
+        if (machines[m].sm == 90)
+            continue;
+        cr_expect(
+            strcmp(row_of(&machines[m], &p), machines[m].sm < 89 ? "" : "cuda_fwd_fp8_sm89") == 0,
+            "sm_%d: %s", machines[m].sm, error_last());
+    }
+    p.features |= DLATTN_FEATURE_BIAS;
+    cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_fp8_sm89") == 0, "%s", error_last());
+    p.features &= ~(uint64_t)DLATTN_FEATURE_BIAS;
     p.key.dtype = p.value.dtype = DTYPE_E5M2;
     cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_fp8_sm90") == 0, "%s", error_last());
     p.key.dtype = DTYPE_E4M3;
@@ -561,6 +570,24 @@ Test(gpu_plan, queries_of_8_bits) {
     p.dtype = p.query.dtype = DTYPE_E5M2;
     cr_expect(eq(int, plan_choose(&plan, &p, &h100), DLATTN_UNSUPPORTED));
     cr_expect(strstr(error_last(), "queries are") != NULL, "%s", error_last());
+}
+
+/* Of any head dims, on every GPU that multiplies float8. */
+Test(gpu_plan, queries_of_8_bits_of_every_head_dim) {
+    static const uint64_t features[] = {0, DLATTN_FEATURE_MASK | DLATTN_FEATURE_ALIBI,
+                                        DLATTN_FEATURE_PAGED | DLATTN_FEATURE_UNALIGNED};
+    for (int m = 0; m < MACHINES; m++) {
+        for (int64_t dim = 1; dim <= 256 && machines[m].sm >= 89; dim++) {
+            for (size_t f = 0; f < sizeof features / sizeof features[0]; f++) {
+                struct problem p = problem_of(DTYPE_E4M3, dim, 257 - dim,
+                                              features[f] | DLATTN_FEATURE_MIXED_DTYPES);
+                p.output.dtype = DTYPE_BF16;
+                p.kernel = "cuda_fwd_fp8_sm89";
+                cr_expect(strcmp(row_of(&machines[m], &p), p.kernel) == 0, "sm_%d, D %d: %s",
+                          machines[m].sm, (int)dim, error_last());
+            }
+        }
+    }
 }
 
 /* What depends on data has room in the workspace: the list of packed tiles, however many sequences there are, and a bit for each

@@ -34,6 +34,8 @@ static const char *const features[] = {
     "offset_window_alibi", "query_e4m3",
     "query_softcap",       "query_varlen",
     "query_paged_e5m2",    "query_nan_value",
+    "query_odd",           "query_bias_element",
+    "query_mask",          "query_paged_any",
 };
 enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
 

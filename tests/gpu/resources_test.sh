@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # resources_test.sh CUOBJDUMP NVDISASM FATBIN...
 # Reads what was compiled: no kernel uses static shared memory beside the dynamic one that the plan counts, none has a
-# large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or more, an HGMMA or QGMMA
-# counting as four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL
+# large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or QMMA or more, an
+# HGMMA or QGMMA counting as four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL
 # there; a kernel without a stack has none, and is not disassembled. And drivers before 580 load code whose ELF has ABI
 # version 7, that of CUDA 12 (//third_party/ptxas); that of CUDA 13 is 8, and that of Blackwell, which no driver before
 # CUDA 12.8's runs.
@@ -36,7 +36,7 @@ loops() {
         function kernel() { block(); if (most > 0) print name, most, worst; most = worst = 0 }
         /^\.text\./ { kernel(); name = substr($1, 7); sub(":$", "", name) }
         / BRA / { block() }
-        / HMMA/ { mma++ }
+        / [HQ]MMA/ { mma++ }
         / [HQ]GMMA/ { mma += 4 }
         / (LDL|STL)[. ]/ { moved++ }
         END { kernel() }'

@@ -10,9 +10,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// E: elements of the tensors; Sum: what products and sums are computed in; C: elements of keys and values, of which float8 may have
-// scales; DV: most columns of the output; PAIRS: with the options of pair_params.
-template <typename E, typename Sum, typename C = E, int DV = 256, bool PAIRS = false>
+// E: elements of the output, and of the tensors that follow it; Sum: what products and sums are computed in; C: elements of keys and
+// values, of which float8 may have scales; DV: most columns of the output; Q: elements of queries, float8 being e4m3; PAIRS: with the
+// options of pair_params.
+template <typename E, typename Sum, typename C = E, int DV = 256, typename Q = E,
+          bool PAIRS = false>
 struct ExactRow {
     const fwd_params &p;
     const Sequence &seq;
@@ -22,6 +24,13 @@ struct ExactRow {
     template <typename T = E>
     __device__ static Sum load(const void *data, int64_t at) {
         return (float)((const T *)data)[at];
+    }
+
+    __device__ static Sum load_query(const void *data, int64_t at) {
+        if constexpr (is_float8<Q>)
+            return float8_at(data, at, false);
+        else
+            return load<Q>(data, at);
     }
 
     // An element of keys or values.
@@ -59,7 +68,7 @@ struct ExactRow {
         const int64_t k = key_row(p.key, j);
         Sum x = 0;
         for (int d = 0; d < p.dim_qk; ++d)
-            x = fma(load(p.query.data, q + d * p.query.stride[3]),
+            x = fma(load_query(p.query.data, q + d * p.query.stride[3]),
                     load_cached(p.key, k + d * p.key.stride[3], p.flags & FWD_KEY_E5M2), x);
         x *= (Sum)p.scale;
         if constexpr (is_float8<C>)
@@ -140,14 +149,14 @@ struct ExactRow {
 };
 
 // Rows [row, end) of a head, by one warp, over what it has written before.
-template <typename E, typename Sum, typename C = E, int DV = 256>
+template <typename E, typename Sum, typename C = E, int DV = 256, typename Q = E>
 __device__ __noinline__ void write_rows_exactly(const fwd_params &p, int b, int h, int row, int end,
                                                 int diagonal_offset = 0) {
     Sequence seq(p, b);
     seq.diagonal += diagonal_offset;
     __syncwarp();
     for (int i = row; i < min(end, seq.q_len); ++i)
-        ExactRow<E, Sum, C, DV>{p, seq, b, h, i}.write();
+        ExactRow<E, Sum, C, DV, Q>{p, seq, b, h, i}.write();
 }
 
 // The same with the options of pair_params.
@@ -158,5 +167,5 @@ __device__ __noinline__ void write_rows_exactly(const fwd_params &p, const pair_
     seq.diagonal += pair.diagonal_offset;
     __syncwarp();
     for (int i = row; i < min(end, seq.q_len); ++i)
-        ExactRow<E, Sum, E, 256, true>{p, seq, b, h, i, &pair}.write();
+        ExactRow<E, Sum, E, 256, E, true>{p, seq, b, h, i, &pair}.write();
 }

@@ -108,6 +108,28 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
     };
 }
 
+bool fwd_needs_extras(const struct problem *p) {
+    const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
+                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED |
+                            DLATTN_FEATURE_DIAGONAL_OFFSET;
+    return p->features & extras || !(p->scale > 0);
+}
+
+bool fwd_takes_float8(struct plan *plan, const struct problem *p) {
+    const bool by_page = p->page_size && (p->key_scale.stride[0] | p->value_scale.stride[0]) != 0;
+    if (!dtype_is_float8(p->dtype))
+        return false;
+    if (p->dtype != DTYPE_E4M3)
+        plan->why = "queries are float8_e4m3fn";
+    else if (!dtype_is_float8(p->key.dtype) || p->key.dtype != p->value.dtype)
+        plan->why = "keys and values are both float8_e4m3fn or both float8_e5m2";
+    else if (dtype_is_float8(p->output.dtype))
+        plan->why = "outputs are float16, bfloat16 or float32";
+    else if (by_page)
+        plan->why = "scales are the same for all pages";
+    return !plan->why;
+}
+
 bool offset_fits(struct plan *plan, const struct problem *p) {
     const int64_t offset = p->diagonal_offset < 0 ? -p->diagonal_offset : p->diagonal_offset;
     if (offset + p->len_q + p->len_k > FWD_UNBOUNDED)

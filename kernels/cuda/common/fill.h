@@ -12,6 +12,13 @@ bool fwd_fits(struct plan *plan, const struct problem *p);
 /* True if a window's arithmetic on an offset diagonal fits 32 bits; else plan->why. */
 bool offset_fits(struct plan *plan, const struct problem *p);
 
+/* True if options or the scale make more of a product of query and key than its positive multiple, or keys lie in pages: a tile with
+ * `extras` is needed. */
+bool fwd_needs_extras(const struct problem *p);
+
+/* True of queries of e4m3 over keys and values of one float8, and a wider output; else plan->why, if the query is float8. */
+bool fwd_takes_float8(struct plan *plan, const struct problem *p);
+
 /* Parameters for blocks of `tile_q` rows. */
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q);
 

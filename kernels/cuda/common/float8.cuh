@@ -1,7 +1,8 @@
-// Elements of e4m3 and e5m2, widened to f16, which holds every one of them exactly.
+// Elements of e4m3 and e5m2, widened to f16, which holds every one of them exactly, and what rows of e4m3 weights share.
 #pragma once
 
 #include "kernels/cuda/common/params.h"
+#include "kernels/cuda/common/ptx.cuh"
 
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -57,4 +58,26 @@ __device__ __forceinline__ float float8_at(const void *data, int64_t at, bool e5
 // The scale of a batch entry and head; 1 where there is none.
 __device__ __forceinline__ float scale_at(const fwd_view &v, int b, int h) {
     return v.data ? ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] : 1;
+}
+
+// Four floats as e4m3, the first in the lowest byte; what is beyond 448 becomes that. From sm_89 on.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+    uint32_t r;
+    asm("{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+}
+
+// Stores four neighbouring columns.
+template <typename E>
+__device__ __forceinline__ void store_four(E *to, const float (&x)[4]) {
+    *reinterpret_cast<uint2 *>(to) = make_uint2(pack<E>(x[0], x[1]), pack<E>(x[2], x[3]));
+}
+template <>
+__device__ __forceinline__ void store_four<float>(float *to, const float (&x)[4]) {
+    *reinterpret_cast<float4 *>(to) = make_float4(x[0], x[1], x[2], x[3]);
 }

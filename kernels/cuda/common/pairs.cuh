@@ -2,14 +2,9 @@
 // of keys need no work. Forward and backward ask the same.
 #pragma once
 
+#include "kernels/cuda/common/registers.cuh"
 #include "kernels/cuda/common/sequence.cuh"
 #include "src/philox.h"
-
-// x, and what follows from it, is worked out here each time, so that no register holds it meanwhile.
-__device__ __forceinline__ int anew(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
 
 // Of one query head of one sequence. Row i and key j count from the sequence's first.
 struct PairOptions {

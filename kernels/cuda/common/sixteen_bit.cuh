@@ -56,9 +56,12 @@ struct Chunks {
     __device__ __forceinline__ static uint32_t at(int row, int chunk) {
         return row * PITCH + ((chunk ^ (GROUP == 4 ? row & 7 : row >> 1 & 3)) << 4);
     }
-    // The address `pairs` pairs of chunks after one that at() gave.
+    // The address `pairs` pairs of chunks after one that at() gave, or `chunks` chunks after one of an even chunk.
     __device__ __forceinline__ static uint32_t after(uint32_t address, int pairs) {
         return (address ^ pairs % GROUP * 32) + pairs / GROUP * GROUP * 32;
+    }
+    __device__ __forceinline__ static uint32_t chunks_after(uint32_t address, int chunks) {
+        return after(address ^ chunks % 2 * 16, chunks / 2);
     }
 };
 

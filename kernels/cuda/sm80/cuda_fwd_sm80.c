@@ -19,13 +19,11 @@ static const struct tile tiles[] = {
 #include "kernels/cuda/sm80/tiles.inc"
 };
 
+/* 2: with the options of pairs, which have tiles of their own. */
 static int32_t needed_extras(const struct problem *p) {
-    const uint64_t extras = DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
-                            DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_PAGED |
-                            DLATTN_FEATURE_DIAGONAL_OFFSET,
-                   pairs =
-                       DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK;
-    return p->features & pairs ? 2 : p->features & extras || !(p->scale > 0);
+    const uint64_t pairs =
+        DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK;
+    return p->features & pairs ? 2 : fwd_needs_extras(p);
 }
 
 /* True if blocks of so many rows, of which a multiprocessor holds one, and steps of so many keys pay: there is a block for

@@ -13,36 +13,13 @@
 
 #include "kernels/cuda/common/exact.cuh"
 #include "kernels/cuda/common/pairs.cuh"
-#include "kernels/cuda/common/ptx.cuh"
-#include "kernels/cuda/common/sequence.cuh"
-#include "kernels/cuda/common/sixteen_bit.cuh"
+#include "kernels/cuda/common/ring.cuh"
+#include "kernels/cuda/common/scores.cuh"
+#include "kernels/cuda/common/share.cuh"
 
-#include <utility>
-
-// body(0) ... body(N - 1), each with its index as a constant: registers have no addresses, so what indexes them must be.
-template <typename Body, int... I>
-__device__ __forceinline__ void unrolled(std::integer_sequence<int, I...>, Body &&body) {
-    (body(std::integral_constant<int, I>()), ...);
-}
-template <int N, typename Body>
-__device__ __forceinline__ void unrolled(Body &&body) {
-    unrolled(std::make_integer_sequence<int, N>(), body);
-}
-
-// x in a register from here on: the compiler would work it out again in every step, but repeats no shuffle of what might
-// differ between lanes.
-template <typename T>
-__device__ __forceinline__ T kept(T x) {
-    uint32_t lane;
-    asm("mov.u32 %0, %laneid;" : "=r"(lane));
-    return __shfl_sync(~0u, lane < 32 ? x : T(0), lane);
-}
-
-// The same for a number that all lanes have.
-__device__ __forceinline__ int kept_by_all(int x) { return __reduce_max_sync(~0u, x); }
-
-template <int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
+template <int D_, int DV_, int WARPS, int MT, int BN, int STAGES_, int SPLIT>
 struct Tile {
+    static constexpr int D = D_, DV = DV_, KEYS = BN, STAGES = STAGES_;
     static constexpr int THREADS = WARPS * 32, ROWS = WARPS / SPLIT * MT * 16;
     static constexpr int Q_BYTES = ROWS * D * 2, K_BYTES = BN * D * 2, V_BYTES = BN * DV * 2;
     static constexpr int STAGE_BYTES = K_BYTES + V_BYTES, P_BYTES = SPLIT > 1 ? ROWS *BN * 2 : 0;
@@ -50,88 +27,18 @@ struct Tile {
     static_assert(DV <= D, "the output is staged where the queries were");
 };
 
-// Loads COUNT rows of COLS elements into shared memory, with zeros past `dim` elements of a row.
-template <typename E, int THREADS, int COUNT, int COLS>
-struct Loader {
-    // A panel is as many chunks of a row as change places among themselves. Threads lie on WIDTH chunks of STEP rows, so
-    // one keeps its column and its place in the permutation wherever it copies.
-    static constexpr int CHUNKS = COLS / 8, WIDTH = Chunks<COLS>::GROUP * 2, STEP = THREADS / WIDTH;
-    static_assert(CHUNKS % WIDTH == 0 && STEP % 8 == 0, "");
-
-    // Where this thread's first chunk is, in the tile and in the tensor.
-    __device__ __forceinline__ static uint32_t place() {
-        return Chunks<COLS>::at(threadIdx.x / WIDTH, threadIdx.x % WIDTH);
-    }
-    __device__ __forceinline__ static const char *start(const E *from, int64_t stride) {
-        return (const char *)(from + threadIdx.x / WIDTH * stride + threadIdx.x % WIDTH * 8);
-    }
-
-    // How many columns exist from this thread's first on.
-    __device__ __forceinline__ static int columns(int dim) { return dim - threadIdx.x % WIDTH * 8; }
-
-    // 16-byte aligned rows: `rows` exist, or ALL. `to`, `from` and `columns` are of this thread; `from` moves on by COUNT
-    // rows.
-    template <bool ALL>
-    __device__ __forceinline__ static void aligned(uint32_t to, const char *&from, int64_t stride,
-                                                   int rows, int columns) {
-        const int row = threadIdx.x / WIDTH;
-#pragma unroll
-        for (int i = 0; i < COUNT; i += STEP) {
-#pragma unroll
-            for (int c = 0; c < CHUNKS; c += WIDTH)
-                if (COUNT % STEP == 0 || i + row < COUNT)
-                    copy_async(to + i * COLS * 2 + c * 16, from + c * 16,
-                               c * 8 < columns && (ALL || i + row < rows));
-            from += (i + STEP <= COUNT ? STEP : COUNT % STEP) * 2 * stride;
-        }
-    }
-
-    // Any layout, element by element: row_of(r) says where a row starts.
-    template <typename RowOf>
-    __device__ static void any(uint32_t to, RowOf row_of, int64_t inner, int rows, int dim) {
-#pragma unroll 1
-        for (int x = threadIdx.x; x < COUNT * CHUNKS; x += THREADS) {
-            const int r = x / CHUNKS, c = x % CHUNKS * 8;
-            const uint16_t *const row = (const uint16_t *)row_of(r < rows ? r : 0);
-            uint32_t pairs[4] = {0, 0, 0, 0};
-#pragma unroll
-            for (int e = 0; e < 8; ++e)
-                if (r < rows && c + e < dim)
-                    pairs[e / 2] |= (uint32_t)row[(c + e) * inner] << e % 2 * 16;
-            store_chunk(to + Chunks<COLS>::at(r, c / 8), pairs);
-        }
-    }
-
-    // 16-byte aligned rows that lie anywhere, in pages; the addresses of two rows are looked up at a time.
-    template <typename RowOf>
-    __device__ static void paged(uint32_t to, RowOf row_of, int rows, int dim) {
-        const int row = threadIdx.x / WIDTH, here = columns(dim);
-        to += place();
-#pragma unroll 2
-        for (int i = 0; i < COUNT; i += STEP) {
-            const int r = i + row;
-            const E *const from = row_of(r < rows ? r : 0) + threadIdx.x % WIDTH * 8;
-#pragma unroll
-            for (int c = 0; c < CHUNKS; c += WIDTH)
-                if (COUNT % STEP == 0 || r < COUNT)
-                    copy_async(to + i * COLS * 2 + c * 16, from + c * 8, r < rows && c * 8 < here);
-        }
-    }
-};
-
 // One warp's share: MT * 16 rows, or with SPLIT = 2 the scores of half of the keys and half of the output's columns of
-// twice as many. Element [mt][n][e] of a tile of accumulators is row mt * 16 + lane / 4 + e / 2 * 8 and column
-// n * 8 + lane % 4 * 2 + e % 2 of it: the layout of mma.m16n8k16.
+// twice as many.
 template <typename E, int D, int DV, int MT, int BN, int SPLIT>
-struct Warp {
+struct Warp : Scores<MT, BN / SPLIT> {
+    using Base = Scores<MT, BN / SPLIT>;
+    using Base::NT, Base::score;
     static constexpr int KEYS = BN / SPLIT, COLUMNS = DV / SPLIT;
-    static constexpr int KS = D / 16, NT = KEYS / 8, VS = BN / 16, VN = COLUMNS / 16,
-                         PAIRS = MT * NT * 2;
+    static constexpr int VS = BN / 16, VN = COLUMNS / 16, PAIRS = MT * NT * 2;
     static_assert(SPLIT == 1 || (DV % 32 == 0 && (NT & (NT - 1)) == 0),
                   "warps share columns by 16, and keys of P by XOR of the chunk");
 
     float out[MT][COLUMNS / 8][4];
-    float score[MT][NT][4];
     uint32_t prob[MT][SPLIT > 1 ? 1 : VS]
                  [4]; // P of the current tile as operand of the next product
     float top[MT]
@@ -183,56 +90,6 @@ struct Warp {
                            exponential(mt, n, half));
             }
         }
-    }
-
-    __device__ __forceinline__ void find_maxima() {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                tile_most[mt][half] = NEG_INF;
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-                    tile_most[mt][half] =
-                        fmaxf(tile_most[mt][half],
-                              fmaxf(score[mt][n][2 * half], score[mt][n][2 * half + 1]));
-            }
-    }
-
-    // Scores of the next tile, Q K^T. Matrices are loaded two products early.
-    __device__ __forceinline__ void multiply_keys(uint32_t q, uint32_t k) {
-        constexpr int PARTS = NT / 2, ITEMS = KS * PARTS;
-        uint32_t a[2][MT][4], b[3][4];
-        const auto load_q = [&](int step) {
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt)
-                load_matrices(a[step % 2][mt], Chunks<D>::after(q, step) + mt * 16 * D * 2);
-        };
-        const auto load_k = [&](int i) {
-            load_matrices(b[i % 3], Chunks<D>::after(k, i / PARTS) + i % PARTS * 16 * D * 2);
-        };
-        load_q(0);
-        load_k(0);
-        load_k(1);
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    score[mt][n][e] = 0;
-        unrolled<ITEMS>([&](auto item) {
-            constexpr int i = decltype(item)::value, step = i / PARTS, n = i % PARTS * 2;
-            if (i + 2 < ITEMS)
-                load_k(i + 2);
-            if ((i + 1) % PARTS == 0 && step + 1 < KS)
-                load_q(step + 1);
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
-                Element<E>::mma(score[mt][n], a[step % 2][mt], b[i % 3][0], b[i % 3][1]);
-                Element<E>::mma(score[mt][n + 1], a[step % 2][mt], b[i % 3][2], b[i % 3][3]);
-            }
-        });
     }
 
     // out += P V, and in between the exponentials of all steps but the first AHEAD, which are there. With SPLIT = 2 step s
@@ -370,80 +227,6 @@ struct Warp {
             }
     }
 
-    // Hides the keys of the next tile from the window's end on, or before its beginning. `row`, `key`: the first of this
-    // thread's rows and of the warp's keys.
-    template <bool END>
-    __device__ __forceinline__ void mask(const fwd_params &p, const Sequence &seq, int row,
-                                         int key) {
-        const int column = key + threadIdx.x % 4 * 2;
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int i = row + mt * 16 + half * 8;
-                const int edge = (END ? seq.end_key(p, i) : seq.first_key(p, i)) - column;
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e)
-                        if (END ? n * 8 + e >= edge : n * 8 + e < edge)
-                            score[mt][n][2 * half + e] = NEG_INF;
-            }
-    }
-
-    // Each score x becomes change(x, mt, half, n, e).
-    template <typename Change>
-    __device__ __forceinline__ void change_scores(Change change) {
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        float &x = score[mt][n][2 * half + e];
-                        x = change(x, mt, half, n, e);
-                    }
-    }
-
-    // Each score x becomes change(x, y), y: the element of `tensor`, [B, H, Lq, Lk] of T, for its row and key. Where these do
-    // not exist y is anything: mask() hides those keys, and nobody sees those rows. `row` as in mask(); `key`: the first of
-    // this thread's; `pairs`: all keys of the tile exist, and two neighbours can be read at once.
-    template <typename T, typename Change>
-    __device__ __forceinline__ void combine_scores(const fwd_view &tensor, const Sequence &seq,
-                                                   int b, int h, int row, int key, bool pairs,
-                                                   Change change) {
-        struct alignas(2 * sizeof(T)) Two {
-            T x, y;
-        };
-        const T *const head = (const T *)tensor.data + b * tensor.stride[0] + h * tensor.stride[1];
-        const auto combine = [&](auto two_of) {
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int i = min(row + mt * 16 + half * 8, seq.q_len - 1), j = anew(key);
-                    const T *const from = head + i * tensor.stride[2];
-#pragma unroll
-                    for (int n = 0; n < NT; ++n) {
-                        const Two y = two_of(from, j + n * 8);
-                        float(&x)[4] = score[mt][n];
-                        x[2 * half] = change(x[2 * half], y.x);
-                        x[2 * half + 1] = change(x[2 * half + 1], y.y);
-                    }
-                }
-        };
-        const auto at = [&](const T *from, int j) {
-            return __any_sync(~0u, j < seq.k_len) ? from[min(j, seq.k_len - 1) * tensor.stride[3]]
-                                                  : T(0);
-        };
-        if (pairs)
-            combine([](const T *from, int j) { return *(const Two *)(from + j); });
-        else
-            combine([&](const T *from, int j) { return Two{at(from, j), at(from, j + 1)}; });
-    }
-
     // Hides keys of another segment. `row` as in mask(); `column`: the first of this thread's keys.
     __device__ __forceinline__ void hide_segments(const PairOptions &options, int row, int column) {
         const int last_row = options.seq.q_len - 1, last_key = options.seq.k_len - 1;
@@ -468,7 +251,8 @@ struct Warp {
     }
 
     // Hides what block mask and mask hide, key by key: for tiles that lie in several blocks.
-    __device__ __forceinline__ void hide_masked(const PairOptions &options, int row, int column) {
+    __device__ __forceinline__ void hide_masked_pairs(const PairOptions &options, int row,
+                                                      int column) {
         const int last_row = options.seq.q_len - 1, last_key = options.seq.k_len - 1;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
@@ -503,9 +287,9 @@ struct Warp {
             options.state_of(min(first_row, last_row), min(first_row + MT * 16 - 1, last_row),
                              min(first_key, last_key), min(first_key + KEYS - 1, last_key));
         if (state < 0)
-            hide_masked(options, row, column);
+            hide_masked_pairs(options, row, column);
         else if (state == 0)
-            change_scores([](float, int, int, int, int) { return NEG_INF; });
+            this->change_scores([](float, int, int, int, int) { return NEG_INF; });
         return state == 1;
     }
 
@@ -531,48 +315,17 @@ struct Warp {
         }
     }
 
-    // The options of the forward pass, one after the other; leaves logits times log2(e). `row`, `key` as in mask().
+    // Scores::extras() and what hides keys; arguments as there.
     template <bool PAIRS>
     __device__ __forceinline__ void extras(const fwd_params &p, const pair_params &pair,
                                            const Sequence &seq, int b, int h, int row, int key) {
-        b = anew(b);
-        h = anew(h);
-        row = anew(row);
-        const int column = key + threadIdx.x % 4 * 2;
-        const bool whole = key + KEYS <= seq.k_len;
-        if (p.softcap > 0) { // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-            const float cap = (float)p.softcap * LOG2E,
-                        inner = 2 * p.exponent_scale * reciprocal_approx((float)p.softcap);
-            change_scores([&](float x, int, int, int, int) {
-                return cap - 2 * cap * reciprocal_approx(exp2_approx(x * inner) + 1);
-            });
-        } else {
-            change_scores(
-                [&](float x, int, int, int, int) { return to_exponent(x, p.exponent_scale); });
-        }
-        const bool bias_pairs = whole && p.flags & FWD_PAIRED_BIAS;
-        if (p.bias.data && p.flags & FWD_BIAS_F32)
-            combine_scores<float>(p.bias, seq, b, h, row, column, bias_pairs,
-                                  [](float x, float y) { return __fmaf_rz(y, LOG2E, x); });
-        else if (p.bias.data)
-            combine_scores<uint16_t>(
-                p.bias, seq, b, h, row, column, bias_pairs,
-                [](float x, uint16_t y) { return __fmaf_rz(Element<E>::widen(y), LOG2E, x); });
-        if (p.alibi_slopes.data) {
-            const fwd_view &v = p.alibi_slopes;
-            const float alibi = ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] * LOG2E;
-            const float distance = row + seq.diagonal - column;
-            change_scores([&](float x, int mt, int half, int n, int e) {
-                return __fmaf_rz(-alibi, fabsf(distance + (mt * 16 + half * 8 - n * 8 - e)), x);
-            });
-        }
+        Base::extras(p, seq, b, h, row, key, p.exponent_scale, Element<E>::widen);
         bool masked = true;
         if constexpr (PAIRS)
-            masked = hide_pairs(PairOptions{p, pair, seq, b, h}, row, column);
-        if (masked && p.mask.data)
-            combine_scores<uint8_t>(p.mask, seq, b, h, row, column,
-                                    whole && p.flags & FWD_PAIRED_MASK,
-                                    [](float x, uint8_t y) { return y ? x : NEG_INF; });
+            masked = hide_pairs(PairOptions{p, pair, seq, anew(b), anew(h)}, anew(row),
+                                key + threadIdx.x % 4 * 2);
+        if (masked)
+            this->hide_masked(p, seq, b, h, row, key);
     }
 };
 
@@ -601,230 +354,6 @@ __device__ __forceinline__ void store_rows(const fwd_params &p, const char *tile
         if (r < rows && c < p.dim_v)
             out[r * p.output.stride[2] + c * p.output.stride[3]] =
                 *(const E *)(tile + Chunks<COLS>::at(r, c / 8) + c % 8 * 2);
-    }
-}
-
-// Which rows and tiles a warp of this block works on.
-template <int ROWS, int WARP_ROWS, int BN, int SPLIT>
-struct Share {
-    const int warp, part;       // of the warps that share rows, `part` says which
-    const int block_row, rows;  // of the block; as many rows of its tile exist
-    const int first_row;        // of the warp
-    int first, end;             // tiles that the block sees
-    int warp_first, warp_end;   // that this warp sees
-    int whole_first, whole_end; // that all rows of the warp see whole
-
-    __device__ __forceinline__ Share(const Work &work, const Sequence &seq, int warps)
-        : warp(warps / SPLIT), part(warps % SPLIT), block_row(work.row_block * ROWS),
-          rows(min(ROWS, seq.q_rows - block_row)), first_row(block_row + warp * WARP_ROWS) {}
-
-    __device__ __forceinline__ static void tiles(const fwd_params &p, const Sequence &seq, int row,
-                                                 int count, int &first, int &end) {
-        const int last = min(row + count, seq.q_len) - 1;
-        first = seq.first_key(p, row) / BN;
-        end = last < row ? 0 : (seq.end_key(p, last) + BN - 1) / BN;
-    }
-
-    __device__ __forceinline__ void find_tiles(const fwd_params &p, const Sequence &seq) {
-        tiles(p, seq, block_row, ROWS, first, end);
-        end = kept_by_all(end);
-        warp_first = first;
-        warp_end = end; // pairs of warps all take the same steps, with the same barriers
-        if (SPLIT == 1)
-            tiles(p, seq, first_row, WARP_ROWS, warp_first, warp_end);
-        warp_first = kept_by_all(warp_first);
-        warp_end = kept_by_all(warp_end);
-        whole_first = kept_by_all((seq.first_key(p, first_row + WARP_ROWS - 1) + BN - 1) / BN);
-        whole_end = kept_by_all(seq.end_key(p, first_row) / BN);
-    }
-};
-
-// Which tiles come after tile g: all of them, one after the other. The first step of a block has no tile, g is first - 1.
-template <int BN, int STAGES, bool PAIRS>
-struct Steps {
-    __device__ __forceinline__ Steps(const PairOptions &, int, int, int, int) {}
-    __device__ __forceinline__ static int after(int g, int n) { return g + n; }
-    __device__ __forceinline__ static int skipped(int, int) { return 0; }
-    __device__ __forceinline__ static int turn(int g) { return g + 1; }
-};
-// Those of which segments and block mask leave something.
-template <int BN, int STAGES>
-struct Steps<BN, STAGES, true> {
-    SeenTiles<BN, true> seen;
-    int next[STAGES];
-
-    __device__ __forceinline__ Steps(const PairOptions &options, int row, int end_row, int first,
-                                     int end)
-        : seen(options, row, end_row, first, end) {
-        for (int &tile : next)
-            tile = seen.begin() - 1;
-#pragma unroll 1
-        for (int n = 0; n < STAGES; ++n)
-            turn(0);
-    }
-    __device__ __forceinline__ int after(int g, int n) const { return n == 0 ? g : next[n - 1]; }
-    // Tiles between after(g, n) and the one before it.
-    __device__ __forceinline__ int skipped(int g, int n) const {
-        return after(g, n) - after(g, n - 1) - 1;
-    }
-    __device__ __forceinline__ int turn(int) {
-        const int g = next[0];
-#pragma unroll
-        for (int n = 1; n < STAGES; ++n)
-            next[n - 1] = next[n];
-        next[STAGES - 1] = kept_by_all(seen.next(next[STAGES - 1] + 1));
-        return g;
-    }
-};
-
-// The keys and values of a block on their way into the ring, tile by tile.
-template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT>
-struct Ring {
-    using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
-    using LoadK = Loader<E, T::THREADS, BN, D>;
-    using LoadV = Loader<E, T::THREADS, BN, DV>;
-    static constexpr int BYTES = STAGES * T::STAGE_BYTES;
-
-    const fwd_params &p;
-    const Sequence &seq;
-    const int b;
-    const bool pages;
-    const E *const k, *const v; // the first key of the sequence, or of the pages
-    const uint32_t stage;       // the first one
-    const int first, end;
-    const int aligned;                 // tiles before this one are simply aligned rows
-    const char *next_key, *next_value; // of this thread, in the tile that comes next
-    const uint32_t key_to, value_to;   // of this thread, in the first stage
-    const int key_columns, value_columns;
-
-    __device__ __forceinline__ static const E *start(const fwd_view &view, const Work &work,
-                                                     int kv_head, int64_t k_start, bool pages) {
-        return (const E *)view.data + (pages ? 0 : work.b * view.stride[0]) +
-               kv_head * view.stride[1] + k_start * view.stride[2];
-    }
-
-    __device__ __forceinline__ static int aligned_tiles(const fwd_params &p, const Sequence &seq,
-                                                        bool pages, int end) {
-        const int both = FWD_ALIGNED_KEY | FWD_ALIGNED_VALUE;
-        return kept_by_all(pages || (p.flags & both) != both ? 0 : min(end, seq.k_len / BN));
-    }
-
-    __device__ __forceinline__ Ring(const fwd_params &p, const Work &work, const Sequence &seq,
-                                    const E *k, const E *v, bool pages, uint32_t stage, int first,
-                                    int end)
-        : p(p), seq(seq), b(work.b), pages(pages), k(k), v(v), stage(stage), first(first), end(end),
-          aligned(aligned_tiles(p, seq, pages, end)),
-          next_key(LoadK::start(k + (int64_t)first * BN * p.key.stride[2], p.key.stride[2])),
-          next_value(LoadV::start(v + (int64_t)first * BN * p.value.stride[2], p.value.stride[2])),
-          key_to(kept(stage + LoadK::place())),
-          value_to(D == DV ? key_to + T::K_BYTES : kept(stage + T::K_BYTES + LoadV::place())),
-          key_columns(kept(LoadK::columns(p.dim_qk))),
-          value_columns(kept(LoadV::columns(p.dim_v))) {}
-
-    // `rows` rows from `row` on of a tile that is not simply aligned rows.
-    template <typename Load>
-    __device__ __forceinline__ void load_slowly(uint32_t to, const E *base, const fwd_view &view,
-                                                int row, int rows, int dim, bool chunks) const {
-        const auto in_rows = [&](int r) { return base + (row + r) * view.stride[2]; };
-        const auto in_pages = [&](int r) { return base + paged_row(p, view, b, row + r); };
-        if (!pages)
-            Load::any(to, in_rows, view.stride[3], rows, dim);
-        else if (chunks)
-            Load::paged(to, in_pages, rows, dim);
-        else
-            Load::any(to, in_pages, view.stride[3], rows, dim);
-    }
-
-    // Tiles one after the other from `first` on but those that are skipped, into the stage at `offset`.
-    __device__ __forceinline__ void load_key(int tile, int skipped, uint32_t offset) {
-        const int left = seq.k_len - tile * BN;
-        next_key += skipped * p.key.stride[2] * (BN * 2);
-        if (tile < aligned)
-            LoadK::template aligned<true>(key_to + offset, next_key, p.key.stride[2], left,
-                                          key_columns);
-        else if (tile < end && !pages && p.flags & FWD_ALIGNED_KEY)
-            LoadK::template aligned<false>(key_to + offset, next_key, p.key.stride[2], left,
-                                           key_columns);
-        else if (tile < end)
-            load_slowly<LoadK>(stage + offset, k, p.key, tile * BN, left, p.dim_qk,
-                               p.flags & FWD_ALIGNED_KEY);
-    }
-    __device__ __forceinline__ void load_value(int tile, int skipped, uint32_t offset) {
-        const int left = seq.k_len - tile * BN;
-        next_value += skipped * p.value.stride[2] * (BN * 2);
-        if (tile < aligned)
-            LoadV::template aligned<true>(value_to + offset, next_value, p.value.stride[2], left,
-                                          value_columns);
-        else if (tile < end && !pages && p.flags & FWD_ALIGNED_VALUE)
-            LoadV::template aligned<false>(value_to + offset, next_value, p.value.stride[2], left,
-                                           value_columns);
-        else if (tile < end)
-            load_slowly<LoadV>(stage + T::K_BYTES + offset, v, p.value, tile * BN, left, p.dim_v,
-                               p.flags & FWD_ALIGNED_VALUE);
-    }
-
-    // All pairs of the ring but the last, which follows in the first step.
-    template <typename Steps>
-    __device__ __forceinline__ void fill(const Steps &steps) {
-        const int g = first - 1;
-        load_key(steps.after(g, 1), steps.skipped(g, 1), 0);
-        copy_commit();
-#pragma unroll
-        for (int i = 1; i < STAGES; ++i) {
-            load_key(steps.after(g, i + 1), steps.skipped(g, i + 1), i * T::STAGE_BYTES);
-            load_value(steps.after(g, i), steps.skipped(g, i), i * T::STAGE_BYTES);
-            copy_commit();
-        }
-    }
-
-    // Waits for the pair of step g, which is at `offset`, and has the one STAGES steps later take the place of the last.
-    template <typename Steps>
-    __device__ __forceinline__ void turn(int g, const Steps &steps, uint32_t offset) {
-        if (g < first)
-            copy_wait<STAGES - 1>();
-        else
-            copy_wait<STAGES - 2>();
-        __syncthreads(); // the pair of this step is there, and all warps are done with the step before
-        if (g >= first) {
-            const uint32_t free =
-                offset == 0 ? (STAGES - 1) * T::STAGE_BYTES : offset - T::STAGE_BYTES;
-            load_key(steps.after(g, STAGES), steps.skipped(g, STAGES), free);
-            load_value(steps.after(g, STAGES - 1), steps.skipped(g, STAGES - 1), free);
-            copy_commit();
-        }
-    }
-
-    // With one stage K of the next tile is on its way while V of this one is used, and the other way round.
-    template <typename Steps>
-    __device__ __forceinline__ void turn_to_value(int g, const Steps &steps) {
-        if (g >= first) {
-            copy_wait<0>();
-            __syncthreads();
-        }
-        load_key(steps.after(g, 1), steps.skipped(g, 1), 0);
-        copy_commit();
-    }
-    template <typename Steps>
-    __device__ __forceinline__ void turn_to_key(int g, const Steps &steps) {
-        copy_wait<0>();
-        __syncthreads();
-        load_value(steps.after(g, 1), steps.skipped(g, 1), 0);
-        copy_commit();
-    }
-};
-
-// A block's queries to shared memory.
-template <typename Load, typename E>
-__device__ __forceinline__ void load_queries(const fwd_params &p, uint32_t to, const E *q,
-                                             int rows) {
-    if (p.flags & FWD_ALIGNED_QUERY) {
-        const char *from = Load::start(q, p.query.stride[2]);
-        Load::template aligned<false>(to + Load::place(), from, p.query.stride[2], rows,
-                                      Load::columns(p.dim_qk));
-    } else {
-        Load::any(
-            to, [&](int r) { return q + r * p.query.stride[2]; }, p.query.stride[3], rows,
-            p.dim_qk);
     }
 }
 
@@ -921,7 +450,7 @@ template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int 
 __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_params &pair) {
     using T = Tile<D, DV, WARPS, MT, BN, STAGES, SPLIT>;
     using W = Warp<E, D, DV, MT, BN, SPLIT>;
-    using R = Ring<E, D, DV, WARPS, MT, BN, STAGES, SPLIT>;
+    using R = Ring<E, T>;
     constexpr bool PAIRS = EXTRAS == 2;
     extern __shared__ __align__(16) char shared[];
     const uint32_t q_tile = shared_address(shared), k_tile = q_tile + T::Q_BYTES;
@@ -972,7 +501,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_pa
             ring.turn_to_key(g, steps);
         if (next) {
             const int key = (PAIRS ? steps.after(g, 1) : g + 1) * BN + share.part * W::KEYS;
-            w.multiply_keys(at.q, at.k + offset);
+            w.template multiply<Element<E>, D * 2>(at.q, at.k + offset);
             if (EXTRAS)
                 w.template extras<PAIRS>(p, pair, seq, work.b, work.h, share.first_row + lane / 4,
                                          key);
@@ -980,7 +509,7 @@ __device__ __forceinline__ void cuda_fwd_sm80(const fwd_params &p, const pair_pa
                 w.template mask<false>(p, seq, share.first_row + lane / 4, key);
             if ((PAIRS ? steps.after(g, 1) : g + 1) >= share.whole_end)
                 w.template mask<true>(p, seq, share.first_row + lane / 4, key);
-            w.find_maxima();
+            w.find_maxima(w.tile_most);
             w.follow_maxima(shared + p_tile);
             if (PAIRS && pair.dropout)
                 w.drop(options.for_once(), share.first_row + lane / 4, key + lane % 4 * 2);

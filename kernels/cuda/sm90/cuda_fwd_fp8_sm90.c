@@ -1,4 +1,5 @@
 /* Forward attention for float8 on Hopper: cuda_fwd_sm90's tiles and parameters, and kernels of its own. See docs/fp8.md. */
+#include "kernels/cuda/common/fill.h"
 #include "kernels/cuda/sm90/fwd.h"
 
 /* One image for each head dim, which also has the kernel that lists tiles. */
@@ -31,27 +32,12 @@ static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/fp8_tiles.inc"
 };
 
-/* Queries of e4m3, and what wgmma multiplies them with; wgmma's result leaves in another dtype. */
-static bool readable(struct plan *plan, const struct problem *p) {
-    const bool by_page = p->page_size && (p->key_scale.stride[0] | p->value_scale.stride[0]) != 0;
-    if (!dtype_is_float8(p->dtype))
-        return false;
-    if (p->dtype != DTYPE_E4M3)
-        plan->why = "queries are float8_e4m3fn";
-    else if (!dtype_is_float8(p->key.dtype) || p->key.dtype != p->value.dtype)
-        plan->why = "keys and values are both float8_e4m3fn or both float8_e5m2";
-    else if (dtype_is_float8(p->output.dtype))
-        plan->why = "outputs are float16, bfloat16 or float32";
-    else if (by_page)
-        plan->why = "scales are the same for all pages";
-    return !plan->why;
-}
-
 ROW_FUNCTIONS(cuda_fwd_fp8_sm90);
 
 bool cuda_fwd_fp8_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, NULL);
-    if (!readable(plan, p) || !sm90_takes(p) || (p->dim_qk | p->dim_v) % 16 != 0 || chosen < 0)
+    if (!fwd_takes_float8(plan, p) || !sm90_takes(p) || (p->dim_qk | p->dim_v) % 16 != 0 ||
+        chosen < 0)
         return false;
     plan->variant = chosen;
     sm90_plan_tile(plan, p, caps, &tiles[chosen]);

@@ -6,6 +6,7 @@
 // - The tensor cores' own sums keep some 13 bits. Each key tile's P V starts from zero and is added to O in f32.
 #pragma once
 
+#include "kernels/cuda/common/float8.cuh"
 #include "kernels/cuda/sm90/fwd.cuh"
 
 #include <cuda_fp8.h>
@@ -88,18 +89,6 @@ SM90_FLOAT8_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
 SM90_FLOAT8_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
 SM90_FLOAT8_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
 
-// Four floats as e4m3, the first in the lowest byte; what is beyond 448 becomes that.
-__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
-    uint32_t r;
-    asm("{\n.reg .b16 low, high;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}\n"
-        : "=r"(r)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
-    return r;
-}
-
 // ---- Producers ----
 
 // Values as they are loaded; in the ring of Shared they stand transposed.
@@ -174,16 +163,6 @@ __device__ __forceinline__ void produce_values(const sm90_params &p, const Share
 }
 
 // ---- Consumers ----
-
-// Stores four neighbouring columns.
-template <typename E>
-__device__ __forceinline__ void store_four(E *to, const float (&x)[4]) {
-    *reinterpret_cast<uint2 *>(to) = make_uint2(pack<E>(x[0], x[1]), pack<E>(x[2], x[3]));
-}
-template <>
-__device__ __forceinline__ void store_four<float>(float *to, const float (&x)[4]) {
-    *reinterpret_cast<float4 *>(to) = make_float4(x[0], x[1], x[2], x[3]);
-}
 
 // A row's half of the registers to output, of E; a thread has columns 4 i .. 4 i + 3 of 16, where transpose_values() put them.
 template <class C, typename E>

@@ -1,0 +1,33 @@
+// What keeps the compiler from spending registers where a loop has none to spare.
+#pragma once
+
+#include <stdint.h>
+#include <utility>
+
+// body(0) ... body(N - 1), each with its index as a constant: registers have no addresses, so what indexes them must be.
+template <typename Body, int... I>
+__device__ __forceinline__ void unrolled(std::integer_sequence<int, I...>, Body &&body) {
+    (body(std::integral_constant<int, I>()), ...);
+}
+template <int N, typename Body>
+__device__ __forceinline__ void unrolled(Body &&body) {
+    unrolled(std::make_integer_sequence<int, N>(), body);
+}
+
+// x in a register from here on: the compiler would work it out again in every step, but repeats no shuffle of what might
+// differ between lanes.
+template <typename T>
+__device__ __forceinline__ T kept(T x) {
+    uint32_t lane;
+    asm("mov.u32 %0, %laneid;" : "=r"(lane));
+    return __shfl_sync(~0u, lane < 32 ? x : T(0), lane);
+}
+
+// The same for a number that all lanes have.
+__device__ __forceinline__ int kept_by_all(int x) { return __reduce_max_sync(~0u, x); }
+
+// The opposite: x, and what follows from it, is worked out here each time, so that no register holds it meanwhile.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
