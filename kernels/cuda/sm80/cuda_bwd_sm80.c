@@ -117,16 +117,18 @@ static int64_t prepare_blocks(const struct problem *p) {
                        p->heads_q * ceil_divide(p->len_q, BWD_STATS_ROWS));
 }
 
-/* How many keys a row sees, more or less. Five products cost each row some work besides: with fewer keys than this seven are as
- * fast. */
-enum { SUMS_FROM_KEYS = 512 };
+/* Whether rows see so many keys, more or less, that five products pay: they cost each row some work besides. Of what a mask cuts off
+ * seven products compute more. */
+enum { SUMS_FROM_KEYS = 768, SUMS_FROM_MASKED_KEYS = 512 };
 
-static double keys_of_row(const struct problem *p) {
+static bool sums_pay(const struct problem *p) {
     const double length = p->total_k > 0 ? (double)p->total_k / (double)p->batch : (double)p->len_k,
                  window = (double)p->window_left + (double)p->window_right + 1;
     const bool left = p->window_left != UNBOUNDED, right = p->window_right != UNBOUNDED;
-    const double keys = left && right ? window : left || right ? length / 2 : length;
-    return keys < length ? keys : length;
+    if (!left && !right)
+        return length >= SUMS_FROM_KEYS;
+    const double keys = left && right ? window : length / 2;
+    return (keys < length ? keys : length) >= SUMS_FROM_MASKED_KEYS;
 }
 
 /* Known only when there are pointers: otherwise seven products in a workspace that has room for five. */
@@ -172,7 +174,7 @@ bool cuda_bwd_sm80_plan(struct plan *plan, const struct problem *p, const struct
         return false;
     if (sums >= 0 &&
         (sums_tiles[sums].dim_qk != keys_tiles[keys].dim_qk || prepare_blocks(p) > INT32_MAX ||
-         p->features & DLATTN_FEATURE_UNALIGNED || keys_of_row(p) < SUMS_FROM_KEYS))
+         p->features & DLATTN_FEATURE_UNALIGNED || !sums_pay(p)))
         sums = -1;
     plan->variant = keys << KEYS_TILE | rows << ROWS_TILE | stats << STATS_TILE |
                     bias << BIAS_TILE | (sums + 1) << SUMS_TILE;
