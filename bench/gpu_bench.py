@@ -11,14 +11,14 @@ matrices and a copy of 1 GiB of the same process are written beside them. FLOPs 
 (D + D_v), for bwd 2 B H Lq Lk (3 D + 2 D_v) whatever a row computes twice, halved for causal. The
 ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. The op fp8 is fwd in
 e4m3 with outputs of bf16, and beside it in bf16, both also by the rows that are named and by
-FlashAttention 3 where its package fa3_fwd is installed, and all from CUDA graphs. Decoding is one query row for each head, also of
-bf16 over e4m3 keys and values, and every call of it finds L2 cold: before it 256 MiB are read.
-(Were they written, the call would pay for writing back what of them is still in L2.) Its GB/s are
-those of keys and values. The op mla is decoding over the latent cache of MLA, likewise cold, whose
-GB/s are those of the cache, and after it head dim 512. The op merge has the number of parts as Lk, and the bytes that it must
-read and write as GB/s, beside a copy that reads and writes as many. Last come host times of one
-call on a tiny problem: a planned call, and a bare cuLaunchKernel of an empty kernel with as many
-bytes of parameters.
+FlashAttention 3 where its package fa3_fwd is installed, and all from CUDA graphs. Decoding is one
+query row for each head, also of bf16 over e4m3 keys and values, and every call of it finds L2 cold:
+before it 256 MiB are read. (Were they written, the call would pay for writing back what of them is
+still in L2.) Its GB/s are those of keys and values. The op mla is decoding over the latent cache of
+MLA, likewise cold, whose GB/s are those of the cache, and after it head dim 512. The op merge has
+the number of parts as Lk, and the bytes that it must read and write as GB/s, beside a copy that
+reads and writes as many. Last come host times of one call on a tiny problem: a planned call, and a
+bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
 """
 
 import argparse
@@ -607,8 +607,8 @@ def decode_rows(library, kernels, count):
         yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
 
 
-# Batch and query heads over one latent cache: 4,096 keys of 576 columns, in pages of 64, whose first
-# 512 columns are the values.
+# Batch and query heads over one latent cache: 4,096 keys of 576 columns in pages of 64, of which the
+# first 512 columns are the values.
 MLA = ((1, 16), (64, 16), (128, 128))
 
 
@@ -638,7 +638,7 @@ def wide_peers(found, case, **peers):
 
 
 def mla_rows(library, count):
-    """The case_rows of decoding over the latent cache of MLA, with the GB/s of its keys, and of D 512."""
+    """The case_rows of decoding over MLA's latent cache, with the GB/s of its keys; D 512."""
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
     for batch, heads in MLA:
         q = torch.randn(batch, heads, 1, 576, device="cuda", dtype=torch.bfloat16)

@@ -139,7 +139,7 @@ def check_jax() -> None:
             return [jax.jit(f)(*x), *jax.jit(jax.grad(loss, (0, 1, 2)))(*x)]
 
         for name, tolerance in {"bfloat16": 0.03, "float16": 0.005, "float32": 1e-4}.items():
-            x = tensors(CASES[0][:3] + (1024, 1024, 64, False), jnp.dtype(name))
+            x = tensors((*CASES[0][:3], 1024, 1024, 64, False), jnp.dtype(name))
             with jax.default_matmul_precision("highest"):
                 expected = results(partial(jax.nn.dot_product_attention, mask=same), wide(x))
             for what, a, b in zip(("output", *"qkv"), results(by_segments, x), expected):
