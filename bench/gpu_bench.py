@@ -607,8 +607,8 @@ def decode_rows(library, kernels, count):
         yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
 
 
-# Batch and query heads over one latent cache: 4,096 keys of 576 columns in pages of 64, of which the
-# first 512 columns are the values.
+# Batch and query heads over one latent cache: 4,096 keys of 576 columns, in pages of 64, of which
+# the first 512 columns are the values.
 MLA = ((1, 16), (64, 16), (128, 128))
 
 
