@@ -334,9 +334,10 @@ static struct widest widest_head(const dlattn_api *api, enum element e) {
 
 /* A GPU has few rows for float8, and for heads above 256 none with the options of pairs. */
 static bool has_row(const struct shape *s, const struct features *f) {
-    const bool wide = s->dim_qk > 256 || s->dim_v > 256,
-               pairs = f->segments || f->block_q || f->dropout > 0;
-    return strcmp(BACKEND, "cpu") == 0 || !(features_have_8_bits(f) || (wide && pairs));
+    if (strcmp(BACKEND, "cpu") == 0)
+        return true;
+    const bool wide = s->dim_qk > 256 || s->dim_v > 256;
+    return !features_have_8_bits(f) && !(wide && (f->segments || f->block_q || f->dropout > 0));
 }
 
 ParameterizedTest(struct job *job, kernels, choice) {

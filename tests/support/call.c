@@ -349,7 +349,7 @@ static double value_of(const struct call *c, enum slot slot, uint64_t n, const i
     case QUERY_SEGMENTS:
     case KEY_SEGMENTS:
         if (f->segment_rows)
-            return (double)(index[c->tensor[slot].dl.ndim - 1] / f->segment_rows);
+            return floor((double)index[c->tensor[slot].dl.ndim - 1] / (double)f->segment_rows);
         return (double)random_below(draw(c, slot), n / 5, 3) - 1;
     case BLOCK_MASK:
         return (double)random_below(draw(c, slot), n, 3);
