@@ -110,17 +110,6 @@ struct Pairs {
 };
 
 template <int MT, int N>
-__device__ __forceinline__ void clear(float (&x)[MT][N][4]) {
-#pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                x[mt][n][e] = 0;
-}
-
-template <int MT, int N>
 __device__ __forceinline__ bool is_finite(const float (&x)[MT][N][4]) {
     float odd = 0;
 #pragma unroll

@@ -146,8 +146,7 @@ struct divisor divisor_of(int64_t d) {
 }
 
 bool fwd_needs_pairs(const struct problem *p) {
-    return p->features & (DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS |
-                          DLATTN_FEATURE_BLOCK_MASK | DLATTN_FEATURE_DIAGONAL_OFFSET);
+    return p->features & (PAIR_FEATURES | DLATTN_FEATURE_DIAGONAL_OFFSET);
 }
 
 void pair_fill(struct pair_params *params, const struct problem *p) {
@@ -230,10 +229,6 @@ struct blocks {
     int64_t stats, keys, rows, bias, slopes;
 };
 
-static int64_t blocks_of_rows(const struct problem *p, int64_t rows) {
-    return p->batch * p->heads_q * ceil_divide(p->len_q, rows);
-}
-
 int64_t bwd_bias_blocks(const struct problem *p, const struct bwd_row *row) {
     const int64_t *const stride = p->d_bias.stride;
     return (stride[0] ? p->batch : 1) * (stride[1] ? p->heads_q : 1) *
@@ -241,14 +236,18 @@ int64_t bwd_bias_blocks(const struct problem *p, const struct bwd_row *row) {
            (stride[3] ? ceil_divide(p->len_k, row->bias_keys) : 1);
 }
 
+int64_t bwd_slope_blocks(const struct problem *p) {
+    return (p->d_alibi_slopes.stride[0] ? p->batch : 1) * p->heads_q;
+}
+
 static struct blocks blocks_of(const struct plan *plan, const struct problem *p,
                                const struct bwd_row *row) {
     return (struct blocks){
         .stats = blocks_of_rows(p, row->stats_rows),
-        .keys = p->batch * p->heads_kv * ceil_divide(p->len_k, plan->tile_k),
+        .keys = blocks_of_keys(p, plan->tile_k),
         .rows = blocks_of_rows(p, plan->tile_q),
         .bias = bwd_bias_blocks(p, row),
-        .slopes = (p->d_alibi_slopes.stride[0] ? p->batch : 1) * p->heads_q,
+        .slopes = bwd_slope_blocks(p),
     };
 }
 

@@ -22,7 +22,8 @@ bool fwd_takes_float8(struct plan *plan, const struct problem *p);
 /* Parameters for blocks of `tile_q` rows. */
 void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q);
 
-/* True if the problem asks what is in pair_params. */
+/* The options of pair_params, and whether the problem asks for what is there: these, or an offset of the diagonal. */
+#define PAIR_FEATURES (DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK)
 bool fwd_needs_pairs(const struct problem *p);
 void pair_fill(struct pair_params *params, const struct problem *p);
 
@@ -50,8 +51,10 @@ struct bwd_row {
     struct cuda_kernel *stats, *keys, *rows, *bias, *sinks, *slopes;
     int32_t stats_rows, bias_rows, bias_keys; /* that blocks of two others own */
 };
-/* One for each part of the bias that has a gradient of its own. */
+
+/* One for each part of the bias, and for each slope, that has a gradient of its own. */
 int64_t bwd_bias_blocks(const struct problem *p, const struct bwd_row *row);
+int64_t bwd_slope_blocks(const struct problem *p);
 
 bool bwd_plan(struct plan *plan, const struct problem *p, const struct bwd_row *row);
 int32_t bwd_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,

@@ -179,10 +179,7 @@ __device__ __forceinline__ void merge_splits(const packed_params &dp) {
               r = packed - row_block * dp.tile_rows;
     const Rows rows(dp, tile, dp.tile_rows);
     const Sequence seq(p, rows.b);
-#if __CUDA_ARCH__ >= 900
-    // All of it may start before the other kernel has ended, and none of it may end before.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    wait_for_predecessor(); // all of it may start before the other kernel has ended, and none of it may end before
     if (rows.query(r) >= seq.q_rows)
         return;
     const int64_t first = tile * (int64_t)dp.splits * dp.tile_rows + r;

@@ -75,6 +75,20 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool x) {
     return any;
 }
 
+// Waits for the kernel before this one in the stream, which this one may have overtaken. Before Hopper none does.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the kernel after this one in the stream start wherever there is room; it waits for the end of this one by itself.
+__device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 #define NEG_INF __int_as_float(0xff800000)
 #define POS_INF __int_as_float(0x7f800000)
 

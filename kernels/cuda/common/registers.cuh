@@ -1,4 +1,4 @@
-// What keeps the compiler from spending registers where a loop has none to spare.
+// Arrays in registers, and what keeps the compiler from spending registers where a loop has none to spare.
 #pragma once
 
 #include <stdint.h>
@@ -30,4 +30,16 @@ __device__ __forceinline__ int kept_by_all(int x) { return __reduce_max_sync(~0u
 __device__ __forceinline__ int anew(int x) {
     asm volatile("" : "+r"(x));
     return x;
+}
+
+// Accumulators of N products side by side, of MT tiles of 16 rows.
+template <int MT, int N>
+__device__ __forceinline__ void clear(float (&x)[MT][N][4]) {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                x[mt][n][e] = 0;
 }

@@ -45,13 +45,7 @@ struct Scores {
         load_q(0);
         load_k(0);
         load_k(1);
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    score[mt][n][e] = 0;
+        clear(score);
         unrolled<ITEMS>([&](auto item) {
             constexpr int i = decltype(item)::value, step = i / PARTS, n = i % PARTS * 2;
             if (i + 2 < ITEMS)
@@ -150,16 +144,9 @@ struct Scores {
         row = anew(row);
         const int column = key + threadIdx.x % 4 * 2;
         const bool whole = key + KEYS <= seq.k_len;
-        if (p.softcap > 0) { // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-            const float cap = (float)p.softcap * LOG2E,
-                        inner = 2 * exponent_scale * reciprocal_approx((float)p.softcap);
-            change_scores([&](float x, int, int, int, int) {
-                return cap - 2 * cap * reciprocal_approx(exp2_approx(x * inner) + 1);
-            });
-        } else {
-            change_scores(
-                [&](float x, int, int, int, int) { return to_exponent(x, exponent_scale); });
-        }
+        cap_or_scale(p, exponent_scale, [&](auto change) {
+            change_scores([&](float x, int, int, int, int) { return change(x); });
+        });
         const bool bias_pairs = whole && p.flags & FWD_PAIRED_BIAS;
         if (p.bias.data && p.flags & FWD_BIAS_F32)
             combine_scores<float>(p.bias, seq, b, h, row, column, bias_pairs,

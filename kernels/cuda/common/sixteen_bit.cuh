@@ -65,6 +65,21 @@ struct Chunks {
     }
 };
 
+// Scores to exponents of 2: changes all of them by change_all(change), by softcap or by their scale, a reference, so that it is read where
+// it is needed.
+template <typename ChangeAll>
+__device__ __forceinline__ void cap_or_scale(const fwd_params &p, const float &exponent_scale,
+                                             ChangeAll change_all) {
+    if (p.softcap > 0) { // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        const float cap = (float)p.softcap * LOG2E,
+                    inner = 2 * exponent_scale * reciprocal_approx((float)p.softcap);
+        change_all(
+            [&](float x) { return cap - 2 * cap * reciprocal_approx(exp2_approx(x * inner) + 1); });
+    } else {
+        change_all([&](float x) { return to_exponent(x, exponent_scale); });
+    }
+}
+
 // The sink of a head, -inf if there is none.
 __device__ __forceinline__ float sink_of(const fwd_params &p, int h) {
     return p.sinks.data ? ((const float *)p.sinks.data)[h * p.sinks.stride[1]] : NEG_INF;

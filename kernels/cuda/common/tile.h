@@ -38,6 +38,14 @@ int32_t choose_tile(const struct tile *tiles, int32_t count, int32_t extras,
 
 static inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* Blocks that own so many rows of a query head, or keys of a kv head, each. */
+static inline int64_t blocks_of_rows(const struct problem *p, int64_t rows) {
+    return p->batch * p->heads_q * ceil_divide(p->len_q, rows);
+}
+static inline int64_t blocks_of_keys(const struct problem *p, int64_t keys) {
+    return p->batch * p->heads_kv * ceil_divide(p->len_k, keys);
+}
+
 static inline struct cuda_kernel *kernel_for(const struct tile *t, enum dtype dtype) {
     return &t->kernels[dtype == DTYPE_BF16];
 }

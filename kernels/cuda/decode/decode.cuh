@@ -453,9 +453,7 @@ __device__ __forceinline__ void cuda_decode_sm80(const packed_params &dp) {
                                     rows.b * p.query_scale.stride[0] +
                                     rows.head(threadIdx.x) * p.query_scale.stride[1],
                                 true);
-#if __CUDA_ARCH__ >= 900
-            asm volatile("griddepcontrol.launch_dependents;");
-#endif
+            let_successor_start();
         }
         copy_commit();
         offset = offset + T::STAGE_BYTES == STAGES * T::STAGE_BYTES ? 0 : offset + T::STAGE_BYTES;

@@ -113,8 +113,7 @@ static struct parts parts_of(const struct problem *p, const struct tile *t) {
 }
 
 static int64_t prepare_blocks(const struct problem *p) {
-    return p->batch * (p->heads_kv * ceil_divide(p->len_k, SUM_KEYS) +
-                       p->heads_q * ceil_divide(p->len_q, BWD_STATS_ROWS));
+    return blocks_of_keys(p, SUM_KEYS) + blocks_of_rows(p, BWD_STATS_ROWS);
 }
 
 /* Whether rows see so many keys, more or less, that five products pay: they cost each row some work besides. Of what a mask cuts off
@@ -142,7 +141,6 @@ static bool suit_sums(const struct bwd_params *params) {
 static int32_t launch_sums(const struct problem *p, const struct exec *exec, const struct tile *t,
                            struct bwd_params *params) {
     const struct parts parts = parts_of(p, t);
-    const int64_t heads = p->batch * p->heads_q, heads_kv = p->batch * p->heads_kv;
     params->stats = exec->workspace;
     struct cuda_kernel *const of_type = kernel_for(t, p->dtype);
     const struct {
@@ -150,8 +148,8 @@ static int32_t launch_sums(const struct problem *p, const struct exec *exec, con
         int64_t blocks; /* 0: not launched */
     } launches[] = {
         {of_type + 2 * PREPARE, prepare_blocks(p)},
-        {of_type + 2 * PRODUCTS, heads_kv * ceil_divide(p->len_k, t->keys)},
-        {of_type + 2 * FINISH, heads * ceil_divide(p->len_q, BWD_STATS_ROWS)},
+        {of_type + 2 * PRODUCTS, blocks_of_keys(p, t->keys)},
+        {of_type + 2 * FINISH, blocks_of_rows(p, BWD_STATS_ROWS)},
         {&sinks_kernels[p->dtype == DTYPE_BF16], p->d_sinks.data ? p->heads_q : 0},
     };
     int32_t status = cuda_clear((char *)exec->workspace + parts.rows, parts.facts, exec->stream);

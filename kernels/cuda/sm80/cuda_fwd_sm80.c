@@ -21,9 +21,7 @@ static const struct tile tiles[] = {
 
 /* 2: with the options of pairs, which have tiles of their own. */
 static int32_t needed_extras(const struct problem *p) {
-    const uint64_t pairs =
-        DLATTN_FEATURE_DROPOUT | DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK;
-    return p->features & pairs ? 2 : fwd_needs_extras(p);
+    return p->features & PAIR_FEATURES ? 2 : fwd_needs_extras(p);
 }
 
 /* True if blocks of so many rows, of which a multiprocessor holds one, and steps of so many keys pay: there is a block for

@@ -125,16 +125,6 @@ __device__ __forceinline__ void pass_over(const sm90_bwd_params &p, int counter,
         atomicMax(p.next + counter, next);
 }
 
-// Waits for the kernel before this one in the stream, which this one may have overtaken.
-__device__ __forceinline__ void wait_for_predecessor() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// Lets the kernel after this one in the stream start wherever there is room.
-__device__ __forceinline__ void let_successor_start() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 // A block's shared memory, SM90_BWD_SMALL_BYTES of it.
 template <typename T>
 __device__ __forceinline__ T *shared_numbers() {

@@ -130,17 +130,9 @@ static struct parts parts_of(const struct problem *p, const struct tile *t) {
 
 /* ---- The plan --------------------------------------------------------------------------------------------------------- */
 
-/* Tiles of so many keys, or rows, in all heads. */
-static int64_t tiles_of_keys(const struct problem *p, int64_t tile) {
-    return p->batch * p->heads_kv * ceil_divide(p->len_k, tile);
-}
-static int64_t tiles_of_rows(const struct problem *p, int64_t tile) {
-    return p->batch * p->heads_q * ceil_divide(p->len_q, tile);
-}
-
 /* Blocks of the kernels that take keys, and rows, one tile each. */
-static int64_t key_blocks(const struct problem *p) { return tiles_of_keys(p, SM90_BWD_TILE_K); }
-static int64_t row_blocks(const struct problem *p) { return tiles_of_rows(p, SM90_BWD_TILE_Q); }
+static int64_t key_blocks(const struct problem *p) { return blocks_of_keys(p, SM90_BWD_TILE_K); }
+static int64_t row_blocks(const struct problem *p) { return blocks_of_rows(p, SM90_BWD_TILE_Q); }
 
 static bool takes(const struct problem *p) {
     const int64_t longest = p->len_q > p->len_k ? p->len_q : p->len_k,
@@ -150,7 +142,7 @@ static bool takes(const struct problem *p) {
            (!p->d_lse.data || p->d_lse.dtype == DTYPE_F32) && p->d_output.dtype == p->dtype &&
            4 * p->batch * p->heads_kv * ceil_divide(longest, SM90_BWD_ERRAND) <= INT32_MAX &&
            row_blocks(p) <= INT32_MAX && row_tiles(p) <= INT32_MAX &&
-           tiles_of_keys(p, SM90_BWD_WIDE_TILE) + p->heads_q <= INT32_MAX &&
+           blocks_of_keys(p, SM90_BWD_WIDE_TILE) + p->heads_q <= INT32_MAX &&
            mappable(&p->query, q_batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->d_output, q_batch, p->heads_q, p->len_q, 1) &&
            mappable(&p->key, k_batch, p->heads_kv, p->len_k, 1) &&
@@ -310,8 +302,8 @@ int32_t cuda_bwd_sm90_launch(const struct plan *plan, const struct problem *p,
         int64_t blocks; /* 0: not launched */
     } launches[] = {
         {PREPARE, wide ? row_blocks(p) : 0},
-        {MAIN + capped, wide ? least(tiles_of_keys(p, t->keys), plan->blocks) : plan->blocks},
-        {QUERIES + capped, wide ? least(tiles_of_rows(p, SM90_BWD_WIDE_ROWS), plan->blocks) : 0},
+        {MAIN + capped, wide ? least(blocks_of_keys(p, t->keys), plan->blocks) : plan->blocks},
+        {QUERIES + capped, wide ? least(blocks_of_rows(p, SM90_BWD_WIDE_ROWS), plan->blocks) : 0},
         {ROWS + capped, least(row_blocks(p), plan->blocks)},
         {KEYS + capped, least(key_blocks(p), plan->blocks) + (p->d_sinks.data ? p->heads_q : 0)},
     };

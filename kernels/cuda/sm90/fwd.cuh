@@ -760,9 +760,9 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
         init_barriers<C>(s);
     }
     if constexpr (C::IS_SPLIT)
-        start_dependents();
+        let_successor_start();
     else if (C::IS_PLACED && (p.list || p.seen))
-        wait_for_workspace();
+        wait_for_predecessor();
     __syncthreads();
     if (warpgroup == 0) {
         registers_decrease<C::PRODUCER_REGISTERS>();

@@ -467,7 +467,7 @@ __device__ __forceinline__ void forward_float8(const sm90_params &p) {
         mbarrier_init_fence();
     }
     if (p.list)
-        wait_for_workspace();
+        wait_for_predecessor();
     __syncthreads();
     if (warpgroup == 0) {
         registers_decrease<C::PRODUCER_REGISTERS>();

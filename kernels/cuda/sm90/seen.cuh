@@ -59,7 +59,7 @@ __device__ __forceinline__ void find_seen(const sm90_params &p) {
     uint32_t &some = reinterpret_cast<uint32_t *>(raw)[0],
              &all = reinterpret_cast<uint32_t *>(raw)[1];
     if (p.list)
-        wait_for_workspace();
+        wait_for_predecessor();
     const int word = blockIdx.x % p.seen_words, rest = blockIdx.x / p.seen_words,
               entries = p.list ? p.list_capacity : p.seen_rows;
     const int head = rest / entries, entry = rest - head * entries, warp = threadIdx.x / 32;

@@ -95,7 +95,7 @@ __device__ __forceinline__ void merge_parts(const sm90_params &p) {
     ComingParts coming;
     float output[4] = {0, 0, 0, 0};
     s.spoilt = 0;
-    wait_for_workspace();
+    wait_for_predecessor();
     if (!is_row<C>(p, t, first_row))
         return;
     coming.load(outputs, step * WARPS * 32, parts);

@@ -294,16 +294,6 @@ __device__ __forceinline__ int blocks_per_part(const sm90_params &p, int blocks)
     return divide(blocks + p.split.parts - 1, p.split.by_parts);
 }
 
-// Waits for the kernel before this one in the stream, which fills the workspace and which this one may have overtaken.
-__device__ __forceinline__ void wait_for_workspace() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// Lets the kernel behind this one start where there is room; it waits for the end of this one by itself.
-__device__ __forceinline__ void start_dependents() {
-    asm volatile("griddepcontrol.launch_dependents;");
-}
-
 // Tile `wanted` of the walk; SPLIT: part `wanted` of all tiles, or the WHOLE of a tile.
 template <class C, bool WHOLE = false>
 __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {

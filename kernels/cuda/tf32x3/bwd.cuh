@@ -174,53 +174,6 @@ __device__ __forceinline__ void bwd_near_stats(const bwd_params &p) {
 
 // ---- Products of tiles --------------------------------------------------------------------------------------------------
 
-// score = MT * 16 rows at `a` times NT * 8 rows at `b`, in `steps` of 32 columns, as Warp::multiply_keys() does it.
-template <int D, int MT, int NT>
-__device__ __forceinline__ void multiply_tiles(float (&score)[MT][NT][4], uint32_t a, uint32_t b,
-                                               int steps) {
-    constexpr int PITCH = Rows<D>::PITCH, GROUP = NT < 2 ? NT : 2; // sums at a time
-    clear(score);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step, a += 128, b += 128) {
-        Split left[4][MT][4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
-                const uint32_t at = (a ^ half * 64) + mt * 16 * PITCH;
-                const float4 x = read(at), y = read(at + 8 * PITCH);
-                split(left[half * 2][mt], x.x, y.x, x.y, y.y);
-                split(left[half * 2 + 1][mt], x.z, y.z, x.w, y.w);
-            }
-#pragma unroll
-        for (int n = 0; n < NT; n += GROUP) {
-            Split right[4][GROUP][2];
-            float s[MT][GROUP][4] = {};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int m = 0; m < GROUP; ++m) {
-                    const float4 x = read((b ^ half * 64) + (n + m) * 8 * PITCH);
-                    split(right[half * 2][m], x.x, x.y);
-                    split(right[half * 2 + 1][m], x.z, x.w);
-                }
-                add_small(s, left[half * 2], right[half * 2]);
-                add_small(s, left[half * 2 + 1], right[half * 2 + 1]);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                add_large(s, left[i], right[i]);
-#pragma unroll
-            for (int m = 0; m < GROUP; ++m)
-#pragma unroll
-                for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        score[mt][n + m][e] += s[mt][m][e];
-        }
-    }
-}
-
 // sum += a tile of pairs times the rows at `b`, COUNT of them and NC * 32 columns. In a step of 8 rows thread lane % 4 = t has rows
 // 2 t and 2 t + 1 as k = t and t + 4; lane / 4 = g has columns 4 g + i of 32 in product i. load(left, step) gives the pairs of a step.
 template <int D, int COUNT, int MT, int NC, typename Load>
@@ -363,9 +316,9 @@ struct SumsBlock {
         float score[T::MT][T::NT][4], d[T::MT][T::NT][4], cap[T::MT][T::NT][4];
         const uint32_t own = base + first_key * D * 4 + Rows<D>::at(g, t),
                        step = base + T::QUERY_AT + first_row * D * 4 + Rows<D>::at(g, t);
-        multiply_tiles<D>(score, own, step, (p.f.dim_qk + 31) / 32);
-        multiply_tiles<D>(d, own + T::VALUE_AT, step + T::D_OUTPUT_AT - T::QUERY_AT,
-                          (p.f.dim_v + 31) / 32);
+        multiply_tiles<D, 2>(score, own, step, (p.f.dim_qk + 31) / 32);
+        multiply_tiles<D, 2>(d, own + T::VALUE_AT, step + T::D_OUTPUT_AT - T::QUERY_AT,
+                             (p.f.dim_v + 31) / 32);
         const Head<float, EXTRAS> head{p, seq, b, h};
         const int j = key + first_key + g, i = row + first_row + t * 2;
         if (EXTRAS)

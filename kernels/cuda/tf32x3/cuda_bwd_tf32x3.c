@@ -68,13 +68,6 @@ static struct bwd_row row_of(const struct plan *plan, const struct problem *p) {
     };
 }
 
-static int64_t blocks_of_rows(const struct problem *p, int64_t rows) {
-    return p->batch * p->heads_q * ceil_divide(p->len_q, rows);
-}
-static int64_t blocks_of_keys(const struct problem *p, int64_t keys) {
-    return p->batch * p->heads_kv * ceil_divide(p->len_k, keys);
-}
-
 /* Of the workspace: statistics of rows, facts, and sums of queries or of slopes: where those are wanted, there are none of
  * queries. */
 struct parts {
@@ -140,7 +133,7 @@ int32_t cuda_bwd_tf32x3_launch(const struct plan *plan, const struct problem *p,
         {p->d_query.data || of_slopes, row.rows, blocks_of_rows(p, plan->tile_q)},
         {p->d_bias.data != NULL, row.bias, bwd_bias_blocks(p, &row)},
         {p->d_sinks.data != NULL, &sinks, p->heads_q},
-        {of_slopes, &slopes, (p->d_alibi_slopes.stride[0] ? p->batch : 1) * p->heads_q},
+        {of_slopes, &slopes, bwd_slope_blocks(p)},
     };
     int32_t status = cuda_clear((char *)exec->workspace + parts.stats,
                                 parts.facts + (sums ? parts.queries : 0), exec->stream);

@@ -6,7 +6,7 @@
 // the softmax and P V are.
 //
 // Operands lie in shared memory as they came, and are split in registers. The products of a step of 8 have an order of
-// their own, the same for both operands, so that a thread reads 16 bytes at a time: see multiply_keys() and add_values().
+// their own, the same for both operands, so that a thread reads 16 bytes at a time: see multiply_tiles() and add_values().
 #pragma once
 
 #include "kernels/cuda/common/exact.cuh"
@@ -36,49 +36,9 @@ struct Warp {
     float slope;          // exponent of 2 per unit of score
     float unit;           // logit per unit of score: the scale, or 1 if logits() has applied it
 
-    // Scores of a tile. In a step of 16 head dims thread lane % 4 = t of a group has dims 4 t + {0, 1} as k = t and t + 4 of
-    // the first product, and 4 t + {2, 3} of the second. `steps` of 32.
+    // Scores of a tile, in `steps` of 32 head dims.
     __device__ __forceinline__ void multiply_keys(uint32_t q, uint32_t k, int steps) {
-        constexpr int GROUP = NT < 4 ? NT : 4; // sums at a time
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                score[n][e] = 0;
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step, q += 128, k += 128) {
-            Split a[4][1][4];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float4 x = read(q ^ half * 64), y = read((q ^ half * 64) + 8 * PITCH);
-                split(a[half * 2][0], x.x, y.x, x.y, y.y);
-                split(a[half * 2 + 1][0], x.z, y.z, x.w, y.w);
-            }
-#pragma unroll
-            for (int n = 0; n < NT; n += GROUP) {
-                Split b[4][GROUP][2];
-                float s[1][GROUP][4] = {};
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int m = 0; m < GROUP; ++m) {
-                        const float4 x = read((k ^ half * 64) + (n + m) * 8 * PITCH);
-                        split(b[half * 2][m], x.x, x.y);
-                        split(b[half * 2 + 1][m], x.z, x.w);
-                    }
-                    add_small(s, a[half * 2], b[half * 2]);
-                    add_small(s, a[half * 2 + 1], b[half * 2 + 1]);
-                }
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    add_large(s, a[i], b[i]);
-#pragma unroll
-                for (int m = 0; m < GROUP; ++m)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        score[n + m][e] += s[0][m][e];
-            }
-        }
+        multiply_tiles<D, 4>(reinterpret_cast<float(&)[1][NT][4]>(score), q, k, steps);
     }
 
     // out = out * shrink + P V. In a step of 8 keys thread lane % 4 = t has keys 2 t and 2 t + 1 as k = t and t + 4, as

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/cuda/common/ptx.cuh"
+#include "kernels/cuda/common/registers.cuh"
 
 // A tile of rows of COLS floats. The 16-byte chunks of a row are permuted so that the four chunks that a quarter of a warp
 // reads in each of two neighbouring rows (K, Q), or the two in each of four rows two apart (V), lie in different banks.
@@ -123,4 +124,52 @@ __device__ __forceinline__ float4 read(uint32_t from) {
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                  : "r"(from));
     return x;
+}
+
+// score = MT * 16 rows at `a` times NT * 8 rows at `b`, in `steps` of 32 columns. In a step of 16 columns thread lane % 4 = t of a group
+// has columns 4 t + {0, 1} as k = t and t + 4 of the first product, and 4 t + {2, 3} of the second. AT_A_TIME: sums of `b` under way.
+template <int D, int AT_A_TIME, int MT, int NT>
+__device__ __forceinline__ void multiply_tiles(float (&score)[MT][NT][4], uint32_t a, uint32_t b,
+                                               int steps) {
+    constexpr int PITCH = Rows<D>::PITCH, GROUP = NT < AT_A_TIME ? NT : AT_A_TIME;
+    clear(score);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, a += 128, b += 128) {
+        Split left[4][MT][4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt) {
+                const uint32_t at = (a ^ half * 64) + mt * 16 * PITCH;
+                const float4 x = read(at), y = read(at + 8 * PITCH);
+                split(left[half * 2][mt], x.x, y.x, x.y, y.y);
+                split(left[half * 2 + 1][mt], x.z, y.z, x.w, y.w);
+            }
+#pragma unroll
+        for (int n = 0; n < NT; n += GROUP) {
+            Split right[4][GROUP][2];
+            float s[MT][GROUP][4] = {};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int m = 0; m < GROUP; ++m) {
+                    const float4 x = read((b ^ half * 64) + (n + m) * 8 * PITCH);
+                    split(right[half * 2][m], x.x, x.y);
+                    split(right[half * 2 + 1][m], x.z, x.w);
+                }
+                add_small(s, left[half * 2], right[half * 2]);
+                add_small(s, left[half * 2 + 1], right[half * 2 + 1]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                add_large(s, left[i], right[i]);
+#pragma unroll
+            for (int m = 0; m < GROUP; ++m)
+#pragma unroll
+                for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        score[mt][n + m][e] += s[mt][m][e];
+        }
+    }
 }

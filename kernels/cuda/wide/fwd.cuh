@@ -106,13 +106,7 @@ struct Warp {
                 limit[mt][half] = NEG_INF;
                 top[mt][half] = sum[mt][half] = 0;
             }
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int n = 0; n < COLUMNS / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    out[mt][n][e] = 0;
+        clear(out);
     }
 
     // Row of the tile of a score, and the first of a thread's two keys of a step.
@@ -163,13 +157,7 @@ struct Warp {
                                     b[from][n][3]);
                 }
         };
-#pragma unroll
-        for (int mt = 0; mt < ST; ++mt)
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    score[mt][n][e] = 0;
+        clear(score);
         load(0, 0, 0);
 #pragma unroll 1
         for (int group = 1; group <= groups; ++group) {
@@ -227,15 +215,9 @@ struct Warp {
 
     // Scores to exponents of 2.
     __device__ __forceinline__ void to_exponents(const fwd_params &p) {
-        if (p.softcap > 0) { // tanh(x) = 1 - 2 / (exp(2 x) + 1)
-            const float cap = (float)p.softcap * LOG2E,
-                        inner = 2 * p.exponent_scale * reciprocal_approx((float)p.softcap);
-            change_scores([&](float x, int, int) {
-                return cap - 2 * cap * reciprocal_approx(exp2_approx(x * inner) + 1);
-            });
-        } else {
-            change_scores([&](float x, int, int) { return to_exponent(x, p.exponent_scale); });
-        }
+        cap_or_scale(p, p.exponent_scale, [&](auto change) {
+            change_scores([&](float x, int, int) { return change(x); });
+        });
     }
 
     // Bias, ALiBi and mask. What lies past the rows and keys that exist is read at the last ones: mask() hides those keys, and nobody
@@ -582,9 +564,7 @@ __device__ __forceinline__ void cuda_fwd_wide_sm80(const packed_params &dp) {
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i)
         ring.load_stage(part.first + i, ring_at + i * T::STAGE_BYTES);
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    let_successor_start();
 
     W w(__shfl_sync(~0u, threadIdx.x / 32, 0)); // known to be the same for all lanes
     const bool options = p.bias.data || p.alibi_slopes.data || p.mask.data;
