@@ -319,12 +319,12 @@ DECODE = (
 )
 
 
-def calls_of(library, causal, kernels, **tensors):
-    """A call by each of the rows, None being the first choice, once for each row that runs."""
+def calls_of(kernels, make):
+    """make(kernel) for each of the rows, None being the first choice, once for each that runs."""
     found = {}
     for kernel in kernels:
         try:
-            call = library.call(causal, kernel, **tensors)
+            call = make(kernel)
         except RuntimeError:
             continue  # the row does not take this dtype, or not on this device
         found.setdefault(f"dlattn {call.kernel}", ("dlattn", call))
@@ -334,7 +334,8 @@ def calls_of(library, causal, kernels, **tensors):
 def implementations(library, q, k, v, causal, option, kernels):
     output = torch.empty_like(q[..., : v.shape[3]])
     extra, attn_mask = OPTIONS[option](q) if option else ({}, None)
-    found = calls_of(library, causal, kernels, query=q, key=k, value=v, output=output, **extra)
+    tensors = {"query": q, "key": k, "value": v, "output": output, **extra}
+    found = calls_of(kernels, lambda kernel: library.call(causal, kernel, **tensors))
     for name, backend in PEERS.items() if k.dtype == q.dtype else ():
 
         def peer(backend=backend):
@@ -477,13 +478,7 @@ def backward_implementations(library, q, k, v, d_output, causal, kernels):
     tensors = {"query": q, "key": k, "value": v, "output": output, "lse": lse}
     gradients = {"d_output": d_output}
     gradients |= {f"d_{name}": torch.empty_like(tensors[name]) for name in list(tensors)[:3]}
-    found = {}
-    for kernel in kernels:
-        try:
-            call = library.gradients(causal, kernel, tensors, gradients)
-        except RuntimeError:
-            continue
-        found.setdefault(f"dlattn {call.kernel}", ("dlattn", call))
+    found = calls_of(kernels, lambda row: library.gradients(causal, row, tensors, gradients))
     for name, backend in backward_peers(q.dtype).items():
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         try:
@@ -567,7 +562,8 @@ def float8_rows(library, dtypes, quick, dims, kernels, count):
         tensors = {"bf16": wide, "e4m3": [t.to(FLOAT8["e4m3"]) for t in wide]}
         for dtype, (q, k, v) in tensors.items():
             given = {"query": q, "key": k, "value": v, "output": output}
-            found[dtype] = calls_of(library, causal, kernels, **given)
+            call = functools.partial(library.call, causal, **given)
+            found[dtype] = calls_of(kernels, lambda kernel, call=call: call(kernel=kernel))
             peer = flash_attention_3(q, k, v, causal)
             if peer:
                 found[dtype][f"fa3 {dtype}"] = ("fa3", peer)
@@ -594,17 +590,23 @@ def decode_cases():
         yield dtype, q, k, v
 
 
+def cold_rounds(found, other, count):
+    """rounds() in which each call finds the tensor `other` in L2."""
+    cold = {}
+    for name, (_, function) in found.items():
+        cold[f"before {name}"] = other.max
+        cold[name] = function
+    return rounds(cold, count)
+
+
 def decode_rows(library, kernels, count):
     """The case_rows of each of decode_cases(), with the GB/s of its keys and values."""
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
     for dtype, q, k, v in decode_cases():
         found = implementations(library, q, k, v, False, None, kernels)
-        cold = {}
-        for name, (_, function) in found.items():
-            cold[f"before {name}"] = other.max
-            cold[name] = function
+        times = cold_rounds(found, other, count)
         read = 2 * k.numel() * k.element_size()
-        yield from case_rows("decode", dtype, q, k, v, False, found, rounds(cold, count), read)
+        yield from case_rows("decode", dtype, q, k, v, False, found, times, read)
 
 
 # Batch and query heads over one latent cache: 4,096 keys of 576 columns, in pages of 64, of which
@@ -662,11 +664,8 @@ def mla_rows(library, count):
             operators=mla_operators(q, k, v, 576**-0.5),
             mem_efficient=memory_efficient(q, k, v),
         )
-        cold = {}
-        for name, (_, function) in found.items():
-            cold[f"before {name}"] = other.max
-            cold[name] = function
-        yield from case_rows("mla", "bf16", q, k, v, False, found, rounds(cold, count), k.nbytes)
+        times = cold_rounds(found, other, count)
+        yield from case_rows("mla", "bf16", q, k, v, False, found, times, k.nbytes)
     for causal in False, True:
         q, k, v = (
             torch.randn(2, 2048, 8, 512, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
