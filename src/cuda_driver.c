@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* ---- The driver's API, as documented in cuda.h ---------------------------------------------------------------- */
@@ -97,12 +98,14 @@ enum { NEEDED_VERSION = 12000 };
 struct device {
     CUdevice handle;
     struct caps caps; /* the GPU part */
+    int arch;         /* which of archs[] */
     _Atomic(CUcontext) primary;
 };
 
 static struct device devices[CUDA_MAX_DEVICES];
 static int device_total;
-static char why_not[256]; /* why there is no GPU */
+static int32_t archs[CUDA_MAX_ARCHS]; /* compute capabilities of this machine, zeroes at the end */
+static char why_not[256];             /* why there is no GPU */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_mutex_t slow_path = PTHREAD_MUTEX_INITIALIZER;
 
@@ -145,6 +148,17 @@ static bool find_functions(void *library) {
     return true;
 }
 
+/* Finds or adds a compute capability; false if there are too many. */
+static bool find_arch(struct device *d) {
+    for (d->arch = 0; d->arch < CUDA_MAX_ARCHS; d->arch++) {
+        if (archs[d->arch] == 0)
+            archs[d->arch] = d->caps.sm;
+        if (archs[d->arch] == d->caps.sm)
+            return true;
+    }
+    return false;
+}
+
 static bool read_device(struct device *d, int ordinal) {
     int major, minor, multiprocessors, shared;
     if (cu.cuDeviceGet(&d->handle, ordinal) != CUDA_SUCCESS ||
@@ -160,7 +174,7 @@ static bool read_device(struct device *d, int ordinal) {
     d->caps.sm = major * 10 + minor;
     d->caps.multiprocessors = multiprocessors;
     d->caps.shared_memory_bytes = shared;
-    return true;
+    return find_arch(d);
 }
 
 static void open_driver(void) {
@@ -296,14 +310,26 @@ void cuda_leave(bool entered) {
         cu.cuCtxPopCurrent(&context);
 }
 
+static int32_t load_module(CUlibrary *library, const struct cuda_module *module, int32_t sm) {
+    void *code;
+    const int32_t status = cuda_image_unpack(module->images, sm, &code);
+    if (status != DLATTN_OK)
+        return status;
+    const CUresult error = cu.cuLibraryLoadData(library, code, NULL, NULL, 0, NULL, NULL, 0);
+    free(code); /* the driver has a copy */
+    return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, "cuLibraryLoadData");
+}
+
 /* Loads the code and raises the shared memory limit to all that the kernel can ever ask, once per device: raising it
  * per call would race between threads that want different amounts. */
 static int32_t load_locked(struct cuda_kernel *k, struct device *d) {
-    CUlibrary library = atomic_load(&k->module->library);
-    CUkernel function = atomic_load(&k->function);
+    CUlibrary library = atomic_load(&k->module->library[d->arch]);
+    CUkernel function = atomic_load(&k->function[d->arch]);
     if (!library) {
-        TRY(cuLibraryLoadData, &library, k->module->image, NULL, NULL, 0, NULL, NULL, 0);
-        atomic_store(&k->module->library, library);
+        const int32_t status = load_module(&library, k->module, d->caps.sm);
+        if (status != DLATTN_OK)
+            return status;
+        atomic_store(&k->module->library[d->arch], library);
     }
     if (!function)
         TRY(cuLibraryGetKernel, &function, library, k->name);
@@ -311,7 +337,7 @@ static int32_t load_locked(struct cuda_kernel *k, struct device *d) {
         k->shared_memory_bytes, function, d->handle);
     TRY(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100, function,
         d->handle);
-    atomic_store(&k->function, function);
+    atomic_store(&k->function[d->arch], function);
     atomic_fetch_or(&k->ready, UINT64_C(1) << (d - devices));
     return DLATTN_OK;
 }
@@ -346,7 +372,7 @@ static int32_t launch(struct cuda_kernel *k, int32_t device, int32_t blocks, boo
     if (blocks == 0)
         return DLATTN_OK;
     const CUresult error = cu.cuLaunchKernelEx(
-        &config, atomic_load_explicit(&k->function, memory_order_relaxed), &params, NULL);
+        &config, atomic_load_explicit(&k->function[d->arch], memory_order_relaxed), &params, NULL);
     return error == CUDA_SUCCESS ? DLATTN_OK : driver_failed(error, k->name);
 }
 

@@ -7,17 +7,19 @@
 #ifndef DLATTN_CUDA_DRIVER_H_
 #define DLATTN_CUDA_DRIVER_H_
 
+#include "src/cuda_image.h"
 #include "src/kernel.h"
 #include "src/tensor_map.h"
 
 #include <stdatomic.h>
 
-enum { CUDA_MAX_DEVICES = 64 };
+/* Devices of one compute capability run the same code. GPUs beyond these numbers are not used. */
+enum { CUDA_MAX_DEVICES = 64, CUDA_MAX_ARCHS = 4 };
 
-/* Embedded code (a cuda_fatbin of Bazel), loaded when its first kernel is launched. Static storage. */
+/* Embedded code (cuda_images of Bazel), loaded when its first kernel is launched on an architecture. Static storage. */
 struct cuda_module {
-    const unsigned char *image;
-    _Atomic(void *) library; /* CUlibrary */
+    const struct cuda_image *images;
+    _Atomic(void *) library[CUDA_MAX_ARCHS]; /* CUlibrary */
 };
 
 /* One __global__ function and the launch shape it was compiled for. Static storage, zeroes at the end. */
@@ -26,8 +28,9 @@ struct cuda_kernel {
     const char *name;
     int32_t threads;
     int32_t shared_memory_bytes;
-    _Atomic(void *) function; /* CUkernel: one handle for all contexts and devices */
-    _Atomic uint64_t ready;   /* devices whose shared memory limit has been raised for it */
+    _Atomic(void *)
+        function[CUDA_MAX_ARCHS]; /* CUkernel: one handle for all contexts and devices */
+    _Atomic uint64_t ready;       /* devices whose shared memory limit has been raised for it */
 };
 
 /* GPUs of this machine; 0 without a driver. */

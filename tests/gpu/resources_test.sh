@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# resources_test.sh CUOBJDUMP NVDISASM FATBIN...
+# resources_test.sh CUOBJDUMP NVDISASM CUBIN...
 # Reads what was compiled: no kernel uses static shared memory beside the dynamic one that the plan counts, none has a
 # large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or QMMA or more, an
 # HGMMA or QGMMA counting as four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL
@@ -11,20 +11,19 @@ cuobjdump=$(realpath "$1") nvdisasm=$(realpath "$2")
 shift 2
 export cuobjdump nvdisasm
 
-# resources IMAGE: of each kernel, its architecture, name, bytes of stack and of static shared memory.
+# resources CUBIN: of each kernel, its name, bytes of stack and of static shared memory.
 resources() {
     "$cuobjdump" --dump-resource-usage "$1" | awk '
-        /^arch =/ { arch = $3 }
         /Function/ { name = $2; sub(":$", "", name) }
         /REG:/ { match($0, /STACK:[0-9]+/); stack = substr($0, RSTART + 6, RLENGTH - 6)
-                 match($0, /SHARED:[0-9]+/); print arch, name, stack, substr($0, RSTART + 7, RLENGTH - 7) }'
+                 match($0, /SHARED:[0-9]+/); print name, stack, substr($0, RSTART + 7, RLENGTH - 7) }'
 }
 
 # with_stack RESOURCES CUBIN: the symbols' indices, with commas between, of the kernels that have a stack; fails if one has
 # no symbol. readelf warns of NVIDIA's order of symbols.
 with_stack() {
-    readelf --symbols --wide "$2" 2>/dev/null | awk -v arch="$(grep -o 'sm_[0-9a-z]*' <<<"${2%.cubin}" | tail -n 1)" '
-        NR == FNR { if ($1 == arch && $3 > 0) missing[$2]; next }
+    readelf --symbols --wide "$2" 2>/dev/null | awk '
+        NR == FNR { if ($2 > 0) missing[$1]; next }
         $4 == "FUNC" && $NF in missing { printf "%s%d", comma, $1; comma = ","; delete missing[$NF] }
         END { for (name in missing) exit 1 }' "$1" -
 }
@@ -42,43 +41,40 @@ loops() {
         END { kernel() }'
 }
 
-# check_cubin CUBIN: beside it, its image's `resources`.
+# check_cubin CUBIN: a line for each kernel in $temporary/kernels.
 check_cubin() {
-    local failed=0 name most moved symbols found=""
+    local failed=0 cubin name stack static most moved symbols found="" resources
+    cubin=$(basename "$1")
+    resources=$temporary/$cubin
     if [[ $1 != *.sm_1[0-9][0-9]* ]] && [ "$(od -An -tu1 -j8 -N1 "$1" | tr -d ' ')" -ne 7 ]; then
-        echo "$(basename "$1"): not code of CUDA 12"
+        echo "$cubin: not code of CUDA 12"
         failed=1
     fi
-    symbols=$(with_stack "$(dirname "$1")/resources" "$1")
+    resources "$1" >"$resources"
+    cat "$resources" >>"$temporary/kernels"
+    while read -r name stack static; do
+        if [ "$static" -gt 1024 ] || [ "$stack" -gt 256 ]; then
+            echo "$cubin $name: $static bytes of static shared memory, $stack bytes of stack"
+            failed=1
+        fi
+    done <"$resources"
+    symbols=$(with_stack "$resources" "$1")
     if [ -n "$symbols" ]; then
         found=$(loops "$1" "$symbols")
     fi
     while read -r name most moved; do
         [ -n "$name" ] || continue
-        echo "$(basename "$1") $name: $moved local accesses beside $most HMMA"
+        echo "$cubin $name: $moved local accesses beside $most HMMA"
         [ "$moved" -le 16 ] || failed=1
     done <<<"$found"
     return $failed
 }
-export -f check_cubin with_stack loops
-
-failed=0 kernels=0
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
-for image in "$@"; do
-    folder=$temporary/$(basename "$image") path=$(realpath "$image")
-    mkdir "$folder"
-    resources "$image" >"$folder/resources"
-    (cd "$folder" && "$cuobjdump" --extract-elf all "$path" >/dev/null)
-    while read -r arch name stack static; do
-        kernels=$((kernels + 1))
-        if [ "$static" -gt 1024 ] || [ "$stack" -gt 256 ]; then
-            echo "$arch $name: $static bytes of static shared memory, $stack bytes of stack"
-            failed=1
-        fi
-    done <"$folder/resources"
-done
-find "$temporary" -name '*.cubin' -print0 |
-    xargs -0 -P "$(nproc)" -I {} bash -euo pipefail -c "check_cubin {}" || failed=1
-echo "$kernels kernels"
-[ "$failed" -eq 0 ] && [ "$kernels" -gt 0 ]
+export temporary
+export -f check_cubin resources with_stack loops
+
+failed=0
+printf '%s\0' "$@" | xargs -0 -P "$(nproc)" -I {} bash -euo pipefail -c "check_cubin {}" || failed=1
+echo "$(wc -l <"$temporary/kernels") kernels"
+[ "$failed" -eq 0 ] && [ -s "$temporary/kernels" ]

@@ -19,7 +19,7 @@ _SYMBOLS = {
     },
     "libc.so.6": {
         "GLIBC_2.2.5": """
-            __cxa_finalize __libc_start_main bcmp calloc fprintf fputs free fwrite getenv malloc memmove memset printf putc puts
+            __cxa_finalize __libc_start_main bcmp calloc fprintf fputs free fwrite getenv malloc memcmp memmove memset printf putc puts
             sched_yield sigfillset snprintf stderr* stdout* strcmp strcpy strcspn strlen strrchr strspn strtol syscall sysconf
             vsnprintf
         """,

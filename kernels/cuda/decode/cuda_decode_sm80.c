@@ -1,9 +1,9 @@
 /* Forward attention for few query rows, f16 and bf16, any GPU since Ampere. See docs/cuda-decode.md. */
 #include "kernels/cuda/common/packed.h"
 
-extern const unsigned char cuda_decode_sm80_image[];
+extern const struct cuda_image cuda_decode_sm80_images[];
 
-static struct cuda_module module = {.image = cuda_decode_sm80_image};
+static struct cuda_module module = {.images = cuda_decode_sm80_images};
 
 #define TILE_OF(BYTES, NAME, D, NT, MT, WARPS, STAGES)                                             \
     {.dim_qk = D,                                                                                  \

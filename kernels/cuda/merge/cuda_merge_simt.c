@@ -4,9 +4,9 @@
 
 #include <assert.h>
 
-extern const unsigned char cuda_merge_simt_image[];
+extern const struct cuda_image cuda_merge_simt_images[];
 
-static struct cuda_module module = {.image = cuda_merge_simt_image};
+static struct cuda_module module = {.images = cuda_merge_simt_images};
 
 static_assert((int)MERGE_F64 == (int)DTYPE_F64 && (int)MERGE_F32 == (int)DTYPE_F32 &&
                   (int)MERGE_F16 == (int)DTYPE_F16 && (int)MERGE_BF16 == (int)DTYPE_BF16,

@@ -2,9 +2,9 @@
 #include "kernels/cuda/common/fill.h"
 #include "kernels/cuda/simt/bwd_sizes.h"
 
-extern const unsigned char cuda_bwd_simt_image[];
+extern const struct cuda_image cuda_bwd_simt_images[];
 
-static struct cuda_module module = {.image = cuda_bwd_simt_image};
+static struct cuda_module module = {.images = cuda_bwd_simt_images};
 
 /* Of a tile's kernels. */
 enum { STATS, KEYS, ROWS, BIAS };

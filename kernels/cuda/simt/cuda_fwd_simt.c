@@ -1,9 +1,9 @@
 /* Forward attention for f32 and f64 on the CUDA cores of any GPU since Ampere. */
 #include "kernels/cuda/common/fill.h"
 
-extern const unsigned char cuda_fwd_simt_image[];
+extern const struct cuda_image cuda_fwd_simt_images[];
 
-static struct cuda_module module = {.image = cuda_fwd_simt_image};
+static struct cuda_module module = {.images = cuda_fwd_simt_images};
 
 #define TILE(TYPE, CTYPE, D, R, C, EXTRAS)                                                         \
     {.dim_qk = D,                                                                                  \

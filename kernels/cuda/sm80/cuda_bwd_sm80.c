@@ -2,9 +2,9 @@
 #include "kernels/cuda/common/fill.h"
 #include "kernels/cuda/sm80/bwd_sizes.h"
 
-extern const unsigned char cuda_bwd_sm80_image[];
+extern const struct cuda_image cuda_bwd_sm80_images[];
 
-static struct cuda_module module = {.image = cuda_bwd_sm80_image};
+static struct cuda_module module = {.images = cuda_bwd_sm80_images};
 
 #define TILE(name, D, ROWS, KEYS, EXTRAS, threads, bytes)                                          \
     {.dim_qk = D,                                                                                  \

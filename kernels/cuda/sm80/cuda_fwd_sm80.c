@@ -1,9 +1,9 @@
 /* Forward attention for f16 and bf16 on the tensor cores of any GPU since Ampere. See docs/cuda-sm80.md. */
 #include "kernels/cuda/common/fill.h"
 
-extern const unsigned char cuda_fwd_sm80_image[];
+extern const struct cuda_image cuda_fwd_sm80_images[];
 
-static struct cuda_module module = {.image = cuda_fwd_sm80_image};
+static struct cuda_module module = {.images = cuda_fwd_sm80_images};
 
 #define TILE(D, DV, WARPS, MT, BN, STAGES, SPLIT, MINB, EXTRAS)                                    \
     {.dim_qk = D,                                                                                  \

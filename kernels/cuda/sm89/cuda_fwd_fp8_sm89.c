@@ -2,9 +2,9 @@
 #include "kernels/cuda/common/fill.h"
 #include "kernels/cuda/sm89/params.h"
 
-extern const unsigned char cuda_fwd_fp8_sm89_image[];
+extern const struct cuda_image cuda_fwd_fp8_sm89_images[];
 
-static struct cuda_module module = {.image = cuda_fwd_fp8_sm89_image};
+static struct cuda_module module = {.images = cuda_fwd_fp8_sm89_images};
 
 /* Of e4m3 keys and values, then of e5m2. */
 #define TILE(D, WARPS, MT, BN, MINB, EXTRAS)                                                       \

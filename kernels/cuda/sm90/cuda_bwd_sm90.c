@@ -4,8 +4,8 @@
 
 /* One image for each head dim. */
 #define MODULE(D)                                                                                  \
-    extern const unsigned char cuda_bwd_sm90_##D##_image[];                                        \
-    static struct cuda_module module_##D = {.image = cuda_bwd_sm90_##D##_image};
+    extern const struct cuda_image cuda_bwd_sm90_##D##_images[];                                   \
+    static struct cuda_module module_##D = {.images = cuda_bwd_sm90_##D##_images};
 MODULE(64)
 MODULE(128)
 MODULE(192)

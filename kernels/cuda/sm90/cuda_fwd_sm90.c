@@ -5,8 +5,8 @@
 
 /* One image for each head dim, which also has the kernels that run before it where tiles depend on data. */
 #define MODULE(D)                                                                                  \
-    extern const unsigned char cuda_fwd_sm90_##D##_image[];                                        \
-    static struct cuda_module module_##D = {.image = cuda_fwd_sm90_##D##_image};
+    extern const struct cuda_image cuda_fwd_sm90_##D##_images[];                                   \
+    static struct cuda_module module_##D = {.images = cuda_fwd_sm90_##D##_images};
 MODULE(64)
 MODULE(96)
 MODULE(128)

@@ -2,8 +2,8 @@
 #include "kernels/cuda/sm90/fwd.h"
 
 #define MODULE(D)                                                                                  \
-    extern const unsigned char cuda_fwd_split_sm90_##D##_image[];                                  \
-    static struct cuda_module module_##D = {.image = cuda_fwd_split_sm90_##D##_image};
+    extern const struct cuda_image cuda_fwd_split_sm90_##D##_images[];                             \
+    static struct cuda_module module_##D = {.images = cuda_fwd_split_sm90_##D##_images};
 MODULE(64)
 MODULE(96)
 MODULE(128)

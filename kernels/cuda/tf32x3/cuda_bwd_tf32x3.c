@@ -3,9 +3,9 @@
 #include "kernels/cuda/simt/bwd_sizes.h"
 #include "kernels/cuda/tf32x3/bwd_sizes.h"
 
-extern const unsigned char cuda_bwd_tf32x3_image[];
+extern const struct cuda_image cuda_bwd_tf32x3_images[];
 
-static struct cuda_module module = {.image = cuda_bwd_tf32x3_image};
+static struct cuda_module module = {.images = cuda_bwd_tf32x3_images};
 
 #define KERNEL(name, threads, bytes) CUDA_KERNEL(module, "cuda_bwd_tf32x3_" name, threads, bytes)
 

@@ -1,9 +1,9 @@
 /* Forward attention for f32 on tensor cores, three products in tf32 for one in f32. See docs/cuda-tf32x3.md. */
 #include "kernels/cuda/common/fill.h"
 
-extern const unsigned char cuda_fwd_tf32x3_image[];
+extern const struct cuda_image cuda_fwd_tf32x3_images[];
 
-static struct cuda_module module = {.image = cuda_fwd_tf32x3_image};
+static struct cuda_module module = {.images = cuda_fwd_tf32x3_images};
 
 #define TILE(D, WARPS, BN, MINB, EXTRAS)                                                           \
     {.dim_qk = D,                                                                                  \

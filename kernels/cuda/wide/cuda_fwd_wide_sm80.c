@@ -1,9 +1,9 @@
 /* Forward attention for heads up to 576, f16 and bf16, any GPU since Ampere. See docs/cuda-wide.md. */
 #include "kernels/cuda/common/packed.h"
 
-extern const unsigned char cuda_fwd_wide_sm80_image[];
+extern const struct cuda_image cuda_fwd_wide_sm80_images[];
 
-static struct cuda_module module = {.image = cuda_fwd_wide_sm80_image};
+static struct cuda_module module = {.images = cuda_fwd_wide_sm80_images};
 
 /* Both kinds of a tile ask for what the larger of the two needs: which it will be, only addresses say. */
 #define KERNEL_OF(NAME, ROWS, BN, WM, WN, STAGES, VIEW_STAGES)                                     \

@@ -1,4 +1,4 @@
-"""Kernels compiled for every GPU that we serve, embedded in the plugin as one compressed image."""
+"""Kernels compiled for every GPU that we serve, embedded in the plugin, compressed."""
 
 load("@rules_cc//cc:defs.bzl", "cc_library")
 
@@ -12,6 +12,7 @@ _PTX = ["80"]
 # the compiler, which takes longer than the assembler, runs once for both.
 _PTX_OF = {
     "89": "80",
+    "90": "80",
     "120": "100",
 }
 
@@ -93,28 +94,38 @@ def _cubin(ctx, arch, ptx):
         mnemonic = "CudaAssemble",
         progress_message = "Assembling %s for sm_%s" % (ctx.file.src.short_path, arch),
     )
-    return struct(kind = "elf", sm = arch, file = out)
+    return out
 
-def _fatbin_impl(ctx):
-    ptx = _all_ptx(ctx)
-    images = [_cubin(ctx, arch, ptx[arch]) for arch in ctx.attr.archs]
-    images += [struct(kind = "ptx", sm = arch, file = ptx[arch]) for arch in ctx.attr.ptx]
-    out = ctx.actions.declare_file(ctx.label.name)
-    arguments = ctx.actions.args()
-    arguments.add("--create=" + out.path)
-    arguments.add_all(["-64", "--compress-all", "--compress-mode=size"])
-    arguments.add_all(["--image3=kind=%s,sm=%s,file=%s" % (i.kind, i.sm, i.file.path) for i in images])
-    ctx.actions.run(
-        executable = ctx.file._fatbinary,
-        arguments = [arguments],
-        inputs = [i.file for i in images],
+def _packed(ctx, file, how):
+    out = ctx.actions.declare_file(file.basename + ".xz")
+    ctx.actions.run_shell(
+        command = 'xz --format=raw --lzma2=preset=6,dict=8MiB,%s --stdout "$1" > "$2"' % how,
+        arguments = [file.path, out.path],
+        inputs = [file],
         outputs = [out],
-        mnemonic = "CudaFatbin",
+        mnemonic = "CudaPack",
+        use_default_shell_env = True,
     )
-    return [DefaultInfo(files = depset([out]))]
+    return out
 
-_fatbin = rule(
-    implementation = _fatbin_impl,
+_Images = provider(fields = {"images": "a struct for each image: sm and kind as in struct cuda_image, file, and that packed"})
+
+def _images_impl(ctx):
+    ptx = _all_ptx(ctx)
+    images = []
+    for arch in ctx.attr.archs:
+        exact = arch.endswith("a")
+        cubin = _cubin(ctx, arch, ptx[arch])
+
+        # An instruction has 16 bytes: where a byte stands in one says most about it.
+        packed = _packed(ctx, cubin, "lc=0,lp=4,pb=4")
+        images.append(struct(sm = arch[:-1] if exact else arch, kind = int(exact), file = cubin, packed = packed))
+    for arch in ctx.attr.ptx:
+        images.append(struct(sm = arch, kind = 2, file = ptx[arch], packed = _packed(ctx, ptx[arch], "lc=3,lp=0,pb=0")))
+    return [_Images(images = images)]
+
+_images = rule(
+    implementation = _images_impl,
     attrs = {
         "archs": attr.string_list(),
         "copts": attr.string_list(),
@@ -124,51 +135,75 @@ _fatbin = rule(
         "ptx_of": attr.string_dict(),
         "src": attr.label(allow_single_file = [".cu"], mandatory = True),
         "_compiler": attr.label(default = "@cuda//:compiler"),
-        "_fatbinary": attr.label(default = "@cuda//:bin/fatbinary", allow_single_file = True),
         "_nvcc": attr.label(default = "@cuda//:bin/nvcc", allow_single_file = True),
         "_ptxas": attr.label(default = "@ptxas//:bin/ptxas", allow_single_file = True),
     },
 )
 
-def _embed_impl(ctx):
-    source = ctx.actions.declare_file(ctx.label.name + ".S")
-    out = ctx.actions.declare_file(ctx.label.name + ".o")
-    ctx.actions.write(source, """\
+# struct cuda_image of src/cuda_image.h, a label for each image's data, and the data.
+_BEGIN = """\
     .section .rodata.{symbol}, "a"
     .balign 16
     .globl {symbol}
     .hidden {symbol}
     .type {symbol}, %object
 {symbol}:
-    .incbin "{path}"
+"""
+_ENTRY = """\
+    .long {sm}, {kind}
+    .quad $(stat -Lc %s {file}), .Lend_{index} - .Ldata_{index}, .Ldata_{index} - {symbol}
+"""
+_END_OF_ENTRIES = """\
+    .zero 32
+"""
+_DATA = """\
+.Ldata_{index}:
+    .incbin "{packed}"
+.Lend_{index}:
+"""
+_END = """\
     .size {symbol}, . - {symbol}
     .section .note.GNU-stack, "", %progbits
-""".format(symbol = ctx.attr.symbol, path = ctx.file.fatbin.path))
+"""
+
+def _embed_impl(ctx):
+    images = ctx.attr.images[_Images].images
+    out = ctx.actions.declare_file(ctx.label.name + ".o")
+    values = [
+        {"file": i.file.path, "index": n, "kind": i.kind, "packed": i.packed.path, "sm": i.sm, "symbol": ctx.attr.symbol}
+        for n, i in enumerate(images)
+    ]
+    source = "".join(
+        [_BEGIN.format(symbol = ctx.attr.symbol)] + [_ENTRY.format(**v) for v in values] + [_END_OF_ENTRIES] +
+        [_DATA.format(**v) for v in values] + [_END.format(symbol = ctx.attr.symbol)],
+    )
 
     # An action of our own: cc_library would not see that a new image changes what .incbin brings.
     ctx.actions.run_shell(
-        command = "clang-19 -c -o %s %s" % (out.path, source.path),
-        inputs = [source, ctx.file.fatbin],
+        command = 'clang-19 -c -x assembler -o "$1" - <<END\n%sEND' % source,
+        arguments = [out.path],
+        inputs = [i.file for i in images] + [i.packed for i in images],
         outputs = [out],
         mnemonic = "CudaEmbed",
         use_default_shell_env = True,
     )
-    return [DefaultInfo(files = depset([out])), OutputGroupInfo(image = depset([ctx.file.fatbin]))]
+    code = [i.file for i in images if i.kind != 2]
+    return [DefaultInfo(files = depset([out])), OutputGroupInfo(code = depset(code))]
 
 _embed = rule(
     implementation = _embed_impl,
     attrs = {
         # The host configuration keeps one copy for plain, sanitizer and release builds: kernels take minutes to compile.
-        "fatbin": attr.label(allow_single_file = True, cfg = "host", mandatory = True),
+        "images": attr.label(cfg = "host", mandatory = True, providers = [_Images]),
         "symbol": attr.string(mandatory = True),
     },
 )
 
-def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_OF, defines = [], copts = [], **kwargs):
-    """A cc_library with the symbol `const unsigned char NAME[]`: what cuModuleLoadData and cuLibraryLoadData take.
+def cuda_images(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_OF, defines = [], copts = [], **kwargs):
+    """A cc_library with the symbol `const struct cuda_image NAME[]`: one source, compiled for each GPU, packed.
 
-    A fatbin holds one source, because the driver loads one image of it: the best for its GPU. Sources that are variants
-    of one template give other `defines`; each is a target, and a module, of its own. NAME.fatbin is the file.
+    Of these the plugin loads the best for a GPU (src/cuda_image.h). Sources that are variants of one template give other
+    `defines`; each is a target, and a module, of its own.
 
     Args:
       name: the target and the symbol; hidden, so that only the plugin itself sees it.
@@ -181,8 +216,8 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_
       copts: more flags for nvcc.
       **kwargs: visibility, tags and the like for the cc_library.
     """
-    _fatbin(
-        name = name + ".fatbin",
+    _images(
+        name = name + ".images",
         src = src,
         hdrs = hdrs,
         archs = archs,
@@ -195,7 +230,7 @@ def cuda_fatbin(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_
     )
     _embed(
         name = name + ".embed",
-        fatbin = ":" + name + ".fatbin",
+        images = ":" + name + ".images",
         symbol = name,
     )
     cc_library(
