@@ -607,7 +607,7 @@ Test(gpu_plan, hopper_has_room_for_what_it_finds_out) {
 }
 
 /* The last rows of long sequences on an H100: as many parts of the keys as fill it once, or more often where that is more even; none
- * where tiles are many, where packed rows are few, and where most rows of a tile would be empty. */
+ * where tiles are many, where packed rows are few (64 of a key head are, unless keys are many), and where most rows of a tile would be empty. */
 Test(gpu_plan, few_rows_on_hopper_are_split) {
     static const struct {
         int64_t batch, heads_q, heads_kv, len_q, len_k;
@@ -615,7 +615,8 @@ Test(gpu_plan, few_rows_on_hopper_are_split) {
     } cases[] = {{1, 32, 8, 32, 4096, 8},    {1, 32, 8, 64, 32768, 8},  {1, 32, 8, 256, 131072, 2},
                  {1, 32, 8, 384, 32768, 4},  {1, 8, 8, 100, 5000, 8},   {2, 8, 1, 64, 1 << 20, 33},
                  {1, 32, 8, 1024, 32768, 0}, {1, 32, 8, 384, 4096, 0},  {1, 32, 8, 16, 32768, 0},
-                 {1, 28, 4, 16, 32768, 0},   {60, 32, 8, 64, 32768, 0}, {1, 32, 8, 64, 1024, 0}};
+                 {1, 28, 4, 16, 32768, 0},   {60, 32, 8, 64, 32768, 0}, {1, 32, 8, 64, 1024, 0},
+                 {1, 32, 8, 16, 65536, 16},  {1, 32, 8, 8, 65536, 0}};
     struct caps caps = caps_of(&machines[3]);
     caps.multiprocessors = 132;
     for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {

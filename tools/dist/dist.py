@@ -174,6 +174,7 @@ def bill_of_materials(digests: dict[str, str]) -> dict[str, object]:
     ]
     others = [
         library("dlpack", pinned("third_party/dlpack/requirements.txt", "apache-tvm-ffi"), "pypi"),
+        library("liblzma-dev", debian_version("liblzma-dev"), "deb/debian"),
         library("koffi", node_pin("koffi"), "npm"),
         *(library(name, crate_pin(name), "cargo") for name in ("half", "libloading", "candle-core")),
     ]
@@ -203,6 +204,10 @@ def library(name: str, version: str, registry: str) -> dict[str, str]:
 
 def pinned(file: str, package: str) -> str:
     return re.search(rf"^{package}==(\S+)", (ROOT / file).read_text(), re.MULTILINE)[1]
+
+
+def debian_version(package: str) -> str:
+    return subprocess.check_output(["dpkg-query", "-W", "-f=${Version}", package], text=True)
 
 
 def node_pin(package: str) -> str:

@@ -120,11 +120,13 @@ static int64_t parts_of(const struct work *w, int32_t blocks) {
 
 ROW_FUNCTIONS(cuda_fwd_split_sm90);
 
-/* Whether there are keys to split, rows for more than one step of cuda_decode_sm80, and tiles not mostly empty. */
+/* Whether there are keys to split, rows for more than one step of cuda_decode_sm80 or for all of one over many keys, and tiles not
+ * mostly empty. */
 static bool suits(const struct problem *p, const struct rows *rows, const struct tile *t) {
-    enum { LEAST_STEPS = 16, DECODED_ROWS = 64, LEAST_SHARE = 4 };
+    enum { LEAST_STEPS = 16, DECODED_ROWS = 64, MANY_KEYS = 65536, LEAST_SHARE = 4 };
+    const int64_t rows_of_key = p->len_q * (p->heads_q / p->heads_kv);
     return p->len_k >= (int64_t)LEAST_STEPS * t->keys &&
-           p->len_q * (p->heads_q / p->heads_kv) > DECODED_ROWS &&
+           rows_of_key >= DECODED_ROWS + (p->len_k < MANY_KEYS) &&
            p->batch * p->heads_q * p->len_q * LEAST_SHARE >= rows->tiles * t->rows;
 }
 
