@@ -20,6 +20,11 @@ struct BwdConfig {
     static constexpr bool HAS_SOFTCAP = Softcap;
     // K and V are A operands of S and dP: out of registers where there are enough, which spares shared memory.
     static constexpr bool KEYS_IN_REGISTERS = D == 64;
+    // A warp claims tasks and brings their K and V this many tiles of rows before they are needed, 0: the producer does when it has brought
+    // the last rows of the task before. To claim one, to wait for its unit and to read what is known of that are reads of memory one after
+    // the other, each behind the additions to dQ; earlier ones would leave blocks with unequal work.
+    static constexpr int LEAD = D == 64 ? 3 : 0;
+    static constexpr bool CLAIMS_AHEAD = LEAD > 0;
     static constexpr int THREADS = 384, PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
     // Tiles in shared memory: columns of 64 elements, swizzled by TMA.
@@ -36,12 +41,12 @@ struct BwdConfig {
     static constexpr int TERMS = SCALED_KEY + KEY_BYTES,
                          ONES = TERMS + QUERY_STAGES * 2 * TERM_TILE, STATS = ONES + TERM_TILE;
     static constexpr int FACTORS = STATS + QUERY_STAGES * STATS_BYTES; // of columns
-    static constexpr int TASK = FACTORS + D * 4, BARRIERS = TASK + 64;
+    static constexpr int TASKS = FACTORS + D * 4, BARRIERS = TASKS + 2 * 64;
     static constexpr int SHARED_BYTES = SM90_BWD_SHARED_BYTES(D);
     static_assert(SM90_BWD_MAIN_BYTES(D) >= SHARED_BYTES &&
                       SM90_BWD_MAIN_BYTES(D) >= THREADS / 32 * ERRAND_BYTES<D> + 1024,
                   "errands have the same shared memory");
-    static_assert(SHARED_BYTES == BARRIERS + 8 * (8 + 2 * QUERY_STAGES + 2 * STAGES) + 1024,
+    static_assert(SHARED_BYTES == BARRIERS + 8 * (13 + 2 * QUERY_STAGES + 2 * STAGES) + 1024,
                   "1024 to align");
     static_assert(SM90_BWD_MAIN_BYTES(D) + 16 <= 227 * 1024 && D % 64 == 0, "");
 };
@@ -69,8 +74,8 @@ struct BwdShared {
     __device__ __forceinline__ float *factors() const {
         return reinterpret_cast<float *>(memory + C::FACTORS);
     }
-    __device__ __forceinline__ Task *task() const {
-        return reinterpret_cast<Task *>(memory + C::TASK);
+    __device__ __forceinline__ Task *task(int n) const {
+        return reinterpret_cast<Task *>(memory + C::TASKS) + (C::CLAIMS_AHEAD ? n % 2 : 0);
     }
     __device__ __forceinline__ uint32_t barrier(int i) const { return base + C::BARRIERS + 8 * i; }
     __device__ __forceinline__ Ring<1> task_ring() const { return {barrier(0), barrier(1)}; }
@@ -85,6 +90,21 @@ struct BwdShared {
     __device__ __forceinline__ uint32_t summed_barrier(int task) const {
         return barrier(6 + 2 * C::QUERY_STAGES + 2 * C::STAGES + task % 2);
     }
+    // CLAIMS_AHEAD: tasks that are known, though their K and V may not be there; and that the rows of one will soon have come.
+    __device__ __forceinline__ Ring<2> claim_ring() const {
+        const int first = 8 + 2 * C::QUERY_STAGES + 2 * C::STAGES;
+        return {barrier(first), barrier(first + 2)};
+    }
+    __device__ __forceinline__ uint32_t soon_barrier() const { return claim_ring().empty + 16; }
+    // By each warp that reads a task.
+    __device__ __forceinline__ Task take(int n) const {
+        const Task t = *task(n);
+        if (C::CLAIMS_AHEAD) {
+            __syncwarp();
+            release(claim_ring().empty + 8 * (n % 2));
+        }
+        return t;
+    }
 };
 
 template <class C>
@@ -92,7 +112,11 @@ __device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
     constexpr int CONSUMER_WARPS = 8;
     mbarrier_init(s.task_ring().full, 1);
     mbarrier_init(s.task_ring().empty, 32 * (CONSUMER_WARPS + 1)); // each thread reads the task
+    mbarrier_init(s.soon_barrier(), 1);
     for (int i = 0; i < 2; i++) {
+        mbarrier_init(s.claim_ring().full + 8 * i, 1);
+        mbarrier_init(s.claim_ring().empty + 8 * i,
+                      CONSUMER_WARPS + 2); // of those that produce and report
         mbarrier_init(s.summed_barrier(i), CONSUMER_WARPS);
         mbarrier_init(s.d_score_ring().full + 8 * i, CONSUMER_WARPS);
         mbarrier_init(s.d_score_ring().empty + 8 * i, CONSUMER_WARPS);
@@ -108,7 +132,7 @@ __device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
     mbarrier_init_fence();
 }
 
-// ---- The producer: one warp -----------------------------------------------------------------------------------------
+// ---- Producers: a warp for rows, which may leave tasks to another -----------------------------------------------------------------------------------------
 
 // Rows [row, row + box) of a sequence that takes part with `length` rows from `start` on: zeros behind its end.
 template <int COLUMNS, int COLUMN_BYTES>
@@ -120,73 +144,155 @@ __device__ __forceinline__ void load_rows(const cuda_tensor_map &map, uint32_t d
                     extent - length + row, start + length, head, batch);
 }
 
+// A task that has been claimed, and the factors of its columns, of a lane those 32 apart.
 template <class C>
-__device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShared<C> &s) {
-    const bool leads = threadIdx.x % 32 == 0;
-    Ring<1> tasks = s.task_ring();
-    Ring<C::QUERY_STAGES> queries = s.query_ring();
-    Ring<C::STAGES> d_outputs = s.d_output_ring();
-    for (;;) {
-        const Task t = next_task<C::DIM>(p);
-        const int batch_q = p.cu_seqlens_q ? 0 : t.batch, batch_k = p.cu_seqlens_k ? 0 : t.batch;
-        Walk walk(p, t);
-        const int steps = t.key_tile < 0 ? 0 : t.steps(p);
-        const auto load_query = [&] {
-            mbarrier_wait(queries.empty_barrier(), queries.phase ^ 1);
-            if (leads) {
-                mbarrier_expect_bytes(queries.full_barrier(),
-                                      C::ROW_BYTES + C::STATS_BYTES + 2 * TERM_BYTES);
-                load_rows<C::COLUMNS, C::ROW_COLUMN>(
-                    p.query_map, s.query(queries.stage), queries.full_barrier(), walk.tile * TILE_Q,
-                    t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
-                const char *const rows = rows_of(p, walk.head, t.first_tile + walk.tile);
-                bulk_load(s.base + C::STATS + queries.stage * C::STATS_BYTES, rows, C::STATS_BYTES,
-                          queries.full_barrier());
-                for (int i = 0; i < 2; i++)
-                    bulk_load(s.terms(queries.stage, i), rows + STATS_BYTES + i * TERM_BYTES,
-                              TERM_BYTES, queries.full_barrier());
-            }
-            queries.advance();
-        };
-        const auto load_d_output = [&] {
-            mbarrier_wait(d_outputs.empty_barrier(), d_outputs.phase ^ 1);
-            if (leads) {
-                mbarrier_expect_bytes(d_outputs.full_barrier(), C::ROW_BYTES);
-                load_rows<C::COLUMNS, C::ROW_COLUMN>(
-                    p.d_output_map, s.d_output(d_outputs.stage), d_outputs.full_barrier(),
-                    walk.tile * TILE_Q, t.s.q_start, t.s.q_len, p.len_q, walk.head, batch_q);
-            }
-            d_outputs.advance();
-        };
-        if (steps > 0)
-            load_query();
-        mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
+struct Claim {
+    Task t;
+    float factor[C::DIM / 32];
+
+    __device__ __forceinline__ Claim(const sm90_bwd_params &p) : t(next_task<C::DIM>(p)) {
         const uint32_t *const facts = facts_of<C::DIM>(p, t.batch, t.kv_head);
         const int exponent = value_exponent(p, facts);
-        for (int c = threadIdx.x % 32; c < C::DIM; c += 32)
-            s.factors()[c] = column_factor(facts, exponent, c);
-        if (leads)
-            *s.task() = t;
-        __syncwarp();
-        if (leads && steps > 0) {
-            mbarrier_expect_bytes(tasks.full_barrier(), 2 * C::KEY_BYTES);
-            load_rows<C::COLUMNS, C::KEY_COLUMN>(p.key_map, s.base + C::KEY, tasks.full_barrier(),
-                                                 t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
-                                                 t.kv_head, batch_k);
-            load_rows<C::COLUMNS, C::KEY_COLUMN>(p.value_map, s.base + C::VALUE,
-                                                 tasks.full_barrier(), t.first_key(), t.s.k_start,
-                                                 t.s.k_len, p.len_k, t.kv_head, batch_k);
-        } else if (leads) {
-            mbarrier_arrive(tasks.full_barrier());
+#pragma unroll
+        for (int c = 0; c < C::DIM / 32; c++)
+            factor[c] = column_factor(facts, exponent, threadIdx.x % 32 + 32 * c);
+    }
+};
+
+// The K and V of a task, when those of the one before have been read.
+template <class C>
+__device__ __forceinline__ void bring_keys(const sm90_bwd_params &p, const BwdShared<C> &s,
+                                           Ring<1> &tasks, const Claim<C> &claim) {
+    const Task &t = claim.t;
+    const bool leads = threadIdx.x % 32 == 0;
+    const int batch = p.cu_seqlens_k ? 0 : t.batch;
+    mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
+#pragma unroll
+    for (int c = 0; c < C::DIM / 32; c++)
+        s.factors()[threadIdx.x % 32 + 32 * c] = claim.factor[c];
+    if (!C::CLAIMS_AHEAD && leads)
+        *s.task(0) = t;
+    __syncwarp();
+    if (leads && t.key_tile >= 0 && t.steps(p) > 0) {
+        mbarrier_expect_bytes(tasks.full_barrier(), 2 * C::KEY_BYTES);
+        load_rows<C::COLUMNS, C::KEY_COLUMN>(p.key_map, s.base + C::KEY, tasks.full_barrier(),
+                                             t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
+                                             t.kv_head, batch);
+        load_rows<C::COLUMNS, C::KEY_COLUMN>(p.value_map, s.base + C::VALUE, tasks.full_barrier(),
+                                             t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
+                                             t.kv_head, batch);
+    } else if (leads) {
+        mbarrier_arrive(tasks.full_barrier());
+    }
+    tasks.advance();
+}
+
+template <class C>
+__device__ __forceinline__ void claim_tasks(const sm90_bwd_params &p, const BwdShared<C> &s) {
+    Ring<1> tasks = s.task_ring();
+    Ring<2> claims = s.claim_ring();
+    for (int n = 0;; n++) {
+        if (n > 0)
+            mbarrier_wait(s.soon_barrier(), n - 1 & 1);
+        const Claim<C> claim(p);
+        mbarrier_wait(claims.empty_barrier(), claims.phase ^ 1);
+        if (threadIdx.x % 32 == 0) {
+            *s.task(n) = claim.t;
+            mbarrier_arrive(claims.full_barrier());
         }
-        tasks.advance();
-        if (t.key_tile < 0)
+        claims.advance();
+        bring_keys(p, s, tasks, claim);
+        if (claim.t.key_tile < 0)
             return;
+    }
+}
+
+// Q and dO of the rows of a task, and what rows have besides.
+template <class C>
+struct RowProducer {
+    const sm90_bwd_params &p;
+    const BwdShared<C> &s;
+    const bool leads = threadIdx.x % 32 == 0;
+    Ring<C::QUERY_STAGES> queries;
+    Ring<C::STAGES> d_outputs;
+
+    __device__ __forceinline__ RowProducer(const sm90_bwd_params &p, const BwdShared<C> &s)
+        : p(p), s(s), queries(s.query_ring()), d_outputs(s.d_output_ring()) {}
+
+    __device__ __forceinline__ void load_query(const Task &t, const Walk &walk) {
+        mbarrier_wait(queries.empty_barrier(), queries.phase ^ 1);
+        if (leads) {
+            mbarrier_expect_bytes(queries.full_barrier(),
+                                  C::ROW_BYTES + C::STATS_BYTES + 2 * TERM_BYTES);
+            load_rows<C::COLUMNS, C::ROW_COLUMN>(
+                p.query_map, s.query(queries.stage), queries.full_barrier(), walk.tile * TILE_Q,
+                t.s.q_start, t.s.q_len, p.len_q, walk.head, p.cu_seqlens_q ? 0 : t.batch);
+            const char *const rows = rows_of(p, walk.head, t.first_tile + walk.tile);
+            bulk_load(s.base + C::STATS + queries.stage * C::STATS_BYTES, rows, C::STATS_BYTES,
+                      queries.full_barrier());
+            for (int i = 0; i < 2; i++)
+                bulk_load(s.terms(queries.stage, i), rows + STATS_BYTES + i * TERM_BYTES,
+                          TERM_BYTES, queries.full_barrier());
+        }
+        queries.advance();
+    }
+    __device__ __forceinline__ void load_d_output(const Task &t, const Walk &walk) {
+        mbarrier_wait(d_outputs.empty_barrier(), d_outputs.phase ^ 1);
+        if (leads) {
+            mbarrier_expect_bytes(d_outputs.full_barrier(), C::ROW_BYTES);
+            load_rows<C::COLUMNS, C::ROW_COLUMN>(p.d_output_map, s.d_output(d_outputs.stage),
+                                                 d_outputs.full_barrier(), walk.tile * TILE_Q,
+                                                 t.s.q_start, t.s.q_len, p.len_q, walk.head,
+                                                 p.cu_seqlens_q ? 0 : t.batch);
+        }
+        d_outputs.advance();
+    }
+    // All but the first query, which is on its way.
+    __device__ __forceinline__ void load_rows_of(const Task &t, Walk &walk) {
+        const int steps = t.steps(p);
+        if (C::CLAIMS_AHEAD && leads && steps == 0)
+            mbarrier_arrive(s.soon_barrier());
         for (int i = 0; i < steps; i++) {
-            load_d_output();
+            if (C::CLAIMS_AHEAD && leads && i == max(steps - C::LEAD, 0))
+                mbarrier_arrive(s.soon_barrier());
+            load_d_output(t, walk);
             walk.advance();
             if (i + 1 < steps)
-                load_query();
+                load_query(t, walk);
+        }
+    }
+};
+
+template <class C>
+__device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShared<C> &s) {
+    RowProducer<C> rows(p, s);
+    if constexpr (C::CLAIMS_AHEAD) {
+        Ring<2> claims = s.claim_ring();
+        for (int n = 0;; n++) {
+            mbarrier_wait(claims.full_barrier(), claims.phase);
+            claims.advance();
+            const Task t = s.take(n);
+            if (t.key_tile < 0)
+                return;
+            global_proxy_fence(); // what rows have besides was not written by copies
+            Walk walk(p, t);
+            if (t.steps(p) > 0)
+                rows.load_query(t, walk);
+            rows.load_rows_of(t, walk);
+        }
+    } else {
+        Ring<1> tasks = s.task_ring();
+        for (;;) {
+            const Claim<C> claim(p);
+            const Task &t = claim.t;
+            Walk walk(p, t);
+            global_proxy_fence();
+            if (t.key_tile >= 0 && t.steps(p) > 0)
+                rows.load_query(t, walk);
+            bring_keys(p, s, tasks, claim);
+            if (t.key_tile < 0)
+                return;
+            rows.load_rows_of(t, walk);
         }
     }
 }
@@ -200,8 +306,9 @@ __device__ __forceinline__ void report(const sm90_bwd_params &p, const BwdShared
     const Ring<1> tasks = s.task_ring();
     for (int n = 0;; n++) {
         mbarrier_wait(tasks.full, n & 1);
-        const bool any = s.task()->key_tile >= 0;
-        uint32_t *const facts = facts_of<C::DIM>(p, s.task()->batch, s.task()->kv_head);
+        const Task t = s.take(n);
+        const bool any = t.key_tile >= 0;
+        uint32_t *const facts = facts_of<C::DIM>(p, t.batch, t.kv_head);
         __syncwarp();
         mbarrier_arrive(tasks.empty);
         if (!any)
@@ -625,7 +732,7 @@ __device__ __forceinline__ void consume_tasks(const sm90_bwd_params &p, const Bw
     const Ring<1> tasks = s.task_ring();
     for (int n = 0;; n++) {
         mbarrier_wait(tasks.full, n & 1);
-        const Task t = *s.task();
+        const Task t = s.take(n);
         if (t.key_tile < 0)
             return;
         keys.clear(keys.d_key);
@@ -691,6 +798,8 @@ __device__ __forceinline__ void backward(const sm90_bwd_params &p) {
             produce<C>(p, s);
         else if (warp == 1)
             report<C>(p, s);
+        else if (C::CLAIMS_AHEAD && warp == 2)
+            claim_tasks<C>(p, s);
     } else {
         registers_increase<C::CONSUMER_REGISTERS>();
         consume_tasks<C>(p, s, warpgroup - 1);

@@ -19,14 +19,14 @@ enum { SM90_BWD_SMALL_THREADS = 256, SM90_BWD_SMALL_BYTES = 4 * SM90_BWD_SMALL_T
 /* Tiles in shared memory of Q, one of which waits for dK while the next two are on their way, and of dO. */
 enum { SM90_BWD_QUERY_STAGES = 3, SM90_BWD_STAGES = 2 };
 
-/* Of a block: K, V and K once more, the stages of Q and dO, dS twice; what rows and columns have besides; the task, eight for each
+/* Of a block: K, V and K once more, the stages of Q and dO, dS twice; what rows and columns have besides; two tasks, eight for each
  * mbarrier, 1024 to align. */
 #define SM90_BWD_SHARED_BYTES(D)                                                                   \
     (2 * (D) *                                                                                     \
          (3 * SM90_BWD_TILE_K + (SM90_BWD_QUERY_STAGES + SM90_BWD_STAGES) * SM90_BWD_TILE_Q) +     \
      2 * 128 * SM90_BWD_TILE_K + (SM90_BWD_QUERY_STAGES * 2 + 1) * 16 * 128 +                      \
-     SM90_BWD_QUERY_STAGES * 2 * 4 * SM90_BWD_TILE_Q + 4 * (D) + 64 +                              \
-     8 * (8 + 2 * SM90_BWD_QUERY_STAGES + 2 * SM90_BWD_STAGES) + 1024)
+     SM90_BWD_QUERY_STAGES * 2 * 4 * SM90_BWD_TILE_Q + 4 * (D) + 2 * 64 +                          \
+     8 * (13 + 2 * SM90_BWD_QUERY_STAGES + 2 * SM90_BWD_STAGES) + 1024)
 
 /* What each block is launched with: those that run errands have buffers of 16 KB and a number for each column in each of 12 warps. */
 #define SM90_BWD_ERRAND_BYTES(D) (12 * (16384 + 4 * (D)) + 1024)

@@ -186,7 +186,6 @@ __device__ __forceinline__ Task next_task(const sm90_bwd_params &p) {
     const Unit unit(p, number);
     uint32_t *const facts = facts_of<D>(p, number);
     wait_for_count(facts + SM90_BWD_PREPARED, unit.errands());
-    global_proxy_fence();
     t.batch = unit.b;
     t.kv_head = unit.kv_head;
     t.s = unit.s;

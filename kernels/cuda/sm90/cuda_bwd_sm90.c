@@ -101,11 +101,11 @@ static double rows_of_key(const struct problem *p) {
 }
 
 /* How many of `blocks` run errands, so that these take as long as the tasks. Measured in steps of a task, one of which takes as
- * long as four steps besides its own: the errands of 128 keys with as many rows take 2.9 at D = 64, 3.06 at 128. */
+ * long as four steps besides its own: the errands of 128 keys with as many rows take 3.2 at D = 64, 3.06 at 128. */
 static int32_t errand_blocks(const struct problem *p, int32_t dim, int32_t blocks) {
     const int64_t heads = p->heads_q / p->heads_kv;
     const double group = (double)heads, task = group * rows_of_key(p) / 64 + 4,
-                 errands = (dim > 64 ? 3.06 : 2.9) * (2 * group + 1) / 3;
+                 errands = (dim > 64 ? 3.06 : 3.2) * (2 * group + 1) / 3;
     return 1 + (int32_t)((double)(blocks - 1) * errands / (errands + task));
 }
 
