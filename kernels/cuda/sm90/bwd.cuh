@@ -187,13 +187,33 @@ __device__ __forceinline__ void bring_keys(const sm90_bwd_params &p, const BwdSh
     tasks.advance();
 }
 
+// Whether the phase with this parity has completed.
+__device__ __forceinline__ bool mbarrier_has_completed(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}\n"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+
+// mbarrier_wait() by a warp in no hurry: polling takes issue slots and shared memory from those that multiply.
+__device__ __forceinline__ void wait_asleep(uint32_t barrier, uint32_t parity) {
+    while (!mbarrier_has_completed(barrier, parity))
+        __nanosleep(500);
+}
+
 template <class C>
 __device__ __forceinline__ void claim_tasks(const sm90_bwd_params &p, const BwdShared<C> &s) {
     Ring<1> tasks = s.task_ring();
     Ring<2> claims = s.claim_ring();
     for (int n = 0;; n++) {
         if (n > 0)
-            mbarrier_wait(s.soon_barrier(), n - 1 & 1);
+            wait_asleep(s.soon_barrier(), n - 1 & 1);
         const Claim<C> claim(p);
         mbarrier_wait(claims.empty_barrier(), claims.phase ^ 1);
         if (threadIdx.x % 32 == 0) {
@@ -313,7 +333,7 @@ __device__ __forceinline__ void report(const sm90_bwd_params &p, const BwdShared
         mbarrier_arrive(tasks.empty);
         if (!any)
             return;
-        mbarrier_wait(s.summed_barrier(n), n >> 1 & 1);
+        wait_asleep(s.summed_barrier(n), n >> 1 & 1);
         if (threadIdx.x % 32 == 0)
             count_release(facts + SM90_BWD_SUMMED);
     }
