@@ -116,16 +116,16 @@ static int64_t prepare_blocks(const struct problem *p) {
     return blocks_of_keys(p, SUM_KEYS) + blocks_of_rows(p, BWD_STATS_ROWS);
 }
 
-/* Whether rows see so many keys, more or less, that five products pay: they cost each row some work besides. Of what a mask cuts off
- * seven products compute more. */
-enum { SUMS_FROM_KEYS = 768, SUMS_FROM_MASKED_KEYS = 512 };
+/* Whether rows see so many keys, more or less, that five products pay: they cost each row some work besides, which is less beside the
+ * products of wide heads. Of what a mask cuts off seven products compute more. */
+enum { SUMS_FROM_KEYS = 768, SUMS_FROM_KEYS_OF_WIDE_HEADS = 512, SUMS_FROM_MASKED_KEYS = 512 };
 
 static bool sums_pay(const struct problem *p) {
     const double length = p->total_k > 0 ? (double)p->total_k / (double)p->batch : (double)p->len_k,
                  window = (double)p->window_left + (double)p->window_right + 1;
     const bool left = p->window_left != UNBOUNDED, right = p->window_right != UNBOUNDED;
     if (!left && !right)
-        return length >= SUMS_FROM_KEYS;
+        return length >= (p->dim_qk > 128 ? SUMS_FROM_KEYS_OF_WIDE_HEADS : SUMS_FROM_KEYS);
     const double keys = left && right ? window : length / 2;
     return (keys < length ? keys : length) >= SUMS_FROM_MASKED_KEYS;
 }
