@@ -20,6 +20,7 @@ enum {
     BWD_ALIGNED_D_KEY = 256,
     BWD_ALIGNED_D_VALUE = 512,
     BWD_LOGITS = 1024, /* statistics are relative to logits, not to products of query and key */
+    BWD_ROWS_BESIDE_KEYS = 2048, /* struct bwd_row, start_early */
 };
 
 /* Statistics of rows lie in groups of this many: each sequence begins with one. */

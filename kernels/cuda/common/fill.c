@@ -289,10 +289,13 @@ int32_t bwd_launch(const struct plan *plan, const struct problem *p, const struc
         {p->d_sinks.data != NULL, row->sinks, p->heads_q},
         {slopes, row->slopes, blocks.slopes},
     };
+    if (row->start_early && launches[1].wanted && blocks.keys > 0)
+        params.flags |= BWD_ROWS_BESIDE_KEYS;
     int32_t status = DLATTN_OK;
     for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
         if (launches[i].wanted)
-            status = cuda_launch(launches[i].kernel, p->device_id, (int32_t)launches[i].blocks,
-                                 exec->stream, &params);
+            status = (row->start_early ? cuda_launch_early : cuda_launch)(
+                launches[i].kernel, p->device_id, (int32_t)launches[i].blocks, exec->stream,
+                &params);
     return status;
 }

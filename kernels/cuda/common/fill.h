@@ -50,6 +50,8 @@ bool bwd_needs_logits(const struct problem *p);
 struct bwd_row {
     struct cuda_kernel *stats, *keys, *rows, *bias, *sinks, *slopes;
     int32_t stats_rows, bias_rows, bias_keys; /* that blocks of two others own */
+    /* Each waits for the kernel before it, and `rows` at its end alone, if it runs beside `keys`. */
+    bool start_early;
 };
 
 /* One for each part of the bias, and for each slope, that has a gradient of its own. */

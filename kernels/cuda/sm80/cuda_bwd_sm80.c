@@ -89,6 +89,7 @@ static struct bwd_row row_of(const struct plan *plan, const struct problem *p) {
         .stats_rows = BWD_STATS_ROWS,
         .bias_rows = BIAS_ROWS,
         .bias_keys = BIAS_KEYS,
+        .start_early = true,
     };
 #undef KERNEL
 }
@@ -155,8 +156,8 @@ static int32_t launch_sums(const struct problem *p, const struct exec *exec, con
     int32_t status = cuda_clear((char *)exec->workspace + parts.rows, parts.facts, exec->stream);
     for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
         if (launches[i].blocks > 0)
-            status = cuda_launch(launches[i].kernel, p->device_id, (int32_t)launches[i].blocks,
-                                 exec->stream, params);
+            status = cuda_launch_early(launches[i].kernel, p->device_id,
+                                       (int32_t)launches[i].blocks, exec->stream, params);
     return status;
 }
 
