@@ -26,40 +26,84 @@
 #endif
 enum { SHARE = SANITIZED ? 3 : 1, RANDOM_CASES = 120, SHOWN_FAILURES = 8 };
 
-/* What one test process checks: a row, or what the library chooses when it may use only some instruction sets. */
+/* What one test process checks: all rows of an operation, or what the library chooses when it may use only some instruction sets. */
 struct job {
-    char kernel[64]; /* "" = the library's choice */
-    char cpu[64];    /* DLATTN_CPU; "all" = not set */
+    char cpu[64]; /* DLATTN_CPU; "all" = not set */
     enum element element;
     bool backward;
 };
 
-struct loop {
-    struct subject subject;
-    int share; /* one case of so many */
-    const struct job *job;
-    bool takes_all; /* a row that may decline for want of a feature or a head dim alone */
+struct row {
+    dlattn_kernel_info info;
+    int share;      /* one case of so many */
+    bool takes_all; /* may decline for want of a feature or a head dim alone */
     int checked, declined, failed;
     uint64_t covered; /* DLATTN_FEATURE_* of the cases that ran */
+};
+
+enum { MOST_ROWS = 64 };
+
+struct loop {
+    const struct job *job;
+    int count;
+    struct row row[MOST_ROWS];
+    struct subject subject[MOST_ROWS];
     uint64_t seed;
 };
 
-static void check(struct loop *loop, const struct shape *shape, const struct features *features) {
-    struct verdict v;
+/* Which rows a case is for, a bit for each. */
+typedef uint64_t rows;
+
+static rows rows_where(const struct loop *loop, bool (*has)(const struct row *)) {
+    rows found = 0;
+    for (int i = 0; i < loop->count; i++)
+        found |= (rows)has(&loop->row[i]) << i;
+    return found;
+}
+static bool is_any(const struct row *row) { return row->share > 0; }
+static bool is_thorough(const struct row *row) { return row->share == 1; }
+
+static void count(struct row *row, struct verdict *v, const struct job *job) {
+    if (row->takes_all && v->outcome == DECLINED && strstr(v->text, "declines this problem"))
+        v->outcome = FAILED;
+    row->checked += v->outcome != DECLINED;
+    row->declined += v->outcome == DECLINED;
+    row->failed += v->outcome == FAILED;
+    row->covered |= v->outcome == PASSED ? v->sku.features : 0;
+    if (v->outcome == FAILED && row->failed <= SHOWN_FAILURES)
+        fprintf(stderr, "%s (DLATTN_CPU %s): %s\n", v->sku.kernel ? v->sku.kernel : row->info.name,
+                job->cpu, v->text);
+}
+
+static void check_for(struct loop *loop, rows who, const struct shape *shape,
+                      const struct features *features) {
+    struct verdict v[MOST_ROWS];
+    struct subject subjects[MOST_ROWS];
+    struct row *checked[MOST_ROWS];
     struct test_case c = {*shape, *features, loop->job->element, loop->seed++};
+    int n = 0;
     c.features.backward = loop->job->backward;
     if (loop->job->backward && features_are_forward_only(features))
         return;
-    check_case(&v, &loop->subject, &c);
-    if (loop->takes_all && v.outcome == DECLINED && strstr(v.text, "declines this problem"))
-        v.outcome = FAILED;
-    loop->checked += v.outcome != DECLINED;
-    loop->declined += v.outcome == DECLINED;
-    loop->failed += v.outcome == FAILED;
-    loop->covered |= v.outcome == PASSED ? v.sku.features : 0;
-    if (v.outcome == FAILED && loop->failed <= SHOWN_FAILURES)
-        fprintf(stderr, "%s (DLATTN_CPU %s): %s\n", v.sku.kernel ? v.sku.kernel : loop->job->kernel,
-                loop->job->cpu, v.text);
+    for (int i = 0; i < loop->count; i++) {
+        if (!(who >> i & 1))
+            continue;
+        checked[n] = &loop->row[i];
+        subjects[n++] = loop->subject[i];
+    }
+    if (n > 0)
+        check_subjects(v, subjects, n, &c);
+    for (int i = 0; i < n; i++)
+        count(checked[i], &v[i], loop->job);
+}
+
+static void check(struct loop *loop, const struct shape *shape, const struct features *features) {
+    check_for(loop, rows_where(loop, is_any), shape, features);
+}
+/* By rows that take all cases, not one of so many. */
+static void check_thoroughly(struct loop *loop, const struct shape *shape,
+                             const struct features *features) {
+    check_for(loop, rows_where(loop, is_thorough), shape, features);
 }
 
 /* Every shape, plain, causal, and with tensors of 8 bits. */
@@ -68,22 +112,36 @@ static void loop_shapes(struct loop *loop) {
         check(loop, &check_shapes[i], features_named("causal_bottom_right"));
         check(loop, &check_shapes[i], features_named(i % 2 ? "cache_scales" : "cache_e5m2"));
         check(loop, &check_shapes[i], features_named(i % 2 ? "query_e4m3" : "query_cache_e5m2"));
-        if (loop->share == 1)
-            check(loop, &check_shapes[i], features_named("lse"));
+        check_thoroughly(loop, &check_shapes[i], features_named("lse"));
     }
 }
 
-/* Rows and keys one below, at and above a tile and two of them. */
-static void loop_tiles(struct loop *loop, int64_t tile_q, int64_t tile_k) {
+/* Rows and keys one below, at and above a tile and two of them, by the rows that have this tile. */
+static void loop_tile(struct loop *loop, rows who, int64_t tile_q, int64_t tile_k) {
     static const char *const sets[] = {"lse", "causal_lse", "lengths_causal"},
                              *const float8_sets[] = {"query_plain", "query_causal",
                                                      "query_lengths"};
-    for (int64_t n = 0; n < 36; n += loop->share == 1 ? 1 : 5) {
+    for (int64_t n = 0; n < 36; n++) {
         const int64_t times_q = 1 + n / 3 % 2, times_k = 1 + n / 6 % 2;
         const struct shape s = {
             1, 2, 1, tile_q * times_q + n % 3 - 1, tile_k * times_k + n / 12 - 1, 32, 32};
-        check(loop, &s, features_named(sets[n % 7 % 3]));
-        check(loop, &s, features_named(float8_sets[n % 7 % 3]));
+        const rows now = n % 5 == 0 ? who : who & rows_where(loop, is_thorough);
+        check_for(loop, now, &s, features_named(sets[n % 7 % 3]));
+        check_for(loop, now, &s, features_named(float8_sets[n % 7 % 3]));
+    }
+}
+static void loop_tiles(struct loop *loop) {
+    rows left = rows_where(loop, is_any);
+    for (int i = 0; i < loop->count; i++) {
+        const dlattn_kernel_info *const first = &loop->row[i].info;
+        rows alike = 0;
+        for (int j = i; j < loop->count; j++)
+            alike |= (rows)(loop->row[j].info.tile_q == first->tile_q &&
+                            loop->row[j].info.tile_k == first->tile_k)
+                     << j;
+        if (alike & left)
+            loop_tile(loop, alike & left, first->tile_q, first->tile_k);
+        left &= ~alike;
     }
 }
 
@@ -97,10 +155,8 @@ static void loop_features(struct loop *loop) {
     };
     for (int i = 0; i < feature_set_count; i++) {
         check(loop, &shapes[i % 4], &feature_sets[i]);
-        if (loop->share == 1) {
-            check(loop, &shapes[(i + 1) % 4], &feature_sets[i]);
-            check(loop, &(struct shape){4, 6, 2, 5, 333, 40, 40}, &feature_sets[i]);
-        }
+        check_thoroughly(loop, &shapes[(i + 1) % 4], &feature_sets[i]);
+        check_thoroughly(loop, &(struct shape){4, 6, 2, 5, 333, 40, 40}, &feature_sets[i]);
     }
 }
 
@@ -155,7 +211,11 @@ static void loop_wide(struct loop *loop) {
 
 /* Heads wider than most rows take: groups, decoding of a latent cache, rows and keys beyond a tile. A CPU, whose rows have no kernels
  * of their own for these, gets some of the features. */
+static bool has_wide_heads(const struct row *row) {
+    return row->info.max_head_dim > 256 && !(row->info.flags & DLATTN_KERNEL_REFERENCE);
+}
 static void loop_wide_heads(struct loop *loop, bool few) {
+    const rows who = rows_where(loop, has_wide_heads);
     static const struct shape shapes[] = {{2, 4, 2, 37, 75, 512, 512},
                                           {1, 16, 1, 1, 300, 576, 512},
                                           {1, 4, 1, 5, 90, 576, 512},
@@ -164,9 +224,9 @@ static void loop_wide_heads(struct loop *loop, bool few) {
     for (int i = 0; i < feature_set_count; i++) {
         if (few && i % 16 != 0 && !feature_sets[i].view)
             continue;
-        check(loop, &shapes[i % 5], &feature_sets[i]);
+        check_for(loop, who, &shapes[i % 5], &feature_sets[i]);
         if (!few)
-            check(loop, &shapes[(i + 1) % 5], &feature_sets[i]);
+            check_for(loop, who, &shapes[(i + 1) % 5], &feature_sets[i]);
     }
 }
 
@@ -182,7 +242,7 @@ static void loop_float8(struct loop *loop) {
 }
 
 static void loop_random(struct loop *loop) {
-    for (uint64_t n = 0; n < RANDOM_CASES / (uint64_t)loop->share; n++) {
+    for (uint64_t n = 0; n < RANDOM_CASES; n++) {
         const struct features f = features_random(n);
         const int64_t groups = 1 << random_below(n, 50, 3), heads_kv = 1 + random_below(n, 51, 2);
         const int64_t dim = 1 + random_below(n, 52, 80);
@@ -193,7 +253,10 @@ static void loop_random(struct loop *loop) {
                                 1 + random_below(n, 55, 150),
                                 dim,
                                 random_below(n, 56, 3) ? dim : 1 + random_below(n, 57, 80)};
-        check(loop, &s, &f);
+        if (n % 3 == 0)
+            check(loop, &s, &f);
+        else
+            check_thoroughly(loop, &s, &f);
     }
 }
 
@@ -205,9 +268,7 @@ static dlattn_kernel_info kernel_info(const dlattn_api *api, int32_t row) {
     return info;
 }
 
-static struct job *add_job(struct job *job, const char *kernel, const char *cpu, enum element e,
-                           bool backward) {
-    snprintf(job->kernel, sizeof job->kernel, "%s", kernel);
+static struct job *add_job(struct job *job, const char *cpu, enum element e, bool backward) {
     snprintf(job->cpu, sizeof job->cpu, "%s", cpu);
     job->element = e;
     job->backward = backward;
@@ -239,19 +300,24 @@ Test(kernels, there_is_such_a_row) {
 
 static void free_jobs(struct criterion_test_params *params) { cr_free(params->params); }
 
+/* Whether the loop is over this row. */
+static bool belongs_to(const struct job *job, const dlattn_kernel_info *row) {
+    return strcmp(row->backend, BACKEND) == 0 && wanted(row->name) &&
+           strcmp(row->operation, job->backward ? "backward" : "forward") == 0 &&
+           element_is_listed(row->dtypes, job->element);
+}
+
 ParameterizedTestParameters(kernels, row) {
     const dlattn_api *api = test_api();
-    struct job *jobs = cr_malloc(4 * sizeof *jobs * (size_t)api->kernel_count()), *end = jobs;
-    for (int32_t row = 0; row < api->kernel_count(); row++) {
-        dlattn_kernel_info info = {.struct_size = sizeof info};
-        api->kernel_info(row, &info);
-        const bool forward = strcmp(info.operation, "forward") == 0,
-                   backward = strcmp(info.operation, "backward") == 0;
-        for (enum element e = F64; e <= BF16; e++) {
-            if (strcmp(info.backend, BACKEND) == 0 && (forward || backward) &&
-                element_is_listed(info.dtypes, e) && wanted(info.name))
-                end = add_job(end, info.name, "all", e, backward);
+    struct job *jobs = cr_malloc(8 * sizeof *jobs), *end = jobs;
+    for (int i = 0; i < 8; i++) {
+        add_job(end, "all", (enum element)(F64 + i % 4), i >= 4);
+        bool any = false;
+        for (int32_t row = 0; row < api->kernel_count(); row++) {
+            const dlattn_kernel_info info = kernel_info(api, row);
+            any |= belongs_to(end, &info);
         }
+        end += any;
     }
     return cr_make_param_array(struct job, jobs, (size_t)(end - jobs), free_jobs);
 }
@@ -271,38 +337,56 @@ static bool takes_all(const dlattn_kernel_info *row) {
     return strcmp(row->backend, "cpu") == 0 && !(row->flags & DLATTN_KERNEL_DECODE);
 }
 
+static void add_rows(struct loop *loop) {
+    const dlattn_api *api = test_api();
+    for (int32_t i = 0; i < api->kernel_count(); i++) {
+        const dlattn_kernel_info info = kernel_info(api, i);
+        if (!belongs_to(loop->job, &info))
+            continue;
+        if (!info.available) {
+            fprintf(stderr, "%s needs %s: skipped\n", info.name, info.arch);
+            continue;
+        }
+        cr_assert(lt(int, loop->count, MOST_ROWS));
+        loop->row[loop->count] = (struct row){.info = info,
+                                              .share = share_of(&info, loop->job->backward),
+                                              .takes_all = takes_all(&info)};
+        loop->subject[loop->count++] =
+            (struct subject){.api = api, .place = &PLACE, .kernel = info.name};
+    }
+}
+
+static void report(const struct row *row, const struct job *job) {
+    fprintf(stderr, "%s %s: %d cases, %d declined\n", row->info.name, element_name(job->element),
+            row->checked, row->declined);
+    cr_expect(eq(int, row->failed, 0), "%s: %d of %d cases failed", row->info.name, row->failed,
+              row->checked);
+    cr_expect(eq(ulong, row->covered & row->info.features, row->info.features),
+              "%s claims features that no case reached: 0x%llx", row->info.name,
+              (unsigned long long)(row->info.features & ~row->covered));
+}
+
 ParameterizedTest(struct job *job, kernels, row) {
-    const dlattn_kernel_info info = find_kernel(test_api(), job->kernel);
-    struct loop loop = {.subject = {.api = test_api(), .place = &PLACE, .kernel = job->kernel},
-                        .share = share_of(&info, job->backward),
-                        .job = job,
-                        .takes_all = takes_all(&info),
-                        .seed = 1};
-    if (!info.available)
-        cr_skip_test("%s needs %s", info.name, info.arch);
+    const bool cuda = strcmp(BACKEND, "cuda") == 0;
+    struct loop loop = {.job = job, .seed = 1};
+    add_rows(&loop);
     loop_shapes(&loop);
-    loop_tiles(&loop, info.tile_q, info.tile_k);
+    loop_tiles(&loop);
     loop_features(&loop);
     loop_empty(&loop);
-    const bool cuda = strcmp(info.backend, "cuda") == 0;
     if (job->backward && cuda)
         loop_wide(&loop);
     if (!job->backward && cuda)
         loop_float8(&loop);
-    if (!job->backward && info.max_head_dim > 256 && !is_reference(&info))
+    if (!job->backward)
         loop_wide_heads(&loop, !cuda);
     loop_random(&loop);
     if (!job->backward && cuda)
         loop_long(&loop);
     if (cuda)
         loop_hidden(&loop);
-    fprintf(stderr, "%s %s: %d cases, %d declined\n", info.name, element_name(job->element),
-            loop.checked, loop.declined);
-    cr_expect(eq(int, loop.failed, 0), "%s: %d of %d cases failed", info.name, loop.failed,
-              loop.checked);
-    cr_expect(eq(ulong, loop.covered & info.features, info.features),
-              "%s claims features that no case reached: 0x%llx", info.name,
-              (unsigned long long)(info.features & ~loop.covered));
+    for (int i = 0; i < loop.count; i++)
+        report(&loop.row[i], job);
 }
 
 /* The library's own choice. On the CPU also on lesser machines: DLATTN_CPU takes instruction sets away. */
@@ -312,7 +396,7 @@ ParameterizedTestParameters(kernels, choice) {
     struct job *jobs = cr_malloc(4 * count * sizeof *jobs), *end = jobs;
     for (size_t i = 0; i < count; i++) {
         for (enum element e = F64; e <= BF16 && !only_row(); e++)
-            end = add_job(end, "", sets[i], e, false);
+            end = add_job(end, sets[i], e, false);
     }
     return cr_make_param_array(struct job, jobs, (size_t)(end - jobs), free_jobs);
 }
@@ -343,14 +427,18 @@ static bool has_row(const struct shape *s, const struct features *f) {
 ParameterizedTest(struct job *job, kernels, choice) {
     if (strcmp(job->cpu, "all") != 0)
         setenv("DLATTN_CPU", job->cpu, 1);
-    struct loop loop = {
-        .subject = {.api = test_api(), .place = &PLACE}, .share = SHARE, .job = job, .seed = 5000};
-    const struct widest widest = widest_head(loop.subject.api, job->element);
+    struct loop loop = {.job = job,
+                        .count = 1,
+                        .row[0].share = SHARE,
+                        .subject[0] = {.api = test_api(), .place = &PLACE},
+                        .seed = 5000};
+    const struct widest widest = widest_head(test_api(), job->element);
     for (int i = 0; i < feature_set_count; i += SHARE) {
         const struct shape *shape = &check_shapes[(i * 7 + 5) % check_shape_count];
         if (has_row(shape, &feature_sets[i]) && shape->dim_qk <= widest.qk &&
             shape->dim_v <= widest.v)
             check(&loop, shape, &feature_sets[i]);
     }
-    cr_expect(eq(int, loop.failed, 0), "%d of %d cases failed", loop.failed, loop.checked);
+    cr_expect(eq(int, loop.row[0].failed, 0), "%d of %d cases failed", loop.row[0].failed,
+              loop.row[0].checked);
 }

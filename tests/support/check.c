@@ -296,29 +296,67 @@ static void compare_all(struct verdict *v, const struct call *c, const struct ca
     }
 }
 
-/* How far rows may be from the truth. In f64, where no reference is better than another, the plain loops confirm it. */
-static void compare_with_reference(struct verdict *v, const dlattn_api *api, const struct call *c) {
-    const bool backward = c->made_from.features.backward, is_f64 = c->made_from.element == F64;
-    struct call ref, plain = {.extent_q = 0}, bounds;
-    call_upcast(&ref, c);
-    call_upcast(&bounds, c);
-    if (backward || is_f64)
-        call_upcast(&plain, c);
-    if (backward)
-        plain_gradients(&plain, &bounds);
-    bounds.has_e4m3_weights = strcmp(v->sku.math, "e4m3") == 0;
-    if (!backward)
-        plain_bounds(&bounds);
-    if (!backward && is_f64)
-        plain_forward(&plain);
-    if (run_reference(v, api, &ref)) {
-        compare_all(v, c, &ref, &bounds);
-        if (is_f64)
-            compare_all(v, &plain, &ref, &bounds);
+/* What a case must give, found once for all that are tested on it: the reference's results, and how far rows may be from them, which for
+ * weights of e4m3 is further. In f64, where no reference is better than another, the plain loops confirm it. */
+struct truth {
+    struct call ref, plain, bounds[2];
+    bool has_ref, has_plain, has_bounds[2];
+    struct verdict reference; /* FAILED if there is none */
+};
+
+static void find_truth(struct truth *t, const dlattn_api *api, const struct call *made) {
+    const bool backward = made->made_from.features.backward;
+    call_upcast(&t->ref, made);
+    run_reference(&t->reference, api, &t->ref);
+    if (made->made_from.element == F64 && !backward) {
+        call_upcast(&t->plain, made);
+        plain_forward(&t->plain);
+        t->has_plain = true;
     }
-    call_free(&plain);
-    call_free(&bounds);
-    call_free(&ref);
+    t->has_ref = true;
+}
+
+static const struct call *bounds_of(struct truth *t, const struct call *made, bool e4m3) {
+    struct call *const bounds = &t->bounds[e4m3];
+    if (t->has_bounds[e4m3])
+        return bounds;
+    call_upcast(bounds, made);
+    bounds->has_e4m3_weights = e4m3;
+    if (made->made_from.features.backward) {
+        if (!t->has_plain)
+            call_upcast(&t->plain, made);
+        plain_gradients(&t->plain, bounds);
+        t->has_plain = true;
+    } else {
+        plain_bounds(bounds);
+    }
+    t->has_bounds[e4m3] = true;
+    return bounds;
+}
+
+static void free_truth(struct truth *t) {
+    if (t->has_ref)
+        call_free(&t->ref);
+    if (t->has_plain)
+        call_free(&t->plain);
+    for (int i = 0; i < 2; i++)
+        if (t->has_bounds[i])
+            call_free(&t->bounds[i]);
+}
+
+/* What no row writes is in the reference's tensors as the first row's run left it. */
+static void compare_with_truth(struct verdict *v, const dlattn_api *api, const struct call *c,
+                               struct truth *t) {
+    if (!t->has_ref)
+        find_truth(t, api, c);
+    if (t->reference.outcome == FAILED) {
+        say(v, FAILED, "%s", t->reference.text);
+        return;
+    }
+    const struct call *const bounds = bounds_of(t, c, strcmp(v->sku.math, "e4m3") == 0);
+    compare_all(v, c, &t->ref, bounds);
+    if (c->made_from.element == F64)
+        compare_all(v, &t->plain, &t->ref, bounds);
 }
 
 /* What forward makes of the others, rounded once, is an input of backward. */
@@ -329,37 +367,54 @@ static bool run_forward(struct verdict *v, const dlattn_api *api, struct call *c
     return good;
 }
 
-static void copy_results(struct call *to, const struct call *from) {
-    for (enum slot slot = OUTPUT; slot <= LSE; slot++)
-        memcpy(to->tensor[slot].image, from->tensor[slot].image, from->tensor[slot].bytes);
+/* The case anew, of backward with forward's results. */
+static void make_again(struct call *c, const struct test_case *which, const struct call *made) {
+    call_make(c, which);
+    for (enum slot slot = OUTPUT; which->features.backward && slot <= LSE; slot++)
+        memcpy(c->tensor[slot].image, made->tensor[slot].image, made->tensor[slot].bytes);
 }
 
-void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which) {
+static void check_one(struct verdict *v, const struct subject *subject,
+                      const struct test_case *which, const struct call *made, struct truth *truth) {
     struct call first, second;
     struct run one = {.fill = GAP_FILL, .side = which->seed & 1 ? AT_END : AT_BEGIN};
     struct run two = {.fill = 0x5a,
                       .side = which->seed & 1 ? AT_BEGIN : AT_END,
                       .threads = 1 + which->seed % 3,
                       .planned = true};
-    *v = (struct verdict){.outcome = PASSED};
-    case_print(which, v->text, sizeof v->text);
-    report_crashes();
     snprintf(running, sizeof running, "%s %s", subject->kernel ? subject->kernel : "", v->text);
-    call_make(&first, which);
-    if (!which->features.backward || run_forward(v, subject->api, &first))
-        run_subject(v, subject, &first, &one);
-    if (v->outcome != PASSED) {
-        call_free(&first);
-        return;
+    make_again(&first, which, made);
+    run_subject(v, subject, &first, &one);
+    if (v->outcome == PASSED) {
+        make_again(&second, which, made);
+        run_subject(v, subject, &second, &two);
+        if (v->outcome == PASSED && v->sku.bit_stable)
+            compare_runs(v, &second, &first, two.threads);
+        call_free(&second);
+        compare_with_truth(v, subject->api, &first, truth);
     }
-    call_make(&second, which);
-    if (which->features.backward)
-        copy_results(&second, &first);
-    run_subject(v, subject, &second, &two);
-    if (v->outcome == PASSED && v->sku.bit_stable)
-        compare_runs(v, &second, &first, two.threads);
-    call_free(&second);
-
-    compare_with_reference(v, subject->api, &first);
     call_free(&first);
+}
+
+void check_subjects(struct verdict *v, const struct subject *subjects, int count,
+                    const struct test_case *which) {
+    struct truth truth = {.has_ref = false};
+    struct call made;
+    call_make(&made, which);
+    report_crashes();
+    for (int i = 0; i < count; i++) {
+        v[i] = (struct verdict){.outcome = PASSED};
+        case_print(which, v[i].text, sizeof v[i].text);
+    }
+    const bool good = !which->features.backward || run_forward(v, subjects->api, &made);
+    for (int i = 0; i < count && good; i++)
+        check_one(&v[i], &subjects[i], which, &made, &truth);
+    for (int i = 1; i < count && !good; i++)
+        v[i] = v[0];
+    free_truth(&truth);
+    call_free(&made);
+}
+
+void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which) {
+    check_subjects(v, subject, 1, which);
 }

@@ -1,5 +1,5 @@
 /*
- * One case of the one loop: the reference computes it in double from the same inputs, the kernel under test computes it
+ * One case of the one loop: the reference computes it in double from the same inputs, each kernel under test computes it
  * twice, and everything that numerics.md promises is compared.
  */
 #ifndef DLATTN_TESTS_CHECK_H_
@@ -31,6 +31,10 @@ struct verdict {
 };
 
 void check_case(struct verdict *v, const struct subject *subject, const struct test_case *which);
+
+/* The same for several, one after the other, of which only the truth is found once: that takes more time than they do. */
+void check_subjects(struct verdict *v, const struct subject *subjects, int count,
+                    const struct test_case *which);
 
 /* Attention by plain loops in double, apart from the library's reference. `wide` is an upcast call; its OUTPUT and LSE
  * receive the result, or how far each element of a row of the table may be from it: the bounds of docs/numerics.md for the
