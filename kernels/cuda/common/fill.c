@@ -276,20 +276,20 @@ int32_t bwd_launch(const struct plan *plan, const struct problem *p, const struc
     params.key_blocks = (int32_t)ceil_divide(p->len_k, plan->tile_k);
     params.stats = exec->workspace;
     params.slope_sums = (char *)exec->workspace + stats_bytes(p);
-    const bool slopes = p->d_alibi_slopes.data != NULL;
+    const bool slopes = p->d_alibi_slopes.data != NULL, keys = p->d_key.data || p->d_value.data;
     const struct {
         bool wanted;
         struct cuda_kernel *kernel;
         int64_t blocks;
     } launches[] = {
         {true, row->stats, blocks.stats},
-        {p->d_key.data || p->d_value.data, row->keys, blocks.keys},
+        {keys, row->keys, blocks.keys},
         {p->d_query.data || slopes, row->rows, blocks.rows},
         {p->d_bias.data != NULL, row->bias, blocks.bias},
         {p->d_sinks.data != NULL, row->sinks, p->heads_q},
         {slopes, row->slopes, blocks.slopes},
     };
-    if (row->start_early && launches[1].wanted && blocks.keys > 0)
+    if (row->start_early && keys && blocks.keys > 0)
         params.flags |= BWD_ROWS_BESIDE_KEYS;
     int32_t status = DLATTN_OK;
     for (int32_t i = 0; i < COUNT(launches) && status == DLATTN_OK; i++)
