@@ -1,49 +1,101 @@
 """Two builds of the library beside each other on a GPU, in one process and in turns.
 
-    python3 bench/gpu_compare.py ./OLD.so ./NEW.so [--out FILE.csv] [--rounds N] [--kernel NAME]
+    python3 bench/gpu_compare.py ./OLD.so ./NEW.so [--ops fwd,bwd,decode,options] [--dims 64,128]
+        [--dtypes bf16,f16] [--kernel NAME] [--rounds N] [--out FILE.csv]
 
-The cases are those of gpu_bench.py: its grid of forward calls in bf16 and f16, and decoding with a
-cold L2; with --kernel, forward calls alone, by that row. Prints old / new for each, which is above
-1 where the new one is faster, and the geometric means. DLATTN_COMMIT is what the CSV shall name.
+The cases of fwd, bwd and decode are those of gpu_bench.py, decoding with a cold L2; with --kernel,
+forward and backward calls run that row. Those of options are gpu_options.py's. Prints old / new for
+each, which is above 1 where the new one is faster, and whether the two gave other bits; then the
+geometric means, and those of each row. DLATTN_COMMIT is what the CSV shall name.
 """
 
 import argparse
 import csv
 import datetime
-import itertools
 import math
 import os
+from collections import defaultdict
 
 import torch
-from gpu_bench import COLUMNS, Library, case_rows, decode_cases, grid, random_rows, rounds
+from gpu_bench import (
+    COLUMNS,
+    Call,
+    Desc,
+    Library,
+    case_rows,
+    decode_cases,
+    grid,
+    head_dims,
+    random_rows,
+    recorded,
+    rounds,
+)
+from gpu_options import GROUPS
 
 
-def forward_cases():
-    dims = ((64, 64), (128, 128), (256, 256))
-    for op, dtype, (dim, _), causal, length in grid(("bf16", "f16"), False, dims):
-        if op == "fwd":
+class Plain:
+    """A case of gpu_bench.py: forward, backward or decoding."""
+
+    def __init__(self, op, dtype, q, k, v, causal=False, kernel=None):
+        self.name, self.dtype, self.q, self.k, self.v, self.causal = op, dtype, q, k, v, causal
+        self.desc = Desc(causal=int(causal), kernel=kernel)
+        self.gradients = {}
+        self.tensors = {"query": q, "key": k, "value": v, "output": torch.empty_like(q)}
+
+    def with_gradients(self, library):
+        """All of one output and lse, by the first choice."""
+        self.tensors["lse"] = torch.empty(self.q.shape[:3], device="cuda", dtype=torch.float32)
+        Call(library, Desc(causal=int(self.causal)), self.tensors)()
+        self.gradients = {"d_output": torch.randn_like(self.q)}
+        return self
+
+    def call(self, library):
+        """With results of its own."""
+        if self.gradients:
+            wanted = {f"d_{name}": torch.empty_like(self.q) for name in ("query", "key", "value")}
+            return Call(library, self.desc, self.tensors, self.gradients | wanted)
+        return Call(library, self.desc, self.tensors | {"output": torch.empty_like(self.q)})
+
+    def rows(self, kernels, times):
+        read = 2 * self.k.numel() * self.k.element_size() if self.name == "decode" else 0
+        found = {name: (name, None) for name in times}
+        tensors = self.q, self.k, self.v
+        for row in case_rows(self.name, self.dtype, *tensors, self.causal, found, times, read):
+            yield row | {"kernel": kernels[row["impl"]]}
+
+
+def plain_cases(op, given):
+    kernel = given.kernel
+    for found, dtype, (dim, _), causal, length in grid(given.dtypes, False, given.dims):
+        if found == "fwd":
             q, k, v = (random_rows(dtype, length, 2048 // dim, dim) for _ in range(3))
-            yield op, dtype, q, k, v, causal
+            yield Plain(op, dtype, q, k, v, causal, kernel)
 
 
-def time_case(libraries, case, kernel, count, flush):
-    """The calls by name, and name -> (median, spread)."""
-    op, _, q, k, v, causal = case
-    calls, functions = {}, {}
-    for name, library in libraries.items():
-        tensors = {"query": q, "key": k, "value": v, "output": torch.empty_like(q)}
-        calls[name] = library.call(causal, kernel, **tensors)
-        if op == "decode":
+def cases(op, given, library):
+    if op == "decode":
+        return (Plain("decode", *case) for case in decode_cases())
+    if op == "options":
+        return (c for dim, _ in given.dims for group in GROUPS.values() for c in group(dim, False))
+    if op == "bwd":
+        return (case.with_gradients(library) for case in plain_cases(op, given))
+    return plain_cases(op, given)
+
+
+def time_case(libraries, case, count, flush):
+    """Rows of the CSV, old / new, and whether both gave the same bits."""
+    calls = {name: case.call(library) for name, library in libraries.items()}
+    functions = {}
+    for name, call in calls.items():
+        if case.name == "decode":
             functions[f"before {name}"] = flush
-        functions[name] = calls[name]
-    return calls, rounds(functions, count)
-
-
-def csv_lines(case, calls, times):
-    op, dtype, q, k, v, causal = case
-    read = 2 * k.numel() * k.element_size() if op == "decode" else 0
-    found = {name: (f"dlattn {name}", call) for name, call in calls.items()}
-    return case_rows(op, dtype, q, k, v, causal, found, times, read)
+        functions[name] = recorded(call)
+    times = rounds(functions, count)
+    times = {name: times[name] for name in calls}
+    kernels = {name: call.kernel for name, call in calls.items()}
+    results = zip(*(call.keep for call in calls.values()), strict=True)
+    equal = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in results)
+    return list(case.rows(kernels, times)), times["old"][0] / times["new"][0], equal
 
 
 def write(path, lines):
@@ -63,24 +115,34 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old")
     parser.add_argument("new")
+    parser.add_argument("--ops", type=lambda text: text.split(","), default=["fwd", "decode"])
+    parser.add_argument("--dims", type=head_dims, default="64,128,256")
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bf16", "f16"])
     parser.add_argument("--out")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--kernel", type=str.encode)
     given = parser.parse_args()
     libraries = {"old": Library(given.old), "new": Library(given.new)}
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
-    ratios, lines = {"fwd": [], "decode": []}, []
-    decoding = () if given.kernel else (("decode", *case, False) for case in decode_cases())
-    for case in itertools.chain(forward_cases(), decoding):
-        calls, times = time_case(libraries, case, given.kernel, given.rounds, other.max)
-        ratio = times["old"][0] / times["new"][0]
-        op, dtype, q, k, *_, causal = case
-        ratios[op].append(ratio)
-        print(f"{op} {dtype} {list(q.shape)} {list(k.shape)} causal {int(causal)}: {ratio:.3f}")
-        lines += csv_lines(case, calls, times)
-    for op, of in ((op, of) for op, of in ratios.items() if of):
+    ratios, lines, differ = defaultdict(list), [], 0
+    for op in given.ops:
+        for case in cases(op, given, libraries["new"]):
+            rows, ratio, equal = time_case(libraries, case, given.rounds, other.max)
+            lines += rows
+            first = rows[0]
+            ratios[op].append(ratio)
+            ratios[f"{op} {first['kernel']} D {first['D']}"].append(ratio)
+            differ += not equal
+            shape = ", ".join(str(first[axis]) for axis in ("B", "Hq", "Hkv", "Lq", "Lk", "D"))
+            print(
+                f"{first['op']} {first['dtype']} [{shape}] causal {first['causal']}",
+                f"{first['kernel']}: {ratio:.3f}{'' if equal else ', other bits'}",
+                flush=True,
+            )
+    for what, of in ratios.items():
         mean = math.exp(sum(map(math.log, of)) / len(of))
-        print(f"{op}: geometric mean {mean:.4f}, lowest {min(of):.3f}, {len(of)} cases")
+        print(f"{what}: geometric mean {mean:.4f}, lowest {min(of):.3f}, {len(of)} cases")
+    print(f"{differ} cases gave other bits")
     if given.out:
         write(given.out, lines)
 

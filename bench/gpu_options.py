@@ -126,19 +126,25 @@ class Case:
         self.peers["flex"] = lambda: compiled(self.q, self.k, self.v, score_mod, mask)
         return self
 
-    def run(self, library, count, graphs):
-        output = torch.empty_like(self.tensors["query"])
+    def call(self, library):
         desc = dict(self.desc)
         if "window_left" in desc:
             desc["flags"] = WINDOW
-        calls = {"dlattn": Call(library, Desc(**desc), {**self.tensors, "output": output})}
+        output = torch.empty_like(self.tensors["query"])
+        return Call(library, Desc(**desc), {**self.tensors, "output": output})
+
+    def run(self, library, count, graphs):
+        calls = {"dlattn": self.call(library)}
         for name, peer in self.peers.items():
             if started(self.name, name, lambda peer=peer: peer):
                 calls[name] = peer
-        kernel = calls["dlattn"].kernel
+        kernels = {"dlattn": calls["dlattn"].kernel}
         if graphs:
             calls = {name: recorded(call) for name, call in calls.items()}
-        times = rounds(calls, count)
+        return self.rows(kernels, rounds(calls, count))
+
+    def rows(self, kernels, times):
+        """What the CSV has of each implementation; `kernels` of the library's by name."""
         batch, length, length_k = self.shape
         for name, (median, spread) in times.items():
             flops = 4 * self.heads * self.pairs * self.dim
@@ -154,7 +160,7 @@ class Case:
                 "Dv": self.dim,
                 "causal": int(self.causal),
                 "impl": name,
-                "kernel": kernel if name == "dlattn" else "",
+                "kernel": kernels.get(name, ""),
                 "median_us": f"{median:.2f}",
                 "spread_pct": f"{spread:.1f}",
                 "tflops": f"{flops / median / 1e6:.1f}",

@@ -92,7 +92,7 @@ static struct {
 
 /* ---- Opening it, once ----------------------------------------------------------------------------------------- */
 
-/* Whose assembler made the embedded code, CUDA 12: each driver of it and of what follows takes that. Blackwell has none before 570. */
+/* The first driver that takes the embedded code: third_party/cuda/image.bzl. Blackwell has none before 570. */
 enum { NEEDED_VERSION = 12000 };
 
 struct device {
@@ -104,6 +104,7 @@ struct device {
 
 static struct device devices[CUDA_MAX_DEVICES];
 static int device_total;
+static int driver_version;            /* 13000 is CUDA 13.0's */
 static int32_t archs[CUDA_MAX_ARCHS]; /* compute capabilities of this machine, zeroes at the end */
 static char why_not[256];             /* why there is no GPU */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -128,14 +129,15 @@ static int32_t driver_failed(CUresult error, const char *call) {
 static bool find_functions(void *library) {
     CUresult (*version)(int *) = NULL;
     CUresult (*find)(const char *, void **, int, uint64_t, int *) = NULL;
-    int have = 0;
     *(void **)&version = dlsym(library, "cuDriverGetVersion");
     *(void **)&find = dlsym(library, "cuGetProcAddress_v2");
-    if (!version || version(&have) != CUDA_SUCCESS || have < NEEDED_VERSION || !find) {
+    if (!version || version(&driver_version) != CUDA_SUCCESS || driver_version < NEEDED_VERSION ||
+        !find) {
         snprintf(why_not, sizeof why_not,
                  "the CUDA driver is too old: it serves CUDA %d.%d, needed is %d.%d (driver 525 or "
                  "newer)",
-                 have / 1000, have % 1000 / 10, NEEDED_VERSION / 1000, NEEDED_VERSION % 1000 / 10);
+                 driver_version / 1000, driver_version % 1000 / 10, NEEDED_VERSION / 1000,
+                 NEEDED_VERSION % 1000 / 10);
         return false;
     }
 #define FIND(name, parameters)                                                                     \
@@ -312,7 +314,7 @@ void cuda_leave(bool entered) {
 
 static int32_t load_module(CUlibrary *library, const struct cuda_module *module, int32_t sm) {
     void *code;
-    const int32_t status = cuda_image_unpack(module->images, sm, &code);
+    const int32_t status = cuda_image_unpack(module->images, sm, driver_version, &code);
     if (status != DLATTN_OK)
         return status;
     const CUresult error = cu.cuLibraryLoadData(library, code, NULL, NULL, 0, NULL, NULL, 0);

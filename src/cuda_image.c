@@ -20,20 +20,24 @@ static bool runs_on(const struct cuda_image *image, int32_t sm) {
     return false;
 }
 
-static const struct cuda_image *best_of(const struct cuda_image *images, int32_t sm) {
+static bool is_better(const struct cuda_image *a, const struct cuda_image *b) {
+    if ((a->kind == CUDA_PTX) != (b->kind == CUDA_PTX))
+        return b->kind == CUDA_PTX;
+    return a->sm != b->sm ? a->sm > b->sm : a->driver > b->driver;
+}
+
+static const struct cuda_image *best_of(const struct cuda_image *images, int32_t sm,
+                                        int32_t driver) {
     const struct cuda_image *best = NULL;
-    for (const struct cuda_image *i = images; i->sm != 0; i++) {
-        const bool as_good =
-            !best || ((i->kind == CUDA_PTX) == (best->kind == CUDA_PTX) ? i->sm > best->sm
-                                                                        : best->kind == CUDA_PTX);
-        if (runs_on(i, sm) && as_good)
+    for (const struct cuda_image *i = images; i->sm != 0; i++)
+        if (i->driver <= driver && runs_on(i, sm) && (!best || is_better(i, best)))
             best = i;
-    }
     return best;
 }
 
-int32_t cuda_image_unpack(const struct cuda_image *images, int32_t sm, void **code) {
-    const struct cuda_image *const best = best_of(images, sm);
+int32_t cuda_image_unpack(const struct cuda_image *images, int32_t sm, int32_t driver,
+                          void **code) {
+    const struct cuda_image *const best = best_of(images, sm, driver);
     if (!best)
         return fail(DLATTN_UNSUPPORTED, "there is no code for sm_%d", sm);
     uint8_t *const out = malloc(best->bytes + 1);

@@ -4,8 +4,8 @@
 # large stack, and the main loop of every tensor core kernel (straight code with 16 HMMA or QMMA or more, an
 # HGMMA or QGMMA counting as four) keeps to registers but for a few scalars. A spilled accumulator would show as dozens of LDL and STL
 # there; a kernel without a stack has none, and is not disassembled. And drivers before 580 load code whose ELF has ABI
-# version 7, that of CUDA 12 (//third_party/ptxas); that of CUDA 13 is 8, and that of Blackwell, which no driver before
-# CUDA 12.8's runs.
+# version 7, that of CUDA 12 (//third_party/ptxas). That of CUDA 13 is 8, which `later` code has, and that of Blackwell,
+# which no driver before CUDA 12.8's runs.
 set -euo pipefail
 cuobjdump=$(realpath "$1") nvdisasm=$(realpath "$2")
 shift 2
@@ -46,7 +46,7 @@ check_cubin() {
     local failed=0 cubin name stack static most moved symbols found="" resources
     cubin=$(basename "$1")
     resources=$temporary/$cubin
-    if [[ $1 != *.sm_1[0-9][0-9]* ]] && [ "$(od -An -tu1 -j8 -N1 "$1" | tr -d ' ')" -ne 7 ]; then
+    if [[ $1 != *sm_1[0-9][0-9]* && $1 != *.later_* ]] && [ "$(od -An -tu1 -j8 -N1 "$1" | tr -d ' ')" -ne 7 ]; then
         echo "$cubin: not code of CUDA 12"
         failed=1
     fi

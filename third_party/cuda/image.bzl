@@ -12,9 +12,12 @@ _PTX = ["80"]
 # the compiler, which takes longer than the assembler, runs once for both.
 _PTX_OF = {
     "89": "80",
-    "90": "80",
     "120": "100",
 }
+
+# The oldest drivers, as cuDriverGetVersion counts, for code of third_party/ptxas and for that of the compiler's own assembler.
+_DRIVER = 12000
+_LATER_DRIVER = 13000
 
 _FLAGS = [
     "-std=c++17",
@@ -77,9 +80,8 @@ def _all_ptx(ctx):
             made[arch] = _retarget(ctx, arch, of, made[of])
     return made
 
-def _cubin(ctx, arch, ptx):
-    """Code that every driver of CUDA 12 and later loads: third_party/ptxas."""
-    out = ctx.actions.declare_file("%s.sm_%s.cubin" % (ctx.label.name, arch))
+def _cubin(ctx, arch, ptx, name, ptxas):
+    out = ctx.actions.declare_file("%s.%s.cubin" % (ctx.label.name, name))
     arguments = ctx.actions.args()
     arguments.add("-arch=sm_" + arch)
     if ctx.var.get("lineinfo") == "on":
@@ -87,7 +89,7 @@ def _cubin(ctx, arch, ptx):
     arguments.add("-o", out)
     arguments.add(ptx)
     ctx.actions.run(
-        executable = ctx.file._ptxas,
+        executable = ptxas,
         arguments = [arguments],
         inputs = [ptx],
         outputs = [out],
@@ -108,20 +110,31 @@ def _packed(ctx, file, how):
     )
     return out
 
-_Images = provider(fields = {"images": "a struct for each image: sm and kind as in struct cuda_image, file, and that packed"})
+_Images = provider(fields = {"images": "a struct for each image: sm, driver and kind as in struct cuda_image, file, and that packed"})
 
 def _images_impl(ctx):
     ptx = _all_ptx(ctx)
+    code = [(arch, _DRIVER, _cubin(ctx, arch, ptx[arch], "sm_" + arch, ctx.file._ptxas)) for arch in ctx.attr.archs]
+    code += [
+        (arch, _LATER_DRIVER, _cubin(ctx, arch, ptx[arch], "later_sm_" + arch, ctx.file._later_ptxas))
+        for arch in ctx.attr.later_archs
+    ]
     images = []
-    for arch in ctx.attr.archs:
+    for arch, driver, cubin in code:
         exact = arch.endswith("a")
-        cubin = _cubin(ctx, arch, ptx[arch])
 
         # An instruction has 16 bytes: where a byte stands in one says most about it.
         packed = _packed(ctx, cubin, "lc=0,lp=4,pb=4")
-        images.append(struct(sm = arch[:-1] if exact else arch, kind = int(exact), file = cubin, packed = packed))
+        images.append(struct(
+            driver = driver,
+            file = cubin,
+            kind = int(exact),
+            packed = packed,
+            sm = arch[:-1] if exact else arch,
+        ))
     for arch in ctx.attr.ptx:
-        images.append(struct(sm = arch, kind = 2, file = ptx[arch], packed = _packed(ctx, ptx[arch], "lc=3,lp=0,pb=0")))
+        packed = _packed(ctx, ptx[arch], "lc=3,lp=0,pb=0")
+        images.append(struct(driver = _DRIVER, file = ptx[arch], kind = 2, packed = packed, sm = arch))
     return [_Images(images = images)]
 
 _images = rule(
@@ -131,10 +144,12 @@ _images = rule(
         "copts": attr.string_list(),
         "defines": attr.string_list(),
         "hdrs": attr.label_list(allow_files = True),
+        "later_archs": attr.string_list(),
         "ptx": attr.string_list(),
         "ptx_of": attr.string_dict(),
         "src": attr.label(allow_single_file = [".cu"], mandatory = True),
         "_compiler": attr.label(default = "@cuda//:compiler"),
+        "_later_ptxas": attr.label(default = "@cuda//:bin/ptxas", allow_single_file = True),
         "_nvcc": attr.label(default = "@cuda//:bin/nvcc", allow_single_file = True),
         "_ptxas": attr.label(default = "@ptxas//:bin/ptxas", allow_single_file = True),
     },
@@ -150,8 +165,8 @@ _BEGIN = """\
 {symbol}:
 """
 _ENTRY = """\
-    .long {sm}, {kind}
-    .quad $(stat -Lc %s {file}), .Lend_{index} - .Ldata_{index}, .Ldata_{index} - {symbol}
+    .long {sm}, {driver}, {kind}, .Ldata_{index} - {symbol}
+    .quad $(stat -Lc %s {file}), .Lend_{index} - .Ldata_{index}
 """
 _END_OF_ENTRIES = """\
     .zero 32
@@ -170,7 +185,15 @@ def _embed_impl(ctx):
     images = ctx.attr.images[_Images].images
     out = ctx.actions.declare_file(ctx.label.name + ".o")
     values = [
-        {"file": i.file.path, "index": n, "kind": i.kind, "packed": i.packed.path, "sm": i.sm, "symbol": ctx.attr.symbol}
+        {
+            "driver": i.driver,
+            "file": i.file.path,
+            "index": n,
+            "kind": i.kind,
+            "packed": i.packed.path,
+            "sm": i.sm,
+            "symbol": ctx.attr.symbol,
+        }
         for n, i in enumerate(images)
     ]
     source = "".join(
@@ -199,7 +222,17 @@ _embed = rule(
     },
 )
 
-def cuda_images(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_OF, defines = [], copts = [], **kwargs):
+def cuda_images(
+        name,
+        src,
+        hdrs = [],
+        archs = _ARCHS,
+        later_archs = [],
+        ptx = _PTX,
+        ptx_of = _PTX_OF,
+        defines = [],
+        copts = [],
+        **kwargs):
     """A cc_library with the symbol `const struct cuda_image NAME[]`: one source, compiled for each GPU, packed.
 
     Of these the plugin loads the best for a GPU (src/cuda_image.h). Sources that are variants of one template give other
@@ -210,6 +243,7 @@ def cuda_images(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_
       src: the .cu file. Includes are relative to the root of the repository.
       hdrs: the headers that it includes.
       archs: the architectures to compile code for, such as ["90a"]; each is a compilation of its own.
+      later_archs: of these, what is assembled again by CUDA 13's ptxas, for drivers that load that: where it is faster.
       ptx: the architectures to add PTX for. Give [] where the source works on its own archs alone.
       ptx_of: architectures whose PTX is that of another one. Leave out those between which the source asks for __CUDA_ARCH__.
       defines: macros, without -D.
@@ -223,6 +257,7 @@ def cuda_images(name, src, hdrs = [], archs = _ARCHS, ptx = _PTX, ptx_of = _PTX_
         archs = archs,
         copts = copts,
         defines = defines,
+        later_archs = later_archs,
         ptx = ptx,
         ptx_of = ptx_of,
         tags = ["manual"],  # built through _embed alone
