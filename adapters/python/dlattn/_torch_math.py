@@ -28,6 +28,9 @@ class Tensors(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     block_table: Tensor | None = None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+    block_mask: Tensor | None = None
 
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")
@@ -44,6 +47,8 @@ class Options(NamedTuple):
     alignment: int
     max_seqlen_q: int
     max_seqlen_k: int
+    block_q: int = 0  # of block_mask: rows and keys of a block
+    block_k: int = 0
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None  # int64, of no axes, on the CPU; None without dropout
 
@@ -96,10 +101,25 @@ def logits_of(
         values = values + rows_of(t.bias, first, last)
     if t.alibi_slopes is not None:
         values = values - t.alibi_slopes.to(values.dtype)[..., None, None] * distance.abs()
-    if t.mask is not None:
-        visible = visible & (rows_of(t.mask, first, last) != 0)
+    visible = visible & _seen(t, options, first, last)
     visible = visible & (values != -torch.inf)
     return Logits(torch.where(visible, values, -torch.inf), capped, visible, distance)
+
+
+def _seen(t: Tensors, options: Options, first: int, last: int) -> Tensor:
+    """Which keys rows [first, last) see by mask, block mask and segments."""
+    seen = t.query.new_ones((1, 1, 1, 1), dtype=torch.bool)
+    if t.mask is not None:
+        seen = rows_of(t.mask, first, last) != 0
+    if t.block_mask is not None:
+        row = torch.arange(first, last, device=t.query.device)[:, None] // options.block_q
+        key = torch.arange(t.key.shape[2], device=t.query.device) // options.block_k
+        state = t.block_mask[:, :, row, key]
+        seen = (state != 0) & (seen | (state == 2))
+    if t.query_segments is not None:
+        of_rows = t.query_segments[:, None, first:last, None]
+        seen = seen & (of_rows == t.key_segments[:, None, None])
+    return seen
 
 
 def largest(logits: Tensor, sinks: Tensor | None) -> Tensor:

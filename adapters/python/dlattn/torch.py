@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import Error, InvalidArgument, Unsupported, _core, _torch_provider
 from ._native import serves
-from ._options import Alignment, Window, alignment_code, window_sides
+from ._options import Alignment, Window, alignment_code, block_sides, window_sides
 from ._torch_backward import backward
 from ._torch_math import DIFFERENTIABLE, Options, Tensors, composite, order_of
 
@@ -214,6 +214,10 @@ def attention(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     block_table: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    block_size: tuple[int, int] | None = None,
     query_scale: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
@@ -228,7 +232,7 @@ def attention(
     """``dlattn.attention`` (see there); with ``return_lse`` also the float32 log-sum-exp.
 
     bias and mask may lack leading axes; alibi_slopes and sinks of other floats become float32,
-    int64 lengths and indices int32. scale may be a tensor of one number.
+    int64 lengths, indices and segments int32. scale may be a tensor of one number.
 
     query, key and value may be float8_e4m3fn or float8_e5m2, each by itself; a query that is needs
     ``out``, of a wide type. query_scale, key_scale and value_scale are factors of theirs, ``[1]``
@@ -249,6 +253,7 @@ def attention(
     tensors = (
         *(bias, mask, alibi_slopes, sinks, query_lengths, key_lengths),
         *(cu_seqlens_q, cu_seqlens_k, block_table),
+        *(query_segments, key_segments, block_mask),
     )
     named = ("query_scale", query_scale), ("key_scale", key_scale), ("value_scale", value_scale)
     scales = {name: x for name, x in named if x is not None}
@@ -273,6 +278,9 @@ def attention(
         _as_int32("cu_seqlens_q", cu_seqlens_q),
         _as_int32("cu_seqlens_k", cu_seqlens_k),
         _as_int32("block_table", block_table),
+        _as_int32("query_segments", query_segments),
+        _as_int32("key_segments", key_segments),
+        block_mask,
     )
     options = (
         scale,
@@ -283,6 +291,7 @@ def attention(
         alignment_code(alignment),
         max_seqlen_q,
         max_seqlen_k,
+        *(block_sides(block_size) if block_size is not None else (0, 0)),
         dropout_p,
         _dropout_seed(dropout_p),
     )
@@ -295,7 +304,7 @@ def attention(
         if stream is None:
             stream = _stream(query)
         t, o = Tensors(query, key, value, *tensors), Options(*options)
-        by_name = {name: _as_float(x) for name, x in scales.items()} | _dropout(o)
+        by_name = {name: _as_float(x) for name, x in scales.items()} | _named(t, o)
         _core.forward(*_arguments(t, o, out, lse, kernel, num_threads, stream), **by_name)
         for x in written:
             if not x.is_inference():
@@ -435,13 +444,18 @@ def _arguments(
 ) -> tuple[Any, ...]:
     """What ``_core`` takes by position."""
     how = (kernel, num_threads, stream, _workspace)
-    return (*t[:3], output, lse, *t[3:], *options[:-2], *how)
+    return (*t[:3], output, lse, *t[3:-3], *options[:-4], *how)
 
 
-def _dropout(options: Options) -> dict[str, Any]:
+def _named(t: Tensors, options: Options) -> dict[str, Any]:
     """What it takes by name."""
-    p, seed = options[-2:]
-    return {} if seed is None else {"dropout_probability": p, "dropout_seed": seed.item()}
+    named = {name: x for name, x in zip(Tensors._fields[-3:], t[-3:]) if x is not None}
+    block_q, block_k, p, seed = options[-4:]
+    if block_q or block_k:
+        named |= {"block_q": block_q, "block_k": block_k}
+    if seed is not None:
+        named |= {"dropout_probability": p, "dropout_seed": seed.item()}
+    return named
 
 
 def _stream(query: Tensor) -> int | None:
@@ -471,7 +485,8 @@ def _lse(query: Tensor, packed: bool, dtype: torch.dtype = torch.float32) -> Ten
 
 _OPTIONS = (
     "float? scale, float softcap, int window_left, int window_right, bool causal, int alignment, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, Tensor? dropout_seed"
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, int block_q, int block_k, float dropout_p, "
+    "Tensor? dropout_seed"
 )
 _INPUTS = ", ".join(f"Tensor{'?' if i > 2 else ''} {x}" for i, x in enumerate(Tensors._fields))
 _COUNT = len(Tensors._fields)
@@ -488,7 +503,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     t, options = _detached(inputs[:_COUNT]), Options(*inputs[_COUNT:])
     output, lse = _forward_fake(*inputs)
     arguments = _arguments(t, options, output, lse, stream=_stream(t.query))
-    _core.forward(*arguments, **_dropout(options))
+    _core.forward(*arguments, **_named(t, options))
     return output, lse
 
 
@@ -531,7 +546,7 @@ def _native_backward(
     if t.query.numel() == 0:
         return tuple(g.zero_() for g in gradients)
     arguments = _arguments(t, options, *results, stream=_stream(t.query))
-    more = upstream | _dropout(options)
+    more = upstream | _named(t, options)
     for name in _names(wanted):
         more[f"d_{name}"] = gradients[DIFFERENTIABLE.index(name)]
     if not (_is_native_alone(t, options) or serves(*arguments, **more)):

@@ -190,7 +190,47 @@ EXTRA = {
     },
     "alibi": {"alibi_slopes": torch.tensor([0.5, 0.1, 0.2, 0.0]), "causal": True},
     "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "segments": {
+        "query_segments": torch.tensor([[0, 0, 0, 1, 1, 2, 2], [5, 5, 5, 5, 5, 6, 7]]),
+        "key_segments": torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 3], [5, 5, 5, 5, 5, 5, 6, 6, 6]]),
+        "causal": True,
+    },
+    "block_mask": {
+        "block_mask": torch.tensor([[1, 2], [0, 1], [2, 0]], dtype=torch.uint8).expand(2, 1, -1, -1),
+        "block_size": (3, 5),
+        "mask": torch.rand(2, 1, 7, 9) < 0.6,
+    },
 }
+
+
+def visible_by_segments(options):
+    return options["query_segments"][:, None, :, None] == options["key_segments"][:, None, None]
+
+
+def visible_by_blocks(options):
+    state = options["block_mask"].repeat_interleave(3, 2)[:, :, :7].repeat_interleave(5, 3)[..., :9]
+    return (state != 0) & (options["mask"] | (state == 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "visible"), [("segments", visible_by_segments), ("block_mask", visible_by_blocks)]
+)
+def test_what_says_the_same_as_a_mask(name, visible, backward):
+    options, tensors = EXTRA[name], make(heads_kv=2)
+    causal = options.get("causal", False)
+
+    def by_mask(*tensors):
+        return dlattn.torch.attention(*tensors, mask=visible(options), causal=causal)
+
+    def by_option(*tensors):
+        return dlattn.torch.attention(*tensors, **options)
+
+    compiled = torch.compile(by_option, backend="aot_eager", fullgraph=True)
+    for f in (by_option, compiled):
+        assert torch.equal(f(*tensors), by_mask(*tensors))
+        for a, b in zip(gradients(f, tensors), gradients(by_mask, tensors)):
+            close(a, b)
+    assert not torch.equal(by_option(*tensors), dlattn.torch.attention(*tensors, causal=causal))
 
 
 @by_both
