@@ -256,40 +256,15 @@ static void pack_block(const struct call *c, const struct task *t, struct backwa
 
 /* ---- Tiles ------------------------------------------------------------------------------------- */
 
-static void find_masks(struct lane_masks *m, const struct task *t, const struct backward_block *b) {
-    const struct problem *p = t->p;
-    const struct view *q = &p->query_segments, *k = &p->key_segments, *blocks = &p->block_mask;
-    struct query_row row = query_row_at(t, b->first_row);
-    m->segments = q->data != NULL;
-    m->blocks = blocks->data != NULL;
-    m->block_k = p->block_k;
-    m->state_stride = blocks->stride[3];
-    m->key_segment_stride = k->stride[2];
-    if (m->segments)
-        m->key_segments = element_at(k, DTYPE_F32, t->b, 0, t->s.k_start);
-    memset(m->segment, 0, sizeof m->segment);
-    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
-        if (m->segments)
-            memcpy(&m->segment[lane], element_at(q, DTYPE_F32, t->b, 0, t->s.q_start + row.i), 4);
-        if (m->blocks)
-            m->states[lane] = (const uint8_t *)blocks->data + t->b * blocks->stride[0] +
-                              row.h * blocks->stride[1] + row.i / p->block_q * blocks->stride[2];
-    }
-}
-
 static const float *load_extra(const struct call *c, const struct task *t,
                                const struct backward_block *b, const struct backward_tile *tile,
                                struct scratch *w) {
-    const struct problem *p = c->p;
     struct extra_row rows[MAX_LANES];
     struct lane_masks masks;
     if (!tile->hides)
         return NULL;
-    struct query_row row = query_row_at(t, b->first_row);
-    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row))
-        rows[lane] = extra_row_at(p, t->b, row.h, row.i);
-    find_masks(&masks, t, b);
-    const struct extra_layout layout = {p->bias.dtype, p->bias.stride[3], p->mask.stride[3]};
+    find_masks(&masks, t, &b->rows, b->first_row);
+    const struct extra_layout layout = find_extra(rows, t, &b->rows, b->first_row);
     c->body->load_extra(w->extra, rows, &layout, &masks, &b->rows, tile->first_key, tile->n,
                         w->rows);
     return w->extra;
@@ -297,20 +272,10 @@ static const float *load_extra(const struct call *c, const struct task *t,
 
 static const float *draw(const struct call *c, const struct task *t, const struct backward_block *b,
                          const struct backward_tile *tile, struct scratch *w) {
-    const struct problem *p = c->p;
+    struct dropout dropout;
     if (!tile->drops)
         return NULL;
-    struct dropout dropout = {
-        .threshold = (uint64_t)ceil(p->dropout_probability * 0x1p32),
-        .factor = tile->factor,
-        .key = {(uint32_t)p->dropout_seed,
-                (uint32_t)(p->dropout_seed >> 32) ^ (uint32_t)(p->dropout_offset >> 32)},
-        .stream = (uint32_t)p->dropout_offset};
-    struct query_row row = query_row_at(t, b->first_row);
-    for (int32_t lane = 0; lane < b->rows.rows; lane++, next_query_row(t, &row)) {
-        dropout.row[lane] = (uint32_t)row.i;
-        dropout.head[lane] = (uint32_t)(t->b * p->heads_q + row.h);
-    }
+    find_dropout(&dropout, t, &b->rows, b->first_row, tile->factor);
     c->body->draw(w->keep, &dropout, &b->rows, tile->first_key, tile->n);
     return w->keep;
 }
@@ -329,7 +294,7 @@ static struct backward_tile tile_at(const struct call *c, const struct keys *k, 
         .dim_qk = p->dim_qk,
         .dim_v = p->dim_v,
         .scale = score_scale(p),
-        .factor = (float)(1 / (1 - p->dropout_probability)),
+        .factor = kept_factor(p),
         .hides = p->bias.data || has_mask(p),
         .drops = p->dropout_probability > 0,
         .d_logits = p->d_alibi_slopes.data || p->d_bias.data,

@@ -37,24 +37,6 @@ struct backward_block {
     bool finite;                /* query and d_output */
 };
 
-/* The masks that forward's rows lack, for the lanes of a block. */
-struct lane_masks {
-    bool segments, blocks;
-    uint32_t segment[MAX_LANES];
-    const char *key_segments; /* of key 0 */
-    int64_t key_segment_stride;
-    const uint8_t *states[MAX_LANES]; /* of the block mask, of key 0 */
-    int64_t state_stride, block_k;
-};
-
-/* What dropout draws from: words of philox for (key / 4, row, sequence and head, stream). */
-struct dropout {
-    uint64_t threshold; /* words below it drop their weight */
-    float factor;       /* of a weight that is kept */
-    uint32_t key[2], stream;
-    uint32_t row[MAX_LANES], head[MAX_LANES];
-};
-
 struct backward_tile {
     struct operand key, value;
     int64_t first_key;
@@ -113,8 +95,8 @@ struct backward_body {
     struct operand (*load_value)(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                  enum dtype dtype);
     bool (*finite)(const struct operand *rows, int32_t n, int64_t dim);
-    /* Bias and masks as extra logits, [key][lane]. scratch: lanes * (n, padded, and a vector). */
-    void (*load_extra)(float *extra, const struct extra_row *rows,
+    /* As forward's. */
+    bool (*load_extra)(float *extra, const struct extra_row *rows,
                        const struct extra_layout *layout, const struct lane_masks *masks,
                        const struct block *b, int64_t first_key, int32_t n, float *scratch);
     void (*draw)(float *keep, const struct dropout *dropout, const struct block *b,

@@ -58,4 +58,39 @@ void point_at_rows(char **rows, const struct view *v, const struct task *t, int6
 void start_block(struct block *b, const struct task *t, int64_t first, int32_t count,
                  int32_t vector_lanes);
 
+/* Segments and block mask, for the lanes of a block. */
+struct lane_masks {
+    bool segments, blocks;
+    uint32_t segment[MAX_LANES];
+    const char *key_segments; /* of key 0 */
+    int64_t key_segment_stride;
+    const uint8_t *states[MAX_LANES]; /* of the block mask, of key 0 */
+    int64_t state_stride, block_k;
+};
+
+/* Those of the block of rows from first_row on. */
+void find_masks(struct lane_masks *m, const struct task *t, const struct block *b,
+                int64_t first_row);
+
+/* Bias and mask of these rows, in rows[MAX_LANES]. */
+struct extra_layout find_extra(struct extra_row *rows, const struct task *t, const struct block *b,
+                               int64_t first_row);
+
+/* What dropout draws from: words of philox for (key / 4, row, sequence and head, stream). */
+struct dropout {
+    uint64_t threshold; /* words below it drop their weight */
+    float factor;       /* of a weight that is kept */
+    uint32_t key[2], stream;
+    uint32_t row[MAX_LANES], head[MAX_LANES];
+};
+
+/* That of these rows. */
+void find_dropout(struct dropout *d, const struct task *t, const struct block *b, int64_t first_row,
+                  float factor);
+
+/* 1 / (1 - p); 1 without dropout. */
+static inline float kept_factor(const struct problem *p) {
+    return (float)(1 / (1 - p->dropout_probability));
+}
+
 #endif /* DLATTN_CPU_BLOCK_H_ */

@@ -29,7 +29,7 @@ struct call {
 struct scratch {
     struct block *blocks;
     float *scores;
-    float *extra;
+    float *extra, *keep;
     float *key, *value;
     float *rows; /* one block, row-major: on the way in or out */
     /* Copies of what has an inner stride other than 1; the rows are a block's, of query or output. */
@@ -50,14 +50,16 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
                       const struct plan *plan, const struct problem *p) {
     const int64_t lanes = body->lanes, tile_k = body->tile_k, blocks = plan->tile_q / lanes;
     const int64_t words = row_words(body, p->dim_qk), dim_v = round_up(p->dim_v, 16);
-    const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK);
+    const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
+                                      DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK);
     uintptr_t at = (uintptr_t)base;
     w->blocks = carve(&at, blocks * (int64_t)sizeof *w->blocks);
     w->scores = carve(&at, body->score_bytes);
     w->extra = carve(&at, extra ? tile_k * lanes * 4 : 0);
+    w->keep = carve(&at, p->dropout_probability > 0 ? tile_k * lanes * 4 : 0);
     w->key = carve(&at, tile_k * words * 4);
     w->value = carve(&at, tile_k / body->elements_per_word * dim_v * body->terms * 4);
-    w->rows = carve(&at, lanes * most(most(words, dim_v), extra ? tile_k : 0) * 4);
+    w->rows = carve(&at, lanes * most(most(words, dim_v), extra ? tile_k + 16 : 0) * 4);
     for (int n = 0; n < 2; n++)
         w->pointers[n] = carve(&at, 2 * tile_k * (int64_t)sizeof **w->pointers);
     w->key_scale = carve(&at, page_scale_bytes(p, &p->key_scale, tile_k));
@@ -103,19 +105,30 @@ static void pack_block(const struct call *c, const struct task *t, struct block 
     body->pack_query(b, rows, p->dim_qk, p->query.dtype, w->rows);
 }
 
-static const float *load_extra(const struct call *c, const struct task *t, int64_t first_row,
-                               const struct block *b, int64_t first_key, int32_t n,
-                               struct scratch *w) {
-    const struct problem *p = t->p;
-    if (!p->bias.data && !p->mask.data)
-        return NULL;
+/* False if the block sees none of these keys; *extra is NULL where there is nothing extra. */
+static bool load_extra(const float **extra, const struct call *c, const struct task *t,
+                       int64_t first_row, const struct block *b, int64_t first_key, int32_t n,
+                       struct scratch *w) {
     struct extra_row rows[MAX_LANES];
-    struct query_row row = query_row_at(t, first_row);
-    for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
-        rows[lane] = extra_row_at(p, t->b, row.h, row.i);
-    const struct extra_layout layout = {p->bias.dtype, p->bias.stride[3], p->mask.stride[3]};
-    c->body->load_extra(w->extra, rows, &layout, b, first_key, n, w->rows);
-    return w->extra;
+    struct lane_masks masks;
+    *extra = NULL;
+    if (!t->p->bias.data && !has_mask(t->p))
+        return true;
+    find_masks(&masks, t, b, first_row);
+    const struct extra_layout layout = find_extra(rows, t, b, first_row);
+    *extra = w->extra;
+    return c->body->load_extra(w->extra, rows, &layout, &masks, b, first_key, n, w->rows);
+}
+
+/* Which weights dropout leaves; NULL: all. Their factor is the output's. */
+static const float *draw(const struct call *c, const struct task *t, int64_t first_row,
+                         const struct block *b, int64_t first_key, int32_t n, struct scratch *w) {
+    struct dropout dropout;
+    if (t->p->dropout_probability == 0)
+        return NULL;
+    find_dropout(&dropout, t, b, first_row, 1);
+    c->body->draw(w->keep, &dropout, b, first_key, n);
+    return w->keep;
 }
 
 /* Scales of a block's rows where they differ, in to[MAX_LANES], else NULL. */
@@ -138,6 +151,7 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
     const struct problem *p = t->p;
     struct logit_rule rule;
     float query_scale[MAX_LANES];
+    const float *extra;
     struct key_tile tile = {
         .key = *key,
         .value = *value,
@@ -148,18 +162,21 @@ static void attend(const struct call *c, const struct task *t, struct block *b, 
         .scale = score_scale(p),
         .next = next,
     };
+    if (!load_extra(&extra, c, t, first_row, b, first_key, n, w))
+        return;
     if (needs_rule(p)) {
         rule = (struct logit_rule){
             .scale = (float)p->scale,
             .softcap = (float)p->softcap,
             .alibi = p->alibi_slopes.data != NULL,
-            .extra = load_extra(c, t, first_row, b, first_key, n, w),
+            .extra = extra,
             .query_scale = load_query_scale(t, first_row, b, query_scale),
             .key_scale = page_scales(p, &p->key_scale, t->b, t->first_head / t->heads, first_key, n,
                                      w->key_scale),
         };
         tile.rule = &rule;
     }
+    tile.keep = draw(c, t, first_row, b, first_key, n, w);
     c->body->attend(b, &tile, w->scores);
 }
 
@@ -197,8 +214,9 @@ static void finish_block(const struct call *c, const struct task *t, struct bloc
     bool not_finite[MAX_LANES];
     struct query_row row = query_row_at(t, first_row);
     for (int32_t lane = 0; lane < b->rows; lane++, next_query_row(t, &row))
-        factor[lane] = end_row(p, &t->s, t->b, row.h, row.i, b->max[lane], b->sum[lane]);
-    if (b->first >= b->end)
+        factor[lane] =
+            kept_factor(p) * end_row(p, &t->s, t->b, row.h, row.i, b->max[lane], b->sum[lane]);
+    if (b->fresh)
         memset(b->output, 0, (size_t)(round_up(p->dim_v, 16) * c->body->lanes * 4));
     store_rows(c, t, b, first_row, factor, not_finite, w);
     row = query_row_at(t, first_row);

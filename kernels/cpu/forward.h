@@ -34,7 +34,8 @@ struct key_tile {
     int64_t dim_qk, dim_v;
     float scale; /* of scores, or of what the rule makes of them, to units of log2(e) */
     const struct logit_rule *rule; /* or NULL */
-    struct fetch *next;            /* of the next tile; what attend() leaves is fetched after it */
+    const float *keep;  /* [key][lane]: 0 where dropout takes the weight, else 1; or NULL */
+    struct fetch *next; /* of the next tile; what attend() leaves is fetched after it */
 };
 
 struct forward_body {
@@ -58,10 +59,13 @@ struct forward_body {
                                enum dtype dtype);
     struct operand (*load_value)(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                  enum dtype dtype);
-    /* extra[key][lane] from the bias and mask rows of each lane. */
-    void (*load_extra)(float *extra, const struct extra_row *rows,
-                       const struct extra_layout *layout, const struct block *b, int64_t first_key,
-                       int32_t n, float *scratch);
+    /* Bias and masks as extra logits, [key][lane]; false if segments or blocks hide every key from every lane. scratch: lanes *
+     * (n, padded, and a vector). */
+    bool (*load_extra)(float *extra, const struct extra_row *rows,
+                       const struct extra_layout *layout, const struct lane_masks *masks,
+                       const struct block *b, int64_t first_key, int32_t n, float *scratch);
+    void (*draw)(float *keep, const struct dropout *dropout, const struct block *b,
+                 int64_t first_key, int32_t n);
     /* Brings max, sum and output of a block along by the keys of a tile. */
     void (*attend)(struct block *b, const struct key_tile *tile, float *scores);
     /* rows[lane][d] = output * factor[lane], rounded to dtype; not_finite[lane] says what came out.

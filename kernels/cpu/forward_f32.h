@@ -16,8 +16,10 @@ static struct operand load_key(float *to, const struct rows *rows, int32_t n, in
 
 VEC_FN static struct operand load_value(float *to, const struct rows *rows, int32_t n, int64_t dim,
                                         enum dtype dtype) {
-    const struct operand value = load_floats(to, rows, n, dim, dtype);
-    for (int32_t j = 0; rows->scale && j < n; j++) /* such rows lie in pages, so these are copies */
+    if (!rows->scale)
+        return load_floats(to, rows, n, dim, dtype);
+    const struct operand value = widen_rows(to, rows, n, dim, dtype);
+    for (int32_t j = 0; j < n; j++)
         for (float *at = to + j * value.stride; at < to + j * value.stride + dim; at += VEC_LANES)
             vec_store(at, vec_mul(vec_load(at), vec_set(rows->scale[j])));
     return value;

@@ -119,12 +119,29 @@ static void make_scores(float *s, const struct block *b, const struct key_tile *
         apply_bounds(s, b, t->first_key, t->n);
 }
 
+/* Weights, or words of two, that dropout takes become 0. */
+VEC_FN static void drop(float *weights, const struct block *b, const struct key_tile *t) {
+    for (int32_t j = 0; j < t->n; j += PAIRS + 1)
+        for (int32_t v = 0; v < b->vectors; v++) {
+            float *at = weights + j / (PAIRS + 1) * LANES + v * VEC_LANES;
+            const float *kept = t->keep + j * LANES + v * VEC_LANES;
+#if PAIRS
+            vec_store(at, drop_halves(vec_load(at), vec_load(kept),
+                                      j + 1 < t->n ? vec_load(kept + LANES) : vec_set(1)));
+#else
+            vec_store(at, vec_mul(vec_load(at), vec_load(kept)));
+#endif
+        }
+}
+
 static void attend(struct block *b, const struct key_tile *t, float *s) {
     make_scores(s, b, t);
     if (!softmax(s, b, t, false)) {
         make_scores(s, b, t);
         softmax(s, b, t, true);
     }
+    if (t->keep)
+        drop(s, b, t);
     accumulate(b, t, s, !b->fresh);
     b->fresh = false;
 }

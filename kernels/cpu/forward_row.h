@@ -14,6 +14,7 @@ static const struct forward_body body = {
     .load_key = load_key,
     .load_value = load_value,
     .load_extra = load_extra,
+    .draw = draw,
     .attend = attend,
     .store = store,
 };

@@ -8,6 +8,7 @@
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/vec_extra.h"
 #include "kernels/cpu/vec_math.h"
+#include "src/philox.h"
 
 #include <math.h>
 
@@ -51,9 +52,9 @@ VEC_FN static inline struct operand load_floats(float *to, const struct rows *ro
 
 /* ---- Logits ----------------------------------------------------------------------------------------------------- */
 
-VEC_FN static void load_extra(float *extra, const struct extra_row *rows,
-                              const struct extra_layout *layout, const struct block *b,
-                              int64_t first_key, int32_t n, float *scratch) {
+VEC_FN static void load_bias_and_mask(float *extra, const struct extra_row *rows,
+                                      const struct extra_layout *layout, const struct block *b,
+                                      int64_t first_key, int32_t n, float *scratch) {
     const int64_t stride = padded(n, VEC_LANES), lanes = b->vectors * VEC_LANES;
     bool shared = true; /* by all rows, as when keys are padding */
     for (int32_t r = 1; r < b->rows; r++)
@@ -116,6 +117,84 @@ VEC_FN static void apply_bounds(float *s, const struct block *b, int64_t first_k
             vec_store(at, vec_blend(none, vec_load(at),
                                     vec_and(vec_greater(key, low), vec_greater(high, key))));
         }
+    }
+}
+
+/* ---- Masks and dropout ------------------------------------------------------------------------------------------ */
+
+/* As load_extra_row(), with the states of a block mask: it leaves a key to the mask, shows it or hides it. True if it does not
+ * hide all. */
+VEC_FN static bool load_blocks_row(float *to, const struct extra_row *row,
+                                   const struct extra_layout *layout, const uint8_t *states,
+                                   const struct lane_masks *masks, int64_t first_key, int32_t n) {
+    const struct extra_row shown = {.bias = row->bias};
+    bool seen = false;
+    for (int64_t k = first_key, end; k < first_key + n; k = end) {
+        const uint8_t state = states[k / masks->block_k * masks->state_stride];
+        end = least((k / masks->block_k + 1) * masks->block_k, first_key + n);
+        load_extra_row(to + (k - first_key), state == 1 ? row : &shown, layout, k,
+                       (int32_t)(end - k));
+        for (int64_t j = k; state == 0 && j < end; j++)
+            to[j - first_key] = bits_float(HIDDEN_BITS);
+        seen |= state != 0;
+    }
+    return seen;
+}
+
+/* True if some lane has the segment of some key. */
+VEC_FN static bool hide_segments(float *extra, const struct lane_masks *masks,
+                                 const struct block *b, int64_t first_key, int32_t n) {
+    float segment[MAX_LANES];
+    uint32_t seen = 0;
+    memcpy(segment, masks->segment, sizeof segment);
+    for (int32_t j = 0; j < n; j++) {
+        uint32_t of_key;
+        memcpy(&of_key, masks->key_segments + (first_key + j) * masks->key_segment_stride * 4, 4);
+        for (int32_t v = 0; v < b->vectors; v++) {
+            float *at = extra + j * LANES + v * VEC_LANES;
+            const vec_mask same = vec_same_bits(vec_load(segment + v * VEC_LANES), of_key);
+            vec_store(at, vec_blend(vec_set(bits_float(HIDDEN_BITS)), vec_load(at), same));
+            seen |= vec_mask_bits(same);
+        }
+    }
+    return seen != 0;
+}
+
+/* extra[key][lane]; false if segments or blocks hide every key from every lane. */
+VEC_FN static bool load_extra(float *extra, const struct extra_row *rows,
+                              const struct extra_layout *layout, const struct lane_masks *masks,
+                              const struct block *b, int64_t first_key, int32_t n, float *scratch) {
+    const int64_t stride = padded(n, VEC_LANES) + VEC_LANES, lanes = b->vectors * VEC_LANES;
+    bool seen = true;
+    if (masks->blocks) {
+        memset(scratch, 0, (size_t)(lanes * stride * 4));
+        seen = false;
+        for (int32_t r = 0; r < b->rows; r++)
+            seen |= load_blocks_row(scratch + r * stride, &rows[r], layout, masks->states[r], masks,
+                                    first_key, n);
+        transpose_in(extra, scratch, stride, padded(n, VEC_LANES), lanes);
+    } else {
+        load_bias_and_mask(extra, rows, layout, b, first_key, n, scratch);
+    }
+    return (!masks->segments || hide_segments(extra, masks, b, first_key, n)) && seen;
+}
+
+/* kept[key][lane]: see docs/numerics.md. Four keys share the words of a counter. */
+VEC_FN static void draw(float *kept, const struct dropout *dropout, const struct block *b,
+                        int64_t first_key, int32_t n) {
+    const int64_t lanes = b->vectors * VEC_LANES;
+    for (int32_t j = 0; j < n; j += 4) {
+        uint32_t words[4][MAX_LANES];
+        for (int64_t l = 0; l < lanes; l++) {
+            uint32_t x[4] = {(uint32_t)((first_key + j) / 4), dropout->row[l], dropout->head[l],
+                             dropout->stream};
+            philox(x, dropout->key[0], dropout->key[1]);
+            for (int w = 0; w < 4; w++)
+                words[w][l] = x[w];
+        }
+        for (int w = 0; w < at_most(4, n - j); w++)
+            for (int64_t l = 0; l < lanes; l++)
+                kept[(j + w) * LANES + l] = words[w][l] < dropout->threshold ? 0 : dropout->factor;
     }
 }
 

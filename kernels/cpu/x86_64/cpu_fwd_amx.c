@@ -69,11 +69,27 @@ struct attending {
     int32_t from; /* the first key that is not yet in the output */
 };
 
+/* The weights of a step that dropout takes become 0. */
+VEC_INLINE void drop_step(const struct attending *a, int64_t step, int vectors, int terms) {
+    for (int64_t pair = 0; pair < PAIRS; pair++)
+        for (int v = 0; v < vectors; v++) {
+            const int64_t key = step * STEP + pair;
+            const float *kept = a->t->keep + key * LANES + v * VEC_LANES;
+            float *words = a->weights + step * terms * TILE + pair * ROWS + v * a->weight_row;
+            const vec even = key < a->t->n ? vec_load(kept) : vec_set(1),
+                      odd = key + PAIRS < a->t->n ? vec_load(kept + PAIRS * LANES) : vec_set(1);
+            for (int t = 0; t < terms; t++)
+                vec_store(words + t * TILE, drop_halves(vec_load(words + t * TILE), even, odd));
+        }
+}
+
 /* Values of keys [from, to). */
 VEC_INLINE void accumulate(struct attending *a, int32_t to, int vectors, int terms) {
     const struct key_tile *t = a->t;
     const int64_t first = a->from / STEP, steps = padded(to, STEP) / STEP - first;
     if (steps > 0) {
+        for (int64_t step = first; t->keep && step < first + steps; step++)
+            drop_step(a, step, vectors, terms);
         product(a->b->output,
                 (struct tiles){t->value.words + first * terms * TILE, t->value.stride},
                 (struct tiles){a->weights + first * terms * TILE, a->weight_row}, steps,
@@ -219,6 +235,7 @@ VEC_INLINE void attend_terms(struct block *b, const struct key_tile *t, float *s
         .load_key = load_key_##name,                                                               \
         .load_value = load_value_##name,                                                           \
         .load_extra = load_extra,                                                                  \
+        .draw = draw,                                                                              \
         .attend = attend_##name,                                                                   \
         .store = store,                                                                            \
     };

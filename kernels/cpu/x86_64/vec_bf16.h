@@ -30,6 +30,15 @@ VEC_INLINE vec pack_pairs(vec even, vec odd) {
     return high_halves(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high));
 }
 
+/* Words of (even, odd) without the halves whose factor is 0. */
+VEC_INLINE vec drop_halves(vec words, vec even, vec odd) {
+    const vec zero = vec_set(0);
+    const __m512i kept =
+        _mm512_or_si512(_mm512_maskz_set1_epi32(vec_greater(even, zero), 0xffff),
+                        _mm512_maskz_set1_epi32(vec_greater(odd, zero), (int)0xffff0000));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(words), kept));
+}
+
 /* Words of two float8 that follow each other, of n <= 32; absent ones are 0. */
 VEC_INLINE vec pairs_of_float8(const char *p, int64_t n, enum dtype dtype) {
     vec halves[2];
