@@ -142,11 +142,18 @@ static const float *load_extra(const struct call *c, const struct task *t,
     return extra;
 }
 
-static struct row_fetch rows_to_fetch(const struct rows *rows, int64_t first, int32_t n,
-                                      int64_t bytes) {
+/* Variants of a plan: where rows are fetched to. */
+enum { TO_L1_PAGE_BY_PAGE, TO_L2_IN_ORDER };
+
+static struct row_fetch rows_to_fetch(const struct call *c, const struct rows *rows, int64_t first,
+                                      int32_t n, int64_t bytes) {
     enum { PAGE = 4096, MOST_LOG2 = 3 };
-    struct row_fetch f = {.rows = *rows, .first = first, .n = n, .bytes = bytes};
-    if (n == DECODE_TILE_K && !rows->rows && rows->stride == bytes)
+    struct row_fetch f = {.rows = *rows,
+                          .first = first,
+                          .n = n,
+                          .bytes = bytes,
+                          .to_l2 = c->plan->variant == TO_L2_IN_ORDER};
+    if (!f.to_l2 && n == DECODE_TILE_K && !rows->rows && rows->stride == bytes)
         while (f.pages_log2 < MOST_LOG2 && DECODE_TILE_K * bytes > PAGE << f.pages_log2)
             f.pages_log2++;
     return f;
@@ -170,10 +177,10 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
     tile.value.scale =
         page_scales(p, &p->value_scale, t->b, t->kv_head, first_key, n, w->value_scale);
     if (is_dense(&p->value, p->dim_v)) /* a copy is in the cache */
-        tile.values = rows_to_fetch(&tile.value, 0, n, p->dim_v * dtype_bytes(p->value.dtype));
+        tile.values = rows_to_fetch(c, &tile.value, 0, n, p->dim_v * dtype_bytes(p->value.dtype));
     /* Rows in pages are looked up tile by tile. */
     if (!tile.key.rows && is_dense(&p->key, p->dim_qk))
-        tile.keys = rows_to_fetch(&tile.key, n, n_next, p->dim_qk * dtype_bytes(p->key.dtype));
+        tile.keys = rows_to_fetch(c, &tile.key, n, n_next, p->dim_qk * dtype_bytes(p->key.dtype));
     for (int32_t r = 0; r < t->rows; r++)
         tile.bounded |= part->lo[r] > first_key || part->hi[r] < first_key + n;
     if (needs_rule(p)) {
@@ -306,13 +313,14 @@ static size_t done_bytes(const struct problem *p) {
     return (size_t)round_up(heads_of(p) * (int64_t)sizeof(_Atomic int32_t), 64);
 }
 
-bool decode_plan(struct plan *plan, const struct problem *p) {
+bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const int64_t rows = p->len_q * group_of(p);
     /* A full vector of rows and few keys: the forward rows do that without parts and merging. */
     if (rows > MAX_ROWS || (rows > MAX_ROWS / 2 && p->len_k <= LEAST_KEYS) || !options_fit_f32(p))
         return false;
     struct part part;
     struct scratch w;
+    plan->variant = caps->cpu & CPU_FETCHES_TO_L2 ? TO_L2_IN_ORDER : TO_L1_PAGE_BY_PAGE;
     plan->splits = (int32_t)most(1, (p->len_k + part_keys(p) - 1) / part_keys(p));
     plan->threads = (int32_t)most(1, least(plan->threads, heads_of(p) * plan->splits));
     plan->workspace_bytes = done_bytes(p) +

@@ -35,14 +35,15 @@ struct part {
     float position[MAX_ROWS], slope[MAX_ROWS];
 };
 
-/* Rows of a tile to be fetched into the first-level cache one by one beside other work. Those of a whole tile that lie side
- * by side are taken from each of its pages in turn: the hardware reads ahead within a page by itself, and so in all of
- * them at once. */
+/* Rows of a tile to be fetched one by one beside other work, into the first-level cache or, with to_l2, the second. Those of a
+ * whole tile that lie side by side are taken from each of 2^pages_log2 pages in turn, where the hardware reads ahead within a
+ * page by itself, and so in all of them at once. */
 struct row_fetch {
     struct rows rows;
     int64_t first, bytes; /* of a row */
     int32_t n, done;
     int32_t pages_log2;
+    bool to_l2;
 };
 
 static inline void fetch_next(struct row_fetch *f) {
@@ -51,8 +52,13 @@ static inline void fetch_next(struct row_fetch *f) {
     const int32_t j = f->done++, page = j & ((1 << f->pages_log2) - 1);
     const int64_t row = f->first + page * (DECODE_TILE_K >> f->pages_log2) + (j >> f->pages_log2);
     const char *at = row_at(&f->rows, row);
-    for (int64_t byte = 0; byte < f->bytes; byte += 64)
-        __builtin_prefetch(at + byte, 0, 3);
+    const char *const end = at + f->bytes;
+    if (f->to_l2)
+        for (; at < end; at += 64)
+            __builtin_prefetch(at, 0, 2);
+    else
+        for (; at < end; at += 64)
+            __builtin_prefetch(at, 0, 3);
 }
 
 /* Keys [first_key, first_key + n) of it, n <= DECODE_TILE_K. */
@@ -78,7 +84,7 @@ struct decode_body {
     void (*attend)(const struct part *part, struct part_tile *tile);
 };
 
-bool decode_plan(struct plan *plan, const struct problem *p);
+bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *caps);
 int32_t decode_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
                       const struct decode_body *body);
 

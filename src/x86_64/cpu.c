@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 const struct cpu_set cpu_sets[] = {
-    {CPU_AVX2, "avx2"},
+    {CPU_AVX2 | CPU_FETCHES_TO_L2, "avx2"},
     {CPU_AVX512, "avx512"},
     {CPU_AVX512BF16 | CPU_FAST_AVX512BF16, "avx512bf16"},
     {CPU_AMX_BF16, "amx_bf16"},
@@ -45,7 +45,7 @@ uint32_t cpu_detect(void) {
     const uint64_t saved = xcr0();
     if (!__get_cpuid_count(7, 0, &a, &b7, &c, &d7) || !all(b7, bit_AVX2) || (saved & 0x6) != 0x6)
         return 0;
-    found |= CPU_AVX2;
+    found |= CPU_AVX2 | (is_amd() ? CPU_FETCHES_TO_L2 : 0);
     if (!__get_cpuid_count(7, 1, &a71, &b, &c, &d))
         a71 = 0;
     if (!all(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) ||

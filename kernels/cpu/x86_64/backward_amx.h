@@ -7,18 +7,14 @@
  *     d_value, d_key       weights, d_weights, tiles of  d_output, query, tiles of 32 lanes x 16 d
  *                          16 keys x 32 lanes
  *
- * A word is two elements 16 lanes or keys apart, so that no vector is shuffled. Sums over lanes take all of them, whoever sees
- * the key: numbers that are not finite are left to the row that stands in.
- *
- * There is one walk over the keys: tiles multiply so fast that keeping a tile's weights costs more than what lse and output, as
- * they were rounded, take from their accuracy, which is less than the rounding of the elements does.
+ * A word is two elements 16 lanes or keys apart, so that no vector is shuffled.
  */
 #include "kernels/cpu/x86_64/amx.h"
 
-ROW_FUNCTIONS(cpu_bwd_avx512);
+#define EXP2_EACH(x, count) exp2_for_terms(x, count, TERMS)
+#include "kernels/cpu/x86_64/backward_one_walk.h"
 
-#define STAND_IN(function) cpu_bwd_avx512_##function
-enum { STEP_D = STEP, FINITE_ONLY = true, ONE_WALK = true };
+enum { STEP_D = STEP };
 enum { PACKED = TILE_K * LANES / 2 * TERMS, PACKED_BYTES = 3 * PACKED * 4 };
 enum { KEY_STEPS = TILE_K / STEP, LANE_STEPS = LANES / STEP };
 
@@ -60,17 +56,6 @@ VEC_FN static struct operand load_value(float *to, const struct rows *rows, int3
                                         enum dtype dtype) {
     (void)dtype;
     return load_tiles(to, rows, n, dim, false);
-}
-
-/* Whether no half of a word is NaN or infinity. */
-VEC_FN static bool finite_words(const float *words, int64_t n) {
-    const __m512i exponent = _mm512_set1_epi16(0x7f80);
-    __mmask32 found = 0;
-    for (int64_t i = 0; i < n; i += VEC_LANES) {
-        const __m512i x = _mm512_and_si512(_mm512_loadu_si512(words + i), exponent);
-        found |= _mm512_cmpeq_epi16_mask(x, exponent);
-    }
-    return !found;
 }
 
 static bool finite_rows(const struct operand *rows, int32_t n, int64_t dim) {
@@ -209,49 +194,6 @@ VEC_FN static void add_products(struct backward_block *b, const struct backward_
 }
 
 /* ---- Weights -------------------------------------------------------------------------------- */
-
-static void end_weights(struct backward_block *b, const struct backward_tile *t) {
-    (void)b, (void)t; /* they stay scores until they are P */
-}
-
-VEC_INLINE void differentiate_of(const struct backward_block *b, const struct backward_tile *t,
-                                 bool plain, int vectors) {
-    const vec scale = vec_set(t->scale), zero = vec_set(0), none = vec_set(-INFINITY);
-    vec minus[VECTORS], delta[VECTORS];
-#pragma clang loop unroll(full)
-    for (int v = 0; v < vectors; v++) {
-        minus[v] = vec_load(b->rows.minus + v * VEC_LANES);
-        delta[v] = vec_load(b->delta + v * VEC_LANES);
-    }
-    for (int32_t j = 0; j < t->n; j++) {
-        vec w[VECTORS];
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++)
-            w[v] = vec_fma(vec_load(t->weights + j * LANES + v * VEC_LANES), scale, minus[v]);
-        exp2_for_terms(w, vectors, TERMS);
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) {
-            const int64_t at = j * LANES + v * VEC_LANES;
-            vec weight = w[v], d_weight = vec_load(t->d_weights + at);
-            if (!plain && t->drops) {
-                const vec keep = vec_load(t->keep + at);
-                d_weight = vec_blend(vec_mul(d_weight, keep), zero, vec_equal(keep, zero));
-                weight = vec_mul(weight, keep);
-            }
-            vec d_logit = vec_mul(w[v], vec_sub(d_weight, delta[v]));
-            if (!plain) {
-                const vec_mask hidden = vec_equal(vec_load(t->weights + at), none);
-                weight = vec_blend(weight, zero, hidden);
-                d_logit = vec_blend(d_logit, zero, hidden);
-                if (t->cap_slopes) /* that of a hidden NaN is NaN */
-                    vec_store(t->cap_slopes + at,
-                              vec_blend(vec_load(t->cap_slopes + at), zero, hidden));
-            }
-            vec_store(t->weights + at, weight);
-            vec_store(t->d_weights + at, d_logit);
-        }
-    }
-}
 
 /* Of keys j and j + PAIRS, vectors v and v + 1. */
 VEC_INLINE int64_t at_pair(int32_t j, int v, int i) {

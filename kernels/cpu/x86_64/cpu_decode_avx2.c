@@ -7,8 +7,7 @@
 ROW_FUNCTIONS(cpu_decode_avx2);
 
 bool cpu_decode_avx2_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    (void)caps;
-    return decode_plan(plan, p);
+    return decode_plan(plan, p, caps);
 }
 
 int32_t cpu_decode_avx2_launch(const struct plan *plan, const struct problem *p,
