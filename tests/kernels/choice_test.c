@@ -50,8 +50,8 @@ static rows backward_f32 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512"
                             "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_avx512"};
 static rows backward_f16 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
                             "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_amx_f16"};
-static rows backward_bf16 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
-                             "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_amx"};
+static rows backward_bf16 = {BACKWARD_REF,     "cpu_bwd_avx2",       "cpu_bwd_avx512",
+                             "cpu_bwd_avx512", "cpu_bwd_avx512bf16", "cpu_bwd_amx"};
 
 static const char *row_of(const struct test_case *from, uint32_t cpu, const char *kernel) {
     const struct caps caps = {.cpu = cpu, .threads = 2};
@@ -113,23 +113,22 @@ Test(choice, shapes) {
     }
 }
 
-/* Of what came after 1.0, the rows that widen have float8 and scales. */
-static bool is_for_the_reference(const struct features *f, enum element e) {
-    const bool others = f->diagonal_offset != 0 || f->segments || f->block_q > 0 || f->dropout > 0;
-    return others || (e == F64 && features_have_8_bits(f));
+/* What came after 1.0 and neither f64 nor decoding has in a row of its own. */
+static bool is_later(const struct features *f) {
+    return f->diagonal_offset != 0 || f->segments || f->block_q > 0 || f->dropout > 0;
 }
 
-/* No option of ABI 1.0, no float8, no scale and no layout takes a problem away from its row. */
+/* No option, no float8, no scale and no layout takes a problem away from its row; f64's have those of ABI 1.0. */
 Test(choice, features) {
     for (int n = 0; n < feature_set_count; n++) {
+        const struct features *f = &feature_sets[n];
         for (enum element e = F64; e <= BF16; e++) {
-            const struct test_case many = {{2, 8, 2, 20, 50, 64, 64}, feature_sets[n], e, 3},
-                                   few = {{2, 4, 2, 2, 50, 64, 64}, feature_sets[n], e, 3};
-            const bool refer = is_for_the_reference(&feature_sets[n], e);
+            const struct test_case many = {{2, 8, 2, 20, 50, 64, 64}, *f, e, 3},
+                                   few = {{2, 4, 2, 2, 50, 64, 64}, *f, e, 3};
+            const bool later = is_later(f), refer = e == F64 && (later || features_have_8_bits(f));
             expect_rows(&many, refer ? reference : forward_rows(e));
-            if (!refer &&
-                !feature_sets[n].varlen_q) /* whose rows may be as many as all sequences have */
-                expect_rows(&few, e == F64 ? f64 : decode);
+            if (!refer && !f->varlen_q) /* whose rows may be as many as all sequences have */
+                expect_rows(&few, later || e == F64 ? forward_rows(e) : decode);
         }
     }
 }

@@ -179,14 +179,16 @@ static void add_key(const struct row *r, int64_t j, double size) {
     const double factor = r->factor[j], *values = r->value[j];
     for (int64_t d = 0, dim = r->call->made_from.shape.dim_v; d < dim; d++) {
         struct sums *s = &r->sums[d];
-        const double value = scaled_value(factor, values[d]),
-                     moved = weight * size * (value - s->output);
+        const long double value = scaled_value(factor, values[d]),
+                          moved = weight * size * (value - s->output);
         s->values += weight * value * weight * value;
         s->rounded += lost * value * lost * value;
         s->scored += moved * moved;
-        s->tiny += tiny ? fabs(weight * value) : 0;
+        s->tiny += tiny ? fabs(weight * (double)value) : 0;
     }
 }
+
+static double root(long double x) { return (double)sqrtl(x); }
 
 /* The terms stand in docs/numerics.md, "The bound". */
 static double output_bound(const struct row *r, const struct sums *s, int64_t seen) {
@@ -194,8 +196,8 @@ static double output_bound(const struct row *r, const struct sums *s, int64_t se
     const bool rounds = of_weights == F16 || of_weights == BF16 || of_weights == E4M3;
     const double size = fabs(s->output),
                  weights =
-                     factor_rounding(of_weights, size) + (rounds ? WALK * sqrt(s->rounded) : 0),
-                 sums = sqrt((double)seen) * (sqrt(s->values) + size) + sqrt(s->scored),
+                     factor_rounding(of_weights, size) + (rounds ? WALK * root(s->rounded) : 0),
+                 sums = sqrt((double)seen) * (root(s->values) + size) + root(s->scored),
                  bound = rounding(e, size) + weights + WALK * epsilon_of_sums(r) * sums + s->tiny;
     return e == F64 ? 2 * bound : bound; /* the reference misses as much */
 }

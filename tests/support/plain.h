@@ -7,10 +7,11 @@
 /* One element of a row's output, and the sums of squares that its errors come from. */
 struct sums {
     double output;
-    double values;  /* weighted values */
-    double rounded; /* what they lose when the weights are rounded to the element type */
-    double scored;  /* what they move by for a score that is off by its size */
-    double tiny;    /* what those have whose weights may count as 0 */
+    /* Squares, which of f64's weights may be below what a double holds. */
+    long double values;  /* weighted values */
+    long double rounded; /* what they lose when the weights are rounded to the element type */
+    long double scored;  /* what they move by for a score that is off by its size */
+    double tiny;         /* what those have whose weights may count as 0 */
 };
 
 /* The row, and room for what is computed of it. */
