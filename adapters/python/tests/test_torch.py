@@ -876,7 +876,7 @@ def test_meta_device():
 @by_both
 def test_operator():
     tensors = [x.requires_grad_() for x in make()]
-    options = (None,) * 9 + (None, 0.0, -1, -1, True, 0, 0, 0, 0.0, None)
+    options = (None,) * 12 + (None, 0.0, -1, -1, True, 0, 0, 0, 0, 0, 0.0, None)
     torch.library.opcheck(torch.ops.dlattn.forward.default, (*tensors, *options))
     output, lse = torch.ops.dlattn.forward(*tensors, *options)
     upstream = (torch.randn_like(x).requires_grad_() for x in (output, lse))
