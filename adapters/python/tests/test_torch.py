@@ -196,7 +196,7 @@ EXTRA = {
         "causal": True,
     },
     "block_mask": {
-        "block_mask": torch.tensor([[1, 2], [0, 1], [2, 0]], dtype=torch.uint8).expand(2, 1, -1, -1),
+        "block_mask": torch.tensor([[[[1, 2], [0, 1], [2, 0]]]] * 2, dtype=torch.uint8),
         "block_size": (3, 5),
         "mask": torch.rand(2, 1, 7, 9) < 0.6,
     },
