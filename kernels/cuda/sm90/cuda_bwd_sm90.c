@@ -64,7 +64,7 @@ static int64_t row_tiles(const struct problem *p) {
 
 /* The walk of sm90_bwd_params: the first tasks find their units prepared; when a unit is to be finished, blocks have come so many
  * tasks further that its own are done; and slots are free again some tasks before they are needed. */
-enum { TASKS_AHEAD = 132, TASKS_BEHIND = 448, TASKS_SPARE = 160 };
+enum { TASKS_AHEAD = 132, TASKS_BEHIND = 448, TASKS_BEHIND_64 = 340, TASKS_SPARE = 160 };
 
 struct walk {
     int64_t units, ahead, behind, slots;
@@ -73,22 +73,22 @@ struct walk {
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* A walk over units of so many tasks. */
-static struct walk walk_over(const struct problem *p, int64_t tasks) {
+static struct walk walk_over(const struct problem *p, int32_t dim, int64_t tasks) {
     struct walk w = {.units = p->batch * p->heads_kv};
     w.ahead = least(ceil_divide(TASKS_AHEAD, tasks), w.units);
-    w.behind = least(ceil_divide(TASKS_BEHIND, tasks), w.units);
+    w.behind = least(ceil_divide(dim > 64 ? TASKS_BEHIND : TASKS_BEHIND_64, tasks), w.units);
     w.slots = least(w.behind + ceil_divide(TASKS_SPARE, tasks), w.units);
     return w;
 }
 
 /* Packed sequences have the tasks of one of mean length, unless their slots, each as long as the longest, would take more than twice
  * what sums of all rows do. */
-static struct walk walk_of(const struct problem *p) {
+static struct walk walk_of(const struct problem *p, int32_t dim) {
     const int64_t mean = p->total_k > 0 ? ceil_divide(p->total_k, p->batch) : p->len_k;
-    const struct walk w = walk_over(p, ceil_divide(mean, SM90_BWD_TILE_K));
+    const struct walk w = walk_over(p, dim, ceil_divide(mean, SM90_BWD_TILE_K));
     const bool small =
         w.slots * ceil_divide(p->len_q, SM90_BWD_TILE_Q) <= 2 * p->heads_kv * row_tiles(p);
-    return small ? w : walk_over(p, ceil_divide(p->len_k, SM90_BWD_TILE_K));
+    return small ? w : walk_over(p, dim, ceil_divide(p->len_k, SM90_BWD_TILE_K));
 }
 
 /* How many rows see a key, more or less. */
@@ -119,8 +119,9 @@ static size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 static struct parts parts_of(const struct problem *p, const struct tile *t) {
     const int64_t facts = p->batch * p->heads_kv * (SM90_BWD_KEYS + t->dim_qk) + SM90_BWD_COUNTERS;
     const size_t tiles_of_heads = (size_t)(p->heads_q * row_tiles(p));
-    const size_t tiles_of_slots = (size_t)(walk_of(p).slots * (p->heads_q / p->heads_kv) *
-                                           ceil_divide(p->len_q, SM90_BWD_TILE_Q));
+    const size_t tiles_of_slots =
+        (size_t)(walk_of(p, t->dim_qk).slots * (p->heads_q / p->heads_kv) *
+                 ceil_divide(p->len_q, SM90_BWD_TILE_Q));
     return (struct parts){
         .facts = round_up((size_t)facts * 4),
         .rows = round_up(tiles_of_heads * SM90_BWD_ROW_BYTES),
@@ -273,13 +274,13 @@ static void fill_problem(struct sm90_bwd_params *params, const struct problem *p
 }
 
 static void fill_workspace(struct sm90_bwd_params *params, const struct problem *p,
-                           const struct parts *parts, int64_t dim, char *workspace) {
+                           const struct parts *parts, int32_t dim, char *workspace) {
     params->facts = (uint32_t *)workspace;
     params->next = (int32_t *)params->facts + p->batch * p->heads_kv * (SM90_BWD_KEYS + dim);
     params->rows = workspace + parts->facts;
     params->sums = (int32_t *)(workspace + parts->facts + parts->rows);
     params->tiles = (int32_t)row_tiles(p);
-    const struct walk w = walk_of(p);
+    const struct walk w = walk_of(p, dim);
     params->units = (int32_t)w.units;
     params->ahead = (int32_t)w.ahead;
     params->behind = (int32_t)w.behind;
