@@ -387,6 +387,31 @@ def check_torch() -> None:
         stream.synchronize()
         check("DLPack methods", numpy(out), numpy(theirs(*wide(x))), 4e-3)
 
+    def documents() -> None:
+        """Three in a sequence, by numbers and by blocks, beside a mask: output and gradients."""
+        length = 300
+        number = (torch.arange(length, device="cuda") >= 64).int()
+        number[192:] = 2
+        mask = number[:, None] == number
+        blocks = 2 * mask[::4, ::4].to(torch.uint8)[None, None]
+        for name, tolerance in {"bfloat16": 0.03, "float32": 1e-4}.items():
+            x = tensors((2, 4, 2, length, length, 64, False), getattr(torch, name))
+            numbers = number.expand(2, -1)
+            for what, options in (
+                ("segments", {"query_segments": numbers, "key_segments": numbers}),
+                ("block mask", {"block_mask": blocks, "block_size": (4, 4)}),
+            ):
+
+                def by_option(*x: Any, enable_gqa: bool, options: Any = options) -> Any:
+                    return dlattn.torch.attention(*x, **options)
+
+                found = [by_option(*x, enable_gqa=True), *run(by_option, x)]
+                by_mask = partial(theirs, attn_mask=mask)
+                expected = [by_mask(*wide(x), enable_gqa=True), *run(by_mask, wide(x))]
+                for letter, a, b in zip("oqkv", found, expected):
+                    bound = tolerance * max(1.0, float(b.abs().max()))
+                    check(f"torch {name} {what} {letter}", numpy(a), numpy(b), bound)
+
     def dropout() -> None:
         """One seed drops the same weights on any device: output and gradients beside the CPU's."""
 
@@ -424,7 +449,7 @@ def check_torch() -> None:
 
     for step in (
         *(forward, strided, float8, masks, gradients, packed_gradients, current_stream, graph),
-        *(gradients_on_a_stream, gradients_in_a_graph, array_interface, dropout),
+        *(gradients_on_a_stream, gradients_in_a_graph, array_interface, documents, dropout),
         *(merging, refusals),
     ):
         attempt(step)
