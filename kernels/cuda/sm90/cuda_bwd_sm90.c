@@ -74,9 +74,10 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* A walk over units of so many tasks. */
 static struct walk walk_over(const struct problem *p, int32_t dim, int64_t tasks) {
+    const bool soon = dim == 64 && p->total_k == 0; /* packed sequences differ too much */
     struct walk w = {.units = p->batch * p->heads_kv};
     w.ahead = least(ceil_divide(TASKS_AHEAD, tasks), w.units);
-    w.behind = least(ceil_divide(dim > 64 ? TASKS_BEHIND : TASKS_BEHIND_64, tasks), w.units);
+    w.behind = least(ceil_divide(soon ? TASKS_BEHIND_64 : TASKS_BEHIND, tasks), w.units);
     w.slots = least(w.behind + ceil_divide(TASKS_SPARE, tasks), w.units);
     return w;
 }
