@@ -1,7 +1,7 @@
 /*
- * What the bodies of all cpu_bwd rows share, over the vectors of vec_*.h. A row's file defines VECTORS, TILE_K and PAIRS (0) as
+ * What the bodies of all cpu_bwd rows share, over the vectors of vec_*.h. A row's file defines VECTORS, TILE_K and PAIRS as
  * those of forward do, and BLOCKS, the blocks that go over the keys together. It includes, after forward_template.h and this
- * file, backward_f32.h or backward_amx.h (operands, products and weights), and backward_row.h.
+ * file, backward_f32.h, backward_amx.h or backward_pairs.h (operands, products and weights), and backward_row.h.
  */
 #include "kernels/cpu/backward.h"
 

@@ -10,8 +10,9 @@ def cuda_rows(name, different):
 
     Args:
       name: of the library.
-      different: for rows that are compiled otherwise, by name: `archs`, `later_archs`, `ptx` and `ptx_of` of their cuda_images; `folders` whose headers
-        they have, too; `parts`, by name, the macros with which a part of the row is compiled into NAME_PART_images.
+      different: for rows that are compiled otherwise, by name: `archs`, `later_archs`, `ptx` and `ptx_of` of their cuda_images;
+        `folders` whose headers they have, too; `parts`, by name, the macros with which a part of the row is compiled into
+        NAME_PART_images.
     """
     targets = []
     for src in native.glob(["*/*.cu"]):

@@ -38,7 +38,6 @@ static void expect_right(const char *row, const struct test_case *c) {
     cr_expect(v.outcome == PASSED, "%s: %s", row, v.text);
 }
 
-/* The call's gradients into its images. */
 static void *workspace_of(const dlattn_sku *sku) {
     void *workspace = aligned_alloc(64, (sku->workspace_bytes + 64) / 64 * 64);
     memset(workspace, 0xff, sku->workspace_bytes);
@@ -59,6 +58,7 @@ static void run_forward(struct call *c) {
     free(workspace);
 }
 
+/* The call's gradients into its images. */
 static void run(struct call *c, const char *row, int32_t threads) {
     const dlattn_api *api = test_api();
     dlattn_sku sku = {.struct_size = sizeof sku};
