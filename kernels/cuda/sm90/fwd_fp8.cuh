@@ -100,66 +100,67 @@ __device__ __forceinline__ Ring<C::STAGES> loaded_ring(const Shared<C> &s) {
 
 // A warp's part of a V tile, from [key][column] to [column][key], both in rows of 128 bytes and swizzled. Of 16 columns the even ones
 // come before the odd ones; of 16 keys, 4 i, 4 i + 1 .. are those that a thread i of four has weights of: 2 i, 2 i + 1, 2 i + 8,
-// 2 i + 9. Either is what ldmatrix and a byte permutation give. Several loads are under way at a time: one after the other would
-// wait for each.
+// 2 i + 9. Either is what ldmatrix and a byte permutation give. Addresses differ by constants and by what is swizzled, which are
+// exclusive ors: the tensor cores wait for the slowest of four warps, so whatever is done here is missed by the consumers beside it.
 template <class C>
 __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int warp) {
-    constexpr int LOADS = C::TILE_K % 128 == 0 ? 4 : 2; // of 32 keys each
     const int lane = threadIdx.x % 32, row = lane % 8;
-    const uint32_t key = from + 128 * lane, column = to + 128 * (row + lane / 8 % 2 * 8);
+    const uint32_t key = from + 128 * lane + 16 * row,
+                   column = to + 128 * (lane % 16) + ((lane / 16 ^ row) << 4);
 #pragma unroll 1
     for (int c = warp; c < C::DIM_V / 16; c += C::TRANSPOSERS) {
-#pragma unroll 1
-        for (int first = 0; first < C::TILE_K / 32; first += LOADS) {
-            const uint32_t load = key + c / 8 * C::KEY_COLUMN + first * 32 * 128 +
-                                  ((c % 8 ^ row) << 4),
-                           store = column + first / 4 * C::VALUE_COLUMN + c * 16 * 128;
-            uint32_t w[LOADS][4];
+        const uint32_t load = (key ^ c % 8 << 4) + c / 8 * C::KEY_COLUMN,
+                       store = column + c * 16 * 128;
 #pragma unroll
-            for (int i = 0; i < LOADS; i++)
-                load_matrices_transposed(w[i], load + i * 32 * 128);
+        for (int first = 0; first < C::TILE_K / 32; first += 2) {
+            uint32_t w[2][4];
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) {
+            for (int i = 0; i < 2; i++)
+                load_matrices_transposed(w[i], load + (first + i) * 32 * 128);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
                 const uint32_t turned[4] = {
                     __byte_perm(w[i][0], w[i][1], 0x6420), __byte_perm(w[i][0], w[i][1], 0x7531),
                     __byte_perm(w[i][2], w[i][3], 0x6420), __byte_perm(w[i][2], w[i][3], 0x7531)};
-                store_matrices(store + ((2 * (first % 4 + i) + lane / 16 ^ row) << 4), turned);
+                store_matrices((store ^ (first + i) % 4 << 5) + (first + i) / 4 * C::VALUE_COLUMN,
+                               turned);
             }
         }
     }
 }
 
-// The transposers, whose first one also brings the values: those of a tile before it transposes those of the tile before.
 template <class C>
-__device__ __forceinline__ void produce_values(const sm90_params &p, const Shared<C> &s, int warp) {
-    Ring<C::STAGES> loading = loaded_ring<C>(s), loaded = loading, values = s.value_ring();
+__device__ __forceinline__ void produce_keys_and_values(const sm90_params &p, const Shared<C> &s) {
+    Ring<C::STAGES> keys = s.key_ring(), values = loaded_ring<C>(s);
     Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
-    const auto transpose = [&] {
-        mbarrier_wait(loaded.full_barrier(), loaded.phase);
-        mbarrier_wait(values.empty_barrier(), values.phase ^ 1);
-        transpose_values<C>(s.base + C::LOADED + loaded.stage * C::LOADED_BYTES,
-                            s.value(values.stage), warp);
-        async_proxy_fence();
-        __syncwarp();
-        release(loaded.empty_barrier());
-        release(values.full_barrier());
-        loaded.advance();
-        values.advance();
-    };
-    bool any = false;
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
         for (int n = t.first_block; n < t.end_block; n++) {
-            if (warp == 0)
-                load_block<C, C::COLUMNS_V>(p, p.value_map,
-                                            s.base + C::LOADED + loading.stage * C::LOADED_BYTES,
-                                            loading, block_of(p, t, n));
-            if (any)
-                transpose();
-            any = true;
+            const Block block = block_of<C>(p, t, n);
+            load_block<C, C::COLUMNS_QK>(p, p.key_map, s.key(keys.stage), keys, block);
+            load_block<C, C::COLUMNS_V>(
+                p, p.value_map, s.base + C::LOADED + values.stage * C::LOADED_BYTES, values, block);
         }
     }
-    if (any)
-        transpose();
+}
+
+template <class C>
+__device__ __forceinline__ void transpose_values(const Shared<C> &s, int warp) {
+    Ring<C::STAGES> loaded = loaded_ring<C>(s), values = s.value_ring();
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+        for (int n = t.end_block - t.first_block; n > 0; n--) {
+            mbarrier_wait(loaded.full_barrier(), loaded.phase);
+            mbarrier_wait(values.empty_barrier(), values.phase ^ 1);
+            transpose_values<C>(s.base + C::LOADED + loaded.stage * C::LOADED_BYTES,
+                                s.value(values.stage), warp);
+            async_proxy_fence();
+            __syncwarp();
+            release(loaded.empty_barrier());
+            release(values.full_barrier());
+            loaded.advance();
+            values.advance();
+        }
+    }
 }
 
 // ---- Consumers ----
@@ -472,11 +473,11 @@ __device__ __forceinline__ void forward_float8(const sm90_params &p) {
     if (warpgroup == 0) {
         registers_decrease<C::PRODUCER_REGISTERS>();
         if (warp == 0)
-            produce_blocks<C, false>(p, s);
+            produce_keys_and_values<C>(p, s);
         else if (warp == 1)
             produce_queries<C>(p, s);
         else
-            produce_values<C>(p, s, warp - 2);
+            transpose_values<C>(s, warp - 2);
     } else {
         registers_increase<C::CONSUMER_REGISTERS>();
         consume<C, Float8Consumer<C>>(p, s, warpgroup - 1);
