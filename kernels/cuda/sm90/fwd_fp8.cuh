@@ -100,8 +100,8 @@ __device__ __forceinline__ Ring<C::STAGES> loaded_ring(const Shared<C> &s) {
 
 // A warp's part of a V tile, from [key][column] to [column][key], both in rows of 128 bytes and swizzled. Of 16 columns the even ones
 // come before the odd ones; of 16 keys, 4 i, 4 i + 1 .. are those that a thread i of four has weights of: 2 i, 2 i + 1, 2 i + 8,
-// 2 i + 9. Either is what ldmatrix and a byte permutation give. Addresses differ by constants and by what is swizzled, which are
-// exclusive ors: the tensor cores wait for the slowest of four warps, so whatever is done here is missed by the consumers beside it.
+// 2 i + 9. Either is what ldmatrix and a byte permutation give. Addresses are constants apart, or an exclusive or
+// where they are swizzled: instructions of these warps hold up the consumers on their schedulers, and a wgmma waits for the slowest of four.
 template <class C>
 __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int warp) {
     const int lane = threadIdx.x % 32, row = lane % 8;
@@ -129,6 +129,7 @@ __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int
     }
 }
 
+// One warp for both: transposers that also brought values had no registers for it, and spilled.
 template <class C>
 __device__ __forceinline__ void produce_keys_and_values(const sm90_params &p, const Shared<C> &s) {
     Ring<C::STAGES> keys = s.key_ring(), values = loaded_ring<C>(s);
@@ -143,8 +144,9 @@ __device__ __forceinline__ void produce_keys_and_values(const sm90_params &p, co
     }
 }
 
+// Values as they are loaded to values as P V takes them.
 template <class C>
-__device__ __forceinline__ void transpose_values(const Shared<C> &s, int warp) {
+__device__ __forceinline__ void produce_transposed_values(const Shared<C> &s, int warp) {
     Ring<C::STAGES> loaded = loaded_ring<C>(s), values = s.value_ring();
     Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
@@ -477,7 +479,7 @@ __device__ __forceinline__ void forward_float8(const sm90_params &p) {
         else if (warp == 1)
             produce_queries<C>(p, s);
         else
-            transpose_values<C>(s, warp - 2);
+            produce_transposed_values<C>(s, warp - 2);
     } else {
         registers_increase<C::CONSUMER_REGISTERS>();
         consume<C, Float8Consumer<C>>(p, s, warpgroup - 1);
