@@ -10,7 +10,8 @@ is what the kernel itself misses. FlashAttention 3 stands beside where its packa
 
 Inputs are those of float8_errors.py: random, normal in all elements, heads 1/8 to 16 times as
 large; outliers, the same with 4 channels of each key 20 times and one of each value 8 times as
-large; long, random with 65536 keys; sink, whose first key has a weight of about a half in each row.
+large; long, random with 65536 keys; positive, the same with values around 2, whose sums grow all the
+time; sink, whose first key has a weight of about a half in each row.
 """
 
 import csv
@@ -20,7 +21,8 @@ import torch
 from gpu_bench import common_columns, flash_attention_3
 
 HEADS, DIM = 8, 128
-INPUTS = {"random": 2048, "outliers": 2048, "long": 65536, "sink": 4096}  # keys, of 512 rows
+# Keys, of 512 rows.
+INPUTS = {"random": 2048, "outliers": 2048, "long": 65536, "positive": 65536, "sink": 4096}
 HEAD = ("date", "commit", "device", "input", "Lk", "dtype", "scales", "output", "impl")
 HEAD += ("whole", "row")
 E4M3 = torch.float8_e4m3fn
@@ -36,6 +38,8 @@ def make(name):
         key[..., :4] *= 20
         query[..., :4] /= 20
         value[..., 0] *= 8
+    if name == "positive":
+        value += 2
     if name == "sink":
         query[..., 0] = 8
         key[..., 0] = 0

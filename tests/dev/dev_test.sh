@@ -31,6 +31,10 @@ says "a failure" 1 '^2 passed, 1 failed, 0 skipped$' "$passes; suite_fake_fails(
 says "a skip, and why" 0 '^skipped 3: no such device$' "$passes; suite_fake_skips() { skip 3 'no such device'; }"
 says "skips are in the totals" 0 '^2 passed, 0 failed, 3 skipped$' "$passes; suite_fake_skips() { skip 3 x; }"
 
+says "both of two at once" 0 '^5 passed, 0 failed, 0 skipped$' \
+    "suite_fake_two() { at_once 'sleep 0.1; count passed 4' 'count passed 1'; }"
+says "what one of two says" 0 '^first$' "suite_fake_two() { at_once 'sleep 0.1; echo first; count passed 1' 'echo second'; }"
+
 # Each of these dies, and what it counted before is kept; the suite after it runs.
 dies() { says "$1" 1 '^5 passed, 1 failed, 0 skipped$' "suite_fake_dies() { count passed 3; $2; count passed 9; }; $passes"; }
 dies "a command in the middle fails" 'false'
@@ -42,6 +46,8 @@ dies "it gives up" 'fail "no more"'
 dies "it returns early with an error" 'return 1'
 dies "it exits as if all were well" 'exit 0'
 dies "it is killed" 'kill -9 $BASHPID'
+dies "one of two at once dies" 'at_once "sleep 0.1; false; count passed 9" true'
+dies "the other of them" 'at_once true "f() { false; echo on; }; f"'
 dies "a variable is not set" 'echo "$no_such_variable"'
 says "it dies before it counts anything" 1 '^2 passed, 1 failed, 0 skipped$' "suite_fake_dies() { false; }; $passes"
 says "it counts nothing" 1 '^2 passed, 1 failed, 0 skipped$' "suite_fake_empty() { :; }; $passes"

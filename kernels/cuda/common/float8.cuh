@@ -60,16 +60,22 @@ __device__ __forceinline__ float scale_at(const fwd_view &v, int b, int h) {
     return v.data ? ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] : 1;
 }
 
-// Four floats as e4m3, the first in the lowest byte; what is beyond 448 becomes that. From sm_89 on.
-__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
-    uint32_t r;
-    asm("{\n.reg .b16 low, high;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}\n"
-        : "=r"(r)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
+// Two floats as e4m3, the first in the lower byte; what is beyond 448 becomes that. From sm_89 on.
+__device__ __forceinline__ uint16_t pack_two_e4m3(float a, float b) {
+    uint16_t r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(r) : "f"(a), "f"(b));
     return r;
+}
+
+__device__ __forceinline__ uint32_t join(uint16_t low, uint16_t high) {
+    uint32_t r;
+    asm("mov.b32 %0, {%1, %2};" : "=r"(r) : "h"(low), "h"(high));
+    return r;
+}
+
+// Four.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+    return join(pack_two_e4m3(a, b), pack_two_e4m3(c, d));
 }
 
 // Stores four neighbouring columns.

@@ -188,15 +188,23 @@ struct Consumer {
         }
     }
 
-    // Weights that came out above the range of E are brought back, and the top with them. Rare: scores that exceed
-    // their row's first ones by 2^14. A weight that overflowed f32 stays infinite; store_rows() sees to it.
-    __device__ __forceinline__ void limit(float (&part)[2], float (&factor)[2]) {
-        constexpr float LIMIT = 16384.f;
-        factor[0] = factor[1] = 1.f;
+    // What a thread's sum of a key tile's weights may come to, and the exponent that one beyond it is brought back to. No float8 weight
+    // exceeds the sum that it is in, so that none saturates.
+    static constexpr float LIMIT = C::IS_FLOAT8 ? 448.f : 16384.f;
+    static constexpr int LIMITED_LOG2 = C::IS_FLOAT8 ? 6 : 0;
+
+    __device__ __forceinline__ bool is_outside(const float (&part)[2]) const {
         bool outside = part[0] > LIMIT || part[1] > LIMIT;
         if (C::HAS_ALIBI)
             outside |= sum[0] + part[0] < ALIBI_LEAST || sum[1] + part[1] < ALIBI_LEAST;
-        if (__builtin_expect(!__any_sync(~0u, outside), true))
+        return outside;
+    }
+
+    // Weights that came out above the range of E are brought back, and the top with them. Rare: scores that exceed
+    // their row's first ones by 2^14. A weight that overflowed f32 stays infinite; store_rows() sees to it.
+    __device__ __forceinline__ void limit(float (&part)[2], float (&factor)[2]) {
+        factor[0] = factor[1] = 1.f;
+        if (__builtin_expect(!__any_sync(~0u, is_outside(part)), true))
             return;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -213,7 +221,7 @@ struct Consumer {
                 }
             }
             if (moves) {
-                const int exponent = min((__float_as_int(most) >> 23) - 127, 126);
+                const int exponent = min((__float_as_int(most) >> 23) - 127, 126) - LIMITED_LOG2;
                 factor[half] = __int_as_float((127 - exponent) << 23);
                 top[half] += exponent;
                 sum[half] *= factor[half];
@@ -720,15 +728,23 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
         if (Rows::IS_DEFERRED)
             pipe.skip_values(skipped);
-        for (n = next_block<C>(p, t, n); n < t.end_block; n = next_block<C>(p, t, n)) {
-            if constexpr (C::HAS_EXPONENTS) {
+        n = next_block<C>(p, t, n);
+        if constexpr (C::HAS_EXPONENTS) {
+            for (; n < t.end_block; n = next_block<C>(p, t, n)) {
                 rows.look(p, t, wg, n);
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
-            } else if (n < t.first_untracked)
+            }
+        } else { // loops of their own: a branch to far code costs a step some 15 cycles
+            const int end_tracked = min(t.first_untracked, t.end_block),
+                      end_whole = min(t.end_whole, t.end_block);
+#pragma unroll 1
+            for (; n < end_tracked; n++)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
-            else if (n < t.end_whole)
+#pragma unroll 1
+            for (; n < end_whole; n++)
                 rows.template step<false, false, false>(p, s, t, n, pipe, t);
-            else
+#pragma unroll 1
+            for (; n < t.end_block; n++)
                 rows.template step<true, false, false>(p, s, t, n, pipe, t);
         }
         if constexpr (C::HAS_ALIBI)

@@ -2,8 +2,10 @@
 // docs/fp8.md says what differs:
 //
 // - wgmma takes 8-bit operands with the summed axis innermost alone, so two warps of the producer transpose V tiles on their way.
-// - Weights are rounded to e4m3 after multiplication by 2^8, below the maximum of the row so far, which is followed at every step.
-// - The tensor cores' own sums keep some 13 bits. Each key tile's P V starts from zero and is added to O in f32.
+// - Weights are rounded to e4m3. A row's largest is 2^8 at first, or at every step where O is not settled; elsewhere limit() keeps sums of
+//   weights, and so each of them, below 448.
+// - The tensor cores' own sums keep some 13 bits. O is added up in f32 from parts of theirs: up to 128 columns of SETTLED_TILES key tiles each,
+//   in shared memory; of more columns from each key tile's, in registers.
 #pragma once
 
 #include "kernels/cuda/common/float8.cuh"
@@ -34,7 +36,9 @@ struct Float8Config {
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
     static constexpr int TRANSPOSERS = 2; // warps
     static constexpr int VALUE_WRITERS = TRANSPOSERS, CLAIM_READERS = 1 + TRANSPOSERS;
-    static constexpr bool HAS_TURNS = WARPGROUPS == 2; // to make weights
+    static constexpr bool HAS_TURNS = false;
+    static constexpr bool SETTLES = Dim <= 128; // else there is no shared memory for it
+    static constexpr int SETTLED_TILES = 1024 / TILE_K;
 
     static constexpr int COLUMNS_QK = (Dim + 127) / 128, COLUMNS_V = COLUMNS_QK;
     static constexpr int QUERY_BYTES = 64 * 128 * COLUMNS_QK, KEY_COLUMN = TILE_K * 128;
@@ -45,7 +49,9 @@ struct Float8Config {
                          VALUE_BYTES = (TILE_K + 127) / 128 * VALUE_COLUMN;
     static constexpr int QUERY = 0, KEY = QUERY + QUERY_STAGES * WARPGROUPS * QUERY_BYTES;
     static constexpr int LOADED = KEY + STAGES * KEY_BYTES, VALUE = LOADED + STAGES * LOADED_BYTES;
-    static constexpr int TILES = VALUE + STAGES * VALUE_BYTES;
+    static constexpr int SETTLED = VALUE + STAGES * VALUE_BYTES,
+                         SETTLED_BYTES = SETTLES ? 64 * Dim * 4 : 0; // of a warpgroup
+    static constexpr int TILES = SETTLED + WARPGROUPS * SETTLED_BYTES;
     static constexpr int TILE_BYTES = 128, CLAIMED_TILES = 2;
     static constexpr int BARRIERS =
         TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
@@ -167,6 +173,21 @@ __device__ __forceinline__ void produce_transposed_values(const Shared<C> &s, in
 
 // ---- Consumers ----
 
+// Four neighbouring columns, if they are `inside`: no branch, of which the epilogue would have dozens.
+__device__ __forceinline__ void store_four_if(bool inside, float *to, const float (&x)[4]) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+                 "@p st.global.v4.f32 [%1], {%2, %3, %4, %5};\n}\n" ::"r"(static_cast<int>(inside)),
+                 "l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+}
+template <typename E> // of 16 bits
+__device__ __forceinline__ void store_four_if(bool inside, E *to, const float (&x)[4]) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+                 "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<int>(inside)),
+                 "l"(to), "r"(pack<E>(x[0], x[1])), "r"(pack<E>(x[2], x[3]))
+                 : "memory");
+}
+
 // A row's half of the registers to output, of E; a thread has columns 4 i .. 4 i + 3 of 16, where transpose_values() put them.
 template <class C, typename E>
 __device__ __forceinline__ void store_columns(const sm90_params &p, int64_t row, int half,
@@ -180,8 +201,7 @@ __device__ __forceinline__ void store_columns(const sm90_params &p, int64_t row,
 #pragma unroll
         for (int j = 0; j < 4; j++)
             x[j] = output[8 * i + 4 * (j % 2) + 2 * half + j / 2] * normalise;
-        if (16 * i + first < p.dim_v)
-            store_four(to + 16 * i, x);
+        store_four_if(16 * i + first < p.dim_v, to + 16 * i, x);
     }
 }
 
@@ -237,18 +257,22 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
 template <class C>
 struct Float8Consumer : Consumer<C> {
     using Base = Consumer<C>;
-    using Base::clear_sums, Base::output, Base::score, Base::sum, Base::top;
+    using Base::clear_sums, Base::fresh, Base::output, Base::score, Base::sum, Base::top;
     static constexpr int SCORES = Base::SCORES;
-    // Two warpgroups with up to 128 columns have registers to take P V under the scores of the next key tile. Others take it in the step
-    // of its scores, as many columns at a time as there are registers for, while other warpgroups do what they like.
-    static constexpr bool IS_DEFERRED = C::DIM_V <= 128 && C::WARPGROUPS == 2;
-    static constexpr int PART = C::DIM_V < 128 ? C::DIM_V : 128, PARTS = C::DIM_V / PART;
-    static constexpr float WEIGHT_LOG2 = 8; // of the largest weight: e4m3 ends with 448
+    static constexpr bool IS_DEFERRED = C::SETTLES; // others have no registers for it
+    static constexpr float WEIGHT_LOG2 = 8; // of a row's first largest weight: e4m3 ends with 448
 
     uint32_t weight[SCORES / 4]; // the A operand of P V
-    float product[PART / 2];     // P V
-    float factor[2];             // what O is multiplied by before that is added
     float scale[2]; // from scores to exponents of 2; with softcap to what scores are without scales
+
+    // SETTLES: O is `output`, unless that is fresh, and in shared memory what was settled before, to be multiplied; `unsettled` key tiles from
+    // now it is again.
+    int unsettled;
+    bool has_settled;
+    float settled_factor[2];
+
+    // Else P V is added to O by parts of so many columns.
+    static constexpr int PART = 128, PARTS = C::DIM_V / PART;
 
     __device__ __forceinline__ void start_scores(const Shared<C> &s, const Pipeline<C> &pipe) {
         const Descriptor a(s.query(pipe.queries.stage, pipe.wg), 16, 1024),
@@ -262,40 +286,68 @@ struct Float8Consumer : Consumer<C> {
         wgmma_commit();
     }
 
+    // `columns` = or += P V, from column `first` on.
+    template <int COLUMNS>
     __device__ __forceinline__ void start_product(const Shared<C> &s, const Pipeline<C> &pipe,
-                                                  int part) {
-        const Descriptor b(s.value(pipe.values.stage) + part * PART * 128, 16, 1024);
+                                                  int first, float (&columns)[COLUMNS / 2],
+                                                  bool accumulate) {
+        const Descriptor b(s.value(pipe.values.stage) + first * 128, 16, 1024);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < C::TILE_K / 32; k++)
-            Float8Wgmma<typename C::Cached, PART>::rs(
-                product, weight + 4 * k, b.at(k / 4 * C::VALUE_COLUMN + 32 * (k % 4)), k > 0);
+            Float8Wgmma<typename C::Cached, COLUMNS>::rs(
+                columns, weight + 4 * k, b.at(k / 4 * C::VALUE_COLUMN + 32 * (k % 4)),
+                k > 0 || accumulate);
         wgmma_commit();
     }
+    __device__ __forceinline__ void start_output(const Shared<C> &s, const Pipeline<C> &pipe) {
+        start_product<C::DIM_V>(s, pipe, 0, output, !fresh);
+        fresh = false;
+    }
 
-    __device__ __forceinline__ void add_product(int part) {
+    // ---- O in shared memory: a thread finds what it has put there ----
+
+    __device__ __forceinline__ float4 *settled(const Shared<C> &s, int wg) const {
+        char *const base = reinterpret_cast<char *>(s.tiles) - C::TILES;
+        return reinterpret_cast<float4 *>(base + C::SETTLED + wg * C::SETTLED_BYTES) +
+               threadIdx.x % 128;
+    }
+
+    __device__ __forceinline__ void add_settled(const Shared<C> &s, int wg) {
+        if (!has_settled)
+            return;
+        const float4 *const from = settled(s, wg);
 #pragma unroll
-        for (int i = 0; i < PART / 2; i++) {
-            float &o = output[part * PART / 2 + i];
-            o = fmaf(o, factor[i / 2 % 2], product[i]);
+        for (int i = 0; i < C::DIM_V / 8; i++) {
+            const float4 o = from[i * 128];
+            output[4 * i] = fmaf(o.x, settled_factor[0], output[4 * i]);
+            output[4 * i + 1] = fmaf(o.y, settled_factor[0], output[4 * i + 1]);
+            output[4 * i + 2] = fmaf(o.z, settled_factor[1], output[4 * i + 2]);
+            output[4 * i + 3] = fmaf(o.w, settled_factor[1], output[4 * i + 3]);
         }
     }
 
-    // O += P V at once.
-    __device__ __forceinline__ void add_values(const Shared<C> &s, Pipeline<C> &pipe) {
-        mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+    __device__ __forceinline__ void settle(const Shared<C> &s, int wg) {
+        add_settled(s, wg);
+        float4 *const to = settled(s, wg);
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            pin(product);
-            pin(weight);
-            start_product(s, pipe, part);
-            wgmma_wait<0>();
-            pin(product);
-            pin(weight);
-            add_product(part);
-        }
-        pipe.value_read();
+        for (int i = 0; i < C::DIM_V / 8; i++)
+            to[i * 128] =
+                make_float4(output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
+        has_settled = fresh = true;
+        unsettled = C::SETTLED_TILES;
+        settled_factor[0] = settled_factor[1] = 1;
     }
+
+    // For `tiles` key tiles. The first of many may have weights beside which others vanish, an attention sink: it is settled alone.
+    __device__ __forceinline__ void start_sums(int tiles) {
+        has_settled = false;
+        fresh = true;
+        unsettled = tiles > C::SETTLED_TILES ? 1 : C::SETTLED_TILES;
+        settled_factor[0] = settled_factor[1] = 1;
+    }
+
+    // ---- Weights ----
 
     template <bool MASKED>
     __device__ __forceinline__ void shape(const sm90_params &p, const Shared<C> &s,
@@ -312,44 +364,65 @@ struct Float8Consumer : Consumer<C> {
         return C::HAS_SOFTCAP ? 1.f : scale[half];
     }
 
-    // The top is the row's maximum so far, less WEIGHT_LOG2.
-    __device__ __forceinline__ void follow_maximum(float (&grown)[2], float (&offset)[2]) {
+    // The top to the row's maximum so far, less WEIGHT_LOG2; older results are to be multiplied by `factor`.
+    __device__ __forceinline__ void follow_maximum(float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float next = fmaxf(top[half], this->maximum(half) * exponent(half) - WEIGHT_LOG2);
-            offset[half] = next == -INFINITY ? 0.f : next;
-            grown[half] = exp2_approx(top[half] - offset[half]);
+            factor[half] = exp2_approx(top[half] - (next == -INFINITY ? 0.f : next));
             top[half] = next;
-            sum[half] *= grown[half];
+            sum[half] *= factor[half];
         }
     }
 
-    // S -> 2^(S - offset), and their sums.
-    __device__ __forceinline__ void weigh(const float (&offset)[2]) {
+    // S -> 2^(S - top), and their sums in `part`.
+    template <bool MASKED, bool TRACK>
+    __device__ __forceinline__ void weigh(const sm90_params &p, const Shared<C> &s,
+                                          const Tile<C> &t, int n, Pipeline<C> &pipe,
+                                          float (&factor)[2], float (&part)[2]) {
+        shape<MASKED>(p, s, t, n, pipe);
+        factor[0] = factor[1] = 1;
+        if (TRACK)
+            follow_maximum(factor);
+        float offset[2];
+        this->finite_top(offset);
+        part[0] = part[1] = 0;
 #pragma unroll
         for (int i = 0; i < SCORES; i++) {
             const int half = i / 2 % 2;
             score[i] = exp2_approx(fmaf(score[i], exponent(half), -offset[half]));
-            sum[half] += score[i];
+            part[half] += score[i];
         }
     }
 
-    // Four weights of a row are neighbours in the A fragment, for which transpose_values() orders the keys.
-    __device__ __forceinline__ void round_weights() {
+    // Brings weights back where a sum says so; `factor` takes that in.
+    __device__ __forceinline__ void limit(float (&factor)[2], float (&part)[2]) {
+        float further[2];
+        Base::limit(part, further);
+        factor[0] *= further[0];
+        factor[1] *= further[1];
+    }
+
+    __device__ __forceinline__ void add_sums(const float (&part)[2]) {
+        sum[0] += part[0];
+        sum[1] += part[1];
+    }
+
+    // Two weights of a row, half of what a register of the A fragment has, are neighbours; transpose_values() orders the keys for it.
+    __device__ __forceinline__ void round_weights(uint16_t (&pairs)[SCORES / 2]) const {
 #pragma unroll
-        for (int i = 0; i < SCORES / 4; i++) {
-            const int at = i / 2 * 8 + i % 2 * 2;
-            weight[i] = pack_e4m3(score[at], score[at + 1], score[at + 4], score[at + 5]);
+        for (int i = 0; i < SCORES / 2; i++) {
+            const int at = i / 4 * 8 + i / 2 % 2 * 2 + i % 2 * 4;
+            pairs[i] = pack_two_e4m3(score[at], score[at + 1]);
         }
     }
-
-    // After weights: lets the other warpgroup make its own.
-    __device__ __forceinline__ void end_turn(const Shared<C> &s, int wg) {
-        if (!C::HAS_TURNS)
-            return;
-        hold(s.base, sum[0] + sum[1]);
-        pass_turn<C>(wg);
+    __device__ __forceinline__ void join_weights(const uint16_t (&pairs)[SCORES / 2]) {
+#pragma unroll
+        for (int i = 0; i < SCORES / 4; i++)
+            weight[i] = join(pairs[2 * i], pairs[2 * i + 1]);
     }
+
+    // ---- Steps ----
 
     __device__ __forceinline__ void begin_tile(const sm90_params &p, const Tile<C> &t, int wg) {
         const int row = Base::first_row_of_thread(t, wg);
@@ -361,93 +434,150 @@ struct Float8Consumer : Consumer<C> {
         clear_sums();
     }
 
+    __device__ __forceinline__ void finish(const sm90_params &p, const Shared<C> &s, int wg,
+                                           const Place<C> &t, const float (&row_top)[2],
+                                           const float (&row_sum)[2]) {
+        if (C::SETTLES)
+            add_settled(s, wg);
+        store_float8_rows<C>(p, wg, t, output, row_top, row_sum);
+    }
+
     // The weights of key tile n, with nothing else under way.
     template <bool MASKED>
     __device__ __forceinline__ void weigh_keys(const sm90_params &p, const Shared<C> &s,
-                                               const Tile<C> &t, int n, Pipeline<C> &pipe) {
-        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+                                               const Tile<C> &t, int n, Pipeline<C> &pipe,
+                                               float (&factor)[2]) {
         start_scores(s, pipe);
         wgmma_wait<0>();
         pin(score);
         pipe.key_read(n == t.end_block - 1);
-        shape<MASKED>(p, s, t, n, pipe);
-        float offset[2];
-        follow_maximum(factor, offset);
-        wait_turn<C>(pipe.wg);
-        weigh(offset);
-        pin(score);
-        end_turn(s, pipe.wg);
-        round_weights();
+        float part[2];
+        weigh<MASKED, true>(p, s, t, n, pipe, factor, part);
+        if (C::SETTLES)
+            limit(factor, part);
+        add_sums(part);
+        uint16_t pairs[SCORES / 2];
+        round_weights(pairs);
+        join_weights(pairs);
+    }
+
+    // O = factor O + P V, by parts.
+    __device__ __forceinline__ void add_values(const Shared<C> &s, Pipeline<C> &pipe,
+                                               const float (&factor)[2]) {
+        mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            float product[PART / 2];
+            pin(weight);
+            start_product<PART>(s, pipe, part * PART, product, false);
+            wgmma_wait<0>();
+            pin(product);
+            pin(weight);
+#pragma unroll
+            for (int i = 0; i < PART / 2; i++) {
+                float &o = output[part * PART / 2 + i];
+                o = fmaf(o, factor[i / 2 % 2], product[i]);
+            }
+        }
+        pipe.value_read();
     }
 
     __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
                                           const Tile<C> &t, int n, Pipeline<C> &pipe) {
         this->clear_output();
+        start_sums(t.end_block - t.first_block);
         begin_tile(p, t, pipe.wg);
-        weigh_keys<true>(p, s, t, n, pipe);
-        if (!IS_DEFERRED)
-            add_values(s, pipe);
+        float factor[2];
+        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+        weigh_keys<true>(p, s, t, n, pipe, factor);
+        if constexpr (!IS_DEFERRED)
+            add_values(s, pipe, factor);
     }
 
-    // As that of Consumer. The maximum is followed in any case.
-    template <bool MASKED, bool NEW_TILE, bool>
+    // As that of Consumer.
+    template <bool MASKED, bool NEW_TILE, bool TRACK>
     __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished) {
+        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
         if constexpr (IS_DEFERRED) {
-            step_deferred<MASKED, NEW_TILE>(p, s, t, n, pipe, finished);
+            step_deferred<MASKED, NEW_TILE, TRACK>(p, s, t, n, pipe, finished);
         } else {
             if (NEW_TILE) {
-                store_float8_rows<C>(p, pipe.wg, finished, output, top, sum);
+                finish(p, s, pipe.wg, finished, top, sum);
                 this->clear_output();
                 begin_tile(p, t, pipe.wg);
             }
-            weigh_keys<MASKED>(p, s, t, n, pipe);
-            add_values(s, pipe);
+            float factor[2];
+            weigh_keys<MASKED>(p, s, t, n, pipe, factor);
+            add_values(s, pipe, factor);
         }
     }
 
-    // P V of the tile before is added in time for the weights' exponentials to hide that.
-    template <bool MASKED, bool NEW_TILE>
+    template <bool MASKED, bool NEW_TILE, bool TRACK>
     __device__ __forceinline__ void step_deferred(const sm90_params &p, const Shared<C> &s,
                                                   const Tile<C> &t, int n, Pipeline<C> &pipe,
                                                   const Place<C> &finished) {
-        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
-        pin(product);
+        pin(output);
         pin(weight);
         start_scores(s, pipe);
         mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
-        start_product(s, pipe, 0);
+        start_output(s, pipe);
         wgmma_wait<1>();
         pin(score);
         pipe.key_read(n == t.end_block - 1);
         const float finished_top[2] = {top[0], top[1]}, finished_sum[2] = {sum[0], sum[1]};
         if (NEW_TILE)
             begin_tile(p, t, pipe.wg);
-        shape<MASKED>(p, s, t, n, pipe);
-        float grown[2], offset[2];
-        follow_maximum(grown, offset);
+        float factor[2], part[2];
+        weigh<MASKED, TRACK>(p, s, t, n, pipe, factor, part);
+        uint16_t pairs[SCORES / 2]; // rounding hides under the exponentials; `weight` is still read
+        round_weights(pairs);
+        pin(score);
+        hold(s.base, part[0] + part[1]);
         wgmma_wait<0>();
-        pin(product);
+        pin(output);
         pin(weight);
         pipe.value_read();
-        wait_turn<C>(pipe.wg);
-        add_product(0);
-        factor[0] = grown[0];
-        factor[1] = grown[1];
+        unsettled--;
         if (NEW_TILE) {
-            store_float8_rows<C>(p, pipe.wg, finished, output, finished_top, finished_sum);
-            this->clear_output();
+            finish(p, s, pipe.wg, finished, finished_top, finished_sum);
+            start_sums(t.end_block - t.first_block);
+            limit(factor, part);
+            round_weights(pairs);
+        } else {
+            keep_range<TRACK>(s, pipe.wg, factor, part, pairs);
         }
-        weigh(offset);
-        round_weights();
-        end_turn(s, pipe.wg);
+        add_sums(part);
+        join_weights(pairs);
+    }
+
+    // What seldom has anything to do: settles O when that is due, and brings weights and O back into range.
+    template <bool ALWAYS>
+    __device__ __forceinline__ void keep_range(const Shared<C> &s, int wg, float (&factor)[2],
+                                               float (&part)[2], uint16_t (&pairs)[SCORES / 2]) {
+        const bool due = unsettled == 0;
+        if (!ALWAYS && __builtin_expect(!__any_sync(~0u, this->is_outside(part) || due), true))
+            return;
+        if (due)
+            settle(s, wg);
+        limit(factor, part);
+        settled_factor[0] *= factor[0];
+        settled_factor[1] *= factor[1];
+        this->rescale_output(factor);
+        round_weights(pairs);
     }
 
     __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
                                          const Place<C> &t, Pipeline<C> &pipe) {
-        if (IS_DEFERRED)
-            add_values(s, pipe);
-        store_float8_rows<C>(p, pipe.wg, t, output, top, sum);
+        if constexpr (IS_DEFERRED) {
+            mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+            pin(output);
+            pin(weight);
+            start_output(s, pipe);
+            wgmma_wait<0>();
+            pin(output);
+        }
+        finish(p, s, pipe.wg, t, top, sum);
     }
 };
 
