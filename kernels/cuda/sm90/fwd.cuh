@@ -734,6 +734,15 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
                 rows.look(p, t, wg, n);
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             }
+        } else if constexpr (C::WARPGROUPS == 3 && !C::IS_PLACED) { // more loops spill more
+            for (; n < t.end_block; n++) {
+                if (n < t.first_untracked)
+                    rows.template step<true, false, true>(p, s, t, n, pipe, t);
+                else if (n < t.end_whole)
+                    rows.template step<false, false, false>(p, s, t, n, pipe, t);
+                else
+                    rows.template step<true, false, false>(p, s, t, n, pipe, t);
+            }
         } else { // loops of their own: a branch to far code costs a step some 15 cycles
             const int end_tracked = min(t.first_untracked, t.end_block),
                       end_whole = min(t.end_whole, t.end_block);
