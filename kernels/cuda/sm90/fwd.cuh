@@ -734,7 +734,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
                 rows.look(p, t, wg, n);
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             }
-        } else if constexpr (C::WARPGROUPS == 3 && !C::IS_PLACED) { // more loops spill more
+        } else if constexpr (!C::HAS_LOOPS) {
             for (; n < t.end_block; n++) {
                 if (n < t.first_untracked)
                     rows.template step<true, false, true>(p, s, t, n, pipe, t);
@@ -743,7 +743,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
                 else
                     rows.template step<true, false, false>(p, s, t, n, pipe, t);
             }
-        } else { // loops of their own: a branch to far code costs a step some 15 cycles
+        } else {
             const int end_tracked = min(t.first_untracked, t.end_block),
                       end_whole = min(t.end_whole, t.end_block);
 #pragma unroll 1

@@ -29,7 +29,7 @@ struct Float8Config {
     static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED,
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false, IS_ANY = false,
                           LOADS_BIAS = false, COPIES_BIAS = false, IS_SPLIT = false,
-                          HAS_EXPONENTS = false, FIRST_UNMASKED = false;
+                          HAS_EXPONENTS = false, FIRST_UNMASKED = false, HAS_LOOPS = true;
 
     static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
