@@ -52,7 +52,7 @@ struct Consumer {
 
     // Keys of this thread, two of every eight, among the first `count` from its first one on.
     static __device__ __forceinline__ int keys_before(int count) {
-        const int inside = min(max(count, 0), min(C::TILE_K, 128));
+        const int inside = min(max(count, 0), C::TILE_K);
         return inside / 8 * 2 + min(inside % 8, 2);
     }
 
@@ -62,15 +62,14 @@ struct Consumer {
         return ones(begin, max(end - begin, 0));
     }
 
-    // Hides the keys whose bit is 0, of 128 from key 128 * PART of the tile on.
-    template <int PART = 0>
+    // Hides the keys whose bit is 0.
     __device__ __forceinline__ void mask(const uint32_t (&visible)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int i = 32 * PART; i < min(32 * PART + 32, SCORES / 2); i++) {
+            for (int i = 0; i < SCORES / 2; i++) {
                 float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s = visible[half] >> i % 32 & 1 ? s : -INFINITY;
+                s = visible[half] >> i & 1 ? s : -INFINITY;
             }
         }
     }
@@ -566,23 +565,19 @@ struct Consumer {
                 return;
         }
         if constexpr (MASKED) {
-            uint32_t visible[2], behind[2]; // behind: of keys from the tile's 128th on
+            uint32_t visible[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int column = block * C::TILE_K + threadIdx.x % 4 * 2;
                 int low, high;
                 row_bounds(p, t, row + 8 * half, low, high);
                 visible[half] = keys_between(column, low, high);
-                if (C::TILE_K > 128)
-                    behind[half] = keys_between(column + 128, low, high);
             }
             if constexpr (C::IS_ANY) {
                 if (cut)
                     hide(p, t, row, block, visible);
             }
             mask(visible);
-            if constexpr (C::TILE_K > 128)
-                mask<1>(behind);
         }
     }
 

@@ -44,9 +44,7 @@ struct Float8Config {
     static constexpr int QUERY_BYTES = 64 * 128 * COLUMNS_QK, KEY_COLUMN = TILE_K * 128;
     static constexpr int KEY_BYTES = KEY_COLUMN * COLUMNS_QK;
     static constexpr int LOADED_BYTES = KEY_COLUMN * COLUMNS_V;
-    // Transposed values: for each 128 keys a column of DIM_V rows.
-    static constexpr int VALUE_COLUMN = Dim * 128,
-                         VALUE_BYTES = (TILE_K + 127) / 128 * VALUE_COLUMN;
+    static constexpr int VALUE_BYTES = Dim * 128; // transposed: DIM_V rows of TILE_K keys
     static constexpr int QUERY = 0, KEY = QUERY + QUERY_STAGES * WARPGROUPS * QUERY_BYTES;
     static constexpr int LOADED = KEY + STAGES * KEY_BYTES, VALUE = LOADED + STAGES * LOADED_BYTES;
     static constexpr int SETTLED = VALUE + STAGES * VALUE_BYTES,
@@ -57,7 +55,8 @@ struct Float8Config {
         TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
         BARRIERS + 8 * (2 * QUERY_STAGES * WARPGROUPS + 6 * STAGES + 2 * CLAIMED_TILES) + 1024;
-    static_assert(IS_PLACED && Dim % 32 == 0 && Dim <= 256 && TILE_K % 64 == 0, "");
+    static_assert(IS_PLACED && Dim % 32 == 0 && Dim <= 256 && TILE_K % 64 == 0 && TILE_K <= 128,
+                  "");
     static_assert(SHARED_BYTES <= 227 * 1024, "");
 };
 
@@ -93,7 +92,6 @@ struct Float8Wgmma;
     SM90_FLOAT8_WGMMA(__nv_fp8_e5m2, "e5m2", N, R, __VA_ARGS__)
 SM90_FLOAT8_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
 SM90_FLOAT8_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
-SM90_FLOAT8_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100, 101)
 
 // ---- Producers ----
 
@@ -128,8 +126,7 @@ __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int
                 const uint32_t turned[4] = {
                     __byte_perm(w[i][0], w[i][1], 0x6420), __byte_perm(w[i][0], w[i][1], 0x7531),
                     __byte_perm(w[i][2], w[i][3], 0x6420), __byte_perm(w[i][2], w[i][3], 0x7531)};
-                store_matrices((store ^ (first + i) % 4 << 5) + (first + i) / 4 * C::VALUE_COLUMN,
-                               turned);
+                store_matrices(store ^ (first + i) << 5, turned);
             }
         }
     }
@@ -295,9 +292,8 @@ struct Float8Consumer : Consumer<C> {
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < C::TILE_K / 32; k++)
-            Float8Wgmma<typename C::Cached, COLUMNS>::rs(
-                columns, weight + 4 * k, b.at(k / 4 * C::VALUE_COLUMN + 32 * (k % 4)),
-                k > 0 || accumulate);
+            Float8Wgmma<typename C::Cached, COLUMNS>::rs(columns, weight + 4 * k, b.at(32 * k),
+                                                         k > 0 || accumulate);
         wgmma_commit();
     }
     __device__ __forceinline__ void start_output(const Shared<C> &s, const Pipeline<C> &pipe) {
