@@ -10,8 +10,8 @@ is what the kernel itself misses. FlashAttention 3 stands beside where its packa
 
 Inputs are those of float8_errors.py: random, normal in all elements, heads 1/8 to 16 times as
 large; outliers, the same with 4 channels of each key 20 times and one of each value 8 times as
-large; long, random with 65536 keys; positive, the same with values around 2, whose sums grow all the
-time; sink, whose first key has a weight of about a half in each row.
+large; long, random with 65536 keys; positive, the same with values around 2, whose sums grow all
+the time; sink, whose first key has a weight of about a half in each row.
 """
 
 import csv
