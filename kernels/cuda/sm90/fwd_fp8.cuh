@@ -391,10 +391,10 @@ struct Float8Consumer : Consumer<C> {
         }
     }
 
-    // Brings weights back where a sum says so; `factor` takes that in.
-    __device__ __forceinline__ void limit(float (&factor)[2], float (&part)[2]) {
+    // limit(), whose factor joins those that are in `factor`.
+    __device__ __forceinline__ void limit_further(float (&part)[2], float (&factor)[2]) {
         float further[2];
-        Base::limit(part, further);
+        this->limit(part, further);
         factor[0] *= further[0];
         factor[1] *= further[1];
     }
@@ -450,7 +450,7 @@ struct Float8Consumer : Consumer<C> {
         float part[2];
         weigh<MASKED, true>(p, s, t, n, pipe, factor, part);
         if (C::SETTLES)
-            limit(factor, part);
+            limit_further(part, factor);
         add_sums(part);
         uint16_t pairs[SCORES / 2];
         round_weights(pairs);
@@ -538,7 +538,7 @@ struct Float8Consumer : Consumer<C> {
         if (NEW_TILE) {
             finish(p, s, pipe.wg, finished, finished_top, finished_sum);
             start_sums(t.end_block - t.first_block);
-            limit(factor, part);
+            limit_further(part, factor);
             round_weights(pairs);
         } else {
             keep_range<TRACK>(s, pipe.wg, factor, part, pairs);
@@ -556,7 +556,7 @@ struct Float8Consumer : Consumer<C> {
             return;
         if (due)
             settle(s, wg);
-        limit(factor, part);
+        limit_further(part, factor);
         settled_factor[0] *= factor[0];
         settled_factor[1] *= factor[1];
         this->rescale_output(factor);
