@@ -34,26 +34,37 @@ bool packed_plan(struct plan *plan, const struct problem *p, const struct tile *
     return true;
 }
 
-int32_t packed_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
-                      const struct tile *t, struct cuda_kernel *kernel, struct cuda_kernel *merge) {
-    struct packed_params params = {.heads_kv = (int32_t)p->heads_kv,
-                                   .tile_rows = t->rows,
-                                   .splits = plan->splits,
-                                   .columns = (int32_t)columns_of(p),
-                                   .diagonal_offset = (int32_t)p->diagonal_offset,
-                                   .outputs = exec->workspace};
-    fwd_fill(&params.fwd, p, t->rows);
-    params.fwd.row_blocks = (int32_t)ceil_divide(packed_rows(p), t->rows);
-    params.by_splits = divisor_of(params.splits);
-    params.by_row_blocks = divisor_of(params.fwd.row_blocks);
-    params.by_heads_kv = divisor_of(params.heads_kv);
-    params.by_group = divisor_of(params.fwd.group);
+void packed_fill(struct packed_params *params, const struct plan *plan, const struct problem *p,
+                 const struct exec *exec, int32_t rows) {
+    *params = (struct packed_params){.heads_kv = (int32_t)p->heads_kv,
+                                     .tile_rows = rows,
+                                     .splits = plan->splits,
+                                     .columns = (int32_t)columns_of(p),
+                                     .diagonal_offset = (int32_t)p->diagonal_offset,
+                                     .outputs = exec->workspace};
+    fwd_fill(&params->fwd, p, rows);
+    params->fwd.row_blocks = (int32_t)ceil_divide(packed_rows(p), rows);
+    params->by_splits = divisor_of(params->splits);
+    params->by_row_blocks = divisor_of(params->fwd.row_blocks);
+    params->by_heads_kv = divisor_of(params->heads_kv);
+    params->by_group = divisor_of(params->fwd.group);
     if (plan->splits > 1)
-        params.sums = params.outputs + (int64_t)plan->blocks * t->rows * params.columns;
-    const int32_t status = cuda_launch(kernel, p->device_id, plan->blocks, exec->stream, &params);
+        params->sums = params->outputs + (int64_t)plan->blocks * rows * params->columns;
+}
+
+int32_t packed_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
+                      struct cuda_kernel *kernel, struct cuda_kernel *merge,
+                      struct packed_params *params) {
+    const int32_t status = cuda_launch(kernel, p->device_id, plan->blocks, exec->stream, params);
     if (status != DLATTN_OK || plan->splits == 1)
         return status;
     return cuda_launch_early(merge, p->device_id,
                              (int32_t)(p->batch * p->heads_kv * packed_rows(p)), exec->stream,
-                             &params);
+                             params);
+}
+
+bool value_is_view_of_key(const struct problem *p) {
+    const int64_t *const k = p->key.stride, *const v = p->value.stride;
+    return p->key.data == p->value.data && p->dim_v <= p->dim_qk && k[0] == v[0] &&
+           (p->heads_kv == 1 || k[1] == v[1]) && k[2] == v[2] && k[3] == v[3];
 }

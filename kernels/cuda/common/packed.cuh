@@ -26,6 +26,12 @@ struct Rows {
     }
 };
 
+// Blocks of a head from its last rows to its first, if those see the most.
+__device__ __forceinline__ int longest_first(const packed_params &p, int tile) {
+    const int from_first = tile - divide(tile, p.by_row_blocks) * p.fwd.row_blocks;
+    return p.fwd.flags & FWD_LONGEST_FIRST ? tile + p.fwd.row_blocks - 1 - 2 * from_first : tile;
+}
+
 // The keys of a tile, in steps of so many, of which a split has a part. `count` rows of the tile exist.
 struct Part {
     int first_key, end_key;     // that a row sees

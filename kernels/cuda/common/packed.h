@@ -17,8 +17,16 @@ int64_t packed_splits(const struct problem *p, const struct tile *t, int64_t blo
 bool packed_plan(struct plan *plan, const struct problem *p, const struct tile *tiles,
                  int32_t chosen, int64_t splits);
 
-/* Launches the kernel, and the one that merges splits where there are any. */
+/* What kernels with tiles of `rows` get. */
+void packed_fill(struct packed_params *params, const struct plan *plan, const struct problem *p,
+                 const struct exec *exec, int32_t rows);
+
+/* Launches the kernel, and the one that merges splits where there are any. `params` may be the first member of what the kernel gets. */
 int32_t packed_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
-                      const struct tile *t, struct cuda_kernel *kernel, struct cuda_kernel *merge);
+                      struct cuda_kernel *kernel, struct cuda_kernel *merge,
+                      struct packed_params *params);
+
+/* Whether a row of values is the beginning of a row of keys. */
+bool value_is_view_of_key(const struct problem *p);
 
 #endif /* DLATTN_CUDA_PACKED_H_ */

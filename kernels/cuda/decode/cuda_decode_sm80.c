@@ -82,6 +82,8 @@ int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p
                                 const struct exec *exec) {
     const struct tile *const t = &tiles_for(p)[plan->variant];
     struct cuda_kernel *const merges = dtype_is_float8(p->key.dtype) ? float8_merge : merge;
-    return packed_launch(plan, p, exec, t, kernel_for(t, p->dtype),
-                         &merges[p->dtype == DTYPE_BF16]);
+    struct packed_params params;
+    packed_fill(&params, plan, p, exec, t->rows);
+    return packed_launch(plan, p, exec, kernel_for(t, p->dtype), &merges[p->dtype == DTYPE_BF16],
+                         &params);
 }

@@ -187,17 +187,6 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
            (variant_of(p) <= PLACED && !sm90_is_listed(p) && has_many_rows(p, caps));
 }
 
-/* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */
-static int32_t box_keys(const struct problem *p, int32_t keys) {
-    int64_t a = keys, b = p->page_size;
-    while (b > 0) {
-        const int64_t rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return (int32_t)a;
-}
-
 /* Tensor maps take rows of eight to keep the swizzle. */
 static bool takes_pages(const struct problem *p) { return p->page_size % 8 == 0; }
 

@@ -29,6 +29,7 @@ struct Consumer {
     float slope[2];                 // ALIBI: what a score loses for each key of distance
     uint32_t early[SCORES / 4 + 4]; // ANY: of the mask, see fetch()
     bool cut;                       // HAS_EXPONENTS: something of the tile is hidden, see look()
+    float part[2];                  // of the sum, of the step's key tile
 
     // S = Q K^T
     __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
@@ -584,8 +585,9 @@ struct Consumer {
     __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
                                           const Tile<C> &t, int n, Pipeline<C> &pipe);
     template <bool MASKED, bool NEW_TILE, bool TRACK>
-    __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
+    __device__ __forceinline__ bool step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished);
+    __device__ __forceinline__ void shrink(const Shared<C> &s, int wg);
     __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
                                          const Place<C> &t, Pipeline<C> &pipe);
 };
@@ -613,10 +615,10 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
 }
 
 // S of key tile n of tile t, and O of the key tile before, whose weights are ready. If t is new, that one
-// belongs to the tile `finished`, whose rows are stored then.
+// belongs to the tile `finished`, whose rows are stored then. Whether shrink() is to end the step, see SHRINKS_OUTSIDE.
 template <class C>
 template <bool MASKED, bool NEW_TILE, bool TRACK>
-__device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
+__device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
                                                   const Tile<C> &t, int n, Pipeline<C> &pipe,
                                                   const Place<C> &finished) {
     if constexpr (C::IS_ANY)
@@ -639,7 +641,8 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     if (NEW_TILE)
         clear_sums();
     shape_scores<MASKED, TRACK>(p, s, t, n, pipe);
-    float factor[2], offset[2], part[2] = {0, 0}, nearer[2];
+    float factor[2], offset[2], nearer[2];
+    part[0] = part[1] = 0;
     if constexpr (C::HAS_ALIBI && !NEW_TILE) {
         approach(p, t, pipe.wg, n, nearer);
         sum[0] *= nearer[0];
@@ -660,7 +663,10 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
     pin(output);
     pin(weight);
     pipe.value_read();
-    if (!TRACK)
+    constexpr bool LEAVES_OUT = C::SHRINKS_OUTSIDE && !MASKED && !TRACK;
+    if (LEAVES_OUT && __any_sync(~0u, is_outside(part)))
+        return true;
+    if (!TRACK && !LEAVES_OUT)
         limit(part, factor);
     sum[0] += part[0];
     sum[1] += part[1];
@@ -668,11 +674,23 @@ __device__ __forceinline__ void Consumer<C>::step(const sm90_params &p, const Sh
         factor[0] *= nearer[0];
         factor[1] *= nearer[1];
     }
-    if (!NEW_TILE)
+    if (!NEW_TILE && !LEAVES_OUT)
         rescale_output(factor);
     round_weights();
     if (NEW_TILE)
         store_rows<C>(p, s, pipe.wg, finished, output, finished_top, finished_sum);
+    return false;
+}
+
+// The end of a step whose weights came out too large.
+template <class C>
+__device__ __forceinline__ void Consumer<C>::shrink(const Shared<C> &, int) {
+    float factor[2];
+    limit(part, factor);
+    sum[0] += part[0];
+    sum[1] += part[1];
+    rescale_output(factor);
+    round_weights();
 }
 
 // O of the last key tile of all.
@@ -687,6 +705,20 @@ __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Sh
     wgmma_wait<0>();
     pin(output);
     store_rows<C>(p, s, pipe.wg, t, output, top, sum);
+}
+
+// Key tiles from n on, before `end`, all of them whole.
+template <class C, class Rows>
+__device__ __forceinline__ void whole_steps(Rows &rows, const sm90_params &p, const Shared<C> &s,
+                                            const Tile<C> &t, int &n, int end, Pipeline<C> &pipe) {
+    for (bool large = true; large;) {
+        large = false;
+#pragma unroll 1
+        for (; n < end && !large; n++)
+            large = rows.template step<false, false, false>(p, s, t, n, pipe, t);
+        if (large)
+            rows.shrink(s, pipe.wg);
+    }
 }
 
 template <class C, class Rows = Consumer<C>>
@@ -744,9 +776,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
 #pragma unroll 1
             for (; n < end_tracked; n++)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
-#pragma unroll 1
-            for (; n < end_whole; n++)
-                rows.template step<false, false, false>(p, s, t, n, pipe, t);
+            whole_steps<C>(rows, p, s, t, n, end_whole, pipe);
 #pragma unroll 1
             for (; n < t.end_block; n++)
                 rows.template step<true, false, false>(p, s, t, n, pipe, t);

@@ -41,4 +41,15 @@ static inline int32_t window(int64_t keys) {
     return keys < SM90_UNBOUNDED ? (int32_t)keys : SM90_UNBOUNDED;
 }
 
+/* Keys that one copy brings of pages to a tile of `keys`: as many as divide both. */
+static inline int32_t box_keys(const struct problem *p, int32_t keys) {
+    int64_t a = keys, b = p->page_size;
+    while (b > 0) {
+        const int64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return (int32_t)a;
+}
+
 #endif /* DLATTN_SM90_HOST_H_ */

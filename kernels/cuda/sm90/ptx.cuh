@@ -286,14 +286,15 @@ struct Wgmma;
 #define SM90_WGMMA(E, name, N, R, i0, i1, i2, i3, i4, i5, i6)                                      \
     template <>                                                                                    \
     struct Wgmma<E, N> {                                                                           \
-        /* A and B in shared memory, both K-major: D = A B^T of the tiles as they lie. */          \
+        /* A and B in shared memory: A K-major, B K-major (D = A B^T) or MN-major. */              \
+        template <int MN_MAJOR = 0>                                                                \
         static __device__ __forceinline__ void ss(float (&d)[R], uint64_t a, uint64_t b,           \
                                                   int accumulate) {                                \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name           \
-                         " {" SM90_R##R "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}\n"               \
+                         " {" SM90_R##R "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, %" #i3 ";\n}\n"        \
                          : SM90_D##R                                                               \
-                         : "l"(a), "l"(b), "r"(accumulate));                                       \
+                         : "l"(a), "l"(b), "r"(accumulate), "n"(MN_MAJOR));                        \
         }                                                                                          \
         /* The same, both MN-major: D = A^T B. */                                                  \
         static __device__ __forceinline__ void ss_transposed(float (&d)[R], uint64_t a,            \

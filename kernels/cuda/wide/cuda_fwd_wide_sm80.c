@@ -35,13 +35,6 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
     return t->rows <= FEW && packed_rows(p) <= t->rows;
 }
 
-/* Whether a row of values is the beginning of a row of keys. */
-static bool value_is_view_of_key(const struct problem *p) {
-    const int64_t *const k = p->key.stride, *const v = p->value.stride;
-    return p->key.data == p->value.data && p->dim_v <= p->dim_qk && k[0] == v[0] &&
-           (p->heads_kv == 1 || k[1] == v[1]) && k[2] == v[2] && k[3] == v[3];
-}
-
 ROW_FUNCTIONS(cuda_fwd_wide_sm80);
 
 bool cuda_fwd_wide_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
@@ -57,5 +50,7 @@ int32_t cuda_fwd_wide_sm80_launch(const struct plan *plan, const struct problem 
     const struct tile *const t = &tiles[plan->variant];
     struct cuda_kernel *const kernels = t->kernels + (value_is_view_of_key(p) ? 2 : 0);
     const int bf16 = p->dtype == DTYPE_BF16;
-    return packed_launch(plan, p, exec, t, &kernels[bf16], &merge[bf16]);
+    struct packed_params params;
+    packed_fill(&params, plan, p, exec, t->rows);
+    return packed_launch(plan, p, exec, &kernels[bf16], &merge[bf16], &params);
 }

@@ -523,12 +523,6 @@ __device__ __forceinline__ void store_rows(const packed_params &dp, const Sequen
     }
 }
 
-// Blocks of a head from its last rows to its first, if those see the most.
-__device__ __forceinline__ int longest_first(const packed_params &p, int tile) {
-    const int from_first = tile - divide(tile, p.by_row_blocks) * p.fwd.row_blocks;
-    return p.fwd.flags & FWD_LONGEST_FIRST ? tile + p.fwd.row_blocks - 1 - 2 * from_first : tile;
-}
-
 template <typename E, int D, int DV, int ROWS, int BN, int WM, int WN, int STAGES, bool VIEW>
 __device__ __forceinline__ void cuda_fwd_wide_sm80(const packed_params &dp) {
     using T = Tile<D, DV, ROWS, BN, WM, WN, STAGES, VIEW>;
