@@ -226,6 +226,13 @@ static void loop_wide_heads(struct loop *loop, bool few) {
         check_for(loop, who, &shapes[i % 5], &feature_sets[i]);
         if (!few)
             check_for(loop, who, &shapes[(i + 1) % 5], &feature_sets[i]);
+        if (feature_sets[i].view) { // latent caches that many rows share
+            static const struct shape latent[] = {{2, 36, 1, 3, 150, 576, 512},
+                                                  {1, 72, 1, 1, 400, 576, 512},
+                                                  {3, 40, 1, 2, 70, 520, 504}};
+            for (size_t j = 0; j < sizeof latent / sizeof latent[0]; j++)
+                check_for(loop, who, &latent[j], &feature_sets[i]);
+        }
     }
 }
 

@@ -672,18 +672,13 @@ __device__ __forceinline__ void Keys<C>::run(const sm90_bwd_params &p, const Tas
     } else {
         step<true, true, false>(p, t, walk);
         walk.advance();
-        // Runs of masked and of whole tiles in turn.
-        while (left > 2) {
 #pragma unroll 1
-            for (; left > 2 && t.is_masked(p, walk.tile, wg); left--) {
+        for (; left > 2; left--) {
+            if (t.is_masked(p, walk.tile, wg))
                 step<true, false, false>(p, t, walk);
-                walk.advance();
-            }
-#pragma unroll 1
-            for (; left > 2 && !t.is_masked(p, walk.tile, wg); left--) {
+            else
                 step<false, false, false>(p, t, walk);
-                walk.advance();
-            }
+            walk.advance();
         }
         step<true, false, true>(p, t, walk);
     }

@@ -587,7 +587,7 @@ struct Consumer {
     template <bool MASKED, bool NEW_TILE, bool TRACK>
     __device__ __forceinline__ bool step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished);
-    __device__ __forceinline__ void shrink(const Shared<C> &s, int wg);
+    __device__ __forceinline__ void shrink();
     __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
                                          const Place<C> &t, Pipeline<C> &pipe);
 };
@@ -684,7 +684,7 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
 
 // The end of a step whose weights came out too large.
 template <class C>
-__device__ __forceinline__ void Consumer<C>::shrink(const Shared<C> &, int) {
+__device__ __forceinline__ void Consumer<C>::shrink() {
     float factor[2];
     limit(part, factor);
     sum[0] += part[0];
@@ -711,13 +711,19 @@ __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Sh
 template <class C, class Rows>
 __device__ __forceinline__ void whole_steps(Rows &rows, const sm90_params &p, const Shared<C> &s,
                                             const Tile<C> &t, int &n, int end, Pipeline<C> &pipe) {
-    for (bool large = true; large;) {
-        large = false;
+    if constexpr (C::SHRINKS_OUTSIDE) {
+        for (bool large = true; large;) {
+            large = false;
 #pragma unroll 1
-        for (; n < end && !large; n++)
-            large = rows.template step<false, false, false>(p, s, t, n, pipe, t);
-        if (large)
-            rows.shrink(s, pipe.wg);
+            for (; n < end && !large; n++)
+                large = rows.template step<false, false, false>(p, s, t, n, pipe, t);
+            if (large)
+                rows.shrink();
+        }
+    } else {
+#pragma unroll 1
+        for (; n < end; n++)
+            rows.template step<false, false, false>(p, s, t, n, pipe, t);
     }
 }
 

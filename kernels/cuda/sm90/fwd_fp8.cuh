@@ -29,7 +29,8 @@ struct Float8Config {
     static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED,
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false, IS_ANY = false,
                           LOADS_BIAS = false, COPIES_BIAS = false, IS_SPLIT = false,
-                          HAS_EXPONENTS = false, FIRST_UNMASKED = false, HAS_LOOPS = true;
+                          HAS_EXPONENTS = false, FIRST_UNMASKED = false, HAS_LOOPS = true,
+                          SHRINKS_OUTSIDE = false;
 
     static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
@@ -38,7 +39,6 @@ struct Float8Config {
     static constexpr int VALUE_WRITERS = TRANSPOSERS, CLAIM_READERS = 1 + TRANSPOSERS;
     static constexpr bool HAS_TURNS = false;
     static constexpr bool SETTLES = Dim <= 128; // else there is no shared memory for it
-    static constexpr bool SHRINKS_OUTSIDE = SETTLES && WARPGROUPS == 2;
     static constexpr int SETTLED_TILES = 1024 / TILE_K;
 
     static constexpr int COLUMNS_QK = (Dim + 127) / 128, COLUMNS_V = COLUMNS_QK;
@@ -255,8 +255,7 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
 template <class C>
 struct Float8Consumer : Consumer<C> {
     using Base = Consumer<C>;
-    using Base::clear_sums, Base::fresh, Base::output, Base::part, Base::score, Base::sum,
-        Base::top;
+    using Base::clear_sums, Base::fresh, Base::output, Base::score, Base::sum, Base::top;
     static constexpr int SCORES = Base::SCORES;
     static constexpr bool IS_DEFERRED = C::SETTLES; // others have no registers for it
     static constexpr float WEIGHT_LOG2 = 8; // of a row's first largest weight: e4m3 ends with 448
@@ -492,13 +491,13 @@ struct Float8Consumer : Consumer<C> {
             add_values(s, pipe, factor);
     }
 
-    // As those of Consumer.
+    // As that of Consumer.
     template <bool MASKED, bool NEW_TILE, bool TRACK>
-    __device__ __forceinline__ bool step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
+    __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished) {
         mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
         if constexpr (IS_DEFERRED) {
-            return step_deferred<MASKED, NEW_TILE, TRACK>(p, s, t, n, pipe, finished);
+            step_deferred<MASKED, NEW_TILE, TRACK>(p, s, t, n, pipe, finished);
         } else {
             if (NEW_TILE) {
                 finish(p, s, pipe.wg, finished, top, sum);
@@ -508,19 +507,11 @@ struct Float8Consumer : Consumer<C> {
             float factor[2];
             weigh_keys<MASKED>(p, s, t, n, pipe, factor);
             add_values(s, pipe, factor);
-            return false;
         }
-    }
-    __device__ __forceinline__ void shrink(const Shared<C> &s, int wg) {
-        float factor[2] = {1, 1};
-        uint16_t pairs[SCORES / 2];
-        keep_range<true>(s, wg, factor, part, pairs);
-        add_sums(part);
-        join_weights(pairs);
     }
 
     template <bool MASKED, bool NEW_TILE, bool TRACK>
-    __device__ __forceinline__ bool step_deferred(const sm90_params &p, const Shared<C> &s,
+    __device__ __forceinline__ void step_deferred(const sm90_params &p, const Shared<C> &s,
                                                   const Tile<C> &t, int n, Pipeline<C> &pipe,
                                                   const Place<C> &finished) {
         pin(output);
@@ -534,7 +525,7 @@ struct Float8Consumer : Consumer<C> {
         const float finished_top[2] = {top[0], top[1]}, finished_sum[2] = {sum[0], sum[1]};
         if (NEW_TILE)
             begin_tile(p, t, pipe.wg);
-        float factor[2];
+        float factor[2], part[2];
         weigh<MASKED, TRACK>(p, s, t, n, pipe, factor, part);
         uint16_t pairs[SCORES / 2]; // rounding hides under the exponentials; `weight` is still read
         round_weights(pairs);
@@ -550,29 +541,21 @@ struct Float8Consumer : Consumer<C> {
             start_sums(t.end_block - t.first_block);
             limit_further(part, factor);
             round_weights(pairs);
-        } else if (C::SHRINKS_OUTSIDE && !MASKED && !TRACK) {
-            if (is_due(part))
-                return true;
         } else {
             keep_range<TRACK>(s, pipe.wg, factor, part, pairs);
         }
         add_sums(part);
         join_weights(pairs);
-        return false;
-    }
-
-    // Whether keep_range() has anything to do.
-    __device__ __forceinline__ bool is_due(const float (&part)[2]) const {
-        return __any_sync(~0u, this->is_outside(part) || unsettled == 0);
     }
 
     // What seldom has anything to do: settles O when that is due, and brings weights and O back into range.
     template <bool ALWAYS>
     __device__ __forceinline__ void keep_range(const Shared<C> &s, int wg, float (&factor)[2],
                                                float (&part)[2], uint16_t (&pairs)[SCORES / 2]) {
-        if (!ALWAYS && __builtin_expect(!is_due(part), true))
+        const bool due = unsettled == 0;
+        if (!ALWAYS && __builtin_expect(!__any_sync(~0u, this->is_outside(part) || due), true))
             return;
-        if (unsettled == 0)
+        if (due)
             settle(s, wg);
         limit_further(part, factor);
         settled_factor[0] *= factor[0];
