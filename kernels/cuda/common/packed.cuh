@@ -169,6 +169,31 @@ __device__ __forceinline__ void leave_row(const packed_params &dp, int64_t place
             *(float4 *)(dp.outputs + place * dp.columns + lane * 4 + n * 128) = row.out[n];
 }
 
+// Rows of a block, which lie in shared memory, to the output or, of one split of several, to the workspace, by this warp of T::WARPS.
+// `output` has T::OUT_PITCH floats of each of T::ROWS, `sums` their sums in T::PARTS parts, `tops` what they are relative to.
+template <typename E, int DV, typename T>
+__device__ __forceinline__ void
+store_rows(const packed_params &dp, const Sequence &seq, const Rows &rows, int count, int64_t place,
+           const float *output, const float *sums, const float *tops, int warp) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int r = warp; r < count; r += T::WARPS) {
+        Merged<DV / 128> row = {NEG_INF, 0, {}};
+#pragma unroll
+        for (int i = 0; i < T::PARTS; ++i)
+            row.total += sums[i * T::ROWS + r];
+        if (row.total != 0)
+            row.top = tops[r];
+#pragma unroll
+        for (int n = 0; n < DV / 128; ++n)
+            row.out[n] = *(const float4 *)(output + r * T::OUT_PITCH + lane * 4 + n * 128);
+        if (dp.splits == 1)
+            finish_row<E, E>(dp, seq, rows, r, row);
+        else
+            leave_row(dp, place + r, row);
+    }
+}
+
 // Adds up the splits of one packed row, first those of each warp. COLUMNS: as many times 128 of the output.
 template <typename E, typename C, int COLUMNS, int WARPS>
 __device__ __forceinline__ void merge_splits(const packed_params &dp) {

@@ -1,6 +1,6 @@
 /* Attention over a latent cache on Hopper, f16 and bf16, where value is the first columns of key. See docs/cuda-wide.md. */
 #include "kernels/cuda/common/packed.h"
-#include "kernels/cuda/sm90/host.h"
+#include "kernels/cuda/sm90/fwd.h"
 #include "kernels/cuda/sm90/latent_params.h"
 
 extern const struct cuda_image cuda_fwd_latent_sm90_images[];
@@ -20,8 +20,7 @@ ROW_FUNCTIONS(cuda_fwd_latent_sm90);
 
 static bool takes(const struct problem *p) {
     const bool pages = p->page_size > 0;
-    return p->dim_qk > LATENT_DV && p->dim_qk <= LATENT_D && p->dim_v <= LATENT_DV &&
-           p->dim_v <= p->dim_qk && p->scale > 0 && p->window_left == UNBOUNDED && p->len_k > 0 &&
+    return p->dim_qk > LATENT_DV && p->scale > 0 && p->window_left == UNBOUNDED && p->len_k > 0 &&
            p->page_size % 8 == 0 &&
            mappable(&p->key, pages ? p->pages : p->batch, p->heads_kv,
                     pages ? p->page_size : p->len_k, 1);
@@ -40,17 +39,6 @@ bool cuda_fwd_latent_sm90_plan(struct plan *plan, const struct problem *p,
            cuda_fwd_wide_sm80_plan(plan, p, caps) && plan->tile_q == LATENT_ROWS;
 }
 
-/* Key as [D, Lk, H_kv, B] or [D, page_size, H_kv, pages]. */
-static int32_t map_keys(struct latent_params *params, const struct problem *p) {
-    const struct view *const v = &p->key;
-    const bool pages = p->page_size > 0;
-    const uint64_t extent[] = {(uint64_t)p->dim_qk, (uint64_t)(pages ? p->page_size : p->len_k),
-                               (uint64_t)p->heads_kv, (uint64_t)(pages ? p->pages : p->batch)};
-    const uint64_t stride[] = {step(v, v->stride[2]), step(v, v->stride[1]), step(v, v->stride[0])};
-    const uint32_t box[] = {64, (uint32_t)params->box_keys, 1, 1};
-    return cuda_tensor_map(&params->key_map, v->dtype, v->data, 4, extent, stride, box, 128);
-}
-
 int32_t cuda_fwd_latent_sm90_launch(const struct plan *plan, const struct problem *p,
                                     const struct exec *exec) {
     if (!value_is_view_of_key(p))
@@ -60,7 +48,7 @@ int32_t cuda_fwd_latent_sm90_launch(const struct plan *plan, const struct proble
     packed_fill(&params.packed, plan, p, exec, LATENT_ROWS);
     params.box_keys = box_keys(p, LATENT_KEYS);
     params.boxes = LATENT_KEYS / params.box_keys;
-    const int32_t status = map_keys(&params, p);
+    const int32_t status = sm90_map_keys(&params.key_map, p, &p->key, p->dim_qk, params.box_keys);
     return status == DLATTN_OK
                ? packed_launch(plan, p, exec, &kernels[bf16], &merge[bf16], &params.packed)
                : status;

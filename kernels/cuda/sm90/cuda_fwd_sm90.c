@@ -305,10 +305,8 @@ static int32_t map_rows(struct cuda_tensor_map *map, const struct problem *p,
     return cuda_tensor_map(map, v->dtype, origin, 5, extent, stride, box, 128);
 }
 
-/* K or V as [D, Lk, H_kv, B], in boxes of box_keys rows; pages are [D, page_size, H_kv, pages]. Packed: [D, Lk, end, H_kv] from
- * Lk rows before the tensor on. */
-static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p,
-                        const struct sm90_params *params, const struct view *v, int64_t dim) {
+int32_t sm90_map_keys(struct cuda_tensor_map *map, const struct problem *p, const struct view *v,
+                      int64_t dim, int32_t box_keys) {
     const bool packed = p->total_k > 0, pages = p->page_size > 0;
     const uint64_t row = step(v, v->stride[2]), head = step(v, v->stride[1]),
                    heads = (uint64_t)p->heads_kv,
@@ -316,7 +314,7 @@ static int32_t map_keys(struct cuda_tensor_map *map, const struct problem *p,
     const uint64_t extent[] = {(uint64_t)dim, rows, packed ? (uint64_t)p->total_k + 1 : heads,
                                packed ? heads : (uint64_t)(pages ? p->pages : p->batch)};
     const uint64_t stride[] = {row, packed ? row : head, packed ? head : step(v, v->stride[0])};
-    const uint32_t box[] = {box_columns(v), (uint32_t)params->box_keys, 1, 1};
+    const uint32_t box[] = {box_columns(v), (uint32_t)box_keys, 1, 1};
     const char *const origin = (const char *)v->data - (packed ? rows * row : 0);
     return cuda_tensor_map(map, v->dtype, origin, 4, extent, stride, box, 128);
 }
@@ -343,9 +341,9 @@ static int32_t fill_maps(struct sm90_params *params, const struct problem *p) {
         status = map_rows(&params->output_map, p, params, &p->output, p->dim_v, 16);
     params->key_map = params->value_map = params->query_map;
     if (status == DLATTN_OK && p->len_k > 0)
-        status = map_keys(&params->key_map, p, params, &p->key, p->dim_qk);
+        status = sm90_map_keys(&params->key_map, p, &p->key, p->dim_qk, params->box_keys);
     if (status == DLATTN_OK && p->len_k > 0)
-        status = map_keys(&params->value_map, p, params, &p->value, p->dim_v);
+        status = sm90_map_keys(&params->value_map, p, &p->value, p->dim_v, params->box_keys);
     const enum kind variant = variant_of(p);
     if (status == DLATTN_OK && p->len_k > 0 && (variant == BIAS || variant == BIAS_F32))
         status = map_bias(&params->bias_map, p);

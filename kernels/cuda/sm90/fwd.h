@@ -1,5 +1,5 @@
 /*
- * What cuda_fwd_sm90.c has for the other rows that share its tiles.
+ * What cuda_fwd_sm90.c has for the other rows of Hopper.
  */
 #ifndef DLATTN_SM90_FWD_H_
 #define DLATTN_SM90_FWD_H_
@@ -22,6 +22,11 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
 /* All but the walk. */
 int32_t sm90_fill(struct sm90_params *params, const struct problem *p, const struct plan *plan,
                   void *workspace);
+
+/* K or V as [D, Lk, H_kv, B], in boxes of `box_keys` rows; pages are [D, page_size, H_kv, pages]. Packed: [D, Lk, end, H_kv] from
+ * Lk rows before the tensor on. */
+int32_t sm90_map_keys(struct cuda_tensor_map *map, const struct problem *p, const struct view *v,
+                      int64_t dim, int32_t box_keys);
 
 /* The walk over tiles that are not listed. */
 void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const struct plan *plan);

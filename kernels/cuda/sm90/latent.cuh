@@ -19,9 +19,13 @@ struct LatentShared {
     static constexpr int WEIGHTS = QUERY_COLUMNS * COLUMN, KEYS = WEIGHTS + 2 * COLUMN,
                          STATS = KEYS + 2 * TILE, BARRIERS = STATS + 3 * LATENT_ROWS * 4;
     static_assert(BARRIERS + 32 + 1024 == LATENT_SHARED_BYTES, "");
-    // Floats of a row where the output takes the place of queries and keys.
+    // For store_rows(). OUT_PITCH: floats of a row where the output takes the place of queries and keys.
+    static constexpr int ROWS = LATENT_ROWS, PARTS = 2, WARPS = 8;
     static constexpr int OUT_PITCH = LATENT_DV + 8;
     static_assert(LATENT_ROWS * OUT_PITCH * 4 <= STATS, "");
+
+    // 64 rows of 64 elements, swizzled as by TMA.
+    using Column = Chunks<64>;
 
     uint32_t base;
     char *memory; // of `base`
@@ -44,11 +48,6 @@ struct LatentShared {
     __device__ __forceinline__ float *tops() const { return stats(2); }
 };
 
-// Chunk of 16 bytes of a row in a column of 64 elements, as TMA swizzles it.
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
-    return row * 128 + ((chunk ^ row % 8) << 4);
-}
-
 // Queries into shared memory, with zeros past `count` rows and past the head dim.
 template <typename E>
 __device__ __forceinline__ void load_latent_queries(const fwd_params &p, const LatentShared &s,
@@ -60,7 +59,7 @@ __device__ __forceinline__ void load_latent_queries(const fwd_params &p, const L
         const E *const from = (const E *)p.query.data + rows.b * p.query.stride[0] +
                               rows.head(at) * p.query.stride[1] +
                               (seq.q_start + rows.query(at)) * p.query.stride[2];
-        copy_async(s.query(chunk / 8) + swizzled(r, chunk % 8), from + chunk * 8,
+        copy_async(s.query(chunk / 8) + LatentShared::Column::at(r, chunk % 8), from + chunk * 8,
                    r < count && chunk * 8 < p.dim_qk);
     }
     copy_commit();
@@ -137,7 +136,7 @@ struct LatentConsumer {
     // Chunk of the warp's 16 rows of a tile of 64 columns that this lane has for ldmatrix and stmatrix, for 16 columns from 16 k on.
     static __device__ __forceinline__ uint32_t chunk_of_lane(int k) {
         const int lane = threadIdx.x % 32;
-        return swizzled(threadIdx.x % 128 / 32 * 16 + lane % 16, 2 * k + lane / 16);
+        return S::Column::at(threadIdx.x % 128 / 32 * 16 + lane % 16, 2 * k + lane / 16);
     }
 
     // Then their place is free.
@@ -282,7 +281,7 @@ struct LatentConsumer {
         for (int x = threadIdx.x - 128; x < (LATENT_KEYS - end) * CHUNKS; x += 256) {
             const int r = end + x / CHUNKS, chunk = x % CHUNKS;
             const uint32_t zeros[4] = {0, 0, 0, 0};
-            store_chunk(s.key(tile) + chunk / 8 * S::COLUMN + swizzled(r, chunk % 8), zeros);
+            store_chunk(s.key(tile) + chunk / 8 * S::COLUMN + S::Column::at(r, chunk % 8), zeros);
         }
     }
 
@@ -374,29 +373,6 @@ __device__ __forceinline__ void leave_latent(const LatentShared &s, const Latent
     own.meet();
 }
 
-// Rows of the block to the output or, of one split of several, to the workspace.
-template <typename E>
-__device__ __forceinline__ void store_latent(const packed_params &dp, const LatentShared &s,
-                                             const Sequence &seq, const Rows &rows, int count,
-                                             int64_t place) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int r = threadIdx.x / 32 - 4; r < count; r += 8) {
-        Merged<LATENT_DV / 128> row = {NEG_INF, s.stats(0)[r] + s.stats(1)[r], {}};
-        if (row.total != 0)
-            row.top = s.tops()[r];
-#pragma unroll
-        for (int n = 0; n < LATENT_DV / 128; n++)
-            row.out[n] =
-                *reinterpret_cast<const float4 *>(reinterpret_cast<const float *>(s.memory) +
-                                                  r * LatentShared::OUT_PITCH + lane * 4 + n * 128);
-        if (dp.splits == 1)
-            finish_row<E, E>(dp, seq, rows, r, row);
-        else
-            leave_row(dp, place + r, row);
-    }
-}
-
 template <typename E>
 __device__ __forceinline__ void attend_latent(const latent_params &p) {
     extern __shared__ char raw[];
@@ -434,5 +410,7 @@ __device__ __forceinline__ void attend_latent(const latent_params &p) {
     LatentConsumer<E> own(p, s, warp / 4 - 1);
     own.walk(seq, rows, part);
     leave_latent(s, own);
-    store_latent<E>(dp, s, seq, rows, count, (tile * (int64_t)dp.splits + split) * LATENT_ROWS);
+    store_rows<E, LATENT_DV, LatentShared>(
+        dp, seq, rows, count, (tile * (int64_t)dp.splits + split) * LATENT_ROWS,
+        reinterpret_cast<const float *>(s.memory), s.stats(0), s.tops(), threadIdx.x / 32 - 4);
 }

@@ -16,7 +16,7 @@ struct latent_params {
 
 /* Head dims are filled up to these with zeros. */
 enum { LATENT_D = 576, LATENT_DV = 512 };
-/* Packed rows of a block; keys of a tile, of which two make a step. */
+/* Packed rows of a block, keys of a tile. */
 enum { LATENT_ROWS = 64, LATENT_KEYS = 64 };
 enum { LATENT_THREADS = 384 };
 /* 64 rows of 64 columns. */

@@ -499,30 +499,6 @@ __device__ __forceinline__ void load_queries(const fwd_params &p, const Sequence
         Load::any(tile, count, p.dim_qk, p.query.stride[3], start);
 }
 
-// Rows of a block, which lie in shared memory, to the output or, of one split of several, to the workspace.
-template <typename E, typename T, int DV>
-__device__ __forceinline__ void store_rows(const packed_params &dp, const Sequence &seq,
-                                           const Rows &rows, int count, int64_t place,
-                                           const float *output, const Stats<T> &stats) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int r = threadIdx.x / 32; r < count; r += T::WARPS) {
-        Merged<DV / 128> row = {NEG_INF, 0, {}};
-#pragma unroll
-        for (int i = 0; i < T::PARTS; ++i)
-            row.total += stats.parts[i * T::ROWS + r];
-        if (row.total != 0)
-            row.top = stats.top[r];
-#pragma unroll
-        for (int n = 0; n < DV / 128; ++n)
-            row.out[n] = *(const float4 *)(output + r * T::OUT_PITCH + lane * 4 + n * 128);
-        if (dp.splits == 1)
-            finish_row<E, E>(dp, seq, rows, r, row);
-        else
-            leave_row(dp, place + r, row);
-    }
-}
-
 template <typename E, int D, int DV, int ROWS, int BN, int WM, int WN, int STAGES, bool VIEW>
 __device__ __forceinline__ void cuda_fwd_wide_sm80(const packed_params &dp) {
     using T = Tile<D, DV, ROWS, BN, WM, WN, STAGES, VIEW>;
@@ -606,6 +582,6 @@ __device__ __forceinline__ void cuda_fwd_wide_sm80(const packed_params &dp) {
     __syncthreads(); // the output takes the place of queries and ring
     w.leave((float *)shared, stats.parts);
     __syncthreads();
-    store_rows<E, T, DV>(dp, seq, rows, count, (tile * (int64_t)dp.splits + split) * ROWS,
-                         (const float *)shared, stats);
+    store_rows<E, DV, T>(dp, seq, rows, count, (tile * (int64_t)dp.splits + split) * ROWS,
+                         (const float *)shared, stats.parts, stats.top, threadIdx.x / 32);
 }
