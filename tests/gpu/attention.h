@@ -49,7 +49,7 @@ bool same_result(const struct attention *a, const struct attention *b);
 
 /* ---- Rows of the table ---------------------------------------------------------------------------------------- */
 
-/* The GPU's rows that run here and take tensors of one dtype, in the order of the table. */
+/* The GPU's rows that run here and take tensors of one dtype and any head dim, in the order of the table. */
 enum { MAX_ROWS = 16 };
 int rows_here(const dlattn_api *api, dlattn_kernel_info rows[MAX_ROWS]);
 DLDataType dtype_of(const dlattn_kernel_info *row);

@@ -37,19 +37,39 @@ static const char *const features[] = {
     "query_odd",           "query_bias_element",
     "query_mask",          "query_paged_any",
 };
-enum { SHAPES = sizeof shapes / sizeof shapes[0], FEATURES = sizeof features / sizeof features[0] };
+/* The latent cache of MLA, shared by more packed rows than a tile has. */
+static const struct shape latent = {2, 36, 1, 3, 150, 576, 512};
+static const char *const latent_features[] = {"view", "view_causal", "view_pages",
+                                              "view_pages_causal"};
+enum {
+    SHAPES = sizeof shapes / sizeof shapes[0],
+    FEATURES = sizeof features / sizeof features[0],
+    LATENT = sizeof latent_features / sizeof latent_features[0],
+    CASES = 2 * SHAPES + FEATURES + LATENT,
+};
 
-/* Whether a case failed: all shapes with the first two features, all features with the first shape. */
+/* Case `i`: all shapes with the first two features, all features with the first shape, the latent cache with its own. */
+static struct test_case numbered_case(int i, enum element e) {
+    const int feature = i - 2 * SHAPES;
+    if (feature >= FEATURES)
+        return (struct test_case){latent, *features_named(latent_features[feature - FEATURES]), e,
+                                  (uint64_t)i};
+    return (struct test_case){shapes[feature < 0 ? i / 2 : 0],
+                              *features_named(features[feature < 0 ? i % 2 : feature]), e,
+                              (uint64_t)i};
+}
+
+/* Whether a case failed, of one in five for `few`; those of the latent cache are few. */
 static bool row_fails(const dlattn_api *api, const dlattn_kernel_info *row, enum element e,
                       bool few) {
     const char *const kernel = row->name;
     const struct subject subject = {.api = api, .place = &place_gpu, .kernel = kernel};
     int outcomes[3] = {0};
-    for (int i = few ? 2 : 0; i < 2 * SHAPES + FEATURES; i += few ? 5 : 1) {
-        const struct shape *const shape = &shapes[i < 2 * SHAPES ? i / 2 : 0];
-        const char *const name = features[i < 2 * SHAPES ? i % 2 : i - 2 * SHAPES];
-        struct test_case c = {*shape, *features_named(name), e, (uint64_t)i};
+    for (int i = 0; i < CASES; i++) {
+        struct test_case c = numbered_case(i, e);
         struct verdict v;
+        if (few && i % 5 != 2 && i < CASES - LATENT)
+            continue;
         c.features.backward = strcmp(row->operation, "backward") == 0;
         if (c.features.backward && features_are_forward_only(&c.features))
             continue;

@@ -26,16 +26,10 @@ static bool takes(const struct problem *p) {
                     pages ? p->page_size : p->len_k, 1);
 }
 
-/* Whether it is chosen unless a call names it: pages, masks and offsets have not been compared on a GPU so far. */
-static bool suits(const struct problem *p) {
-    return p->page_size == 0 && p->window_right == UNBOUNDED && p->diagonal_offset == 0;
-}
-
 /* That of cuda_fwd_wide_sm80, which a call takes whose value turns out to be no view of key: only addresses tell. */
 bool cuda_fwd_latent_sm90_plan(struct plan *plan, const struct problem *p,
                                const struct caps *caps) {
-    return takes(p) && (p->kernel || suits(p)) &&
-           caps->shared_memory_bytes >= LATENT_SHARED_BYTES &&
+    return takes(p) && caps->shared_memory_bytes >= LATENT_SHARED_BYTES &&
            cuda_fwd_wide_sm80_plan(plan, p, caps) && plan->tile_q == LATENT_ROWS;
 }
 

@@ -22,11 +22,10 @@ MODULE(256)
      .dim_v = DV,                                                                                  \
      .rows = 64 * (WARPGROUPS),                                                                    \
      .keys = KEYS,                                                                                 \
-     .kernels = (struct cuda_kernel[]){                                                            \
-         PARTS(D, NAME "_f16", DV, KEYS, WARPGROUPS, __VA_ARGS__),                                 \
-         PARTS(D, NAME "_bf16", DV, KEYS, WARPGROUPS, __VA_ARGS__),                                \
-         CUDA_KERNEL(module_##D, NAME "_f16_merge", 4 * (DV), SM90_MERGE_BYTES),                   \
-         CUDA_KERNEL(module_##D, NAME "_bf16_merge", 4 * (DV), SM90_MERGE_BYTES)}},
+     .kernels = (struct cuda_kernel[]){PARTS(D, NAME "_f16", DV, KEYS, WARPGROUPS, __VA_ARGS__),   \
+                                       PARTS(D, NAME "_bf16", DV, KEYS, WARPGROUPS, __VA_ARGS__),  \
+                                       CUDA_KERNEL(module_##D, NAME "_f16_merge", 4 * (DV), 0),    \
+                                       CUDA_KERNEL(module_##D, NAME "_bf16_merge", 4 * (DV), 0)}},
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
     TILE_##USE(D, NAME(D, DV, KEYS, WARPGROUPS), DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)
 #define SM90_D 0

@@ -606,7 +606,9 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
     wgmma_wait<0>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
-    shape_scores<true, true>(p, s, t, n, pipe);
+    // Code that need not run need not be fetched.
+    if (C::SHAPES_SCORES || n < t.first_whole || n >= t.end_whole)
+        shape_scores<true, true>(p, s, t, n, pipe);
     float factor[2], offset[2];
     track_maximum(exponent_scale(p), factor);
     finite_top(offset);

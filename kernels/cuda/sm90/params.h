@@ -156,7 +156,7 @@ enum { SM90_F32, SM90_F16, SM90_BF16 };
 
 enum { SM90_LIST_THREADS = 1024, SM90_LIST_BYTES = 2048 };
 enum { SM90_SEEN_THREADS = 256, SM90_SEEN_BYTES = 8 };
-enum { SM90_MOST_PARTS = 256, SM90_MERGE_BYTES = 4 * (16 * SM90_MOST_PARTS + 33) };
+enum { SM90_MOST_PARTS = 256 };
 
 /* Boxes of a bias, 64 rows and 128 bytes of its keys each, that shared memory holds for each warpgroup; from 65 head dims on instead of a
  * second stage of queries. */

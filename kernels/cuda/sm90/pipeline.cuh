@@ -136,25 +136,34 @@ __device__ __forceinline__ RowCoordinates row_coordinates(const sm90_params &p, 
     return {row, t.head, t.batch};
 }
 
-// Tells a warpgroup of a tile, with its queries.
+// By one thread, word by word: the compiler would store bytes, or vectors, for which producers have no registers.
+template <class C>
+__device__ __forceinline__ void store_tile(Tile<C> *to, const Tile<C> &t) {
+    constexpr int WORDS = sizeof(TileWords<C>) / 4;
+    uint32_t words[WORDS];
+    memcpy(words, &t, sizeof words);
+#pragma unroll
+    for (int i = 0; i < WORDS; i++)
+        store_word(shared_address(to) + 4 * i, words[i]);
+}
+
+// Tells a warpgroup of a tile, with its queries, which are asked for before it is known what the warpgroup sees.
 template <class C>
 __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &s,
                                          const Ring<C::QUERY_STAGES> &ring, const Tile<C> &t,
                                          int wg) {
-    const Tile<C> of_warpgroup = tile_of<C>(p, t, wg);
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x % 32 != 0)
         return;
-    *s.tile(ring.stage, wg) = of_warpgroup;
-    if (!t.sees_keys()) {
-        mbarrier_arrive(ring.full_barrier());
-        return;
+    const bool any = t.sees_keys();
+    if (any) {
+        const RowCoordinates at = row_coordinates<C>(p, t, t.first_row + 64 * wg);
+        for (int c = 0; c < C::COLUMNS_QK; c++)
+            tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
+                        evict_first(), C::COLUMN_ELEMENTS * c, 0, at.c2, at.c3, at.c4);
     }
-    const RowCoordinates at = row_coordinates<C>(p, t, t.first_row + 64 * wg);
-    mbarrier_expect_bytes(ring.full_barrier(), C::QUERY_BYTES);
-    for (int c = 0; c < C::COLUMNS_QK; c++)
-        tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
-                    evict_first(), C::COLUMN_ELEMENTS * c, 0, at.c2, at.c3, at.c4);
+    store_tile<C>(s.tile(ring.stage, wg), tile_of<C>(p, t, wg));
+    mbarrier_expect_bytes(ring.full_barrier(), any ? C::QUERY_BYTES : 0);
 }
 
 // SPLIT: the next part with keys. Parts become smaller from the first to the last; blocks take them to and fro, so that those
@@ -189,7 +198,7 @@ __device__ __forceinline__ void share_claim(const Shared<C> &s, Ring<C::CLAIMED_
                                             const Tile<C> &t) {
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x % 32 == 0) {
-        *s.claimed_tile(ring.stage) = t;
+        store_tile<C>(s.claimed_tile(ring.stage), t);
         mbarrier_arrive(ring.full_barrier());
     }
     ring.advance();
@@ -218,29 +227,23 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
 }
 
 // Tells the warpgroups of the tiles of this block, each as soon as there is room for its queries, and that there are
-// no more. Where tiles are claimed, the other producers hear of one while the queries of the one before still wait.
+// no more. Where tiles are claimed, the other producers hear of one before its queries wait. One place finds tiles, the first one, too:
+// instructions that were not run before take some 30 cycles each, and all of the block waits for the first queries.
 template <class C>
 __device__ __forceinline__ void produce_queries(const sm90_params &p, const Shared<C> &s) {
     Ring<C::QUERY_STAGES> queries = s.query_ring(0);
-    Tile<C> t = next_tile<C>(p, 0, true);
-    if constexpr (C::IS_PACKED) {
-        Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
-        share_claim<C>(s, claims, t);
-        while (t.index >= 0) {
-            const Tile<C> next = next_tile<C>(p, t.index, false);
-            share_claim<C>(s, claims, next);
-            announce<C>(p, s, queries, t);
-            queries.advance();
-            t = next;
-        }
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    int index = 0;
+#pragma unroll 1
+    for (bool first = true;; first = false) {
+        const Tile<C> t = next_tile<C>(p, index, first);
+        if constexpr (C::IS_PACKED)
+            share_claim<C>(s, claims, t);
         announce<C>(p, s, queries, t);
-    } else {
-        for (;; t = next_tile<C>(p, t.index, false)) {
-            announce<C>(p, s, queries, t);
-            if (t.index < 0)
-                return;
-            queries.advance();
-        }
+        index = t.index;
+        if (index < 0)
+            return;
+        queries.advance();
     }
 }
 
@@ -311,7 +314,7 @@ __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<
     load_value();
 }
 
-// Where tiles are claimed keys have a producer, and values have one: pages may be many boxes. Each looks up where its next block is before it waits
+// Where tiles are claimed keys have a producer, and values have one: pages may be many boxes. Each looks up where a block is before it waits
 // for a buffer.
 template <class C, bool VALUES>
 __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Shared<C> &s) {
@@ -319,14 +322,11 @@ __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Share
     Ring<C::STAGES> ring = VALUES ? s.value_ring() : s.key_ring();
     Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
-        Block block = block_of<C>(p, t, t.first_block);
-        for (int n = t.first_block, following; n < t.end_block; n = following) {
-            following = next_block<C>(p, t, n);
-            const Block next = block_of<C>(p, t, following);
+#pragma unroll 1
+        for (int n = t.first_block; n < t.end_block; n = next_block<C>(p, t, n))
             load_block<C, COLUMNS>(p, VALUES ? p.value_map : p.key_map,
-                                   VALUES ? s.value(ring.stage) : s.key(ring.stage), ring, block);
-            block = next;
-        }
+                                   VALUES ? s.value(ring.stage) : s.key(ring.stage), ring,
+                                   block_of<C>(p, t, n));
     }
 }
 

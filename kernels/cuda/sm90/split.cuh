@@ -4,57 +4,72 @@
 
 #include "kernels/cuda/sm90/fwd.cuh"
 
-// What the warps of a block that merges tell each other of its 16 rows.
-struct MergeShared {
-    float top[16], total[16];
-    uint32_t spoilt;                   // a bit for each row that comes out non-finite
-    float weight[SM90_MOST_PARTS][16]; // of a part in the sum
-};
-static_assert(sizeof(MergeShared) == SM90_MERGE_BYTES, "");
-
-// Top and sum of a row, of all its parts, and the weight of each, by one warp. A part that saw no key has none. `step`: rows from a
-// part to the next.
-__device__ __forceinline__ void weigh_parts(MergeShared &s, const float2 *sums, int64_t step,
-                                            int parts, int row) {
-    const int lane = threadIdx.x % 32;
-    float top = -INFINITY, total = 0;
-    for (int i = lane; i < parts; i += 32)
-        top = fmaxf(top, sums[i * step + row].x);
-    for (int i = 16; i > 0; i /= 2)
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-    for (int i = lane; i < parts; i += 32) {
-        const float2 part = sums[i * step + row];
-        const float weight = part.x == -INFINITY ? 0 : exp2_approx(part.x - top);
-        s.weight[i][row] = weight;
-        total = fmaf(weight, part.y, total);
-    }
-    for (int i = 16; i > 0; i /= 2)
-        total += __shfl_xor_sync(~0u, total, i);
-    s.top[row] = top;
-    s.total[row] = total;
-}
-
-// Eight columns of two rows of each part, as store_part() leaves them, on their way to a warp: AT_A_TIME of them.
+// Parts of 16 rows on their way to a warp, which merges eight columns: AT_A_TIME of them. A thread has two columns of rows lane / 4 and
+// eight more, `half` 0 and 1, as store_part() leaves them; and of every four parts, top and sum of these rows for one.
 struct ComingParts {
-    static constexpr int AT_A_TIME = 8;
-    float4 part[AT_A_TIME];
+    static constexpr int AT_A_TIME = 8, OWN = AT_A_TIME / 4;
+    float4 output[AT_A_TIME];
+    float2 sums[OWN][2];
 
-    __device__ __forceinline__ void load(const float4 *first, int64_t step, int count) {
+    // `outputs` and `rows` of the first one, `step` of 16 rows to the next
+    __device__ __forceinline__ void load(const float4 *outputs, const float2 *rows, int64_t step,
+                                         int warps, int count) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int part = 4 * i + lane % 4;
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                sums[i][half] = part < count ? __ldcg(rows + part * step * 16 + lane / 4 + 8 * half)
+                                             : make_float2(-INFINITY, 0);
+        }
 #pragma unroll
         for (int i = 0; i < AT_A_TIME; i++)
-            part[i] = i < count ? first[i * step] : make_float4(0, 0, 0, 0);
+            if (i < count)
+                output[i] = __ldcg(outputs + i * step * warps * 32);
     }
-    __device__ __forceinline__ void add(const float (*weight)[16], int count,
-                                        float (&output)[4]) const {
-        const int row = threadIdx.x % 32 / 4;
+};
+
+// What parts come to: O of a thread's elements, the top of its rows, and its share of their sums.
+struct MergedRows {
+    float output[4] = {0, 0, 0, 0}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+
+    // The first `count` of those that came; a part that saw no key has no weight.
+    __device__ __forceinline__ void add(const ComingParts &coming, int count) {
+        constexpr int OWN = ComingParts::OWN;
+        const int lane = threadIdx.x % 32;
+        float weight[OWN][2];
 #pragma unroll
-        for (int i = 0; i < AT_A_TIME; i++) {
+        for (int half = 0; half < 2; half++) {
+            float most = top[half];
+#pragma unroll
+            for (int i = 0; i < OWN; i++)
+                if (4 * i + lane % 4 < count)
+                    most = fmaxf(most, coming.sums[i][half].x);
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            const float factor = top[half] == most ? 1 : exp2_approx(top[half] - most);
+            top[half] = most;
+            total[half] *= factor;
+            output[2 * half] *= factor;
+            output[2 * half + 1] *= factor;
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const float2 part = coming.sums[i][half];
+                const bool any = 4 * i + lane % 4 < count && part.x != -INFINITY;
+                weight[i][half] = any ? exp2_approx(part.x - most) : 0;
+                total[half] = any ? fmaf(weight[i][half], part.y, total[half]) : total[half];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ComingParts::AT_A_TIME; i++) {
+            const float first = __shfl_sync(~0u, weight[i / 4][0], lane & ~3 | i % 4),
+                        second = __shfl_sync(~0u, weight[i / 4][1], lane & ~3 | i % 4);
             if (i < count) {
-                const float first = weight[i][row], second = weight[i][row + 8];
-                output[0] = fmaf(first, part[i].x, output[0]);
-                output[1] = fmaf(first, part[i].y, output[1]);
-                output[2] = fmaf(second, part[i].z, output[2]);
-                output[3] = fmaf(second, part[i].w, output[3]);
+                output[0] = fmaf(first, coming.output[i].x, output[0]);
+                output[1] = fmaf(first, coming.output[i].y, output[1]);
+                output[2] = fmaf(second, coming.output[i].z, output[2]);
+                output[3] = fmaf(second, coming.output[i].w, output[3]);
             }
         }
     }
@@ -77,49 +92,51 @@ __device__ __forceinline__ bool store_merged(const sm90_params &p, const Tile<C>
     return multiply_add_zero<E>(pair, 0) & 0x7fff7fff || !(total < INFINITY) || is_far<C>(p, top);
 }
 
-// Merges the parts of 16 rows of a tile: one block, of which each warp has eight columns.
+// Merges the parts of 16 rows of a tile: one block, of which each warp has eight columns. The first parts are asked for before it is known
+// how many the tile has, for most blocks start when the last part has just been written.
 template <class C>
 __device__ __forceinline__ void merge_parts(const sm90_params &p) {
-    extern __shared__ char raw[];
-    MergeShared &s = *reinterpret_cast<MergeShared *>(raw);
     constexpr int STRIPS = C::TILE_Q / 16, WARPS = C::DIM_V / 8;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = blockIdx.x / STRIPS;
+    const int64_t step = p.split.team_tiles * STRIPS, // from a part of these rows to the next
+        first = divide(tile, p.split.by_team_tiles) * (p.split.parts - 1) * step + blockIdx.x;
+    const float4 *outputs =
+        reinterpret_cast<const float4 *>(p.split.outputs) + (first * WARPS + warp) * 32 + lane;
+    const float2 *sums = reinterpret_cast<const float2 *>(p.split.sums) + first * 16;
     const Tile<C> t = tile_at<C, true>(p, tile);
     const int first_row = t.first_row + blockIdx.x % STRIPS * 16,
               blocks = t.end_block - t.first_block;
-    const int parts = blocks > 0 ? (blocks - 1) / blocks_per_part(p, blocks) + 1 : 0;
-    const int64_t step = p.split.team_tiles * STRIPS, // from a part of these rows to the next
-        first = divide(tile, p.split.by_team_tiles) * (p.split.parts - 1) * step + blockIdx.x;
-    const float4 *const outputs =
-        reinterpret_cast<const float4 *>(p.split.outputs) + (first * WARPS + warp) * 32 + lane;
-    ComingParts coming;
-    float output[4] = {0, 0, 0, 0};
-    s.spoilt = 0;
     wait_for_predecessor();
+    ComingParts coming;
     if (!is_row<C>(p, t, first_row))
         return;
-    coming.load(outputs, step * WARPS * 32, parts);
-    for (int row = warp; row < 16; row += WARPS)
-        weigh_parts(s, reinterpret_cast<const float2 *>(p.split.sums) + first * 16, step * 16,
-                    parts, row);
-    __syncthreads();
-    for (int i = 0;;) {
-        coming.add(s.weight + i, parts - i, output);
-        i += ComingParts::AT_A_TIME;
-        if (i >= parts)
+    int left = blocks > 0 ? (blocks - 1) / blocks_per_part(p, blocks) + 1 : 0;
+    coming.load(outputs, sums, step, WARPS, left);
+    MergedRows rows;
+    for (;;) {
+        rows.add(coming, left);
+        left -= ComingParts::AT_A_TIME;
+        if (left <= 0)
             break;
-        coming.load(outputs + i * step * WARPS * 32, step * WARPS * 32, parts - i);
+        outputs += ComingParts::AT_A_TIME * step * WARPS * 32;
+        sums += ComingParts::AT_A_TIME * step * 16;
+        coming.load(outputs, sums, step, WARPS, left);
     }
+    uint32_t spoilt = 0; // a bit for each row that comes out non-finite
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+        float total = rows.total[half];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
         const int row = 8 * half + lane / 4;
         if (is_row<C>(p, t, first_row + row) &&
-            store_merged<C>(p, t, first_row + row, 8 * warp + lane % 4 * 2, s.top[row],
-                            s.total[row], output[2 * half], output[2 * half + 1]))
-            atomicOr(&s.spoilt, 1u << row);
+            store_merged<C>(p, t, first_row + row, 8 * warp + lane % 4 * 2, rows.top[half], total,
+                            rows.output[2 * half], rows.output[2 * half + 1]))
+            spoilt |= 1u << row;
     }
-    __syncthreads();
-    for (int row = warp; row < 16; row += WARPS)
-        if (s.spoilt >> row & 1)
+    if (!__syncthreads_or(spoilt))
+        return;
+    for (int row = 0; row < 16; row++)
+        if (__syncthreads_or(spoilt >> row & 1) && row % WARPS == warp)
             exact_row<C>(p, t, first_row + row);
 }

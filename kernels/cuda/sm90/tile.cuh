@@ -30,6 +30,8 @@ struct Config {
                           COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
     // Scores are exponents of 2 before their maximum is looked for, which moves in every tile.
     static constexpr bool HAS_EXPONENTS = IS_ANY || COPIES_BIAS;
+    static constexpr bool SHAPES_SCORES =
+        HAS_EXPONENTS || HAS_ALIBI || HAS_SOFTCAP; // not just hides some
 
     static constexpr int TILE_Q = 64 * WARPGROUPS;
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
@@ -103,7 +105,7 @@ using Place = std::conditional_t<C::IS_SPLIT, SplitPlace,
                                  std::conditional_t<C::IS_PACKED, AnyPlace, DensePlace>>;
 
 template <class C>
-struct alignas(64) Tile : Place<C> {
+struct TileWords : Place<C> {
     int kv_head;
     int q_len, k_len, diagonal;
     int first_block, end_block; // key tiles to visit
@@ -114,6 +116,9 @@ struct alignas(64) Tile : Place<C> {
 
     __device__ __forceinline__ bool sees_keys() const { return first_block < end_block; }
 };
+
+template <class C>
+struct alignas(64) Tile : TileWords<C> {};
 
 // Length of one sequence: the tensor's value, kept inside the extent.
 __device__ __forceinline__ int sequence_length(const int32_t *lengths, int64_t stride, int batch,
