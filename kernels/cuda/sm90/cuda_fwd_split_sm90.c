@@ -62,9 +62,10 @@ static int64_t visited(const struct problem *p, const struct rows *r, const stru
     return finish > begin ? finish - begin : 0;
 }
 
-/* Of all tiles of rows: how many they are, and the key tiles that are visited by that with the fewest, by that with the most, and by all. */
+/* Of all tiles of rows: how many they are, the key tiles that are visited by that with the fewest, by that with the most, and by all, and
+ * the bytes of keys and values that they see. */
 struct work {
-    int64_t tiles, least, most, all;
+    int64_t tiles, least, most, all, bytes;
     int64_t columns; /* of a row of the output */
 };
 
@@ -77,12 +78,32 @@ static struct work work_of(const struct problem *p, const struct rows *r, const 
         w.all += n;
     }
     w.all *= r->tiles / r->per_head;
+    const int64_t visited_keys = r->per_head * w.most * t->keys,
+                  keys = visited_keys < p->len_k ? visited_keys : p->len_k;
+    w.bytes = p->batch * p->heads_kv * keys * (p->dim_qk + p->dim_v) * 2;
     return w;
 }
 
-/* As fitted to an H100, in the time of key tiles: a round of tiles takes one more than it visits, and one of parts, which are stored, one
- * for so many columns. The merge takes two, one for so many columns of tiles that a multiprocessor merges, and one for so many parts. */
-enum { PER_ROUND = 1, STORED_COLUMNS = 32, PER_MERGE = 2, MERGED_COLUMNS = 12, MERGED_PARTS = 3 };
+/* As fitted to an H100, in a 32nd of the time that a key tile takes. A round of tiles costs as much as one key tile more, a round of parts
+ * as much as four, and each part one 32nd, or one for so many columns; a merge half as much again as a key tile for each eight parts but
+ * the first. What cuda_fwd_sm90 needs at first, as its code is longer, are three key tiles. All keys and values come from
+ * memory once, so many bytes at a time. */
+enum {
+    UNIT = 32,
+    PER_ROUND = UNIT,
+    PER_ROUND_OF_PARTS = 4 * UNIT,
+    COLUMNS_STORED = 128,
+    MERGED_AT_ONCE = 8,
+    PER_MORE = 3 * UNIT / 2,
+    WHOLE_CODE = 3 * UNIT,
+    BYTES_READ = 96 << 10
+};
+
+/* Of two things at the same time: the longer one, and more if the other takes nearly as long. */
+static int64_t both(int64_t a, int64_t b) {
+    const int64_t longer = a > b ? a : b, shorter = a + b - longer, even = shorter - longer * 3 / 4;
+    return longer + (even > 0 ? even / 2 : 0);
+}
 
 /* Until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even but for half of what parts differ
  * by, unless one part is more than that, or as many of the smallest as there are rounds. */
@@ -93,11 +114,12 @@ static int64_t time_of(const struct work *w, int64_t parts, int32_t blocks) {
                   largest = ceil_divide(w->most, parts),
                   smallest = rounds * ceil_divide(w->least, parts),
                   most = even > largest ? even : largest,
-                  visits = most > smallest ? most : smallest;
-    if (parts == 1)
-        return visits + rounds * PER_ROUND;
-    return visits + rounds * w->columns / STORED_COLUMNS + PER_MERGE +
-           w->tiles * w->columns / (MERGED_COLUMNS * blocks) + parts / MERGED_PARTS;
+                  visits = most > smallest ? most : smallest,
+                  stored = w->tiles * parts * ceil_divide(w->columns, COLUMNS_STORED),
+                  merged = (parts - 1) / MERGED_AT_ONCE * PER_MORE;
+    return both(UNIT * visits, w->bytes / BYTES_READ) +
+           (parts == 1 ? PER_ROUND * rounds + WHOLE_CODE
+                       : PER_ROUND_OF_PARTS * rounds + stored + merged);
 }
 
 static int64_t better(const struct work *w, int64_t a, int64_t b, int32_t blocks) {
@@ -106,26 +128,26 @@ static int64_t better(const struct work *w, int64_t a, int64_t b, int32_t blocks
     return b > 1 && time_of(w, b, blocks) < time_of(w, a, blocks) ? b : a;
 }
 
-/* As many as take the least time: those that fill one round of the grid or more, or the fewer the less there is to merge. */
+/* As many as take the least time: those that fill one round of the grid or more, or quarters of one. */
 enum { MOST_ROUNDS = 8 };
 static int64_t parts_of(const struct work *w, int32_t blocks) {
     int64_t best = 1;
     for (int64_t rounds = 1; rounds <= MOST_ROUNDS; rounds++)
         best = better(w, best, rounds * blocks / w->tiles, blocks);
-    for (int64_t parts = blocks / w->tiles / 2; parts > 1; parts /= 2)
-        best = better(w, best, parts, blocks);
+    for (int64_t quarters = 3; quarters > 0; quarters--)
+        best = better(w, best, quarters * blocks / w->tiles / 4, blocks);
     return best;
 }
 
 ROW_FUNCTIONS(cuda_fwd_split_sm90);
 
-/* Whether there are keys to split, rows for more than one step of cuda_decode_sm80 or for all of one over many keys, and tiles not
- * mostly empty. */
+/* Whether there are keys to split, more rows than two tiles of cuda_decode_sm80 have, or than one over many keys, and tiles not mostly
+ * empty. */
 static bool suits(const struct problem *p, const struct rows *rows, const struct tile *t) {
-    enum { LEAST_STEPS = 16, DECODED_ROWS = 64, MANY_KEYS = 65536, LEAST_SHARE = 4 };
+    enum { LEAST_STEPS = 8, DECODED_ROWS = 32, MANY_KEYS = 4096, LEAST_SHARE = 4 };
     const int64_t rows_of_key = p->len_q * (p->heads_q / p->heads_kv);
     return p->len_k >= (int64_t)LEAST_STEPS * t->keys &&
-           rows_of_key >= DECODED_ROWS + (p->len_k < MANY_KEYS) &&
+           rows_of_key > (p->len_k < MANY_KEYS ? 2 * DECODED_ROWS : DECODED_ROWS) &&
            p->batch * p->heads_q * p->len_q * LEAST_SHARE >= rows->tiles * t->rows;
 }
 
