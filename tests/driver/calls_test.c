@@ -79,11 +79,12 @@ Test(calls, a_planned_call_asks_for_nothing_but_its_launches, .init = open_all) 
         DLDataType dtype;
         int launches, maps, clears;
     } cases[] = {
-        {"cuda_fwd_sm90", false, f16, 1, 4, 0},    {"cuda_fwd_sm80", false, f16, 1, 0, 0},
-        {"cuda_fwd_tf32x3", false, f32, 1, 0, 0},  {"cuda_fwd_simt", false, f32, 1, 0, 0},
-        {"cuda_decode_sm80", false, f16, 2, 0, 0}, {"cuda_fwd_split_sm90", false, f16, 2, 4, 0},
-        {"cuda_bwd_sm90", true, f16, 3, 4, 1},     {"cuda_bwd_sm80", true, f16, 3, 0, 0},
-        {"cuda_bwd_simt", true, f32, 3, 0, 0},     {"cuda_bwd_tf32x3", true, f32, 6, 0, 1},
+        {"cuda_fwd_sm90", false, f16, 1, 4, 0},      {"cuda_fwd_sm80", false, f16, 1, 0, 0},
+        {"cuda_fwd_tf32x3", false, f32, 1, 0, 0},    {"cuda_fwd_simt", false, f32, 1, 0, 0},
+        {"cuda_decode_sm80", false, f16, 2, 0, 0},   {"cuda_fwd_split_sm90", false, f16, 2, 4, 0},
+        {"cuda_fwd_pair_sm90", false, f16, 1, 4, 0}, {"cuda_bwd_sm90", true, f16, 3, 4, 1},
+        {"cuda_bwd_sm80", true, f16, 3, 0, 0},       {"cuda_bwd_simt", true, f32, 3, 0, 0},
+        {"cuda_bwd_tf32x3", true, f32, 6, 0, 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const char *const kernel = cases[i].kernel;

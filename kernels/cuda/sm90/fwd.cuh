@@ -282,7 +282,7 @@ struct Consumer {
     }
 
     static __device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
-        return t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        return t.first_row + C::ROWS_APART * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     }
 
     // The mask of tile n, asked for before the tensor cores begin with its scores. The four threads of a row read its chunks of eight
@@ -588,8 +588,9 @@ struct Consumer {
     __device__ __forceinline__ bool step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished);
     __device__ __forceinline__ void shrink();
+    __device__ __forceinline__ void finish_outputs(const Shared<C> &s, const Pipeline<C> &pipe);
     __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
-                                         const Place<C> &t, Pipeline<C> &pipe);
+                                         const Place<C> &t, const Pipeline<C> &pipe);
 };
 
 // S and weights of the first key tile of all, n.
@@ -697,8 +698,8 @@ __device__ __forceinline__ void Consumer<C>::shrink() {
 
 // O of the last key tile of all.
 template <class C>
-__device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Shared<C> &s,
-                                                  const Place<C> &t, Pipeline<C> &pipe) {
+__device__ __forceinline__ void Consumer<C>::finish_outputs(const Shared<C> &s,
+                                                            const Pipeline<C> &pipe) {
     mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
     pin(output);
     pin(weight);
@@ -706,6 +707,11 @@ __device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Sh
     start_outputs(s.value(pipe.values.stage));
     wgmma_wait<0>();
     pin(output);
+}
+template <class C>
+__device__ __forceinline__ void Consumer<C>::last(const sm90_params &p, const Shared<C> &s,
+                                                  const Place<C> &t, const Pipeline<C> &pipe) {
+    finish_outputs(s, pipe);
     store_rows<C>(p, s, pipe.wg, t, output, top, sum);
 }
 
@@ -801,8 +807,9 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
         bulk_wait_read<0>(); // buffers live as long as the block
 }
 
-template <class C>
-__device__ __forceinline__ void forward(const sm90_params &p) {
+// `consume`, of shared memory and a warpgroup: what those do that multiply.
+template <class C, class Consume>
+__device__ __forceinline__ void forward(const sm90_params &p, const Consume &consume) {
     extern __shared__ char raw[];
     const uint32_t base = (shared_address(raw) + 1023) & ~1023u;
     const Shared<C> s{base,
@@ -839,6 +846,11 @@ __device__ __forceinline__ void forward(const sm90_params &p) {
             produce_queries<C>(p, s);
     } else {
         registers_increase<C::CONSUMER_REGISTERS>();
-        consume<C>(p, s, warpgroup - 1);
+        consume(s, warpgroup - 1);
     }
+}
+
+template <class C>
+__device__ __forceinline__ void forward(const sm90_params &p) {
+    forward<C>(p, [&](const Shared<C> &s, int wg) { consume<C>(p, s, wg); });
 }

@@ -31,6 +31,7 @@ struct Float8Config {
                           LOADS_BIAS = false, COPIES_BIAS = false, IS_SPLIT = false,
                           HAS_EXPONENTS = false, FIRST_UNMASKED = false, HAS_LOOPS = true,
                           SHRINKS_OUTSIDE = false;
+    static constexpr int ROWS_APART = 64, KEY_READERS = WARPGROUPS;
 
     static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;

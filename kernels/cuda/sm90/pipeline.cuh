@@ -81,7 +81,7 @@ struct Shared {
 
 template <class C>
 __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
-    constexpr int WARPS = 4 * C::WARPGROUPS;
+    constexpr int WARPS = 4 * C::KEY_READERS;
     for (int wg = 0; wg < C::WARPGROUPS; wg++)
         for (int i = 0; i < C::QUERY_STAGES; i++) {
             mbarrier_init(s.query_ring(wg).full + 8 * i, 1);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
         return;
     const bool any = t.sees_keys();
     if (any) {
-        const RowCoordinates at = row_coordinates<C>(p, t, t.first_row + 64 * wg);
+        const RowCoordinates at = row_coordinates<C>(p, t, t.first_row + C::ROWS_APART * wg);
         for (int c = 0; c < C::COLUMNS_QK; c++)
             tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
                         evict_first(), C::COLUMN_ELEMENTS * c, 0, at.c2, at.c3, at.c4);

@@ -140,6 +140,20 @@ __device__ __forceinline__ float2 load_pair(uint32_t address) {
     return r;
 }
 
+// Four.
+__device__ __forceinline__ float4 load_floats(uint32_t address) {
+    float4 r;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
+                 : "r"(address));
+    return r;
+}
+__device__ __forceinline__ void store_floats(uint32_t address, const float4 &x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w)
+                 : "memory");
+}
+
 // *to += x, at some time before the kernel ends.
 __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");

@@ -7,10 +7,10 @@
 
 #include <type_traits>
 
-// What a kernel is compiled for. All but PLAIN also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
+// What a kernel is compiled for. All but PLAIN and PAIRED also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
 // for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
-// beside all other options. SPLIT is for another row, whose tiles are parts of the keys: see split.cuh.
-enum Variant { PLAIN, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32, SPLIT };
+// beside all other options. SPLIT and PAIRED are for other rows: see split.cuh and pair.cuh.
+enum Variant { PLAIN, PAIRED, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32, SPLIT };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
@@ -23,7 +23,8 @@ struct Config {
     static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
-    static constexpr bool IS_PLACED = Of != PLAIN, IS_SPLIT = Of == SPLIT,
+    static constexpr bool SHARES_ROWS = Of == PAIRED;
+    static constexpr bool IS_PLACED = Of != PLAIN && !SHARES_ROWS, IS_SPLIT = Of == SPLIT,
                           IS_PACKED = IS_PLACED && (IS_SPLIT || WARPGROUPS < 3),
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
                           IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,
@@ -33,7 +34,10 @@ struct Config {
     static constexpr bool SHAPES_SCORES =
         HAS_EXPONENTS || HAS_ALIBI || HAS_SOFTCAP; // not just hides some
 
-    static constexpr int TILE_Q = 64 * WARPGROUPS;
+    // First rows of the warpgroups; who reads a key tile.
+    static constexpr int ROWS_APART = SHARES_ROWS ? 0 : 64,
+                         KEY_READERS = SHARES_ROWS ? 1 : WARPGROUPS;
+    static constexpr int TILE_Q = 64 + ROWS_APART * (WARPGROUPS - 1);
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
     // Together no more than the block starts with: 65536 / THREADS, rounded down to 8, each.
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
@@ -69,7 +73,7 @@ struct Config {
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
     static constexpr int CLAIM_READERS = COPIES_BIAS ? 3 : 2;
     static constexpr int VALUE_WRITERS = 1;
-    static constexpr bool HAS_TURNS = true; // see wait_turn()
+    static constexpr bool HAS_TURNS = !SHARES_ROWS; // see wait_turn()
     static constexpr int BARRIERS =
         TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
@@ -360,8 +364,8 @@ template <class C>
 __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int wg) {
     if (!t.sees_keys())
         return t;
-    const int first = (t.first_row + 64 * wg) >> p.pack_log2;
-    const int last = min((t.first_row + 64 * wg + 63) >> p.pack_log2, t.q_len - 1);
+    const int first_row = t.first_row + C::ROWS_APART * wg, first = first_row >> p.pack_log2;
+    const int last = min((first_row + 63) >> p.pack_log2, t.q_len - 1);
     const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
     int end_block = max((highest + C::TILE_K - 1) / C::TILE_K, t.first_block + 1);
     if constexpr (C::IS_SPLIT)
@@ -382,7 +386,7 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     const int all_highest = max(min(first + t.diagonal + right + 1, t.k_len), 0);
     t.first_whole = (all_lowest + C::TILE_K - 1) / C::TILE_K;
     // Rows behind the last one see nothing, which a first step with a mask leaves as their top.
-    if ((t.first_row + 64 * wg + 63) >> p.pack_log2 >= t.q_len)
+    if ((first_row + 63) >> p.pack_log2 >= t.q_len)
         t.first_whole = max(t.first_whole, t.first_block + 1);
     t.end_whole = all_highest / C::TILE_K;
     t.first_untracked = all_lowest / C::TILE_K + 1;

@@ -1,0 +1,78 @@
+/* Few tiles on Hopper, f16 and bf16: cuda_fwd_sm90 with tiles of 64 rows, whose keys two warpgroups share. See docs/cuda-sm90.md. */
+#include "kernels/cuda/sm90/fwd.h"
+
+#define MODULE(D)                                                                                  \
+    extern const struct cuda_image cuda_fwd_pair_sm90_##D##_images[];                              \
+    static struct cuda_module module_##D = {.images = cuda_fwd_pair_sm90_##D##_images};
+MODULE(64)
+MODULE(96)
+MODULE(128)
+
+/* Those of tiles.inc that have room for a bias, halved. */
+enum { ROWS = 64 };
+#define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, ...)                                                 \
+    CUDA_KERNEL(module_##D, "cuda_fwd_pair_sm90_" NAME, 128 * ((WARPGROUPS) + 1),                  \
+                SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, __VA_ARGS__, 0))
+#define TILE_MANY_ROWS(...)
+#define TILE_ANY(...)
+#define TILE_BIAS(D, DV, KEYS, ...)                                                                \
+    {.dim_qk = D,                                                                                  \
+     .dim_v = DV,                                                                                  \
+     .rows = ROWS,                                                                                 \
+     .keys = KEYS,                                                                                 \
+     .kernels =                                                                                    \
+         (struct cuda_kernel[]){KERNEL(D, #D "_" #DV "_" #KEYS "_f16", DV, KEYS, __VA_ARGS__),     \
+                                KERNEL(D, #D "_" #DV "_" #KEYS "_bf16", DV, KEYS, __VA_ARGS__)}},
+#define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
+    TILE_##USE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)
+#define SM90_D 0
+static const struct tile tiles[] = {
+#include "kernels/cuda/sm90/tiles.inc"
+};
+
+static int64_t tiles_of(const struct problem *p) {
+    const int32_t log2 = sm90_pack_log2(p, ROWS);
+    return ceil_divide(p->len_q << log2, ROWS) * p->batch * (p->heads_q >> log2);
+}
+
+/* The tile, -1: the problem is for others. Each tile has a multiprocessor of its own. */
+static int32_t chosen(const struct problem *p, const struct caps *caps) {
+    return sm90_takes(p) && p->len_k > 0 && tiles_of(p) <= caps->multiprocessors
+               ? choose_tile(tiles, COUNT(tiles), false, p, caps, NULL)
+               : -1;
+}
+
+/* Whether both warpgroups have keys, and there is more to do than cuda_decode_sm80 does in one or two tiles. */
+static bool suits(const struct problem *p, const struct tile *t) {
+    enum { DECODED_ROWS = 32, FEW_KEYS = 1024 };
+    const int64_t rows_of_key = p->len_q * (p->heads_q / p->heads_kv);
+    return p->len_k > t->keys &&
+           rows_of_key > (p->len_k <= FEW_KEYS ? DECODED_ROWS : 2 * DECODED_ROWS);
+}
+
+bool sm90_pairs(const struct problem *p, const struct caps *caps) {
+    const uint64_t options = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SINKS;
+    const int32_t tile = chosen(p, caps);
+    return tile >= 0 && !(p->features & options) && suits(p, &tiles[tile]);
+}
+
+ROW_FUNCTIONS(cuda_fwd_pair_sm90);
+
+bool cuda_fwd_pair_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+    plan->variant = chosen(p, caps);
+    if (plan->variant < 0 || (!p->kernel && !suits(p, &tiles[plan->variant])))
+        return false;
+    sm90_plan_tile(plan, p, caps, &tiles[plan->variant]);
+    return true;
+}
+
+int32_t cuda_fwd_pair_sm90_launch(const struct plan *plan, const struct problem *p,
+                                  const struct exec *exec) {
+    struct sm90_params params;
+    const int32_t status = sm90_fill(&params, p, plan, exec->workspace);
+    if (status != DLATTN_OK)
+        return status;
+    sm90_fill_walk(&params, p, plan);
+    return cuda_launch(kernel_for(&tiles[plan->variant], p->dtype), p->device_id, plan->blocks,
+                       exec->stream, &params);
+}
