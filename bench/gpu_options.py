@@ -55,6 +55,7 @@ class Case:
         self.desc = desc
         self.pairs = pairs
         self.peers = {}
+        self.other_kernel = None
 
     def dense(self, length=LENGTH, length_k=None, batch=BATCH):
         self.shape = batch, length, length_k or length
@@ -126,8 +127,8 @@ class Case:
         self.peers["flex"] = lambda: compiled(self.q, self.k, self.v, score_mod, mask)
         return self
 
-    def call(self, library):
-        desc = dict(self.desc)
+    def call(self, library, kernel=None):
+        desc = dict(self.desc, kernel=kernel)
         if "window_left" in desc:
             desc["flags"] = WINDOW
         output = torch.empty_like(self.tensors["query"])
@@ -135,10 +136,12 @@ class Case:
 
     def run(self, library, count, graphs):
         calls = {"dlattn": self.call(library)}
+        if self.other_kernel:
+            calls["dlattn, named"] = self.call(library, self.other_kernel)
+        kernels = {name: call.kernel for name, call in calls.items()}
         for name, peer in self.peers.items():
             if started(self.name, name, lambda peer=peer: peer):
                 calls[name] = peer
-        kernels = {"dlattn": calls["dlattn"].kernel}
         if graphs:
             calls = {name: recorded(call) for name, call in calls.items()}
         return self.rows(kernels, rounds(calls, count))
@@ -286,15 +289,28 @@ def chunked(dim, flex):
             yield case.dense(rows, length, 1).flash().older_flash().cudnn(whole=True)
 
 
-def half_empty(dim, flex):
-    """Fewer tiles than an H100 has multiprocessors, or hardly more."""
-    for heads, length in ((2, 16384), (4, 4096), (8, 2048), (8, 1024)):
+def square(name, dim, shapes, kernel=None):
+    for heads, length in shapes:
         for causal in (0, 1):
-            case = Case("half-empty", dim, heads=heads, heads_kv=heads, causal=causal)
+            case = Case(name, dim, heads=heads, heads_kv=heads, causal=causal)
+            case.other_kernel = kernel
             yield case.dense(length, batch=1).flash().older_flash().cudnn()
 
 
-GROUPS = {f.__name__: f for f in (plain, by_score, documents, packed, paged, chunked, half_empty)}
+def half_empty(dim, flex):
+    """Fewer tiles than an H100 has multiprocessors, or hardly more."""
+    yield from square("half-empty", dim, ((2, 16384), (4, 4096), (8, 2048), (8, 1024)))
+
+
+def short(dim, flex):
+    """Calls of some ten microseconds, also by the row that is for them if a call names it."""
+    shapes = ((8, 256), (8, 512), (16, 512), (32, 200), (12, 700), (4, 1024), (4, 2048), (2, 4096))
+    yield from square("short", dim, shapes, b"cuda_fwd_pair_sm90")
+
+
+GROUPS = {
+    f.__name__: f for f in (plain, by_score, documents, packed, paged, chunked, half_empty, short)
+}
 
 
 def main():
