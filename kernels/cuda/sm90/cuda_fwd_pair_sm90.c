@@ -30,17 +30,12 @@ static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/tiles.inc"
 };
 
-static int64_t tiles_of(const struct problem *p) {
-    const int32_t log2 = sm90_pack_log2(p, ROWS);
-    return ceil_divide(p->len_q << log2, ROWS) * p->batch * (p->heads_q >> log2);
-}
-
 ROW_FUNCTIONS(cuda_fwd_pair_sm90);
 
 /* For calls that name it: beside gradients on another stream a launch has failed once (CUDA error 719), it is not known of which kernel. Each
  * tile has a multiprocessor of its own. */
 bool cuda_fwd_pair_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    if (!p->kernel || !sm90_takes(p) || tiles_of(p) > caps->multiprocessors)
+    if (!p->kernel || !sm90_takes(p) || sm90_tiles(p, ROWS) > caps->multiprocessors)
         return false;
     plan->variant = choose_tile(tiles, COUNT(tiles), false, p, caps, NULL);
     if (plan->variant < 0)

@@ -130,14 +130,13 @@ static int64_t row_tiles(const struct problem *p, int32_t tile_q) {
     return p->total_q > 0 && of_all < of_longest ? of_all : of_longest;
 }
 
-/* Those of all heads, as the blocks take them. */
-static int64_t tiles_of(const struct problem *p, int32_t tile_q) {
+int64_t sm90_tiles(const struct problem *p, int32_t tile_q) {
     return row_tiles(p, tile_q) * (p->heads_q >> sm90_pack_log2(p, tile_q));
 }
 
 /* Query rows of the multiprocessor that has most of them. */
 static int64_t busiest_rows(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
-    return ceil_divide(tiles_of(p, tile_q), multiprocessors) * tile_q;
+    return ceil_divide(sm90_tiles(p, tile_q), multiprocessors) * tile_q;
 }
 
 /* Tiles of three warpgroups take a sixth less time for a row than tiles of two, but need more rows to fill the
@@ -222,7 +221,7 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
                     const struct tile *tile) {
     plan->tile_q = tile->rows;
     plan->tile_k = tile->keys;
-    const int64_t all = tiles_of(p, plan->tile_q);
+    const int64_t all = sm90_tiles(p, plan->tile_q);
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
     plan->workspace_bytes = parts.list + parts.seen;

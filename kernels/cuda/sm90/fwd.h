@@ -12,6 +12,9 @@ bool sm90_takes(const struct problem *p);
 /* Query heads of a group that share a tile of `tile_q` rows, as a power of two. */
 int32_t sm90_pack_log2(const struct problem *p, int32_t tile_q);
 
+/* Tiles of `tile_q` rows of all sequences and heads, as the blocks take them. */
+int64_t sm90_tiles(const struct problem *p, int32_t tile_q);
+
 /* Whether a kernel before it lists the tiles, which then depend on lengths that only the device knows. */
 bool sm90_is_listed(const struct problem *p);
 

@@ -92,8 +92,7 @@ __device__ __forceinline__ bool store_merged(const sm90_params &p, const Tile<C>
     return multiply_add_zero<E>(pair, 0) & 0x7fff7fff || !(total < INFINITY) || is_far<C>(p, top);
 }
 
-// Merges the parts of 16 rows of a tile: one block, of which each warp has eight columns. The first parts are asked for before it is known
-// how many the tile has, for most blocks start when the last part has just been written.
+// Merges the parts of 16 rows of a tile: one block, of which each warp has eight columns.
 template <class C>
 __device__ __forceinline__ void merge_parts(const sm90_params &p) {
     constexpr int STRIPS = C::TILE_Q / 16, WARPS = C::DIM_V / 8;
