@@ -44,12 +44,20 @@ static const struct {
                   {"masked", DLATTN_FEATURE_MASK},
                   {"with sinks", DLATTN_FEATURE_SINKS}};
 
-enum { HEADS = 2, DIM = 64, STEP = 32 /* a key's number is STEP * high + low, each of few bits */ };
+enum {
+    HEADS = 2,
+    MOST_DIM = 128,
+    STEP = 32 /* a key's number is STEP * high + low, each of few bits */
+};
+
+struct extents {
+    int64_t rows, keys, dim;
+};
 
 struct problem {
     enum kind kind;
     enum element element;
-    int64_t rows, keys;
+    int64_t rows, keys, dim;
     double most; /* of the logits' magnitudes */
     dlattn_forward_desc desc;
     struct tensor query, key, value, output, lse, bias, mask, slopes, sinks;
@@ -116,20 +124,20 @@ static void fill_main(struct problem *p) {
     for (int64_t h = 0; h < HEADS; h++) {
         for (int64_t i = 0; i < p->rows; i++) {
             const double a = row_number(i) * of_query;
-            for (int64_t d = 0; d < DIM; d++)
+            for (int64_t d = 0; d < p->dim; d++)
                 set(&p->query, 0, h, i, d, d == 0 ? STEP * a : d == 1 ? a : d == 2 ? 1 : 0);
         }
     }
     for (int64_t j = 0; j < p->keys; j++) {
         const int64_t c = key_number(p, j), high = (int64_t)floor((double)c / STEP);
         const bool shallow = p->kind == FROM_DEPTHS && j >= p->keys / 2;
-        for (int64_t d = 0; d < DIM; d++) {
+        for (int64_t d = 0; d < p->dim; d++) {
             const double x = d == 0   ? (double)high * of_key
                              : d == 1 ? (double)(c - STEP * high) * of_key
                                       : 0;
             set(&p->key, 0, 0, j, d, shallow && d == 2 ? (double)(j % 7) : x);
             set(&p->value, 0, 0, j, d,
-                (double)random_below(7, (uint64_t)(j * DIM + d), 256) / 64 - 2);
+                (double)random_below(7, (uint64_t)(j * p->dim + d), 256) / 64 - 2);
         }
     }
 }
@@ -149,24 +157,25 @@ static void fill_options(struct problem *p) {
     }
 }
 
-static void make_problem(struct problem *p, enum kind kind, enum element e, int64_t rows,
-                         int64_t keys, double most) {
-    *p = (struct problem){.kind = kind, .element = e, .rows = rows, .keys = keys, .most = most};
+static void make_problem(struct problem *p, enum kind kind, enum element e, const struct extents *s,
+                         double most) {
+    *p = (struct problem){
+        .kind = kind, .element = e, .rows = s->rows, .keys = s->keys, .dim = s->dim, .most = most};
     const struct {
         struct tensor *tensor;
         enum element element;
         int axes;
         int64_t shape[4];
     } all[] = {
-        {&p->query, e, 4, {1, HEADS, rows, DIM}},
-        {&p->key, e, 4, {1, 1, keys, DIM}},
-        {&p->value, e, 4, {1, 1, keys, DIM}},
-        {&p->output, e, 4, {1, HEADS, rows, DIM}},
-        {&p->bias, F32, 4, {1, 1, rows, keys}},
-        {&p->mask, U8, 4, {1, 1, rows, keys}},
+        {&p->query, e, 4, {1, HEADS, s->rows, s->dim}},
+        {&p->key, e, 4, {1, 1, s->keys, s->dim}},
+        {&p->value, e, 4, {1, 1, s->keys, s->dim}},
+        {&p->output, e, 4, {1, HEADS, s->rows, s->dim}},
+        {&p->bias, F32, 4, {1, 1, s->rows, s->keys}},
+        {&p->mask, U8, 4, {1, 1, s->rows, s->keys}},
         {&p->slopes, F32, 1, {HEADS}},
         {&p->sinks, F32, 1, {HEADS}},
-        {&p->lse, e == F64 ? F64 : F32, 3, {1, HEADS, rows}},
+        {&p->lse, e == F64 ? F64 : F32, 3, {1, HEADS, s->rows}},
     };
     for (size_t t = 0; t < sizeof all / sizeof all[0]; t++)
         tensor_make(all[t].tensor, all[t].element, all[t].axes, all[t].shape, COMPACT, 0, 0);
@@ -221,7 +230,7 @@ static double logit(const struct problem *p, int64_t h, int64_t i, int64_t j) {
 }
 
 /* A row's output, and its lse, which is returned. */
-static double attend(const struct problem *p, int64_t h, int64_t i, double output[DIM]) {
+static double attend(const struct problem *p, int64_t h, int64_t i, double output[MOST_DIM]) {
     double *const x = malloc((size_t)p->keys * sizeof *x), total = 0;
     const double sink = p->kind == WITH_SINKS ? get(&p->sinks, h, 0, 0, 0) : -INFINITY;
     double most = sink;
@@ -229,16 +238,16 @@ static double attend(const struct problem *p, int64_t h, int64_t i, double outpu
         x[j] = logit(p, h, i, j);
         most = fmax(most, x[j]);
     }
-    for (int64_t d = 0; d < DIM; d++)
+    for (int64_t d = 0; d < p->dim; d++)
         output[d] = 0;
     for (int64_t j = 0; j < p->keys; j++) {
         const double weight = exp(x[j] - most);
         total += weight;
-        for (int64_t d = 0; d < DIM && weight > 0; d++)
+        for (int64_t d = 0; d < p->dim && weight > 0; d++)
             output[d] += weight * get(&p->value, 0, 0, j, d);
     }
     total += exp(sink - most);
-    for (int64_t d = 0; d < DIM; d++)
+    for (int64_t d = 0; d < p->dim; d++)
         output[d] /= total;
     free(x);
     return most + log(total);
@@ -253,23 +262,23 @@ static bool close_to(double x, double y, double relative) {
 static int wrong_rows(const struct problem *p, const char *kernel) {
     const double off = p->element == F64 ? 1e-12 : 1e-5,
                  off_output = off + 4 * element_epsilon(p->element);
-    double want[DIM];
+    double want[MOST_DIM];
     int wrong = 0;
     for (int64_t h = 0; h < HEADS; h++) {
         for (int64_t i = 0; i < p->rows; i++) {
             const double lse = attend(p, h, i, want), got_lse = get(&p->lse, 0, h, i, 0);
             int64_t d = 0;
-            while (d < DIM && close_to(get(&p->output, 0, h, i, d), want[d], off_output))
+            while (d < p->dim && close_to(get(&p->output, 0, h, i, d), want[d], off_output))
                 d++;
-            if (d == DIM && (p->kind == BIASED_NO_LSE || close_to(got_lse, lse, off)))
+            if (d == p->dim && (p->kind == BIASED_NO_LSE || close_to(got_lse, lse, off)))
                 continue;
             if (wrong++ == 0)
                 fprintf(stderr,
                         "%s %s, %s up to %g, %d rows, %d keys, head %d, row %d: output[%d] is %g, "
                         "must be %g; lse is %g, must be %g\n",
                         kernel, element_name(p->element), kinds[p->kind].name, p->most,
-                        (int)p->rows, (int)p->keys, (int)h, (int)i, (int)(d % DIM),
-                        get(&p->output, 0, h, i, d % DIM), want[d % DIM], got_lse, lse);
+                        (int)p->rows, (int)p->keys, (int)h, (int)i, (int)(d % p->dim),
+                        get(&p->output, 0, h, i, d % p->dim), want[d % p->dim], got_lse, lse);
         }
     }
     return wrong;
@@ -279,10 +288,10 @@ static int wrong_rows(const struct problem *p, const char *kernel) {
 
 /* 0 if the row takes it and is right, -1 if it declines, else the number of wrong rows. */
 static int check(const dlattn_api *api, const char *kernel, enum kind kind, enum element e,
-                 int64_t rows, int64_t keys, double most) {
+                 const struct extents *s, double most) {
     struct problem p;
     dlattn_sku sku;
-    make_problem(&p, kind, e, rows, keys, most);
+    make_problem(&p, kind, e, s, most);
     const dlattn_tensors tensors = tensors_of(&p);
     p.desc.kernel = kernel;
     const int32_t status = run_call(api, &p.desc, &tensors, &sku);
@@ -302,8 +311,8 @@ static const double most_f32[] = {1,      0x1p23, 0x1p24,  0x1p25,  0x1p27, 0x1p
                                   0x1p40, 0x1p64, 0x1p100, 0x1p126, 3.3e38};
 static const double most_f64[] = {0x1p50, 0x1p56, 0x1p62, 0x1p200, 0x1p1000, 1.7e308};
 
-/* Rows of a tile or two, and few rows over keys that are split. */
-static const int64_t lengths[][2] = {{70, 200}, {2, 1500}};
+/* Rows of a tile or two, few rows over keys that are split, and several steps at a head dim whose kernels bring large weights back elsewhere. */
+static const struct extents shapes[] = {{70, 200, 64}, {2, 1500, 64}, {70, 600, 128}};
 
 static void check_row(const dlattn_api *api, const dlattn_kernel_info *row, enum element e,
                       double most, int *checked) {
@@ -313,11 +322,11 @@ static void check_row(const dlattn_api *api, const dlattn_kernel_info *row, enum
         const uint64_t in_f32 = DLATTN_FEATURE_BIAS | DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SINKS;
         if (kinds[kind].feature & in_f32 && most > FLT_MAX)
             continue;
-        for (size_t n = 0; n < 2; n++) {
-            const int wrong = check(api, row->name, kind, e, lengths[n][0], lengths[n][1], most);
+        for (size_t n = 0; n < sizeof shapes / sizeof shapes[0]; n++) {
+            const int wrong = check(api, row->name, kind, e, &shapes[n], most);
             *checked += wrong >= 0;
-            cr_expect(wrong <= 0, "%s %s, %s up to %g: %d rows are wrong", row->name,
-                      element_name(e), kinds[kind].name, most, wrong);
+            cr_expect(wrong <= 0, "%s %s, head dim %d, %s up to %g: %d rows are wrong", row->name,
+                      element_name(e), (int)shapes[n].dim, kinds[kind].name, most, wrong);
         }
     }
 }

@@ -10,9 +10,10 @@ MODULE(128)
 
 /* Those of tiles.inc that have room for a bias, halved. */
 enum { ROWS = 64 };
-#define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, ...)                                                 \
-    CUDA_KERNEL(module_##D, "cuda_fwd_pair_sm90_" NAME, 128 * ((WARPGROUPS) + 1),                  \
-                SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, __VA_ARGS__, 0))
+#define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                                \
+    CUDA_KERNEL(                                                                                   \
+        module_##D, "cuda_fwd_pair_sm90_" NAME, 128 * ((WARPGROUPS) + 1),                          \
+        SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES, 0))
 #define TILE_MANY_ROWS(...)
 #define TILE_ANY(...)
 #define TILE_BIAS(D, DV, KEYS, ...)                                                                \
@@ -30,15 +31,32 @@ static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/tiles.inc"
 };
 
+/* The tile, -1: the problem is for others. Each tile has a multiprocessor of its own. */
+static int32_t chosen(const struct problem *p, const struct caps *caps) {
+    return sm90_takes(p) && p->len_k > 0 && sm90_tiles(p, ROWS) <= caps->multiprocessors
+               ? choose_tile(tiles, COUNT(tiles), false, p, caps, NULL)
+               : -1;
+}
+
+/* Whether both warpgroups have keys, and there is more to do than cuda_decode_sm80 does in one or two tiles. */
+static bool suits(const struct problem *p, const struct tile *t) {
+    enum { DECODED_ROWS = 32, FEW_KEYS = 1024 };
+    const int64_t rows_of_key = p->len_q * (p->heads_q / p->heads_kv);
+    return p->len_k > t->keys &&
+           rows_of_key > (p->len_k <= FEW_KEYS ? DECODED_ROWS : 2 * DECODED_ROWS);
+}
+
+bool sm90_pairs(const struct problem *p, const struct caps *caps) {
+    const uint64_t options = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SINKS;
+    const int32_t tile = chosen(p, caps);
+    return tile >= 0 && !(p->features & options) && suits(p, &tiles[tile]);
+}
+
 ROW_FUNCTIONS(cuda_fwd_pair_sm90);
 
-/* For calls that name it: beside gradients on another stream a launch has failed once (CUDA error 719), it is not known of which kernel. Each
- * tile has a multiprocessor of its own. */
 bool cuda_fwd_pair_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    if (!p->kernel || !sm90_takes(p) || sm90_tiles(p, ROWS) > caps->multiprocessors)
-        return false;
-    plan->variant = choose_tile(tiles, COUNT(tiles), false, p, caps, NULL);
-    if (plan->variant < 0)
+    plan->variant = chosen(p, caps);
+    if (plan->variant < 0 || (!p->kernel && !suits(p, &tiles[plan->variant])))
         return false;
     sm90_plan_tile(plan, p, caps, &tiles[plan->variant]);
     return true;

@@ -12,6 +12,6 @@
 #define INSTANCES_BIAS(name, ...)                                                                  \
     INSTANCE(name##_f16, __half, __VA_ARGS__) INSTANCE(name##_bf16, __nv_bfloat16, __VA_ARGS__)
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
-    INSTANCES_##USE(cuda_fwd_pair_sm90_##D##_##DV##_##KEYS, D, DV, KEYS, WARPGROUPS, STAGES,       \
-                    QUERY_STAGES)
+    INSTANCES_##USE(cuda_fwd_pair_sm90_##D##_##DV##_##KEYS, D, DV, KEYS, WARPGROUPS,               \
+                    SM90_PAIR_STAGES(STAGES), QUERY_STAGES)
 #include "kernels/cuda/sm90/tiles.inc"

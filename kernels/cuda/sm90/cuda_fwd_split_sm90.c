@@ -67,10 +67,13 @@ static int64_t visited(const struct problem *p, const struct rows *r, const stru
 struct work {
     int64_t tiles, least, most, all, bytes;
     int64_t columns; /* of a row of the output */
+    bool pairs;      /* not split, it is cuda_fwd_pair_sm90's */
 };
 
-static struct work work_of(const struct problem *p, const struct rows *r, const struct tile *t) {
-    struct work w = {.tiles = r->tiles, .least = INT64_MAX, .columns = t->dim_v};
+static struct work work_of(const struct problem *p, const struct rows *r, const struct tile *t,
+                           const struct caps *caps) {
+    struct work w = {
+        .tiles = r->tiles, .least = INT64_MAX, .columns = t->dim_v, .pairs = sm90_pairs(p, caps)};
     for (int64_t i = 0; i < r->per_head; i++) {
         const int64_t n = visited(p, r, t, i);
         w.least = n < w.least ? n : w.least;
@@ -86,8 +89,8 @@ static struct work work_of(const struct problem *p, const struct rows *r, const 
 
 /* As fitted to an H100, in a 32nd of the time that a key tile takes. A round of tiles costs as much as one key tile more, a round of parts
  * as much as four, and each part one 32nd, or one for so many columns; a merge half as much again as a key tile for each eight parts but
- * the first. What cuda_fwd_sm90 needs at first, as its code is longer, are three key tiles. All keys and values come from
- * memory once, so many bytes at a time. */
+ * the first. What cuda_fwd_sm90 needs at first, as its code is longer, are three key tiles, cuda_fwd_pair_sm90 three quarters of one, and
+ * one for so many columns in each step besides. All keys and values come from memory once, so many bytes at a time. */
 enum {
     UNIT = 32,
     PER_ROUND = UNIT,
@@ -96,6 +99,9 @@ enum {
     MERGED_AT_ONCE = 8,
     PER_MORE = 3 * UNIT / 2,
     WHOLE_CODE = 3 * UNIT,
+    PAIR_CODE = 3 * UNIT / 4,
+    PAIR_STEP = 25,
+    PAIR_COLUMNS = 7,
     BYTES_READ = 96 << 10
 };
 
@@ -103,6 +109,11 @@ enum {
 static int64_t both(int64_t a, int64_t b) {
     const int64_t longer = a > b ? a : b, shorter = a + b - longer, even = shorter - longer * 3 / 4;
     return longer + (even > 0 ? even / 2 : 0);
+}
+
+/* In cuda_fwd_pair_sm90, whose steps have two key tiles, which have to come from L2. */
+static int64_t time_of_pair(const struct work *w) {
+    return (w->most + 1) / 2 * (PAIR_STEP + w->columns / PAIR_COLUMNS) + PAIR_CODE;
 }
 
 /* Until the last block has ended. Blocks get large and small parts in turn, so what they have to do is even but for half of what parts differ
@@ -117,6 +128,8 @@ static int64_t time_of(const struct work *w, int64_t parts, int32_t blocks) {
                   visits = most > smallest ? most : smallest,
                   stored = w->tiles * parts * ceil_divide(w->columns, COLUMNS_STORED),
                   merged = (parts - 1) / MERGED_AT_ONCE * PER_MORE;
+    if (parts == 1 && w->pairs)
+        return time_of_pair(w);
     return both(UNIT * visits, w->bytes / BYTES_READ) +
            (parts == 1 ? PER_ROUND * rounds + WHOLE_CODE
                        : PER_ROUND_OF_PARTS * rounds + stored + merged);
@@ -141,13 +154,13 @@ static int64_t parts_of(const struct work *w, int32_t blocks) {
 
 ROW_FUNCTIONS(cuda_fwd_split_sm90);
 
-/* Whether there are keys to split, more rows than two tiles of cuda_decode_sm80 have, or than one over many keys, and tiles not mostly
+/* Whether there are keys to split, more rows than two tiles of cuda_decode_sm80 have, or as many over many keys, and tiles not mostly
  * empty. */
 static bool suits(const struct problem *p, const struct rows *rows, const struct tile *t) {
-    enum { LEAST_STEPS = 8, DECODED_ROWS = 32, MANY_KEYS = 4096, LEAST_SHARE = 4 };
+    enum { LEAST_STEPS = 8, DECODED_ROWS = 64, MANY_KEYS = 65536, LEAST_SHARE = 4 };
     const int64_t rows_of_key = p->len_q * (p->heads_q / p->heads_kv);
     return p->len_k >= (int64_t)LEAST_STEPS * t->keys &&
-           rows_of_key > (p->len_k < MANY_KEYS ? 2 * DECODED_ROWS : DECODED_ROWS) &&
+           rows_of_key >= DECODED_ROWS + (p->len_k < MANY_KEYS) &&
            p->batch * p->heads_q * p->len_q * LEAST_SHARE >= rows->tiles * t->rows;
 }
 
@@ -160,7 +173,7 @@ bool cuda_fwd_split_sm90_plan(struct plan *plan, const struct problem *p, const 
     const struct rows rows = rows_of(p, t->rows);
     if (rows.tiles > MOST_ROUNDS * blocks || (!p->kernel && !suits(p, &rows, t)))
         return false;
-    const struct work work = work_of(p, &rows, t);
+    const struct work work = work_of(p, &rows, t, caps);
     int64_t parts = parts_of(&work, blocks);
     if (parts == 1 && !p->kernel)
         return false;

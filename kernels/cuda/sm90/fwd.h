@@ -18,6 +18,9 @@ int64_t sm90_tiles(const struct problem *p, int32_t tile_q);
 /* Whether a kernel before it lists the tiles, which then depend on lengths that only the device knows. */
 bool sm90_is_listed(const struct problem *p);
 
+/* Whether cuda_fwd_pair_sm90 is made for it. */
+bool sm90_pairs(const struct problem *p, const struct caps *caps);
+
 /* What a tile makes of the plan. */
 void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct caps *caps,
                     const struct tile *tile);

@@ -50,6 +50,9 @@ template <class C>
 __device__ __forceinline__ void every_other_tile(Consumer<C> &rows, const sm90_params &p,
                                                  const Shared<C> &s, const Tile<C> &t, int n,
                                                  Pipeline<C> &pipe) {
+    // A barrier tells its phases apart by their parity alone: who has not waited for one of a buffer's tiles may take the next one to
+    // be there before either is. So each buffer is one warpgroup's.
+    static_assert(C::STAGES % C::WARPGROUPS == 0 && !C::SHRINKS_OUTSIDE, "");
     rows.first(p, s, t, n, pipe);
     pipe.keys.advance();
     for (n += 2; n < t.end_block; n += 2) {

@@ -51,7 +51,8 @@ struct Config {
     static constexpr bool HAS_LOOPS = DIM_QK < 256 && (DIM_QK > 64 || IS_PLACED);
     // Is the loop of whole key tiles left where weights are too large, so that it has no branch over code that is hardly ever run? At D 96
     // that takes 5 % off the time.
-    static constexpr bool SHRINKS_OUTSIDE = HAS_LOOPS && WARPGROUPS == 2 && !HAS_ALIBI;
+    static constexpr bool SHRINKS_OUTSIDE =
+        HAS_LOOPS && WARPGROUPS == 2 && !HAS_ALIBI && !SHARES_ROWS;
 
     // Tiles in shared memory: columns of 64 elements, swizzled by TMA.
     static constexpr int COLUMNS_QK = (DIM_QK + 63) / 64, COLUMNS_V = (DIM_V + 63) / 64;
