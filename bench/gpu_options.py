@@ -55,7 +55,6 @@ class Case:
         self.desc = desc
         self.pairs = pairs
         self.peers = {}
-        self.other_kernel = None
 
     def dense(self, length=LENGTH, length_k=None, batch=BATCH):
         self.shape = batch, length, length_k or length
@@ -127,8 +126,8 @@ class Case:
         self.peers["flex"] = lambda: compiled(self.q, self.k, self.v, score_mod, mask)
         return self
 
-    def call(self, library, kernel=None):
-        desc = dict(self.desc, kernel=kernel)
+    def call(self, library):
+        desc = dict(self.desc)
         if "window_left" in desc:
             desc["flags"] = WINDOW
         output = torch.empty_like(self.tensors["query"])
@@ -136,12 +135,10 @@ class Case:
 
     def run(self, library, count, graphs):
         calls = {"dlattn": self.call(library)}
-        if self.other_kernel:
-            calls["dlattn, named"] = self.call(library, self.other_kernel)
-        kernels = {name: call.kernel for name, call in calls.items()}
         for name, peer in self.peers.items():
             if started(self.name, name, lambda peer=peer: peer):
                 calls[name] = peer
+        kernels = {"dlattn": calls["dlattn"].kernel}
         if graphs:
             calls = {name: recorded(call) for name, call in calls.items()}
         return self.rows(kernels, rounds(calls, count))
@@ -289,11 +286,10 @@ def chunked(dim, flex):
             yield case.dense(rows, length, 1).flash().older_flash().cudnn(whole=True)
 
 
-def square(name, dim, shapes, kernel=None):
+def square(name, dim, shapes):
     for heads, length in shapes:
         for causal in (0, 1):
             case = Case(name, dim, heads=heads, heads_kv=heads, causal=causal)
-            case.other_kernel = kernel
             yield case.dense(length, batch=1).flash().older_flash().cudnn()
 
 
@@ -303,9 +299,9 @@ def half_empty(dim, flex):
 
 
 def short(dim, flex):
-    """Calls of some ten microseconds, also by the row that is for them if a call names it."""
+    """Calls of some ten microseconds."""
     shapes = ((8, 256), (8, 512), (16, 512), (32, 200), (12, 700), (4, 1024), (4, 2048), (2, 4096))
-    yield from square("short", dim, shapes, b"cuda_fwd_pair_sm90")
+    yield from square("short", dim, shapes)
 
 
 GROUPS = {

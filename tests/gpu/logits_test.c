@@ -306,13 +306,14 @@ static int check(const dlattn_api *api, const char *kernel, enum kind kind, enum
     return wrong;
 }
 
-/* The largest magnitude of a logit: 1, then so much that one key has all of the weight, and up to the end of the range. */
-static const double most_f32[] = {1,      0x1p23, 0x1p24,  0x1p25,  0x1p27, 0x1p31,
-                                  0x1p40, 0x1p64, 0x1p100, 0x1p126, 3.3e38};
+/* The largest magnitude of a logit: 1, then so much that weights beside those of a depth exceed f16, that one key has all of the weight, and
+ * up to the end of the range. */
+static const double most_f32[] = {1,      0x1p13, 0x1p23, 0x1p24,  0x1p25,  0x1p27,
+                                  0x1p31, 0x1p40, 0x1p64, 0x1p100, 0x1p126, 3.3e38};
 static const double most_f64[] = {0x1p50, 0x1p56, 0x1p62, 0x1p200, 0x1p1000, 1.7e308};
 
 /* Rows of a tile or two, few rows over keys that are split, and several steps at a head dim whose kernels bring large weights back elsewhere. */
-static const struct extents shapes[] = {{70, 200, 64}, {2, 1500, 64}, {70, 600, 128}};
+static const struct extents shapes[] = {{70, 200, 64}, {2, 1500, 64}, {20, 600, 128}};
 
 static void check_row(const dlattn_api *api, const dlattn_kernel_info *row, enum element e,
                       double most, int *checked) {
