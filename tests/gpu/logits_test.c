@@ -262,7 +262,7 @@ static bool close_to(double x, double y, double relative) {
 static int wrong_rows(const struct problem *p, const char *kernel) {
     const double off = p->element == F64 ? 1e-12 : 1e-5,
                  off_output = off + 4 * element_epsilon(p->element);
-    double want[MOST_DIM];
+    double want[MOST_DIM] = {0};
     int wrong = 0;
     for (int64_t h = 0; h < HEADS; h++) {
         for (int64_t i = 0; i < p->rows; i++) {
@@ -272,13 +272,14 @@ static int wrong_rows(const struct problem *p, const char *kernel) {
                 d++;
             if (d == p->dim && (p->kind == BIASED_NO_LSE || close_to(got_lse, lse, off)))
                 continue;
+            const int64_t at = d < p->dim ? d : 0;
             if (wrong++ == 0)
                 fprintf(stderr,
                         "%s %s, %s up to %g, %d rows, %d keys, head %d, row %d: output[%d] is %g, "
                         "must be %g; lse is %g, must be %g\n",
                         kernel, element_name(p->element), kinds[p->kind].name, p->most,
-                        (int)p->rows, (int)p->keys, (int)h, (int)i, (int)(d % p->dim),
-                        get(&p->output, 0, h, i, d % p->dim), want[d % p->dim], got_lse, lse);
+                        (int)p->rows, (int)p->keys, (int)h, (int)i, (int)at,
+                        get(&p->output, 0, h, i, at), want[at], got_lse, lse);
         }
     }
     return wrong;
