@@ -20,20 +20,20 @@ import sys
 import torch
 from gpu_bench import common_columns, flash_attention_3
 
-HEADS, DIM = 8, 128
+HEADS, DIMS = 8, (128, 256)
 # Keys, of 512 rows.
 INPUTS = {"random": 2048, "outliers": 2048, "long": 65536, "positive": 65536, "sink": 4096}
-HEAD = ("date", "commit", "device", "input", "Lk", "dtype", "scales", "output", "impl")
+HEAD = ("date", "commit", "device", "input", "Lk", "D", "dtype", "scales", "output", "impl")
 HEAD += ("whole", "row")
 E4M3 = torch.float8_e4m3fn
 
 
-def make(name):
+def make(name, dim):
     """Query, key and value in f32; the query is as much smaller as the key is larger."""
     rows, keys = 512, INPUTS[name]
     torch.manual_seed(1)
     size = torch.exp2(torch.arange(HEADS, device="cuda") - 3.0)[:, None, None]
-    query, key, value = (torch.randn(1, HEADS, n, DIM, device="cuda") for n in (rows, keys, keys))
+    query, key, value = (torch.randn(1, HEADS, n, dim, device="cuda") for n in (rows, keys, keys))
     if name == "outliers":
         key[..., :4] *= 20
         query[..., :4] /= 20
@@ -44,7 +44,7 @@ def make(name):
         query[..., 0] = 8
         key[..., 0] = 0
         key[:, :, 0] = 0
-        key[:, :, 0, 0] = (torch.tensor(keys).log() + 0.5).item() * DIM**0.5 / 8
+        key[:, :, 0, 0] = (torch.tensor(keys).log() + 0.5).item() * dim**0.5 / 8
     return query / size, key * size, value * size
 
 
@@ -57,7 +57,7 @@ def rounded(x, scales):
 
 def attention(query, key, value):
     """In float64."""
-    weights = torch.softmax(query.double() @ key.double().mT * DIM**-0.5, -1)
+    weights = torch.softmax(query.double() @ key.double().mT * query.shape[-1] ** -0.5, -1)
     return weights @ value.double()
 
 
@@ -92,8 +92,8 @@ def results(library, tensors, scales):
         yield "bfloat16", "fa3", peer
 
 
-def lines(library, name):
-    wide = make(name)
+def lines(library, name, dim):
+    wide = make(name, dim)
     wanted = attention(*wide)
     for dtype, of in (("bf16", None), ("e4m3", "tensor"), ("e4m3", "head")):
         held = [x.bfloat16() for x in wide]
@@ -106,6 +106,7 @@ def lines(library, name):
             yield {
                 "input": name,
                 "Lk": wide[1].shape[2],
+                "D": dim,
                 "dtype": dtype,
                 "scales": of or "none",
                 "output": output,
@@ -121,10 +122,11 @@ def main():
     with open(sys.argv[1], "w", newline="") as file:
         out = csv.DictWriter(file, HEAD, lineterminator="\n")
         out.writeheader()
-        for name in INPUTS:
-            for line in lines(library, name):
-                out.writerow(same | line)
-                print(*line.values(), flush=True)
+        for dim in DIMS:
+            for name in INPUTS:
+                for line in lines(library, name, dim):
+                    out.writerow(same | line)
+                    print(*line.values(), flush=True)
 
 
 if __name__ == "__main__":

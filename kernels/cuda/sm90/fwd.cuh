@@ -17,7 +17,7 @@ struct Consumer {
     using E = typename C::Element;
     static constexpr int SCORES = C::TILE_K / 2, OUTPUTS = C::DIM_V / 2;
     // The values of a key tile meet its weights in the next step.
-    static constexpr bool IS_DEFERRED = true;
+    static constexpr bool ENDS_TILES = false;
 
     float score[SCORES];
     float output[OUTPUTS];
@@ -759,16 +759,13 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.start_slopes(p, t, wg);
         if constexpr (C::HAS_EXPONENTS)
             rows.look(p, t, wg, n);
-        if (!Rows::IS_DEFERRED)
-            pipe.skip_values(skipped);
-        if (previous.index < 0)
+        if (Rows::ENDS_TILES || previous.index < 0)
             rows.first(p, s, t, n, pipe);
         else if (C::FIRST_UNMASKED && n >= t.first_whole && n < t.end_whole)
             rows.template step<false, true, true>(p, s, t, n, pipe, previous);
         else
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
-        if (Rows::IS_DEFERRED)
-            pipe.skip_values(skipped);
+        pipe.skip_values(skipped);
         n = next_block<C>(p, t, n);
         if constexpr (C::HAS_EXPONENTS) {
             for (; n < t.end_block; n = next_block<C>(p, t, n)) {
@@ -797,9 +794,14 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
         }
         if constexpr (C::HAS_ALIBI)
             rows.arrive(p, t, wg);
-        skipped = t.skipped;
-        pipe.skip_keys(skipped);
-        previous = t;
+        pipe.skip_keys(t.skipped);
+        if constexpr (Rows::ENDS_TILES) {
+            rows.last(p, s, t, pipe);
+            pipe.skip_values(t.skipped);
+        } else {
+            skipped = t.skipped;
+            previous = t;
+        }
     }
     if (previous.index >= 0)
         rows.last(p, s, previous, pipe);

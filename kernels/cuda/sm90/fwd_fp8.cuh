@@ -2,10 +2,9 @@
 // docs/fp8.md says what differs:
 //
 // - wgmma takes 8-bit operands with the summed axis innermost alone, so two warps of the producer transpose V tiles on their way.
-// - Weights are rounded to e4m3. A row's largest is 2^8 at first, or at every step where O is not settled; elsewhere limit() keeps sums of
-//   weights, and so each of them, below 448.
-// - The tensor cores' own sums keep some 13 bits. O is added up in f32 from parts of theirs: up to 128 columns of SETTLED_TILES key tiles each,
-//   in shared memory; of more columns from each key tile's, in registers.
+// - Weights are rounded to e4m3. A row's largest is 2^8 at first; limit() keeps sums of weights, and so each of them, below 448.
+// - The tensor cores' own sums keep some 13 bits. O is added up in f32 from parts of theirs, of SETTLED_TILES key tiles each: up to 128 columns
+//   in shared memory; of more columns what e5m2 keeps of them is put there.
 #pragma once
 
 #include "kernels/cuda/common/float8.cuh"
@@ -38,20 +37,19 @@ struct Float8Config {
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
     static constexpr int TRANSPOSERS = 2; // warps
     static constexpr int VALUE_WRITERS = TRANSPOSERS, CLAIM_READERS = 1 + TRANSPOSERS;
-    static constexpr bool HAS_TURNS = false;
-    static constexpr bool SETTLES = Dim <= 128; // else there is no shared memory for it
-    static constexpr int SETTLED_TILES = 1024 / TILE_K;
+    static constexpr bool HAS_TURNS = Dim > 128;
+    static constexpr int SETTLED_TILES = (Dim <= 128 ? 1024 : 2048) / TILE_K;
 
     static constexpr int COLUMNS_QK = (Dim + 127) / 128, COLUMNS_V = COLUMNS_QK;
     static constexpr int QUERY_BYTES = 64 * 128 * COLUMNS_QK, KEY_COLUMN = TILE_K * 128;
     static constexpr int KEY_BYTES = KEY_COLUMN * COLUMNS_QK;
-    static constexpr int LOADED_BYTES = KEY_COLUMN * COLUMNS_V;
-    static constexpr int VALUE_BYTES = Dim * 128; // transposed: DIM_V rows of TILE_K keys
+    static constexpr int LOADED_BYTES = KEY_COLUMN; // values are loaded by 128 columns
+    static constexpr int VALUE_BYTES = Dim * 128;   // transposed: DIM_V rows of TILE_K keys
     static constexpr int QUERY = 0, KEY = QUERY + QUERY_STAGES * WARPGROUPS * QUERY_BYTES;
     static constexpr int LOADED = KEY + STAGES * KEY_BYTES, VALUE = LOADED + STAGES * LOADED_BYTES;
     static constexpr int SETTLED = VALUE + STAGES * VALUE_BYTES,
-                         SETTLED_BYTES = SETTLES ? 64 * Dim * 4 : 0; // of a warpgroup
-    static constexpr int TILES = SETTLED + WARPGROUPS * SETTLED_BYTES;
+                         SETTLED_BYTES = 16 * Dim * (Dim <= 128 ? 4 : 1); // of a warp
+    static constexpr int TILES = SETTLED + WARPGROUPS * 4 * SETTLED_BYTES;
     static constexpr int TILE_BYTES = 128, CLAIMED_TILES = 2;
     static constexpr int BARRIERS =
         TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
@@ -94,6 +92,7 @@ struct Float8Wgmma;
     SM90_FLOAT8_WGMMA(__nv_fp8_e5m2, "e5m2", N, R, __VA_ARGS__)
 SM90_FLOAT8_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
 SM90_FLOAT8_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
+SM90_FLOAT8_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
 
 // ---- Producers ----
 
@@ -104,33 +103,33 @@ __device__ __forceinline__ Ring<C::STAGES> loaded_ring(const Shared<C> &s) {
     return {first, first + 8 * C::STAGES};
 }
 
-// A warp's part of a V tile, from [key][column] to [column][key], both in rows of 128 bytes and swizzled. Of 16 columns the even ones
-// come before the odd ones; of 16 keys, 4 i, 4 i + 1 .. are those that a thread i of four has weights of: 2 i, 2 i + 1, 2 i + 8,
+// A warp's part of up to 128 columns of a V tile, from [key][column] to [column][key], both in rows of 128 bytes and swizzled. Of 16 columns the
+// even ones come before the odd ones; of 16 keys, 4 i, 4 i + 1 .. are those that a thread i of four has weights of: 2 i, 2 i + 1, 2 i + 8,
 // 2 i + 9. Either is what ldmatrix and a byte permutation give. Addresses are constants apart, or an exclusive or
 // where they are swizzled: instructions of these warps hold up the consumers on their schedulers, and a wgmma waits for the slowest of four.
+// Shared memory is busy and answers late, so two pieces are on their way while one is turned; registers for a third would be spilled.
 template <class C>
 __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int warp) {
+    constexpr int COLUMNS = C::DIM_V < 128 ? C::DIM_V : 128, ASKED_FOR = 3;
+    constexpr int PARTS = C::TILE_K / 32, PIECES = COLUMNS / 16 / C::TRANSPOSERS * PARTS;
     const int lane = threadIdx.x % 32, row = lane % 8;
-    const uint32_t key = from + 128 * lane + 16 * row,
-                   column = to + 128 * (lane % 16) + ((lane / 16 ^ row) << 4);
-#pragma unroll 1
-    for (int c = warp; c < C::DIM_V / 16; c += C::TRANSPOSERS) {
-        const uint32_t load = (key ^ c % 8 << 4) + c / 8 * C::KEY_COLUMN,
-                       store = column + c * 16 * 128;
+    const uint32_t load = from + 128 * lane + ((row ^ warp) << 4),
+                   store = to + 128 * (16 * warp + lane % 16) + ((lane / 16 ^ row) << 4);
+    uint32_t pieces[ASKED_FOR][4];
 #pragma unroll
-        for (int first = 0; first < C::TILE_K / 32; first += 2) {
-            uint32_t w[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                load_matrices_transposed(w[i], load + (first + i) * 32 * 128);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t turned[4] = {
-                    __byte_perm(w[i][0], w[i][1], 0x6420), __byte_perm(w[i][0], w[i][1], 0x7531),
-                    __byte_perm(w[i][2], w[i][3], 0x6420), __byte_perm(w[i][2], w[i][3], 0x7531)};
-                store_matrices(store ^ (first + i) << 5, turned);
-            }
-        }
+    for (int i = 0; i < PIECES + ASKED_FOR - 1; i++) {
+        if (i < PIECES)
+            load_matrices_transposed(pieces[i % ASKED_FOR],
+                                     (load ^ i / PARTS * C::TRANSPOSERS << 4) +
+                                         i % PARTS * 32 * 128);
+        const int j = i - (ASKED_FOR - 1);
+        if (j < 0)
+            continue;
+        const uint32_t(&w)[4] = pieces[j % ASKED_FOR];
+        const uint32_t turned[4] = {
+            __byte_perm(w[0], w[1], 0x6420), __byte_perm(w[0], w[1], 0x7531),
+            __byte_perm(w[2], w[3], 0x6420), __byte_perm(w[2], w[3], 0x7531)};
+        store_matrices((store ^ j % PARTS << 5) + j / PARTS * C::TRANSPOSERS * 16 * 128, turned);
     }
 }
 
@@ -143,8 +142,11 @@ __device__ __forceinline__ void produce_keys_and_values(const sm90_params &p, co
         for (int n = t.first_block; n < t.end_block; n++) {
             const Block block = block_of<C>(p, t, n);
             load_block<C, C::COLUMNS_QK>(p, p.key_map, s.key(keys.stage), keys, block);
-            load_block<C, C::COLUMNS_V>(
-                p, p.value_map, s.base + C::LOADED + values.stage * C::LOADED_BYTES, values, block);
+#pragma unroll 1
+            for (int c = 0; c < C::COLUMNS_V; c++)
+                load_block<C, 1>(p, p.value_map,
+                                 s.base + C::LOADED + values.stage * C::LOADED_BYTES, values, block,
+                                 c);
         }
     }
 }
@@ -155,16 +157,21 @@ __device__ __forceinline__ void produce_transposed_values(const Shared<C> &s, in
     Ring<C::STAGES> loaded = loaded_ring<C>(s), values = s.value_ring();
     Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+#pragma unroll 1
         for (int n = t.end_block - t.first_block; n > 0; n--) {
-            mbarrier_wait(loaded.full_barrier(), loaded.phase);
             mbarrier_wait(values.empty_barrier(), values.phase ^ 1);
-            transpose_values<C>(s.base + C::LOADED + loaded.stage * C::LOADED_BYTES,
-                                s.value(values.stage), warp);
+#pragma unroll 1
+            for (int c = 0; c < C::COLUMNS_V; c++) {
+                mbarrier_wait(loaded.full_barrier(), loaded.phase);
+                transpose_values<C>(s.base + C::LOADED + loaded.stage * C::LOADED_BYTES,
+                                    s.value(values.stage) + c * 128 * 128, warp);
+                __syncwarp();
+                release(loaded.empty_barrier());
+                loaded.advance();
+            }
             async_proxy_fence();
             __syncwarp();
-            release(loaded.empty_barrier());
             release(values.full_barrier());
-            loaded.advance();
             values.advance();
         }
     }
@@ -172,39 +179,48 @@ __device__ __forceinline__ void produce_transposed_values(const Shared<C> &s, in
 
 // ---- Consumers ----
 
-// Four neighbouring columns, if they are `inside`: no branch, of which the epilogue would have dozens.
+// Four neighbouring columns, if they are `inside`: no branch, of which the epilogue would have dozens. All blocks store at one time, and L2 keeps
+// keys and values rather than these.
 __device__ __forceinline__ void store_four_if(bool inside, float *to, const float (&x)[4]) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
-                 "@p st.global.v4.f32 [%1], {%2, %3, %4, %5};\n}\n" ::"r"(static_cast<int>(inside)),
-                 "l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+        "@p st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};\n}\n" ::"r"(static_cast<int>(inside)),
+        "l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+        : "memory");
 }
 template <typename E> // of 16 bits
 __device__ __forceinline__ void store_four_if(bool inside, E *to, const float (&x)[4]) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
-                 "@p st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<int>(inside)),
+                 "@p st.global.cs.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<int>(inside)),
                  "l"(to), "r"(pack<E>(x[0], x[1])), "r"(pack<E>(x[2], x[3]))
                  : "memory");
 }
 
-// A row's half of the registers to output, of E; a thread has columns 4 i .. 4 i + 3 of 16, where transpose_values() put them.
+// The 16 rows of a warp, in E, straight from registers; a thread has columns 4 i .. 4 i + 3 of 16, where transpose_values() put them.
 template <class C, typename E>
-__device__ __forceinline__ void store_columns(const sm90_params &p, int64_t row, int half,
-                                              float normalise,
+__device__ __forceinline__ void store_outputs(const sm90_params &p, const Place<C> &t,
+                                              int first_row, const float (&normalise)[2],
                                               const float (&output)[C::DIM_V / 2]) {
     const int first = threadIdx.x % 4 * 4;
-    E *const to = static_cast<E *>(p.output) + row + first;
 #pragma unroll
-    for (int i = 0; i < C::DIM_V / 16; i++) {
-        float x[4];
+    for (int half = 0; half < 2; half++) {
+        const int row = first_row + 8 * half + threadIdx.x % 32 / 4;
+        if (!is_row<C>(p, t, row))
+            continue;
+        E *const to =
+            static_cast<E *>(p.output) + row_offset<C>(p, p.output_strides, t, row) + first;
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            x[j] = output[8 * i + 4 * (j % 2) + 2 * half + j / 2] * normalise;
-        store_four_if(16 * i + first < p.dim_v, to + 16 * i, x);
+        for (int i = 0; i < C::DIM_V / 16; i++) {
+            float x[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                x[j] = output[8 * i + 4 * (j % 2) + 2 * half + j / 2] * normalise[half];
+            store_four_if(16 * i + first < p.dim_v, to + 16 * i, x);
+        }
     }
 }
 
-// The end of the 64 rows of a warpgroup: output and lse, straight from registers.
+// The end of the 64 rows of a warpgroup: output and lse.
 template <class C>
 __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, const Place<C> &t,
                                                   const float (&output)[C::DIM_V / 2],
@@ -212,36 +228,40 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
                                                   const float (&sum)[2]) {
     const int lane = threadIdx.x & 31,
               first_row = t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16;
+    float total[2], top[2] = {row_top[0], row_top[1]}, normalise[2];
     uint32_t spoilt[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = first_row + 8 * half + lane / 4;
-        const bool inside = is_row<C>(p, t, row);
-        float total = sum[half], top = row_top[half];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        const bool empty = total == 0;
-        float normalise = empty ? 0 : reciprocal_approx(total);
+        total[half] = sum[half];
+        total[half] += __shfl_xor_sync(~0u, total[half], 1);
+        total[half] += __shfl_xor_sync(~0u, total[half], 2);
+        normalise[half] = total[half] == 0 ? 0 : reciprocal_approx(total[half]);
         if (p.sinks)
-            normalise = add_sink(sink_of<C>(p, t, row), top, total);
-        float poison = 0; // NaN from the first element that is not finite
+            normalise[half] = add_sink(sink_of<C>(p, t, row), top[half], total[half]);
+        normalise[half] *= scales_of<C>(p, t, row).value;
+        float poison[4] = {}; // NaN from the first element that is not finite
 #pragma unroll
         for (int i = 0; i < C::DIM_V / 4; i++)
-            poison = fmaf(output[i / 2 * 4 + 2 * half + i % 2], 0.f, poison);
-        normalise *= scales_of<C>(p, t, row).value;
-        const int64_t at = row_offset<C>(p, p.output_strides, t, row);
-        if (inside) {
-            if (p.output_dtype == SM90_F32)
-                store_columns<C, float>(p, at, half, normalise, output);
-            else if (p.output_dtype == SM90_F16)
-                store_columns<C, __half>(p, at, half, normalise, output);
-            else
-                store_columns<C, __nv_bfloat16>(p, at, half, normalise, output);
-        }
+            poison[i % 4] = fmaf(output[i / 2 * 4 + 2 * half + i % 2], 0.f, poison[i % 4]);
+        const bool is_finite = (poison[0] + poison[1]) + (poison[2] + poison[3]) == 0;
         spoilt[half] =
-            __ballot_sync(~0u, inside && (poison != 0 || !(total < INFINITY) || is_far<C>(p, top)));
-        if (inside && p.lse && lane % 4 == 0 && !(spoilt[half] >> lane & 15))
-            store_lse<C>(p, t, row, total == 0 ? p.empty_lse : (top + log2_approx(total)) * LN2);
+            __ballot_sync(~0u, is_row<C>(p, t, row) && (!is_finite || !(total[half] < INFINITY) ||
+                                                        is_far<C>(p, top[half])));
+    }
+    if (p.output_dtype == SM90_F32)
+        store_outputs<C, float>(p, t, first_row, normalise, output);
+    else if (p.output_dtype == SM90_F16)
+        store_outputs<C, __half>(p, t, first_row, normalise, output);
+    else
+        store_outputs<C, __nv_bfloat16>(p, t, first_row, normalise, output);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = first_row + 8 * half + lane / 4;
+        if (is_row<C>(p, t, row) && p.lse && lane % 4 == 0 && !(spoilt[half] >> lane & 15))
+            store_lse<C>(p, t, row,
+                         total[half] == 0 ? p.empty_lse
+                                          : (top[half] + log2_approx(total[half])) * LN2);
     }
     if (__builtin_expect(spoilt[0] | spoilt[1], 0)) {
         const Tile<C> tile = tile_at<C>(p, t.index);
@@ -252,26 +272,37 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
     }
 }
 
+// Two floats as e5m2, the first in the lower byte; what is beyond its range becomes its largest.
+__device__ __forceinline__ uint16_t pack_two_e5m2(float a, float b) {
+    uint16_t r;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %2, %1;" : "=h"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+// Four e5m2, each the upper half of an f16.
+__device__ __forceinline__ float4 widen_four_e5m2(uint32_t word) {
+    const float2 low = widen_pair<__half>(__byte_perm(word, 0, 0x1404)),
+                 high = widen_pair<__half>(__byte_perm(word, 0, 0x3424));
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
 // The rows of a warpgroup, as Consumer has them.
 template <class C>
 struct Float8Consumer : Consumer<C> {
     using Base = Consumer<C>;
     using Base::clear_sums, Base::fresh, Base::output, Base::score, Base::sum, Base::top;
     static constexpr int SCORES = Base::SCORES;
-    static constexpr bool IS_DEFERRED = C::SETTLES; // others have no registers for it
+    // A tile ends before the next one begins: no registers are left for two, and the store is what queries are on their way beside.
+    static constexpr bool ENDS_TILES = C::DIM_V > 128;
     static constexpr float WEIGHT_LOG2 = 8; // of a row's first largest weight: e4m3 ends with 448
 
     uint32_t weight[SCORES / 4]; // the A operand of P V
     float scale[2]; // from scores to exponents of 2; with softcap to what scores are without scales
 
-    // SETTLES: O is `output`, unless that is fresh, and in shared memory what was settled before, to be multiplied; `unsettled` key tiles from
-    // now it is again.
-    int unsettled;
-    bool has_settled;
+    // O is `output`, unless that is fresh, and what was settled before, to be multiplied: by numbers below 0, -0 too, if nothing was. It is settled
+    // before a key tile whose number modulo SETTLED_TILES is `due`.
+    int due;
     float settled_factor[2];
-
-    // Else P V is added to O by parts of so many columns.
-    static constexpr int PART = 128, PARTS = C::DIM_V / PART;
 
     __device__ __forceinline__ void start_scores(const Shared<C> &s, const Pipeline<C> &pipe) {
         const Descriptor a(s.query(pipe.queries.stage, pipe.wg), 16, 1024),
@@ -285,64 +316,89 @@ struct Float8Consumer : Consumer<C> {
         wgmma_commit();
     }
 
-    // `columns` = or += P V, from column `first` on.
-    template <int COLUMNS>
-    __device__ __forceinline__ void start_product(const Shared<C> &s, const Pipeline<C> &pipe,
-                                                  int first, float (&columns)[COLUMNS / 2],
-                                                  bool accumulate) {
-        const Descriptor b(s.value(pipe.values.stage) + first * 128, 16, 1024);
+    __device__ __forceinline__ void start_output(const Shared<C> &s, const Pipeline<C> &pipe) {
+        const Descriptor b(s.value(pipe.values.stage), 16, 1024);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < C::TILE_K / 32; k++)
-            Float8Wgmma<typename C::Cached, COLUMNS>::rs(columns, weight + 4 * k, b.at(32 * k),
-                                                         k > 0 || accumulate);
+            Float8Wgmma<typename C::Cached, C::DIM_V>::rs(output, weight + 4 * k, b.at(32 * k),
+                                                          k > 0 || ENDS_TILES || !fresh);
         wgmma_commit();
-    }
-    __device__ __forceinline__ void start_output(const Shared<C> &s, const Pipeline<C> &pipe) {
-        start_product<C::DIM_V>(s, pipe, 0, output, !fresh);
         fresh = false;
     }
 
-    // ---- O in shared memory: a thread finds what it has put there ----
+    // ---- What is settled: in shared memory, where a thread finds what it has put there ----
+    // Of wide heads not O itself but what e5m2 keeps of it, for which there is room; the rest, an eighth at most, goes on in the sums.
+    static constexpr bool SETTLES_ALL = C::DIM_V <= 128;
+    static constexpr float TO_E5M2 = 0x1p-5f; // O is up to 2^21 and beyond, where more is left
 
-    __device__ __forceinline__ float4 *settled(const Shared<C> &s, int wg) const {
-        char *const base = reinterpret_cast<char *>(s.tiles) - C::TILES;
-        return reinterpret_cast<float4 *>(base + C::SETTLED + wg * C::SETTLED_BYTES) +
-               threadIdx.x % 128;
+    static __device__ __forceinline__ uint32_t settled(const Shared<C> &s, int wg) {
+        return s.base + C::SETTLED + (4 * wg + threadIdx.x / 32 % 4) * C::SETTLED_BYTES +
+               threadIdx.x % 32 * 16;
+    }
+
+    // O += factor of its row * x, of four registers from `first` on.
+    __device__ __forceinline__ void add(int first, float4 x, const float (&factor)[2]) {
+        output[first] = fmaf(x.x, factor[0], output[first]);
+        output[first + 1] = fmaf(x.y, factor[0], output[first + 1]);
+        output[first + 2] = fmaf(x.z, factor[1], output[first + 2]);
+        output[first + 3] = fmaf(x.w, factor[1], output[first + 3]);
     }
 
     __device__ __forceinline__ void add_settled(const Shared<C> &s, int wg) {
-        if (!has_settled)
+        if (__float_as_int(settled_factor[0]) < 0)
             return;
-        const float4 *const from = settled(s, wg);
+        const uint32_t from = settled(s, wg);
+        if constexpr (SETTLES_ALL) {
 #pragma unroll
-        for (int i = 0; i < C::DIM_V / 8; i++) {
-            const float4 o = from[i * 128];
-            output[4 * i] = fmaf(o.x, settled_factor[0], output[4 * i]);
-            output[4 * i + 1] = fmaf(o.y, settled_factor[0], output[4 * i + 1]);
-            output[4 * i + 2] = fmaf(o.z, settled_factor[1], output[4 * i + 2]);
-            output[4 * i + 3] = fmaf(o.w, settled_factor[1], output[4 * i + 3]);
+            for (int i = 0; i < C::DIM_V / 8; i++)
+                add(4 * i, load_floats(from + 512 * i), settled_factor);
+        } else {
+            const float factor[2] = {settled_factor[0] / TO_E5M2, settled_factor[1] / TO_E5M2};
+#pragma unroll
+            for (int i = 0; i < C::DIM_V / 32; i++) {
+                uint32_t w[4];
+                load_words(from + 512 * i, w);
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    add(16 * i + 4 * j, widen_four_e5m2(w[j]), factor);
+            }
         }
     }
 
     __device__ __forceinline__ void settle(const Shared<C> &s, int wg) {
         add_settled(s, wg);
-        float4 *const to = settled(s, wg);
+        const uint32_t to = settled(s, wg);
+        if constexpr (SETTLES_ALL) {
 #pragma unroll
-        for (int i = 0; i < C::DIM_V / 8; i++)
-            to[i * 128] =
-                make_float4(output[4 * i], output[4 * i + 1], output[4 * i + 2], output[4 * i + 3]);
-        has_settled = fresh = true;
-        unsettled = C::SETTLED_TILES;
+            for (int i = 0; i < C::DIM_V / 8; i++)
+                store_floats(to + 512 * i, make_float4(output[4 * i], output[4 * i + 1],
+                                                       output[4 * i + 2], output[4 * i + 3]));
+            fresh = true;
+        } else {
+            constexpr float BACK[2] = {-1 / TO_E5M2, -1 / TO_E5M2};
+#pragma unroll
+            for (int i = 0; i < C::DIM_V / 32; i++) {
+                uint32_t w[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float *const o = output + 16 * i + 4 * j;
+                    w[j] = join(pack_two_e5m2(o[0] * TO_E5M2, o[1] * TO_E5M2),
+                                pack_two_e5m2(o[2] * TO_E5M2, o[3] * TO_E5M2));
+                    add(16 * i + 4 * j, widen_four_e5m2(w[j]), BACK);
+                }
+                store_words(to + 512 * i, w);
+            }
+        }
         settled_factor[0] = settled_factor[1] = 1;
     }
 
-    // For `tiles` key tiles. The first of many may have weights beside which others vanish, an attention sink: it is settled alone.
-    __device__ __forceinline__ void start_sums(int tiles) {
-        has_settled = false;
+    // The first of many key tiles may have weights beside which others vanish, an attention sink: it is settled alone.
+    __device__ __forceinline__ void start_sums(const Tile<C> &t) {
+        const bool settles = t.end_block - t.first_block > C::SETTLED_TILES;
+        due = settles ? (t.first_block + 2) % C::SETTLED_TILES : -1;
         fresh = true;
-        unsettled = tiles > C::SETTLED_TILES ? 1 : C::SETTLED_TILES;
-        settled_factor[0] = settled_factor[1] = 1;
+        settled_factor[0] = settled_factor[1] = -1;
     }
 
     // ---- Weights ----
@@ -373,12 +429,9 @@ struct Float8Consumer : Consumer<C> {
         }
     }
 
-    // S -> 2^(S - top), and their sums in `part`.
-    template <bool MASKED, bool TRACK>
-    __device__ __forceinline__ void weigh(const sm90_params &p, const Shared<C> &s,
-                                          const Tile<C> &t, int n, Pipeline<C> &pipe,
-                                          float (&factor)[2], float (&part)[2]) {
-        shape<MASKED>(p, s, t, n, pipe);
+    // Shaped S -> 2^(S - top), and their sums in `part`.
+    template <bool TRACK>
+    __device__ __forceinline__ void weigh(float (&factor)[2], float (&part)[2]) {
         factor[0] = factor[1] = 1;
         if (TRACK)
             follow_maximum(factor);
@@ -407,17 +460,12 @@ struct Float8Consumer : Consumer<C> {
     }
 
     // Two weights of a row, half of what a register of the A fragment has, are neighbours; transpose_values() orders the keys for it.
-    __device__ __forceinline__ void round_weights(uint16_t (&pairs)[SCORES / 2]) const {
+    __device__ __forceinline__ void round_weights() {
 #pragma unroll
-        for (int i = 0; i < SCORES / 2; i++) {
-            const int at = i / 4 * 8 + i / 2 % 2 * 2 + i % 2 * 4;
-            pairs[i] = pack_two_e4m3(score[at], score[at + 1]);
+        for (int i = 0; i < SCORES / 4; i++) {
+            const int at = i / 2 * 8 + i % 2 * 2;
+            weight[i] = pack_e4m3(score[at], score[at + 1], score[at + 4], score[at + 5]);
         }
-    }
-    __device__ __forceinline__ void join_weights(const uint16_t (&pairs)[SCORES / 2]) {
-#pragma unroll
-        for (int i = 0; i < SCORES / 4; i++)
-            weight[i] = join(pairs[2 * i], pairs[2 * i + 1]);
     }
 
     // ---- Steps ----
@@ -435,91 +483,44 @@ struct Float8Consumer : Consumer<C> {
     __device__ __forceinline__ void finish(const sm90_params &p, const Shared<C> &s, int wg,
                                            const Place<C> &t, const float (&row_top)[2],
                                            const float (&row_sum)[2]) {
-        if (C::SETTLES)
-            add_settled(s, wg);
+        add_settled(s, wg);
         store_float8_rows<C>(p, wg, t, output, row_top, row_sum);
     }
 
-    // The weights of key tile n, with nothing else under way.
-    template <bool MASKED>
-    __device__ __forceinline__ void weigh_keys(const sm90_params &p, const Shared<C> &s,
-                                               const Tile<C> &t, int n, Pipeline<C> &pipe,
-                                               float (&factor)[2]) {
+    // The weights of a block's first key tile n, or a tile's, with nothing else under way.
+    __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
+                                          const Tile<C> &t, int n, Pipeline<C> &pipe) {
+        this->clear_output();
+        start_sums(t);
+        begin_tile(p, t, pipe.wg);
+        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
         start_scores(s, pipe);
         wgmma_wait<0>();
         pin(score);
         pipe.key_read(n == t.end_block - 1);
-        float part[2];
-        weigh<MASKED, true>(p, s, t, n, pipe, factor, part);
-        if (C::SETTLES)
-            limit_further(part, factor);
+        if (C::HAS_SOFTCAP || n < t.first_whole || n >= t.end_whole)
+            shape<true>(p, s, t, n, pipe);
+        float factor[2], part[2];
+        weigh<true>(factor, part);
+        limit_further(part, factor);
         add_sums(part);
-        uint16_t pairs[SCORES / 2];
-        round_weights(pairs);
-        join_weights(pairs);
-    }
-
-    // O = factor O + P V, by parts.
-    __device__ __forceinline__ void add_values(const Shared<C> &s, Pipeline<C> &pipe,
-                                               const float (&factor)[2]) {
-        mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            float product[PART / 2];
-            pin(weight);
-            start_product<PART>(s, pipe, part * PART, product, false);
-            wgmma_wait<0>();
-            pin(product);
-            pin(weight);
-#pragma unroll
-            for (int i = 0; i < PART / 2; i++) {
-                float &o = output[part * PART / 2 + i];
-                o = fmaf(o, factor[i / 2 % 2], product[i]);
-            }
-        }
-        pipe.value_read();
-    }
-
-    __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
-                                          const Tile<C> &t, int n, Pipeline<C> &pipe) {
-        this->clear_output();
-        start_sums(t.end_block - t.first_block);
-        begin_tile(p, t, pipe.wg);
-        float factor[2];
-        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
-        weigh_keys<true>(p, s, t, n, pipe, factor);
-        if constexpr (!IS_DEFERRED)
-            add_values(s, pipe, factor);
+        round_weights();
     }
 
     // As that of Consumer.
     template <bool MASKED, bool NEW_TILE, bool TRACK>
     __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished) {
+        if (!MASKED && !NEW_TILE && n % C::SETTLED_TILES == due)
+            settle(s, pipe.wg);
         mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
-        if constexpr (IS_DEFERRED) {
-            step_deferred<MASKED, NEW_TILE, TRACK>(p, s, t, n, pipe, finished);
-        } else {
-            if (NEW_TILE) {
-                finish(p, s, pipe.wg, finished, top, sum);
-                this->clear_output();
-                begin_tile(p, t, pipe.wg);
-            }
-            float factor[2];
-            weigh_keys<MASKED>(p, s, t, n, pipe, factor);
-            add_values(s, pipe, factor);
-        }
-    }
-
-    template <bool MASKED, bool NEW_TILE, bool TRACK>
-    __device__ __forceinline__ void step_deferred(const sm90_params &p, const Shared<C> &s,
-                                                  const Tile<C> &t, int n, Pipeline<C> &pipe,
-                                                  const Place<C> &finished) {
         pin(output);
         pin(weight);
+        wait_turn<C>(pipe.wg);
         start_scores(s, pipe);
         mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
         start_output(s, pipe);
+        pass_turn<C>(pipe.wg);
         wgmma_wait<1>();
         pin(score);
         pipe.key_read(n == t.end_block - 1);
@@ -527,54 +528,45 @@ struct Float8Consumer : Consumer<C> {
         if (NEW_TILE)
             begin_tile(p, t, pipe.wg);
         float factor[2], part[2];
-        weigh<MASKED, TRACK>(p, s, t, n, pipe, factor, part);
-        uint16_t pairs[SCORES / 2]; // rounding hides under the exponentials; `weight` is still read
-        round_weights(pairs);
+        shape<MASKED>(p, s, t, n, pipe);
+        weigh<TRACK>(factor, part);
         pin(score);
-        hold(s.base, part[0] + part[1]);
+        hold(s.base, (sum[0] + part[0]) + (sum[1] + part[1]));
         wgmma_wait<0>();
         pin(output);
         pin(weight);
         pipe.value_read();
-        unsettled--;
         if (NEW_TILE) {
             finish(p, s, pipe.wg, finished, finished_top, finished_sum);
-            start_sums(t.end_block - t.first_block);
+            start_sums(t);
             limit_further(part, factor);
-            round_weights(pairs);
         } else {
-            keep_range<TRACK>(s, pipe.wg, factor, part, pairs);
+            keep_range<TRACK>(factor, part);
         }
         add_sums(part);
-        join_weights(pairs);
+        round_weights();
     }
 
-    // What seldom has anything to do: settles O when that is due, and brings weights and O back into range.
+    // Brings weights and O back into range, which seldom is needed.
     template <bool ALWAYS>
-    __device__ __forceinline__ void keep_range(const Shared<C> &s, int wg, float (&factor)[2],
-                                               float (&part)[2], uint16_t (&pairs)[SCORES / 2]) {
-        const bool due = unsettled == 0;
-        if (!ALWAYS && __builtin_expect(!__any_sync(~0u, this->is_outside(part) || due), true))
+    __device__ __forceinline__ void keep_range(float (&factor)[2], float (&part)[2]) {
+        if (!ALWAYS && __builtin_expect(!__any_sync(~0u, this->is_outside(part)), true))
             return;
-        if (due)
-            settle(s, wg);
         limit_further(part, factor);
         settled_factor[0] *= factor[0];
         settled_factor[1] *= factor[1];
         this->rescale_output(factor);
-        round_weights(pairs);
     }
 
     __device__ __forceinline__ void last(const sm90_params &p, const Shared<C> &s,
                                          const Place<C> &t, Pipeline<C> &pipe) {
-        if constexpr (IS_DEFERRED) {
-            mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
-            pin(output);
-            pin(weight);
-            start_output(s, pipe);
-            wgmma_wait<0>();
-            pin(output);
-        }
+        mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+        pin(output);
+        pin(weight);
+        start_output(s, pipe);
+        wgmma_wait<0>();
+        pin(output);
+        pipe.value_read();
         finish(p, s, pipe.wg, t, top, sum);
     }
 };

@@ -274,11 +274,11 @@ __device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t
     return {row, t.kv_head, t.batch};
 }
 
-// K or V of a key tile into the next free buffer of the ring.
+// K or V of a key tile, or COLUMNS of it from `column` on, into the next free buffer of the ring.
 template <class C, int COLUMNS>
 __device__ __forceinline__ void load_block(const sm90_params &p, const cuda_tensor_map &map,
-                                           uint32_t dst, Ring<C::STAGES> &ring,
-                                           const Block &block) {
+                                           uint32_t dst, Ring<C::STAGES> &ring, const Block &block,
+                                           int column = 0) {
     const int lane = threadIdx.x % 32;
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (lane == 0)
@@ -288,7 +288,7 @@ __device__ __forceinline__ void load_block(const sm90_params &p, const cuda_tens
             dst += lane * p.box_keys * 128;
         for (int c = 0; c < COLUMNS; c++)
             tma_load_4d(dst + c * C::KEY_COLUMN, &map, ring.full_barrier(), evict_last(),
-                        C::COLUMN_ELEMENTS * c, block.row, block.c2, block.c3);
+                        C::COLUMN_ELEMENTS * (column + c), block.row, block.c2, block.c3);
     }
     ring.advance();
 }

@@ -154,6 +154,17 @@ __device__ __forceinline__ void store_floats(uint32_t address, const float4 &x) 
                  : "memory");
 }
 
+__device__ __forceinline__ void load_words(uint32_t address, uint32_t (&w)[4]) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(address));
+}
+__device__ __forceinline__ void store_words(uint32_t address, const uint32_t (&w)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
+                 : "memory");
+}
+
 // *to += x, at some time before the kernel ends.
 __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
