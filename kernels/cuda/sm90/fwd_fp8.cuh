@@ -330,7 +330,7 @@ struct Float8Consumer : Consumer<C> {
     // ---- What is settled: in shared memory, where a thread finds what it has put there ----
     // Of wide heads not O itself but what e5m2 keeps of it, for which there is room; the rest, an eighth at most, goes on in the sums.
     static constexpr bool SETTLES_ALL = C::DIM_V <= 128;
-    static constexpr float TO_E5M2 = 0x1p-5f; // O is up to 2^21 and beyond, where more is left
+    static constexpr float TO_E5M2 = 0x1p-12f; // O is up to 2^28 and beyond, where more is left
 
     static __device__ __forceinline__ uint32_t settled(const Shared<C> &s, int wg) {
         return s.base + C::SETTLED + (4 * wg + threadIdx.x / 32 % 4) * C::SETTLED_BYTES +
