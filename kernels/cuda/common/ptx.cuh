@@ -30,6 +30,27 @@ __device__ __forceinline__ void store_chunk(uint32_t to, const uint32_t (&words)
                  : "memory");
 }
 
+// The reverse.
+__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], uint32_t from) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_floats(uint32_t to, const float4 &x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+                 "f"(x.w)
+                 : "memory");
+}
+__device__ __forceinline__ float4 load_floats(uint32_t from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from));
+    return x;
+}
+
 __device__ __forceinline__ void store_word(uint32_t to, uint32_t word) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
@@ -73,6 +94,11 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool x) {
                  : "r"(id), "r"(threads), "r"((int)x)
                  : "memory");
     return any;
+}
+
+// The end of named_barrier_sync() of others, for which this warp does not wait.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Waits for the kernel before this one in the stream, which this one may have overtaken. Before Hopper none does.

@@ -20,19 +20,6 @@ __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-// The end of named_barrier_sync() of others, for which this warp does not wait.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Four words of shared memory.
-__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], uint32_t from) {
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(from)
-                 : "memory");
-}
-
 // ---- The two products --------------------------------------------------------------------------------------------------
 
 // Where a lane's part of ldmatrix begins: of a tile as the left operand, as the right one, and as the right one transposed.

@@ -358,7 +358,7 @@ struct Float8Consumer : Consumer<C> {
 #pragma unroll
             for (int i = 0; i < C::DIM_V / 32; i++) {
                 uint32_t w[4];
-                load_words(from + 512 * i, w);
+                load_chunk(w, from + 512 * i);
 #pragma unroll
                 for (int j = 0; j < 4; j++)
                     add(16 * i + 4 * j, widen_four_e5m2(w[j]), factor);
@@ -387,7 +387,7 @@ struct Float8Consumer : Consumer<C> {
                                 pack_two_e5m2(o[2] * TO_E5M2, o[3] * TO_E5M2));
                     add(16 * i + 4 * j, widen_four_e5m2(w[j]), BACK);
                 }
-                store_words(to + 512 * i, w);
+                store_chunk(to + 512 * i, w);
             }
         }
         settled_factor[0] = settled_factor[1] = 1;

@@ -140,31 +140,6 @@ __device__ __forceinline__ float2 load_pair(uint32_t address) {
     return r;
 }
 
-// Four.
-__device__ __forceinline__ float4 load_floats(uint32_t address) {
-    float4 r;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
-                 : "r"(address));
-    return r;
-}
-__device__ __forceinline__ void store_floats(uint32_t address, const float4 &x) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y),
-                 "f"(x.z), "f"(x.w)
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_words(uint32_t address, uint32_t (&w)[4]) {
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                 : "r"(address));
-}
-__device__ __forceinline__ void store_words(uint32_t address, const uint32_t (&w)[4]) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(w[0]), "r"(w[1]),
-                 "r"(w[2]), "r"(w[3])
-                 : "memory");
-}
-
 // *to += x, at some time before the kernel ends.
 __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
@@ -182,12 +157,6 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *counter) {
     return x;
 }
 __device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
-// ---- Named barriers (1 to 15; 0 is __syncthreads) ----
-
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // ---- Registers of a warpgroup ----
 

@@ -193,7 +193,7 @@ __device__ __forceinline__ void add_tiles(float (&sum)[NC][MT][4][4], Load load,
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 const uint32_t at = (step + m) * 8 * PITCH + c * 128;
-                const float4 x = read(b + at), y = read(odd + at);
+                const float4 x = load_floats(b + at), y = load_floats(odd + at);
                 split(right[m][0], x.x, y.x);
                 split(right[m][1], x.y, y.y);
                 split(right[m][2], x.z, y.z);
@@ -392,8 +392,8 @@ struct SumsBlock {
         const uint32_t a = base + T::D_SCORE_AT + InRows::at(2 * t, first_row / 4 + g),
                        odd = (a ^ 64) + InRows::PITCH;
         const auto left = [&](Split(&split_pairs)[2][4], int step) {
-            const float4 x = read(a + step * 8 * InRows::PITCH),
-                         y = read(odd + step * 8 * InRows::PITCH);
+            const float4 x = load_floats(a + step * 8 * InRows::PITCH),
+                         y = load_floats(odd + step * 8 * InRows::PITCH);
             split(split_pairs[0], x.x, x.y, y.x, y.y);
             split(split_pairs[1], x.z, x.w, y.z, y.w);
         };

@@ -64,7 +64,7 @@ struct Warp {
 #pragma unroll
                     for (int w = 0; w < WIDE; ++w) {
                         const uint32_t at = (n + m) * 8 * PITCH + (c + w) * 128;
-                        const float4 x = read(v + at), y = read(odd + at + PITCH);
+                        const float4 x = load_floats(v + at), y = load_floats(odd + at + PITCH);
                         split(b[m][w * 4], x.x, y.x);
                         split(b[m][w * 4 + 1], x.y, y.y);
                         split(b[m][w * 4 + 2], x.z, y.z);

@@ -118,14 +118,6 @@ __device__ __forceinline__ void add_large(float (&c)[MT][N][4], const Split (&a)
                 b[n][1].high);
 }
 
-__device__ __forceinline__ float4 read(uint32_t from) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(from));
-    return x;
-}
-
 // score = MT * 16 rows at `a` times NT * 8 rows at `b`, in `steps` of 32 columns. In a step of 16 columns thread lane % 4 = t of a group
 // has columns 4 t + {0, 1} as k = t and t + 4 of the first product, and 4 t + {2, 3} of the second. AT_A_TIME: sums of `b` under way.
 template <int D, int AT_A_TIME, int MT, int NT>
@@ -141,7 +133,7 @@ __device__ __forceinline__ void multiply_tiles(float (&score)[MT][NT][4], uint32
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
                 const uint32_t at = (a ^ half * 64) + mt * 16 * PITCH;
-                const float4 x = read(at), y = read(at + 8 * PITCH);
+                const float4 x = load_floats(at), y = load_floats(at + 8 * PITCH);
                 split(left[half * 2][mt], x.x, y.x, x.y, y.y);
                 split(left[half * 2 + 1][mt], x.z, y.z, x.w, y.w);
             }
@@ -153,7 +145,7 @@ __device__ __forceinline__ void multiply_tiles(float (&score)[MT][NT][4], uint32
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int m = 0; m < GROUP; ++m) {
-                    const float4 x = read((b ^ half * 64) + (n + m) * 8 * PITCH);
+                    const float4 x = load_floats((b ^ half * 64) + (n + m) * 8 * PITCH);
                     split(right[half * 2][m], x.x, x.y);
                     split(right[half * 2 + 1][m], x.z, x.w);
                 }
