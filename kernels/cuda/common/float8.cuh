@@ -60,10 +60,17 @@ __device__ __forceinline__ float scale_at(const fwd_view &v, int b, int h) {
     return v.data ? ((const float *)v.data)[b * v.stride[0] + h * v.stride[1]] : 1;
 }
 
-// Two floats as e4m3, the first in the lower byte; what is beyond 448 becomes that. From sm_89 on.
+// Two floats as e4m3, the first in the lower byte; what is beyond the range becomes its end. From sm_89 on.
 __device__ __forceinline__ uint16_t pack_two_e4m3(float a, float b) {
     uint16_t r;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+// The same as e5m2.
+__device__ __forceinline__ uint16_t pack_two_e5m2(float a, float b) {
+    uint16_t r;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %2, %1;" : "=h"(r) : "f"(a), "f"(b));
     return r;
 }
 

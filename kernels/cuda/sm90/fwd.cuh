@@ -16,7 +16,7 @@ template <class C>
 struct Consumer {
     using E = typename C::Element;
     static constexpr int SCORES = C::TILE_K / 2, OUTPUTS = C::DIM_V / 2;
-    // The values of a key tile meet its weights in the next step.
+    // Are the rows of a tile stored before the next one begins? Else in its first step: values meet their weights one step later.
     static constexpr bool ENDS_TILES = false;
 
     float score[SCORES];

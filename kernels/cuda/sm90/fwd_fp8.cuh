@@ -272,18 +272,11 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
     }
 }
 
-// Two floats as e5m2, the first in the lower byte; what is beyond its range becomes its largest.
-__device__ __forceinline__ uint16_t pack_two_e5m2(float a, float b) {
-    uint16_t r;
-    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %2, %1;" : "=h"(r) : "f"(a), "f"(b));
-    return r;
-}
-
-// Four e5m2, each the upper half of an f16.
 __device__ __forceinline__ float4 widen_four_e5m2(uint32_t word) {
-    const float2 low = widen_pair<__half>(__byte_perm(word, 0, 0x1404)),
-                 high = widen_pair<__half>(__byte_perm(word, 0, 0x3424));
-    return make_float4(low.x, low.y, high.x, high.y);
+    uint32_t low, high;
+    widen_float8(low, high, word, true);
+    const float2 x = widen_pair<__half>(low), y = widen_pair<__half>(high);
+    return make_float4(x.x, x.y, y.x, y.y);
 }
 
 // The rows of a warpgroup, as Consumer has them.
