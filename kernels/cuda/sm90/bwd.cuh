@@ -20,6 +20,8 @@ struct BwdConfig {
     static constexpr bool HAS_SOFTCAP = Softcap;
     // K and V are A operands of S and dP: out of registers where there are enough, which spares shared memory.
     static constexpr bool KEYS_IN_REGISTERS = D == 64;
+    // dK and dV are stored before the last additions to dQ, behind which they would wait.
+    static constexpr bool STORES_FIRST = D == 64;
     // A warp claims tasks and brings their K and V this many tiles of rows before they are needed, 0: the producer does when it has brought
     // the last rows of the task before. To claim one, to wait for its unit and to read what is known of that are reads of memory one after
     // the other, each behind the additions to dQ; earlier ones would leave blocks with unequal work.
@@ -110,7 +112,7 @@ struct BwdShared {
 template <class C>
 __device__ __forceinline__ void init_bwd_barriers(const BwdShared<C> &s) {
     constexpr int CONSUMER_WARPS = 8;
-    mbarrier_init(s.task_ring().full, 1);
+    mbarrier_init(s.task_ring().full, 2);                          // keys and values; and factors
     mbarrier_init(s.task_ring().empty, 32 * (CONSUMER_WARPS + 1)); // each thread reads the task
     mbarrier_init(s.soon_barrier(), 1);
     for (int i = 0; i < 2; i++) {
@@ -144,48 +146,54 @@ __device__ __forceinline__ void load_rows(const cuda_tensor_map &map, uint32_t d
                     extent - length + row, start + length, head, batch);
 }
 
-// A task that has been claimed, and the factors of its columns, of a lane those 32 apart.
+// The K and V of a task, when those of the one before have been read. They need not wait for its unit.
 template <class C>
-struct Claim {
-    Task t;
+__device__ __forceinline__ void bring_keys(const sm90_bwd_params &p, const BwdShared<C> &s,
+                                           const Ring<1> &tasks, const Task &t) {
+    const int batch = p.cu_seqlens_k ? 0 : t.batch;
+    mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
+    if (threadIdx.x % 32 != 0)
+        return;
+    if (!t.has_rows()) {
+        mbarrier_arrive(tasks.full_barrier());
+        return;
+    }
+    mbarrier_expect_bytes(tasks.full_barrier(), 2 * C::KEY_BYTES);
+    load_rows<C::COLUMNS, C::KEY_COLUMN>(p.key_map, s.base + C::KEY, tasks.full_barrier(),
+                                         t.first_key(), t.s.k_start, t.s.k_len, p.len_k, t.kv_head,
+                                         batch);
+    load_rows<C::COLUMNS, C::KEY_COLUMN>(p.value_map, s.base + C::VALUE, tasks.full_barrier(),
+                                         t.first_key(), t.s.k_start, t.s.k_len, p.len_k, t.kv_head,
+                                         batch);
+}
+
+// What is known of the unit of a task, once it is prepared: whether it is skipped, and the factors of its columns, of a lane those 32 apart.
+template <class C>
+struct Prepared {
     float factor[C::DIM / 32];
 
-    __device__ __forceinline__ Claim(const sm90_bwd_params &p) : t(next_task<C::DIM>(p)) {
-        const uint32_t *const facts = facts_of<C::DIM>(p, t.batch, t.kv_head);
+    __device__ __forceinline__ Prepared(const sm90_bwd_params &p, Task &t) {
+        if (t.key_tile < 0)
+            return;
+        const int unit = t.batch * p.heads_kv + t.kv_head;
+        const uint32_t *const facts = facts_of<C::DIM>(p, unit);
+        wait_for_count(facts + SM90_BWD_PREPARED, Unit(p, unit).errands());
+        t.skipped = __ldcg(facts + SM90_BWD_ODD);
         const int exponent = value_exponent(p, facts);
 #pragma unroll
         for (int c = 0; c < C::DIM / 32; c++)
             factor[c] = column_factor(facts, exponent, threadIdx.x % 32 + 32 * c);
     }
-};
-
-// The K and V of a task, when those of the one before have been read.
-template <class C>
-__device__ __forceinline__ void bring_keys(const sm90_bwd_params &p, const BwdShared<C> &s,
-                                           Ring<1> &tasks, const Claim<C> &claim) {
-    const Task &t = claim.t;
-    const bool leads = threadIdx.x % 32 == 0;
-    const int batch = p.cu_seqlens_k ? 0 : t.batch;
-    mbarrier_wait(tasks.empty_barrier(), tasks.phase ^ 1);
+    // To the consumers, behind bring_keys().
+    __device__ __forceinline__ void tell(const BwdShared<C> &s, const Ring<1> &tasks) const {
 #pragma unroll
-    for (int c = 0; c < C::DIM / 32; c++)
-        s.factors()[threadIdx.x % 32 + 32 * c] = claim.factor[c];
-    if (!C::CLAIMS_AHEAD && leads)
-        *s.task(0) = t;
-    __syncwarp();
-    if (leads && t.key_tile >= 0 && t.steps(p) > 0) {
-        mbarrier_expect_bytes(tasks.full_barrier(), 2 * C::KEY_BYTES);
-        load_rows<C::COLUMNS, C::KEY_COLUMN>(p.key_map, s.base + C::KEY, tasks.full_barrier(),
-                                             t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
-                                             t.kv_head, batch);
-        load_rows<C::COLUMNS, C::KEY_COLUMN>(p.value_map, s.base + C::VALUE, tasks.full_barrier(),
-                                             t.first_key(), t.s.k_start, t.s.k_len, p.len_k,
-                                             t.kv_head, batch);
-    } else if (leads) {
-        mbarrier_arrive(tasks.full_barrier());
+        for (int c = 0; c < C::DIM / 32; c++)
+            s.factors()[threadIdx.x % 32 + 32 * c] = factor[c];
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            mbarrier_arrive(tasks.full_barrier());
     }
-    tasks.advance();
-}
+};
 
 // Whether the phase with this parity has completed.
 __device__ __forceinline__ bool mbarrier_has_completed(uint32_t barrier, uint32_t parity) {
@@ -214,15 +222,18 @@ __device__ __forceinline__ void claim_tasks(const sm90_bwd_params &p, const BwdS
     for (int n = 0;; n++) {
         if (n > 0)
             wait_asleep(s.soon_barrier(), n - 1 & 1);
-        const Claim<C> claim(p);
+        Task t = next_task(p);
+        bring_keys(p, s, tasks, t);
+        const Prepared<C> prepared(p, t);
         mbarrier_wait(claims.empty_barrier(), claims.phase ^ 1);
         if (threadIdx.x % 32 == 0) {
-            *s.task(n) = claim.t;
+            *s.task(n) = t;
             mbarrier_arrive(claims.full_barrier());
         }
         claims.advance();
-        bring_keys(p, s, tasks, claim);
-        if (claim.t.key_tile < 0)
+        prepared.tell(s, tasks);
+        tasks.advance();
+        if (t.key_tile < 0)
             return;
     }
 }
@@ -303,13 +314,17 @@ __device__ __forceinline__ void produce(const sm90_bwd_params &p, const BwdShare
     } else {
         Ring<1> tasks = s.task_ring();
         for (;;) {
-            const Claim<C> claim(p);
-            const Task &t = claim.t;
+            Task t = next_task(p);
+            const Prepared<C> prepared(p, t);
             Walk walk(p, t);
             global_proxy_fence();
             if (t.key_tile >= 0 && t.steps(p) > 0)
                 rows.load_query(t, walk);
-            bring_keys(p, s, tasks, claim);
+            bring_keys(p, s, tasks, t);
+            if (threadIdx.x % 32 == 0)
+                *s.task(0) = t;
+            prepared.tell(s, tasks);
+            tasks.advance();
             if (t.key_tile < 0)
                 return;
             rows.load_rows_of(t, walk);
@@ -590,6 +605,7 @@ struct Keys {
     template <bool MASKED, bool FIRST, bool LAST>
     __device__ __forceinline__ void step(const sm90_bwd_params &p, const Task &t, const Walk &walk);
     __device__ __forceinline__ void run(const sm90_bwd_params &p, const Task &t);
+    __device__ __forceinline__ void store_gradients(const sm90_bwd_params &p, const Task &t);
     template <int COUNT>
     __device__ __forceinline__ void store(const sm90_gradient &gradient, const Task &t, int start,
                                           int batch, int dim, float scale, float (&sums)[COUNT]);
@@ -686,12 +702,21 @@ __device__ __forceinline__ void Keys<C>::run(const sm90_bwd_params &p, const Tas
     before.retreat();
     float d_query[QUERY_SUMS];
     start_d_query(d_query, before);
+    pin(d_key);
+    pin(d_value);
+    if (C::STORES_FIRST)
+        store_gradients(p, t);
     wgmma_wait<0>();
     pin(d_query);
     release(before.empty_barrier());
     add_d_query(d_query);
-    pin(d_key);
-    pin(d_value);
+}
+
+template <class C>
+__device__ __forceinline__ void Keys<C>::store_gradients(const sm90_bwd_params &p, const Task &t) {
+    const int batch = p.cu_seqlens_k ? 0 : t.batch;
+    store(p.d_value, t, t.s.k_start, batch, p.dim_v, 1, d_value);
+    store(p.d_key, t, t.s.k_start, batch, p.dim_qk, p.scale, d_key);
 }
 
 // Sums of the warp's 16 keys to the tensor, 64 columns at a time through shared memory, where its next dS will be.
@@ -757,19 +782,15 @@ __device__ __forceinline__ void consume_tasks(const sm90_bwd_params &p, const Bw
             return;
         keys.clear(keys.d_key);
         keys.clear(keys.d_value);
-        if (t.steps(p) > 0) {
+        const bool has_steps = t.steps(p) > 0;
+        if (has_steps)
             keys.run(p, t);
-            __syncwarp();
-        } else {
-            __syncwarp();
+        __syncwarp();
+        if (!has_steps)
             mbarrier_arrive(tasks.empty);
-        }
         release(s.summed_barrier(n));
-        if (t.skipped)
-            continue;
-        const int batch = p.cu_seqlens_k ? 0 : t.batch;
-        keys.store(p.d_value, t, t.s.k_start, batch, p.dim_v, 1, keys.d_value);
-        keys.store(p.d_key, t, t.s.k_start, batch, p.dim_qk, p.scale, keys.d_key);
+        if (!t.skipped && !(C::STORES_FIRST && has_steps))
+            keys.store_gradients(p, t);
     }
 }
 

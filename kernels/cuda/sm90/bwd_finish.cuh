@@ -207,8 +207,10 @@ __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Uni
     using O = Octets<E, D>;
     const Sequence &s = unit.s;
     const int tile = first / TILE_Q, first_head = unit.kv_head * p.group;
-    float *const columns = reinterpret_cast<float *>(buffers.memory + 2 * BUFFER_BYTES);
-    float rows[8]; // what takes fixed point out, and for columns the scale in
+    // What takes fixed point out, and for columns the scale in; of rows, of two heads, what brought it in.
+    constexpr int COLUMNS = 2 * BUFFER_BYTES, ROWS = COLUMNS + 4 * D;
+    float *const columns = reinterpret_cast<float *>(buffers.memory + COLUMNS);
+    float rows[8];
     const auto issue = [&](int n, auto copy) {
         const int column = n % O::BLOCKS * 32 + O::column();
         const int32_t *const from = sums_of<D>(p, first_sums(p, unit.index, n / O::BLOCKS) + tile) +
@@ -217,6 +219,12 @@ __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Uni
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) // octet i / 2
             copy(i, from + i / 2 % 2 * 256 + i / 4 * 32 + i % 2 * 128, true);
+        const int head = n / O::BLOCKS, lane = threadIdx.x % 32;
+        if (n % O::BLOCKS == 0 && lane < TILE_Q / 4)
+            copy_async(buffers.address + ROWS + head % 2 * 4 * TILE_Q + 16 * lane,
+                       stats_of(p, first_head + head, first_tile(p, s, unit.b) + tile) +
+                           SM90_BWD_FACTOR * TILE_Q + 4 * lane,
+                       true);
         if (n == 0) {
             const uint32_t *const facts = facts_of<D>(p, unit.index);
             const int exponent = value_exponent(p, facts);
@@ -228,11 +236,13 @@ __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Uni
     const auto take = [&](int n, const uint4(&x)[VECTORS]) {
         const int head = first_head + n / O::BLOCKS, column = n % O::BLOCKS * 32 + O::column();
         if (n % O::BLOCKS == 0) {
-            const float *const factors =
-                stats_of(p, head, first_tile(p, s, unit.b) + tile) + SM90_BWD_FACTOR * TILE_Q;
+            __syncwarp(); // others have copied them
+            const float *const factors = reinterpret_cast<const float *>(
+                buffers.memory + ROWS + n / O::BLOCKS % 2 * 4 * TILE_Q);
 #pragma unroll
             for (int o = 0; o < 8; o++)
-                rows[o] = inverse(__ldcg(factors + 8 * o + O::row()));
+                rows[o] = inverse(factors[8 * o + O::row()]);
+            __syncwarp(); // the next but one head's may come
         }
         const float4 low = *reinterpret_cast<const float4 *>(columns + column),
                      high = *reinterpret_cast<const float4 *>(columns + column + 4);
@@ -252,7 +262,7 @@ __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Uni
         }
     };
     buffers.run(p.group * O::BLOCKS, issue, take);
-    __syncwarp(); // `columns` may change
+    __syncwarp(); // `columns` may change, and factors of rows
 }
 
 // ---- Errands -----------------------------------------------------------------------------------------------------------
@@ -260,12 +270,11 @@ __device__ __forceinline__ void convert_rows(const sm90_bwd_params &p, const Uni
 template <typename E, int D>
 __device__ __forceinline__ void finish(const sm90_bwd_params &p, const Unit &unit, int first,
                                        const Buffers &buffers) {
-    uint32_t *const facts = facts_of<D>(p, unit.index);
-    if (p.d_query.data && !__ldcg(facts + SM90_BWD_ODD))
+    if (p.d_query.data) // of an odd head anything: `rows` writes it again
         convert_rows<E, D>(p, unit, first, buffers);
     __syncwarp();
     if (threadIdx.x % 32 == 0)
-        count_release(facts + SM90_BWD_FINISHED);
+        count_release(facts_of<D>(p, unit.index) + SM90_BWD_FINISHED);
 }
 
 // Tasks begin when their unit is prepared; a sequence without keys has none.

@@ -28,8 +28,9 @@ enum { SM90_BWD_QUERY_STAGES = 3, SM90_BWD_STAGES = 2 };
      SM90_BWD_QUERY_STAGES * 2 * 4 * SM90_BWD_TILE_Q + 4 * (D) + 2 * 64 +                          \
      8 * (13 + 2 * SM90_BWD_QUERY_STAGES + 2 * SM90_BWD_STAGES) + 1024)
 
-/* What each block is launched with: those that run errands have buffers of 16 KB and a number for each column in each of 12 warps. */
-#define SM90_BWD_ERRAND_BYTES(D) (12 * (16384 + 4 * (D)) + 1024)
+/* What each block is launched with: those that run errands have buffers of 16 KB, a number for each column and for each row of two
+ * tiles in each of 12 warps. */
+#define SM90_BWD_ERRAND_BYTES(D) (12 * (16384 + 4 * (D) + 2 * 4 * SM90_BWD_TILE_Q) + 1024)
 #define SM90_BWD_MAIN_BYTES(D)                                                                     \
     (SM90_BWD_SHARED_BYTES(D) > SM90_BWD_ERRAND_BYTES(D) ? SM90_BWD_SHARED_BYTES(D)                \
                                                          : SM90_BWD_ERRAND_BYTES(D))

@@ -59,9 +59,9 @@ __device__ __forceinline__ bool store_terms(char *terms, int r, float x) {
 // What errands read passes through two buffers of the warp in shared memory, 16 times 16 bytes for each lane, which reads what it has
 // copied itself: so two batches are on their way while a third is in registers.
 constexpr int VECTORS = 16, BUFFER_BYTES = VECTORS * 32 * 16;
-// The factor of each column, behind the buffers.
+// Behind the buffers the factor of each column, and of two tiles of rows.
 template <int D>
-constexpr int ERRAND_BYTES = 2 * BUFFER_BYTES + 4 * D;
+constexpr int ERRAND_BYTES = 2 * BUFFER_BYTES + 4 * D + 2 * 4 * TILE_Q;
 
 struct Buffers {
     uint32_t address;

@@ -109,9 +109,8 @@ __device__ __forceinline__ int fragment_column(int thread, int i) {
 
 // Waits until `counter`, which others count up, has reached `count`.
 __device__ __forceinline__ void wait_for_count(const uint32_t *counter, int count) {
-    while (static_cast<int>(load_relaxed(counter)) < count)
+    while (static_cast<int>(load_acquire(counter)) < count)
         __nanosleep(100);
-    fence_acquire();
 }
 
 // The next number of a counter, the same for all lanes of the warp.
@@ -162,6 +161,7 @@ struct alignas(64) Task {
     __device__ __forceinline__ int steps(const sm90_bwd_params &p) const {
         return skipped ? 0 : (end - first) * p.group;
     }
+    __device__ __forceinline__ bool has_rows() const { return key_tile >= 0 && end > first; }
     // Whether some row of the tile does not see some key of the warpgroup.
     __device__ __forceinline__ bool is_masked(const sm90_bwd_params &p, int tile, int wg) const {
         const int row = tile * TILE_Q, key = first_key() + 64 * wg;
@@ -170,9 +170,8 @@ struct alignas(64) Task {
     }
 };
 
-// The next tile of keys, when its unit is prepared. Blocks that work on one head at the same time begin at different rows, so that their
+// The next tile of keys, whose unit may not be prepared. Blocks that work on one head at the same time begin at different rows, so that their
 // sums do not meet. Behind a mask they do anyway.
-template <int D>
 __device__ __forceinline__ Task next_task(const sm90_bwd_params &p) {
     Task t{-1, 0, 0, 0, 0, 0, 0, 0, 0, Sequence(p, 0)};
     int number;
@@ -184,14 +183,11 @@ __device__ __forceinline__ Task next_task(const sm90_bwd_params &p) {
             return t;
     } while (t.key_tile >= Unit(p, number).key_tiles());
     const Unit unit(p, number);
-    uint32_t *const facts = facts_of<D>(p, number);
-    wait_for_count(facts + SM90_BWD_PREPARED, unit.errands());
     t.batch = unit.b;
     t.kv_head = unit.kv_head;
     t.s = unit.s;
     t.first_tile = first_tile(p, t.s, t.batch);
     t.first_sums = first_sums(p, number, 0);
-    t.skipped = __ldcg(facts + SM90_BWD_ODD);
     const int key = t.first_key(), end_key = min(key + TILE_K, t.s.k_len);
     const int low = max(key - t.s.diagonal - p.window_right, 0),
               high = min(end_key - t.s.diagonal + p.window_left, t.s.q_len);

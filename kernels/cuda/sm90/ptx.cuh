@@ -145,18 +145,18 @@ __device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
-// Counts one more. Who sees that by load_relaxed() and fence_acquire() sees all that this thread has seen.
+// Counts one more. Who sees that by load_acquire() sees all that this thread has seen.
 __device__ __forceinline__ void count_release(uint32_t *counter) {
     asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter)
                  : "memory");
 }
 
-__device__ __forceinline__ uint32_t load_relaxed(const uint32_t *counter) {
+// No fence, which would wait for all that the thread has under way.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t *counter) {
     uint32_t x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
     return x;
 }
-__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // ---- Registers of a warpgroup ----
 
