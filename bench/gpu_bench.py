@@ -93,8 +93,11 @@ class Library(Api):
         return Call(self, Desc(causal=int(causal), kernel=kernel), tensors, gradients)
 
 
+WORKSPACE_IS_ZERO = 2  # DLATTN_WORKSPACE_IS_ZERO
+
+
 class Call:
-    def __init__(self, library, desc, tensors, gradients=None):
+    def __init__(self, library, desc, tensors, gradients=None, over_zeros=False):
         self.library = library
         self.keep = [*tensors.values(), *(gradients or {}).values()]
         self.slots = [slots(Tensors, tensors)]
@@ -110,12 +113,14 @@ class Call:
         library.check(query(at(desc), *map(at, self.slots), at(sku)))
         library.check(create(at(desc), *map(at, self.slots), at(plan)))
         self.kernel, self.plan = sku.kernel.decode(), plan
-        self.workspace = torch.empty(
+        self.workspace = torch.zeros(
             sku.workspace_bytes + 1024, dtype=torch.uint8, device=self.keep[0].device
         )
         start = -self.workspace.data_ptr() % 1024
         self.exec = Exec(
-            workspace=self.workspace.data_ptr() + start, workspace_bytes=sku.workspace_bytes
+            workspace=self.workspace.data_ptr() + start,
+            workspace_bytes=sku.workspace_bytes,
+            flags=WORKSPACE_IS_ZERO if over_zeros else 0,
         )
 
     def __call__(self):
@@ -604,6 +609,9 @@ def decode_rows(library, kernels, count):
     other = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda").view(torch.int32)
     for dtype, q, k, v in decode_cases():
         found = implementations(library, q, k, v, False, None, kernels)
+        tensors = {"query": q, "key": k, "value": v, "output": torch.empty_like(q)}
+        over_zeros = Call(library, Desc(), tensors, over_zeros=True)
+        found["over zeros"] = ("dlattn over zeros", over_zeros)
         times = cold_rounds(found, other, count)
         read = 2 * k.numel() * k.element_size()
         yield from case_rows("decode", dtype, q, k, v, False, found, times, read)

@@ -4,15 +4,16 @@
         [--out FILE.csv] [--dims 64,128] [--only packed,paged] [--no-flex] [--rounds N] [--graphs]
 
 bf16, B 2, H 16, L 8192 unless a case says otherwise; timing as in gpu_bench.py. Peers are
-FlashAttention 4 (flash_attn.cute), cuDNN through PyTorch and compiled FlexAttention, and for few
-rows and few tiles FlashAttention 3 (fa3_fwd) and PyTorch's FlashAttention 2, each where it is
-installed and takes the case. FLOPs count what is visible: half for a causal mask, the pairs of a
+FlashAttention 4 (flash_attn.cute), cuDNN through PyTorch and compiled FlexAttention, for few
+rows and few tiles FlashAttention 3 (fa3_fwd) and PyTorch's FlashAttention 2, and for packed and
+paged sequences FlashInfer, each where it is installed and takes the case. FLOPs count what is visible: half for a causal mask, the pairs of a
 window, of documents and of packed sequences; a random mask counts as none. With --graphs calls are
 replayed from CUDA graphs, so that what they cost the host does not count: short calls of
 FlashAttention 3 and 4 take longer there than on the GPU.
 """
 
 import argparse
+import functools
 import random
 
 import torch
@@ -36,6 +37,10 @@ try:
     from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
 except ImportError:
     flash_attn_func = flash_attn_varlen_func = None
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
 
 
 def normal(*shape):
@@ -238,16 +243,35 @@ def packed_lengths():
         yield name, lengths
 
 
+def planned(wrapper, layout, *numbers, **options):
+    """A wrapper of FlashInfer's, by its kernels for Hopper, once it is planned."""
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    made = wrapper(workspace, layout, backend="fa3")
+    made.plan(*numbers, causal=True, q_data_type=torch.bfloat16, **options)
+    return made
+
+
 def packed(dim, flex):
-    for name, lengths in packed_lengths():
+    cases = [(name, HEADS, HEADS, lengths) for name, lengths in packed_lengths()]
+    cases.append(("packed-12-gqa", 32, 8, cases[0][3]))
+    for name, heads, heads_kv, lengths in cases:
         total, longest = sum(lengths), max(lengths)
-        case = Case(name, dim, causal=1, max_seqlen_q=longest, max_seqlen_k=longest)
+        case = Case(
+            name, dim, heads_kv, heads, causal=1, max_seqlen_q=longest, max_seqlen_k=longest
+        )
         case.pairs = sum(n * (n + 1) // 2 for n in lengths)
         case.shape = len(lengths), longest, longest
-        q, k, v = (normal(total, HEADS, dim) for _ in range(3))
+        q, k, v = (normal(total, n, dim) for n in (heads, heads_kv, heads_kv))
         ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
         case.tensors = {"query": q, "key": k, "value": v}
         case.tensors["cu_seqlens_q"] = case.tensors["cu_seqlens_k"] = ends
+        if flashinfer and dim == 128:
+            ragged = planned(
+                flashinfer.BatchPrefillWithRaggedKVCacheWrapper,
+                "NHD",
+                *(ends, ends, heads, heads_kv, dim),
+            )
+            case.peers["flashinfer"] = functools.partial(ragged.run, q, k, v)
         if flash_attn_varlen_func:
             case.peers["fa4"] = lambda q=q, k=k, v=v, ends=ends, longest=longest: (
                 flash_attn_varlen_func(
@@ -266,14 +290,26 @@ def packed(dim, flex):
 
 def paged(dim, flex):
     """Pages in random order; FlashAttention 4 beside those that it takes."""
-    for size in (16, 64, 128, 256):
-        case = Case(f"paged-{size}", dim, causal=1).dense()
+    cases = [(f"paged-{size}", size, HEADS, HEADS) for size in (16, 64, 128, 256)]
+    for name, size, heads, heads_kv in (*cases, ("paged-16-gqa", 16, 32, 8)):
+        case = Case(name, dim, heads_kv, heads, causal=1).dense()
         pages = BATCH * LENGTH // size
         table = torch.randperm(pages, device="cuda").to(torch.int32).view(BATCH, -1)
         lengths = torch.full((BATCH,), LENGTH, device="cuda", dtype=torch.int32)
-        key, value = (normal(pages, HEADS, size, dim) for _ in range(2))
+        key, value = (normal(pages, heads_kv, size, dim) for _ in range(2))
         case.tensors |= {"key": key, "value": value, "block_table": table, "key_lengths": lengths}
         case.flash_paged(key, value, table, lengths)
+        if flashinfer and dim == 128:
+            ends = torch.arange(BATCH + 1, device="cuda", dtype=torch.int32)
+            pages_of = planned(
+                flashinfer.BatchPrefillWithPagedKVCacheWrapper,
+                "HND",
+                *(ends * LENGTH, ends * (LENGTH // size), table.flatten()),
+                *(torch.full((BATCH,), size, device="cuda", dtype=torch.int32), heads, heads_kv),
+                *(dim, size),
+            )
+            rows = rows_first(case.q).reshape(-1, heads, dim)
+            case.peers["flashinfer"] = functools.partial(pages_of.run, rows, (key, value))
         yield case
 
 

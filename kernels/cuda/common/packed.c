@@ -56,7 +56,7 @@ int32_t packed_launch(const struct plan *plan, const struct problem *p, const st
                       struct cuda_kernel *kernel, struct cuda_kernel *merge,
                       struct packed_params *params) {
     const int32_t status = cuda_launch(kernel, p->device_id, plan->blocks, exec->stream, params);
-    if (status != DLATTN_OK || plan->splits == 1)
+    if (status != DLATTN_OK || plan->splits == 1 || params->arrived)
         return status;
     return cuda_launch_early(merge, p->device_id,
                              (int32_t)(p->batch * p->heads_kv * packed_rows(p)), exec->stream,

@@ -194,15 +194,80 @@ store_rows(const packed_params &dp, const Sequence &seq, const Rows &rows, int c
     }
 }
 
-// Adds up the splits of one packed row, first those of each warp. COLUMNS: as many times 128 of the output.
+// How the parts of a row are merged, whoever does it: in each group g the parts g, g + GROUPS ..., then the groups. COLUMNS: as many times
+// 128 of the output.
+template <int COLUMNS, int GROUPS>
+struct Groups {
+    float4 (*outputs)[COLUMNS][32]; // [group][column / 128][lane]
+    float2 *sums;
+
+    // One group by a warp, of the row whose first part is at `first`.
+    __device__ __forceinline__ void merge(const packed_params &dp, int64_t first, int group) const {
+        const Merged<COLUMNS> own = merged<COLUMNS>(
+            group, GROUPS, dp.splits, dp.fwd.dim_v,
+            [&](int s) { return ((const float2 *)dp.sums)[first + s * dp.tile_rows]; },
+            [&](int s, int c) {
+                return *(const float4 *)(dp.outputs + (first + s * dp.tile_rows) * dp.columns + c);
+            });
+        sums[group] = make_float2(own.top, own.total);
+#pragma unroll
+        for (int n = 0; n < COLUMNS; ++n)
+            outputs[group][n][threadIdx.x % 32] = own.out[n];
+    }
+    __device__ __forceinline__ Merged<COLUMNS> all(int dim_v) const {
+        const int lane = threadIdx.x % 32;
+        return merged<COLUMNS>(
+            0, 1, GROUPS, dim_v, [&](int i) { return sums[i]; },
+            [&](int i, int c) { return outputs[i][c / 128][lane]; });
+    }
+};
+
+// By all threads of a block that has left its parts: whether those of all splits of the tile are there.
+__device__ __forceinline__ bool is_last_split(const packed_params &dp, int tile) {
+    bool is_last = false;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        is_last = atomicAdd(dp.arrived + tile, 1) == dp.splits - 1;
+        __threadfence();
+    }
+    return __syncthreads_or(is_last);
+}
+
+// The rows of a tile from the parts of its splits, of which nothing stays. GROUPS as in merge_splits(), so that bits are the same.
+template <typename E, typename C, int COLUMNS, int WARPS, int GROUPS>
+__device__ __forceinline__ void merge_tile(const packed_params &dp, const Sequence &seq,
+                                           const Rows &rows, int count, int tile, char *shared) {
+    const int warp = threadIdx.x / 32;
+    const int64_t first = tile * (int64_t)dp.splits * dp.tile_rows;
+    const auto groups = [&](int r) {
+        float4(*const outputs)[COLUMNS][32] = (float4(*)[COLUMNS][32])shared;
+        return Groups<COLUMNS, GROUPS>{outputs + r * GROUPS,
+                                       (float2 *)(outputs + count * GROUPS) + r * GROUPS};
+    };
+#pragma unroll 1
+    for (int i = warp; i < count * GROUPS; i += WARPS)
+        groups(i / GROUPS).merge(dp, first + i / GROUPS, i % GROUPS);
+    __syncthreads();
+#pragma unroll 1
+    for (int r = warp; r < count; r += WARPS)
+        finish_row<E, C>(dp, seq, rows, r, groups(r).all(dp.fwd.dim_v));
+    const Merged<COLUMNS> nothing = {0, 0, {}};
+#pragma unroll 1
+    for (int s = warp; s < dp.splits; s += WARPS)
+        for (int r = 0; r < count; ++r)
+            leave_row(dp, first + s * dp.tile_rows + r, nothing);
+    if (threadIdx.x == 0)
+        dp.arrived[tile] = 0;
+}
+
+// Adds up the splits of one packed row.
 template <typename E, typename C, int COLUMNS, int WARPS>
 __device__ __forceinline__ void merge_splits(const packed_params &dp) {
     extern __shared__ __align__(128) char shared[];
-    float4(*const outputs)[COLUMNS][32] =
-        (float4(*)[COLUMNS][32])shared; // [warp][column / 128][lane]
-    float2 *const sums = (float2 *)(outputs + WARPS);
+    float4(*const outputs)[COLUMNS][32] = (float4(*)[COLUMNS][32])shared;
+    const Groups<COLUMNS, WARPS> groups{outputs, (float2 *)(outputs + WARPS)};
     const fwd_params &p = dp.fwd;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // blockIdx.x is (head, query, place in its group), and so is the packed row of a head.
     const int queries = divide(blockIdx.x, dp.by_group), head = queries / p.len_q,
               packed = blockIdx.x - head * p.len_q * p.group;
@@ -214,20 +279,8 @@ __device__ __forceinline__ void merge_splits(const packed_params &dp) {
     if (rows.query(r) >= seq.q_rows)
         return;
     const int64_t first = tile * (int64_t)dp.splits * dp.tile_rows + r;
-    const Merged<COLUMNS> own = merged<COLUMNS>(
-        warp, WARPS, dp.splits, p.dim_v,
-        [&](int s) { return ((const float2 *)dp.sums)[first + s * dp.tile_rows]; },
-        [&](int s, int c) {
-            return *(const float4 *)(dp.outputs + (first + s * dp.tile_rows) * dp.columns + c);
-        });
-    sums[warp] = make_float2(own.top, own.total);
-#pragma unroll
-    for (int n = 0; n < COLUMNS; ++n)
-        outputs[warp][n][lane] = own.out[n];
+    groups.merge(dp, first, threadIdx.x / 32);
     __syncthreads();
-    if (warp == 0)
-        finish_row<E, C>(dp, seq, rows, r,
-                         merged<COLUMNS>(
-                             0, 1, WARPS, p.dim_v, [&](int i) { return sums[i]; },
-                             [&](int i, int c) { return outputs[i][c / 128][lane]; }));
+    if (threadIdx.x < 32)
+        finish_row<E, C>(dp, seq, rows, r, groups.all(p.dim_v));
 }

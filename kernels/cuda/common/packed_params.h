@@ -18,6 +18,8 @@ struct packed_params {
     float *outputs; /* [t][s][r][columns], not yet divided by the sum */
     float *
         sums; /* [t][s][r][2]: log2 of the scale of output and sum, -inf if no key was seen; the sum */
+    /* [t]: splits that have left their parts. The last one merges them, and leaves zeros in all three. NULL: another kernel merges. */
+    int32_t *arrived;
 };
 
 #endif /* DLATTN_CUDA_PACKED_PARAMS_H_ */

@@ -6,7 +6,7 @@
         name(const __grid_constant__ packed_params p) {                                            \
         static_assert(Tile<sizeof(C), D, D, NT, MT, WARPS, STAGES>::SHARED_BYTES ==                \
                       TILE_SHARED_BYTES(sizeof(C), D, NT, MT, WARPS, STAGES));                     \
-        cuda_decode_sm80<E, C, D, D, NT, MT, WARPS, STAGES>(p);                                    \
+        cuda_decode_sm80<E, C, D, D, NT, MT, WARPS, STAGES, MERGE_WARPS>(p);                       \
     }
 #define TILE(D, NT, MT, WARPS, STAGES)                                                             \
     INSTANCE(cuda_decode_sm80_f16_##D##_##NT##_##WARPS, __half, __half, D, NT, MT, WARPS, STAGES)  \

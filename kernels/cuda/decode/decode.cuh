@@ -307,7 +307,9 @@ __device__ __forceinline__ void prepare_queries(const packed_params &dp, const R
     }
 }
 
-template <typename E, typename C, int D, int DV, int NT, int MT, int WARPS, int STAGES>
+// MERGE_GROUPS: of the parts of a row, see Groups.
+template <typename E, typename C, int D, int DV, int NT, int MT, int WARPS, int STAGES,
+          int MERGE_GROUPS>
 __device__ __forceinline__ void cuda_decode_sm80(const packed_params &dp) {
     using T = Tile<sizeof(C), D, DV, NT, MT, WARPS, STAGES>;
     using W = Warp<E, C, D, DV, NT, MT, WARPS, STAGES>;
@@ -478,4 +480,8 @@ __device__ __forceinline__ void cuda_decode_sm80(const packed_params &dp) {
         }
         leave_row(dp, place + r, row);
     }
+    static_assert(T::ROWS * MERGE_GROUPS * (COLUMNS * 512 + 8) <= T::SHARED_BYTES,
+                  "for merge_tile()");
+    if (dp.arrived && is_last_split(dp, tile))
+        merge_tile<E, C, COLUMNS, WARPS, MERGE_GROUPS>(dp, seq, rows, count, tile, shared);
 }
