@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs/speed.svg"
 FORWARD = "2026-11-22-NVIDIA-H100-80GB-HBM3-forward.csv"
-BACKWARD = "2026-11-27-NVIDIA-H100-80GB-HBM3-backward.csv"
+BACKWARD = "2026-11-28-NVIDIA-H100-80GB-HBM3-backward.csv"
 CPU = "2026-11-23-x86_64-16-cpu-torch.csv"
 OURS = "dlattn"
 NAMES = {
