@@ -6,10 +6,11 @@
 bf16, B 2, H 16, L 8192 unless a case says otherwise; timing as in gpu_bench.py. Peers are
 FlashAttention 4 (flash_attn.cute), cuDNN through PyTorch and compiled FlexAttention, for few
 rows and few tiles FlashAttention 3 (fa3_fwd) and PyTorch's FlashAttention 2, and for packed and
-paged sequences FlashInfer, each where it is installed and takes the case. FLOPs count what is visible: half for a causal mask, the pairs of a
-window, of documents and of packed sequences; a random mask counts as none. With --graphs calls are
-replayed from CUDA graphs, so that what they cost the host does not count: short calls of
-FlashAttention 3 and 4 take longer there than on the GPU.
+paged sequences FlashInfer, each where it is installed and takes the case. FLOPs count what is
+visible: half for a causal mask, the pairs of a window, of documents and of packed sequences; a
+random mask counts as none. With --graphs calls are replayed from CUDA graphs, so that what they
+cost the host does not count: short calls of FlashAttention 3 and 4 take longer there than on the
+GPU.
 """
 
 import argparse
