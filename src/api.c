@@ -109,7 +109,7 @@ static int32_t read_exec(dlattn_exec *own, const dlattn_exec *exec) {
     return status;
 }
 
-/* For rows that do not leave the zeros that they were given. */
+/* For plans that do not leave the zeros that they were given. */
 static int32_t clear_workspace(const struct plan *plan, const struct problem *p,
                                const dlattn_exec *e) {
     if (plan->workspace_bytes == 0)
@@ -137,13 +137,12 @@ static int32_t start(const struct plan *plan, const struct problem *p, const dla
     const struct exec run = {
         .stream = e->stream,
         .workspace = e->workspace,
-        .workspace_is_zero = zero && plan->kernel->keeps_zero,
+        .workspace_is_zero = zero && plan->keeps_zero,
         .parallel_for = e->parallel_for,
         .parallel_ctx = e->parallel_ctx,
     };
     const int32_t status = plan->kernel->launch(plan, p, &run);
-    return status == DLATTN_OK && zero && !plan->kernel->keeps_zero ? clear_workspace(plan, p, e)
-                                                                    : status;
+    return status == DLATTN_OK && zero && !plan->keeps_zero ? clear_workspace(plan, p, e) : status;
 }
 
 static int32_t launch(const struct plan *plan, const struct problem *p, const dlattn_exec *exec) {

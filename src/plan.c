@@ -75,6 +75,7 @@ static enum fit fit(struct plan *plan, const struct kernel *k, const struct prob
         .splits = 1,
         .threads = p->threads,
         .workspace_alignment = 64,
+        .keeps_zero = k->keeps_zero,
     };
     return problem_is_empty(p) || k->plan(plan, p, caps) ? FITS : DECLINES;
 }

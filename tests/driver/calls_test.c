@@ -39,7 +39,7 @@ static DLTensor tensor(const int64_t *shape, int ndim, DLDataType dtype, int pla
 static const DLDataType f16 = {kDLFloat, 16, 1}, f32 = {kDLFloat, 32, 1};
 
 /* Runs a plan twice; what is counted is the second run. */
-static void planned_call(const char *kernel, bool backward, DLDataType dtype) {
+static void planned_call(const char *kernel, bool backward, DLDataType dtype, uint64_t flags) {
     DLTensor x[4], y[4], lse = tensor(row, 3, f32, 8);
     for (int i = 0; i < 4; i++) {
         x[i] = tensor(rows, 4, dtype, i);
@@ -57,8 +57,10 @@ static void planned_call(const char *kernel, bool backward, DLDataType dtype) {
                                         .d_key = &y[2],
                                         .d_value = &y[3]};
     const dlattn_forward_desc desc = {.struct_size = sizeof desc, .kernel = kernel};
-    const dlattn_exec exec = {
-        .struct_size = sizeof exec, .workspace = memory, .workspace_bytes = sizeof memory};
+    const dlattn_exec exec = {.struct_size = sizeof exec,
+                              .flags = flags,
+                              .workspace = memory,
+                              .workspace_bytes = sizeof memory};
     dlattn_plan *plan;
     const int32_t created = backward ? api->backward_plan_create(&desc, &tensors, &gradients, &plan)
                                      : api->plan_create(&desc, &tensors, &plan);
@@ -88,7 +90,7 @@ Test(calls, a_planned_call_asks_for_nothing_but_its_launches, .init = open_all) 
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const char *const kernel = cases[i].kernel;
-        planned_call(kernel, cases[i].backward, cases[i].dtype);
+        planned_call(kernel, cases[i].backward, cases[i].dtype, 0);
         const int pointers = calls("cuPointerGetAttributes");
         cr_expect(eq(int, calls("cuLaunchKernelEx"), cases[i].launches), "%s", kernel);
         cr_expect(eq(int, calls("cuTensorMapEncodeTiled"), cases[i].maps), "%s", kernel);
@@ -100,4 +102,14 @@ Test(calls, a_planned_call_asks_for_nothing_but_its_launches, .init = open_all) 
                      pointers + 2 + cases[i].launches + cases[i].maps + cases[i].clears),
                   "%s", kernel);
     }
+}
+
+/* Over zeros decoding is one launch; what other rows leave is cleared behind them. */
+Test(calls, over_zeros, .init = open_all) {
+    planned_call("cuda_decode_sm80", false, f16, DLATTN_WORKSPACE_IS_ZERO);
+    cr_expect(eq(int, calls("cuLaunchKernelEx"), 1));
+    cr_expect(eq(int, calls("cuMemsetD8Async"), 0));
+    planned_call("cuda_fwd_split_sm90", false, f16, DLATTN_WORKSPACE_IS_ZERO);
+    cr_expect(eq(int, calls("cuLaunchKernelEx"), 2));
+    cr_expect(eq(int, calls("cuMemsetD8Async"), 1));
 }

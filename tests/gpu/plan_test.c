@@ -324,10 +324,11 @@ Test(gpu_plan, decoding_is_split_until_it_fills_the_gpu) {
     static const struct {
         int64_t batch, heads_q, heads_kv, len_q, len_k;
         int32_t splits, rows;
-    } cases[] = {{1, 32, 8, 1, 8192, 12, 8},  {1, 32, 8, 1, 1000, 7, 8},
-                 {1, 32, 8, 1, 100, 1, 8},    {60, 8, 8, 1, 8192, 1, 8},
-                 {1, 16, 1, 1, 8192, 64, 16}, {1, 64, 8, 3, 8192, 25, 32},
-                 {1, 12, 4, 100, 8192, 5, 32}};
+        bool keeps_zero; /* few enough rows of splits for one block to merge */
+    } cases[] = {{1, 32, 8, 1, 8192, 12, 8, true},   {1, 32, 8, 1, 1000, 7, 8, true},
+                 {1, 32, 8, 1, 100, 1, 8, true},     {60, 8, 8, 1, 8192, 1, 8, true},
+                 {1, 16, 1, 1, 8192, 64, 16, false}, {1, 64, 8, 3, 8192, 25, 32, false},
+                 {1, 12, 4, 100, 8192, 5, 32, false}};
     for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
         struct problem p = problem_of(DTYPE_BF16, 128, 128, DLATTN_FEATURE_GQA);
         p.batch = cases[n].batch;
@@ -342,6 +343,7 @@ Test(gpu_plan, decoding_is_split_until_it_fills_the_gpu) {
             cr_expect(strcmp(plan.kernel->name, "cuda_decode_sm80") == 0, "case %d", (int)n);
             cr_expect(eq(int, plan.splits, cases[n].splits), "case %d", (int)n);
             cr_expect(eq(int, plan.tile_q, cases[n].rows), "case %d", (int)n);
+            cr_expect(eq(int, plan.keeps_zero, cases[n].keeps_zero), "case %d", (int)n);
             const int64_t packed = p.heads_q / p.heads_kv * p.len_q,
                           tiles = p.batch * p.heads_kv * ((packed + plan.tile_q - 1) / plan.tile_q),
                           floats = tiles * plan.splits * plan.tile_q * (128 + 2);

@@ -65,7 +65,7 @@ static bool readable(struct plan *plan, const struct problem *p) {
 ROW_FUNCTIONS(cuda_decode_sm80);
 
 bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    enum { LEAST_KEYS = 128 };
+    enum { LEAST_KEYS = 128, MOST_PARTS = 128 };
     const bool float8 = dtype_is_float8(p->key.dtype);
     const struct tile *const all = tiles_for(p);
     const int32_t chosen =
@@ -77,17 +77,13 @@ bool cuda_decode_sm80_plan(struct plan *plan, const struct problem *p, const str
     const int64_t blocks = (int64_t)caps->multiprocessors * (all[chosen].rows > 16 ? 2 : 1);
     if (!packed_plan(plan, p, all, chosen, packed_splits(p, &all[chosen], blocks, LEAST_KEYS)))
         return false;
+    /* Over zeros the last block of a tile merges its splits, if they have few rows: each of its warps reads one after the other. */
+    const int32_t rows = all[chosen].rows;
+    const int64_t parts = plan->splits * (packed_rows(p) < rows ? packed_rows(p) : rows);
+    plan->keeps_zero = plan->splits == 1 || parts <= MOST_PARTS;
     if (plan->splits > 1) /* packed_params.arrived */
         plan->workspace_bytes += (size_t)(plan->blocks / plan->splits) * sizeof(int32_t);
     return true;
-}
-
-/* Over zeros the last block of a tile merges its splits, if they have few rows: each of its warps reads one after the other. */
-static bool merges_itself(const struct plan *plan, const struct problem *p, const struct exec *exec,
-                          const struct tile *t) {
-    enum { MOST_PARTS = 128 };
-    const int64_t rows = packed_rows(p) < t->rows ? packed_rows(p) : t->rows;
-    return exec->workspace_is_zero && plan->splits > 1 && plan->splits * rows <= MOST_PARTS;
 }
 
 int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p,
@@ -96,12 +92,8 @@ int32_t cuda_decode_sm80_launch(const struct plan *plan, const struct problem *p
     struct cuda_kernel *const merges = dtype_is_float8(p->key.dtype) ? float8_merge : merge;
     struct packed_params params;
     packed_fill(&params, plan, p, exec, t->rows);
-    const bool itself = merges_itself(plan, p, exec, t);
-    if (itself)
+    if (exec->workspace_is_zero && plan->splits > 1)
         params.arrived = (int32_t *)(params.sums + (int64_t)plan->blocks * t->rows * 2);
-    const int32_t status = packed_launch(plan, p, exec, kernel_for(t, p->dtype),
-                                         &merges[p->dtype == DTYPE_BF16], &params);
-    if (status != DLATTN_OK || !exec->workspace_is_zero || itself || plan->splits == 1)
-        return status;
-    return cuda_clear(exec->workspace, plan->workspace_bytes, exec->stream);
+    return packed_launch(plan, p, exec, kernel_for(t, p->dtype), &merges[p->dtype == DTYPE_BF16],
+                         &params);
 }
