@@ -373,18 +373,17 @@ struct StatsTile {
     static constexpr int THREADS = STATS_THREADS, ROWS = BWD_STATS_ROWS, KEYS = STATS_KEYS;
 };
 
-// The product of output and its gradient over 8 columns of a row, and the square of the latter. An output of 0 counts as 0: it is
-// that of a row that sees nothing, whatever stands in the gradient.
+// The product of output and its gradient, of which an output of 0 has none: it is that of a row that sees nothing, whatever stands in
+// the gradient.
+__device__ __forceinline__ float add_delta(float sum, float x, float d_x) {
+    return x == 0 ? sum : fmaf(x, d_x, sum);
+}
+
+// Over 8 columns of a row of any layout.
 template <typename E>
-__device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_t d_o, int column,
-                                          float &square) {
+__device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_t d_o, int column) {
     const bool f32 = p.flags & BWD_D_OUTPUT_F32;
     float sum = 0;
-    square = 0;
-    const auto add = [&](float x, float d_x) {
-        sum = x == 0 ? sum : fmaf(x, d_x, sum);
-        square = fmaf(d_x, d_x, square);
-    };
     if (column >= p.f.dim_v)
         return 0;
     if (p.f.flags & FWD_ALIGNED_OUTPUT && p.flags & BWD_ALIGNED_D_OUTPUT) {
@@ -394,17 +393,49 @@ __device__ __forceinline__ float delta_of(const bwd_params &p, int64_t o, int64_
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const float2 a = widen_pair<E>(xs[n]), b = widen_pair<E>(d_xs[n]);
-            add(a.x, b.x);
-            add(a.y, b.y);
+            sum = add_delta(add_delta(sum, a.x, b.x), a.y, b.y);
         }
         return sum;
     }
     for (int d = column; d < min(column + 8, p.f.dim_v); ++d) {
         const float d_x = load_number<E>(p.d_output.data, d_o + d * p.d_output.stride[3], f32);
-        add(load_number<E>(p.f.output.data, o + d * p.f.output.stride[3], false),
-            Element<E>::widen((uint16_t)pack<E>(d_x, 0))); // as the tensor cores see it
+        sum = add_delta(sum, load_number<E>(p.f.output.data, o + d * p.f.output.stride[3], false),
+                        Element<E>::widen((uint16_t)pack<E>(d_x, 0))); // as the tensor cores see it
     }
     return sum;
+}
+
+// Deltas of the rows of a block, and squares of the norms of their d_output, of aligned tensors.
+template <typename E, int D, int ROWS>
+__device__ __forceinline__ void find_deltas(const BwdHead<E> &head, int first, float *deltas,
+                                            float *squares) {
+    using R = Rows<E, D>;
+    static_assert(ROWS % R::COUNT == 0, "");
+    const bwd_params &p = head.p;
+#pragma unroll 1
+    for (int r = 0; r < ROWS; r += R::COUNT) {
+        const int i = first + r;
+        R output, d_output;
+        output.load(p.f.output, head.row(p.f.output, i), head.seq.q_len - i, p.f.dim_v);
+        d_output.load(p.d_output, head.row(p.d_output, i), head.seq.q_len - i, p.f.dim_v);
+#pragma unroll
+        for (int n = 0; n < R::TIMES; ++n) {
+            float delta = 0, square = 0;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const float2 x = widen_pair<E>(output.words[n][w]),
+                             d_x = widen_pair<E>(d_output.words[n][w]);
+                delta = add_delta(add_delta(delta, x.x, d_x.x), x.y, d_x.y);
+                square = fmaf(d_x.y, d_x.y, fmaf(d_x.x, d_x.x, square));
+            }
+            delta = R::sum(delta);
+            square = R::sum(square);
+            if (R::column() == 0) {
+                deltas[r + R::row(n)] = delta;
+                squares[r + R::row(n)] = square;
+            }
+        }
+    }
 }
 
 // What weights of 64 rows are relative to, from the scores: 16 rows of a warp.
@@ -490,27 +521,24 @@ __device__ __forceinline__ void find_stats(const bwd_params &p, int block) {
     const Head<E, EXTRAS> head{p, seq, b, h};
     float *const stats = (float *)stats_of(p, seq, h) + block_row;
     float *const deltas = (float *)shared, *const squares = deltas + T::ROWS;
-    if (SUMS) {
+    if constexpr (SUMS) {
         uint4 *const sums = (uint4 *)sums_at<D>(p, seq, h, block_row);
         for (int i = threadIdx.x; i < T::ROWS * D / 4; i += T::THREADS)
             sums[i] = {0, 0, 0, 0};
-    }
+        find_deltas<E, D, T::ROWS>({p, seq, b, h}, block_row, deltas, squares);
+    } else {
 #pragma unroll 4
-    for (int r = threadIdx.x / LANES; r < T::ROWS; r += STEP) {
-        const int i = block_row + r;
-        float square = 0, delta = 0;
-        if (i < seq.q_len)
-            delta = delta_of<E>(p, head.row(p.f.output, i), head.row(p.d_output, i),
-                                threadIdx.x % LANES * 8, square);
+        for (int r = threadIdx.x / LANES; r < T::ROWS; r += STEP) {
+            const int i = block_row + r;
+            float delta = 0;
+            if (i < seq.q_len)
+                delta = delta_of<E>(p, head.row(p.f.output, i), head.row(p.d_output, i),
+                                    threadIdx.x % LANES * 8);
 #pragma unroll
-        for (int step = LANES / 2; step; step /= 2) {
-            delta += __shfl_xor_sync(~0u, delta, step);
-            if (SUMS)
-                square += __shfl_xor_sync(~0u, square, step);
-        }
-        if (threadIdx.x % LANES == 0) {
-            deltas[r] = delta;
-            squares[r] = square;
+            for (int step = LANES / 2; step; step /= 2)
+                delta += __shfl_xor_sync(~0u, delta, step);
+            if (threadIdx.x % LANES == 0)
+                deltas[r] = delta;
         }
     }
     __syncthreads();
@@ -1306,26 +1334,31 @@ __device__ __forceinline__ void bwd_finish(const bwd_params &p) {
     const float *const factors = stats_of(p, seq, h) + 3 * stats_plane(p) + row + lane / 4;
     const float of_row[2] = {inverse(factors[0]), inverse(factors[8])};
     const int32_t *const sums = sums_at<D>(p, seq, h, row) + lane;
-#pragma unroll 2
-    for (int c = 0; c < D / SUM_COLUMNS; ++c) {
-        float sum[1][SUM_COLUMNS / 8][4];
+    constexpr int WORDS = SUM_ROWS * SUM_COLUMNS / 32;
+    constexpr int AT_ONCE = 2; // tiles whose sums are asked for together
+#pragma unroll 1
+    for (int c = 0; c < D / SUM_COLUMNS; c += AT_ONCE) {
+        int32_t found[AT_ONCE][WORDS];
 #pragma unroll
-        for (int n = 0; n < SUM_COLUMNS / 8; ++n)
+        for (int n = 0; n < AT_ONCE; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                sum[0][n][e] = (float)__ldcs(sums + ((c * SUM_COLUMNS / 8 + n) * 4 + e) * 32);
+            for (int w = 0; w < WORDS; ++w)
+                found[n][w] = __ldcs(sums + ((c + n) * WORDS + w) * 32);
 #pragma unroll
-        for (int n = 0; n < SUM_COLUMNS / 8; ++n)
+        for (int n = 0; n < AT_ONCE; ++n) {
+            const int column = (c + n) * SUM_COLUMNS;
+            float sum[1][SUM_COLUMNS / 8][4];
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                sum[0][n][e] = sum[0][n][e] * of_row[e / 2] *
-                               inverse(column_factor(
-                                   p, facts, c * SUM_COLUMNS + n * 8 + lane % 4 * 2 + e % 2));
-        store_gradient<E, SUM_COLUMNS, 1>(
-            sum, (float)p.f.scale, p.d_query,
-            head.row(p.d_query, row) + c * SUM_COLUMNS * p.d_query.stride[3], seq.q_rows - row,
-            seq.q_len - row, p.f.dim_qk - c * SUM_COLUMNS, p.flags & BWD_D_QUERY_F32,
-            p.flags & BWD_ALIGNED_D_QUERY, (float *)shared + warp * 8 * SUM_COLUMNS);
+            for (int w = 0; w < WORDS; ++w)
+                sum[0][w / 4][w % 4] =
+                    (float)found[n][w] * of_row[w % 4 / 2] *
+                    inverse(column_factor(p, facts, column + w / 4 * 8 + lane % 4 * 2 + w % 2));
+            store_gradient<E, SUM_COLUMNS, 1>(
+                sum, (float)p.f.scale, p.d_query,
+                head.row(p.d_query, row) + column * p.d_query.stride[3], seq.q_rows - row,
+                seq.q_len - row, p.f.dim_qk - column, p.flags & BWD_D_QUERY_F32,
+                p.flags & BWD_ALIGNED_D_QUERY, (float *)shared + warp * 8 * SUM_COLUMNS);
+        }
     }
     if (is_odd<E>(p, facts))
         write_query_exactly<E, false>(p, b, h, row, row + SUM_ROWS);

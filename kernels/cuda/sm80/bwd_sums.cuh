@@ -52,24 +52,44 @@ __device__ __forceinline__ bool is_odd(const bwd_params &p, const uint32_t *fact
 
 // ---- Facts of keys and values ---------------------------------------------------------------------------------------------
 
-// Eight elements of an aligned row from `column` on; 0 where there is none.
-template <typename E>
-__device__ __forceinline__ void load_eight(uint32_t (&words)[4], const fwd_view &v, int64_t row,
-                                           int column, bool exists, int dim) {
-    uint4 x = {0, 0, 0, 0};
-    if (exists && column < dim)
-        x = __ldg((const uint4 *)((const E *)v.data + row + column));
-    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
-}
+// Aligned rows of which neighbouring threads have eight elements each, 0 where there is none: so many are asked for before any is used.
+template <typename E, int D>
+struct Rows {
+    static constexpr int LANES = D / 8, STEP = STATS_THREADS / LANES, TIMES = D > 64 ? 8 : 4,
+                         COUNT = TIMES * STEP;
+    uint32_t words[TIMES][4];
+
+    static __device__ __forceinline__ int column() { return threadIdx.x % LANES * 8; }
+    static __device__ __forceinline__ int row(int n) { return threadIdx.x / LANES + n * STEP; }
+    // `from`: the first of `rows` that exist, of `dim` elements each.
+    __device__ __forceinline__ void load(const fwd_view &v, int64_t from, int rows, int dim) {
+        const E *const data = (const E *)v.data + from + column();
+#pragma unroll
+        for (int n = 0; n < TIMES; ++n) {
+            uint4 x = {0, 0, 0, 0};
+            if (row(n) < rows && column() < dim)
+                x = __ldg((const uint4 *)(data + row(n) * v.stride[2]));
+            words[n][0] = x.x, words[n][1] = x.y, words[n][2] = x.z, words[n][3] = x.w;
+        }
+    }
+    // Over the threads that share a row.
+    static __device__ __forceinline__ float sum(float x) {
+#pragma unroll
+        for (int step = LANES / 2; step; step /= 2)
+            x += __shfl_xor_sync(~0u, x, step);
+        return x;
+    }
+};
 
 // Of SUM_KEYS keys of a kv head. Bits of NaN and infinity are above those of all numbers, and the largest does not depend on the
 // order.
 template <typename E, int D>
 __device__ __forceinline__ void scan_keys(const bwd_params &p, int block, uint32_t *shared) {
-    constexpr int LANES = D / 8, STEP = STATS_THREADS / LANES;
+    using R = Rows<E, D>;
+    static_assert(SUM_KEYS % R::COUNT == 0, "");
     const int blocks = (p.f.len_k + SUM_KEYS - 1) / SUM_KEYS;
     const int kv_head = block / blocks % p.heads_kv, b = block / blocks / p.heads_kv,
-              first = block % blocks * SUM_KEYS, column = threadIdx.x % LANES * 8;
+              first = block % blocks * SUM_KEYS;
     const BwdSequence seq(p, b);
     if (first >= seq.k_len)
         return;
@@ -78,32 +98,31 @@ __device__ __forceinline__ void scan_keys(const bwd_params &p, int block, uint32
         shared[c] = 0;
     __syncthreads();
     uint32_t most[4] = {}, norm = 0;
-#pragma unroll 4
-    for (int r = threadIdx.x / LANES; r < SUM_KEYS; r += STEP) {
-        const int j = first + r;
-        uint32_t key[4], value[4];
-        load_eight<E>(key, p.f.key, head.key(p.f.key, j), column, j < seq.k_len, p.f.dim_qk);
-        load_eight<E>(value, p.f.value, head.key(p.f.value, j), column, j < seq.k_len, p.f.dim_v);
-        float square = 0;
+#pragma unroll 1
+    for (int j = first; j < first + SUM_KEYS; j += R::COUNT) {
+        R keys, values;
+        keys.load(p.f.key, head.key(p.f.key, j), seq.k_len - j, p.f.dim_qk);
+        values.load(p.f.value, head.key(p.f.value, j), seq.k_len - j, p.f.dim_v);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-            most[n] = __vmaxu2(most[n], key[n] & 0x7fff7fff);
-            const float2 x = widen_pair<E>(value[n]);
-            square = fmaf(x.x, x.x, fmaf(x.y, x.y, square));
+        for (int n = 0; n < R::TIMES; ++n) {
+            float square = 0;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                most[w] = __vmaxu2(most[w], keys.words[n][w] & 0x7fff7fff);
+                const float2 x = widen_pair<E>(values.words[n][w]);
+                square = fmaf(x.x, x.x, fmaf(x.y, x.y, square));
+            }
+            norm = max(norm, __float_as_uint(R::sum(square)));
         }
-#pragma unroll
-        for (int step = LANES / 2; step; step /= 2)
-            square += __shfl_xor_sync(~0u, square, step);
-        norm = max(norm, __float_as_uint(square));
     }
     norm = __reduce_max_sync(~0u, norm);
     if (threadIdx.x % 32 == 0)
         atomicMax(shared + D, norm);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-        const float2 x = widen_pair<E>(most[n]);
-        atomicMax(shared + column + 2 * n, __float_as_uint(x.x));
-        atomicMax(shared + column + 2 * n + 1, __float_as_uint(x.y));
+    for (int w = 0; w < 4; ++w) {
+        const float2 x = widen_pair<E>(most[w]);
+        atomicMax(shared + R::column() + 2 * w, __float_as_uint(x.x));
+        atomicMax(shared + R::column() + 2 * w + 1, __float_as_uint(x.y));
     }
     __syncthreads();
     uint32_t *const facts = facts_of(p, b, kv_head);

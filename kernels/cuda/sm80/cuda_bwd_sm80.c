@@ -119,7 +119,7 @@ static int64_t prepare_blocks(const struct problem *p) {
 
 /* Whether rows see so many keys, more or less, that five products pay: they cost each row some work besides, which is less beside the
  * products of wide heads. Of what a mask cuts off seven products compute more. */
-enum { SUMS_FROM_KEYS = 768, SUMS_FROM_KEYS_OF_WIDE_HEADS = 512, SUMS_FROM_MASKED_KEYS = 512 };
+enum { SUMS_FROM_KEYS = 640, SUMS_FROM_KEYS_OF_WIDE_HEADS = 512, SUMS_FROM_MASKED_KEYS = 512 };
 
 static bool sums_pay(const struct problem *p) {
     const double length = p->total_k > 0 ? (double)p->total_k / (double)p->batch : (double)p->len_k,

@@ -41,8 +41,9 @@ __device__ __forceinline__ bool is_beside_keys(const bwd_params &p) {
 #define SUMS(D, WARPS, MT, BM, MINB, LAG)                                                          \
     BOTH(sums_##D##_##WARPS##_##MT##_##BM##_##LAG, WARPS * 32, MINB, bwd_keys, D, WARPS, MT, BM,   \
          false, true, LAG)                                                                         \
-    BOTH(prepare_##D##_##WARPS##_##MT##_##BM##_##LAG, STATS_THREADS, 1, bwd_prepare, D)            \
-    BOTH(finish_##D##_##WARPS##_##MT##_##BM##_##LAG, FINISH_THREADS, 1, bwd_finish, D)
+    BOTH(prepare_##D##_##WARPS##_##MT##_##BM##_##LAG, STATS_THREADS, D > 128 ? 4 : 6, bwd_prepare, \
+         D)                                                                                        \
+    BOTH(finish_##D##_##WARPS##_##MT##_##BM##_##LAG, FINISH_THREADS, 6, bwd_finish, D)
 #define STATS(D, EXTRAS) BOTH(stats_##D##_##EXTRAS, STATS_THREADS, 1, bwd_stats, D, EXTRAS)
 #define BIAS(D) BOTH(bias_##D, BIAS_THREADS, 1, bwd_bias, D)
 #include "kernels/cuda/sm80/bwd_tiles.inc"
