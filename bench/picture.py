@@ -11,7 +11,8 @@ from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs/speed.svg"
-FORWARD = "2026-11-22-NVIDIA-H100-80GB-HBM3-forward.csv"
+FORWARD = "2026-11-28-NVIDIA-H100-80GB-HBM3-forward.csv"
+DECODE = "2026-11-28-NVIDIA-H100-80GB-HBM3-decode.csv"
 BACKWARD = "2026-11-28-NVIDIA-H100-80GB-HBM3-backward.csv"
 CPU = "2026-11-23-x86_64-16-cpu-torch.csv"
 OURS = "dlattn"
@@ -63,7 +64,7 @@ GROUPS = [
         [
             (
                 "8 x 4k keys",
-                FORWARD,
+                DECODE,
                 {"op": "decode", "B": "8", "Lk": "4096", "Hkv": "8", "D": "128"},
             )
         ],
