@@ -39,8 +39,7 @@ struct plan {
     int32_t blocks;  /* CUDA: of the grid; launch asks the driver for nothing */
     size_t workspace_bytes;
     size_t workspace_alignment;
-    bool
-        keeps_zero; /* launch leaves zeros where exec.workspace_is_zero; by default as the row says */
+    bool keeps_zero; /* over zeros launch leaves zeros; by default as the row says */
     const char *why; /* a row that declines may give its reason here, for the message */
 };
 
@@ -48,8 +47,7 @@ struct plan {
 struct exec {
     void *stream;
     void *workspace;
-    bool
-        workspace_is_zero; /* only where the plan has keeps_zero: it may rely on that, and leaves it so */
+    bool workspace_is_zero; /* only of plans with keeps_zero: they may use it, and leave it so */
     dlattn_parallel_for parallel_for;
     void *parallel_ctx;
 };
