@@ -32,6 +32,14 @@ __device__ __forceinline__ int anew(int x) {
     return x;
 }
 
+// threadIdx.x, read here: what is read once for a whole kernel is kept through loops that have no register for it, or read again in each of
+// their steps, of which either costs some 50 cycles and more.
+__device__ __forceinline__ unsigned thread_anew() {
+    unsigned x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 // Accumulators of N products side by side, of MT tiles of 16 rows.
 template <int MT, int N>
 __device__ __forceinline__ void clear(float (&x)[MT][N][4]) {

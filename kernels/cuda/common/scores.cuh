@@ -134,11 +134,14 @@ struct Scores {
             combine([&](const T *from, int j) { return Two{at(from, j), at(from, j + 1)}; });
     }
 
-    // The options of the forward pass that change scores, one after the other; leaves logits times log2(e). `exponent_scale`: what a score adds to that;
-    // widen(bits): an element of a bias that is not f32; `row`, `key` as in mask().
-    template <typename Widen>
+    // The options of the forward pass, one after the other; leaves logits times log2(e). `exponent_scale`: what a score adds to that;
+    // widen(bits): an element of a bias that is not f32; hide() hides what options beside the mask hide, and says whether the
+    // mask has something left to do; `row`, `key` as in mask(). All in one go: what they have in common is worked out once, and
+    // kept no longer.
+    template <typename Widen, typename Hide>
     __device__ __forceinline__ void extras(const fwd_params &p, const Sequence &seq, int b, int h,
-                                           int row, int key, float exponent_scale, Widen widen) {
+                                           int row, int key, float exponent_scale, Widen widen,
+                                           Hide hide) {
         b = anew(b);
         h = anew(h);
         row = anew(row);
@@ -163,15 +166,9 @@ struct Scores {
                 return __fmaf_rz(-alibi, fabsf(distance + (mt * 16 + half * 8 - n * 8 - e)), x);
             });
         }
-    }
-
-    // Hides what the mask hides. Arguments as in extras().
-    __device__ __forceinline__ void hide_masked(const fwd_params &p, const Sequence &seq, int b,
-                                                int h, int row, int key) {
-        if (p.mask.data)
-            combine_scores<uint8_t>(p.mask, seq, anew(b), anew(h), anew(row),
-                                    key + threadIdx.x % 4 * 2,
-                                    key + KEYS <= seq.k_len && p.flags & FWD_PAIRED_MASK,
+        if (hide() && p.mask.data)
+            combine_scores<uint8_t>(p.mask, seq, b, h, row, column,
+                                    whole && p.flags & FWD_PAIRED_MASK,
                                     [](float x, uint8_t y) { return y ? x : NEG_INF; });
     }
 };

@@ -319,13 +319,13 @@ struct Warp : Scores<MT, BN / SPLIT> {
     template <bool PAIRS>
     __device__ __forceinline__ void extras(const fwd_params &p, const pair_params &pair,
                                            const Sequence &seq, int b, int h, int row, int key) {
-        Base::extras(p, seq, b, h, row, key, p.exponent_scale, Element<E>::widen);
-        bool masked = true;
-        if constexpr (PAIRS)
-            masked = hide_pairs(PairOptions{p, pair, seq, anew(b), anew(h)}, anew(row),
-                                key + threadIdx.x % 4 * 2);
-        if (masked)
-            this->hide_masked(p, seq, b, h, row, key);
+        Base::extras(p, seq, b, h, row, key, p.exponent_scale, Element<E>::widen, [&] {
+            if constexpr (PAIRS)
+                return hide_pairs(PairOptions{p, pair, seq, anew(b), anew(h)}, anew(row),
+                                  key + threadIdx.x % 4 * 2);
+            else
+                return true;
+        });
     }
 };
 
@@ -438,12 +438,12 @@ __device__ __forceinline__ void finish(const fwd_params &p, const Work &work, co
                                    (seq.q_start + share.block_row) * p.output.stride[2]);
     if (!exactly)
         return;
-    if constexpr (EXTRAS)
-        write_rows_exactly<E, float>(p, pair, work.b, work.h, share.block_row + mine,
-                                     share.block_row + mine + ROWS);
-    else
-        write_rows_exactly<E, float>(p, work.b, work.h, share.block_row + mine,
-                                     share.block_row + mine + ROWS);
+    const int row = share.block_row + mine;
+    if constexpr (EXTRAS == 2)
+        write_rows_exactly<E, float>(p, pair, work.b, work.h, row, row + ROWS);
+    else // parameters that nothing but this would read are registers that the loop misses
+        write_rows_exactly<E, float>(p, work.b, work.h, row, row + ROWS,
+                                     EXTRAS ? pair.diagonal_offset : 0);
 }
 
 template <typename E, int D, int DV, int WARPS, int MT, int BN, int STAGES, int SPLIT, int EXTRAS>

@@ -276,13 +276,15 @@ __device__ __forceinline__ void cuda_fwd_fp8_sm89(const sm89_params &params) {
         if (g + 1 >= share.warp_first && g + 1 < share.warp_end) {
             const int row = share.first_row + lane / 4, key = (g + 1) * T::KEYS;
             w.template multiply<Float8Product<E5M2>, T::D>(at_q, at_k + offset);
-            if (EXTRAS) {
-                w.extras(p, seq, work.b, work.h, row, key, exponent_scale, [&](uint16_t bits) {
-                    return params.output_dtype == SM89_F16 ? Element<__half>::widen(bits)
-                                                           : Element<__nv_bfloat16>::widen(bits);
-                });
-                w.hide_masked(p, seq, work.b, work.h, row, key);
-            }
+            if (EXTRAS)
+                w.extras(
+                    p, seq, work.b, work.h, row, key, exponent_scale,
+                    [&](uint16_t bits) {
+                        return params.output_dtype == SM89_F16
+                                   ? Element<__half>::widen(bits)
+                                   : Element<__nv_bfloat16>::widen(bits);
+                    },
+                    [] { return true; });
             if (g + 1 < share.whole_first)
                 w.template mask<false>(p, seq, row, key);
             if (g + 1 >= share.whole_end)

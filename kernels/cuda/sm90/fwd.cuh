@@ -282,7 +282,7 @@ struct Consumer {
     }
 
     static __device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
-        return t.first_row + C::ROWS_APART * wg + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        return t.first_row + C::ROWS_APART * wg + thread<C>() / 32 % 4 * 16 + thread<C>() % 32 / 4;
     }
 
     // The mask of tile n, asked for before the tensor cores begin with its scores. The four threads of a row read its chunks of eight
@@ -746,7 +746,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
         pass_turn<C>(wg);
     for (;;) {
         mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
-        const Tile<C> t = *s.tile(pipe.queries.stage, wg);
+        const Tile<C> t = *s.tile(pipe.queries, wg);
         if (t.index < 0)
             break;
         if (!t.sees_keys()) {
@@ -796,8 +796,12 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.arrive(p, t, wg);
         pipe.skip_keys(t.skipped);
         if constexpr (Rows::ENDS_TILES) {
-            rows.last(p, s, t, pipe);
-            pipe.skip_values(t.skipped);
+            // Read once more: to keep it all along takes registers. Its queries are read, so the ring is at the next ones.
+            Ring<C::QUERY_STAGES> queries = pipe.queries;
+            queries.retreat();
+            const Tile<C> finished = *s.tile(queries, wg);
+            rows.last(p, s, finished, pipe);
+            pipe.skip_values(finished.skipped);
         } else {
             skipped = t.skipped;
             previous = t;

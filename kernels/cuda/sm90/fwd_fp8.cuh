@@ -50,9 +50,10 @@ struct Float8Config {
     static constexpr int SETTLED = VALUE + STAGES * VALUE_BYTES,
                          SETTLED_BYTES = 16 * Dim * (Dim <= 128 ? 4 : 1); // of a warp
     static constexpr int TILES = SETTLED + WARPGROUPS * 4 * SETTLED_BYTES;
-    static constexpr int TILE_BYTES = 128, CLAIMED_TILES = 2;
-    static constexpr int BARRIERS =
-        TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
+    static constexpr bool FILLS_REGISTERS = Dim > 64, COUNTS_BUFFERS = Dim > 128;
+    static constexpr int TILE_BYTES = 128, CLAIMED_TILES = 2,
+                         TILE_SLOTS = (Dim > 128 ? 2 : 1) * QUERY_STAGES;
+    static constexpr int BARRIERS = TILES + TILE_BYTES * (TILE_SLOTS * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
         BARRIERS + 8 * (2 * QUERY_STAGES * WARPGROUPS + 6 * STAGES + 2 * CLAIMED_TILES) + 1024;
     static_assert(IS_PLACED && Dim % 32 == 0 && Dim <= 256 && TILE_K % 64 == 0 && TILE_K <= 128,
@@ -133,20 +134,27 @@ __device__ __forceinline__ void transpose_values(uint32_t from, uint32_t to, int
     }
 }
 
-// One warp for both: transposers that also brought values had no registers for it, and spilled.
+// One warp for both: transposers that also brought values had no registers for it, and spilled. COUNTS_BUFFERS: two places in rings are
+// too many for theirs as well, and follow from the number of the key tile.
 template <class C>
 __device__ __forceinline__ void produce_keys_and_values(const sm90_params &p, const Shared<C> &s) {
     Ring<C::STAGES> keys = s.key_ring(), values = loaded_ring<C>(s);
     Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    uint32_t number = 0;
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
-        for (int n = t.first_block; n < t.end_block; n++) {
+        for (int n = t.first_block; n < t.end_block; n++, number++) {
             const Block block = block_of<C>(p, t, n);
+            if (C::COUNTS_BUFFERS)
+                keys = keys.at(number);
             load_block<C, C::COLUMNS_QK>(p, p.key_map, s.key(keys.stage), keys, block);
 #pragma unroll 1
-            for (int c = 0; c < C::COLUMNS_V; c++)
+            for (int c = 0; c < C::COLUMNS_V; c++) {
+                if (C::COUNTS_BUFFERS)
+                    values = values.at(number * C::COLUMNS_V + c);
                 load_block<C, 1>(p, p.value_map,
                                  s.base + C::LOADED + values.stage * C::LOADED_BYTES, values, block,
                                  c);
+            }
         }
     }
 }
@@ -156,22 +164,27 @@ template <class C>
 __device__ __forceinline__ void produce_transposed_values(const Shared<C> &s, int warp) {
     Ring<C::STAGES> loaded = loaded_ring<C>(s), values = s.value_ring();
     Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    uint32_t number = 0;
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
 #pragma unroll 1
-        for (int n = t.end_block - t.first_block; n > 0; n--) {
+        for (int n = t.end_block - t.first_block; n > 0; n--, number++) {
+            if (C::COUNTS_BUFFERS)
+                values = values.at(number);
             mbarrier_wait(values.empty_barrier(), values.phase ^ 1);
 #pragma unroll 1
             for (int c = 0; c < C::COLUMNS_V; c++) {
+                if (C::COUNTS_BUFFERS)
+                    loaded = loaded.at(number * C::COLUMNS_V + c);
                 mbarrier_wait(loaded.full_barrier(), loaded.phase);
                 transpose_values<C>(s.base + C::LOADED + loaded.stage * C::LOADED_BYTES,
                                     s.value(values.stage) + c * 128 * 128, warp);
                 __syncwarp();
-                release(loaded.empty_barrier());
+                release<C>(loaded.empty_barrier());
                 loaded.advance();
             }
             async_proxy_fence();
             __syncwarp();
-            release(values.full_barrier());
+            release<C>(values.full_barrier());
             values.advance();
         }
     }
@@ -180,42 +193,63 @@ __device__ __forceinline__ void produce_transposed_values(const Shared<C> &s, in
 // ---- Consumers ----
 
 // Four neighbouring columns, if they are `inside`: no branch, of which the epilogue would have dozens. All blocks store at one time, and L2 keeps
-// keys and values rather than these.
-__device__ __forceinline__ void store_four_if(bool inside, float *to, const float (&x)[4]) {
+// keys and values rather than these. The result is not zero if one of them, or `poison`, is not finite.
+__device__ __forceinline__ uint32_t store_four_if(bool inside, float *to, const float (&x)[4],
+                                                  uint32_t poison) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
         "@p st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};\n}\n" ::"r"(static_cast<int>(inside)),
         "l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
         : "memory");
+    return __float_as_uint(fmaf(
+        x[0], 0.f, fmaf(x[1], 0.f, fmaf(x[2], 0.f, fmaf(x[3], 0.f, __uint_as_float(poison))))));
 }
 template <typename E> // of 16 bits
-__device__ __forceinline__ void store_four_if(bool inside, E *to, const float (&x)[4]) {
+__device__ __forceinline__ uint32_t store_four_if(bool inside, E *to, const float (&x)[4],
+                                                  uint32_t poison) {
+    const uint32_t low = pack<E>(x[0], x[1]), high = pack<E>(x[2], x[3]);
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
                  "@p st.global.cs.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(static_cast<int>(inside)),
-                 "l"(to), "r"(pack<E>(x[0], x[1])), "r"(pack<E>(x[2], x[3]))
+                 "l"(to), "r"(low), "r"(high)
                  : "memory");
+    return multiply_add_zero<E>(high, multiply_add_zero<E>(low, poison));
 }
+
+// Where a thread's two rows of the output begin, and how many of its columns from there on are inside: known before the first store, since what is
+// read behind stores waits for them.
+template <class C>
+struct OutputRows {
+    int64_t offset[2]; // elements
+    int columns[2];
+
+    __device__ __forceinline__ OutputRows(const sm90_params &p, const Place<C> &t, int first_row) {
+        const int first = thread<C>() % 4 * 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = first_row + 8 * half + thread<C>() % 32 / 4;
+            columns[half] = is_row<C>(p, t, row) ? p.dim_v - first : 0;
+            offset[half] = row_offset<C>(p, p.output_strides, t, row) + first;
+            asm volatile("" : "+r"(columns[half]), "+l"(offset[half]));
+        }
+    }
+};
 
 // The 16 rows of a warp, in E, straight from registers; a thread has columns 4 i .. 4 i + 3 of 16, where transpose_values() put them.
 template <class C, typename E>
-__device__ __forceinline__ void store_outputs(const sm90_params &p, const Place<C> &t,
-                                              int first_row, const float (&normalise)[2],
-                                              const float (&output)[C::DIM_V / 2]) {
-    const int first = threadIdx.x % 4 * 4;
+__device__ __forceinline__ void
+store_outputs(const sm90_params &p, const OutputRows<C> &rows, const float (&normalise)[2],
+              const float (&output)[C::DIM_V / 2], uint32_t (&poison)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int row = first_row + 8 * half + threadIdx.x % 32 / 4;
-        if (!is_row<C>(p, t, row))
-            continue;
-        E *const to =
-            static_cast<E *>(p.output) + row_offset<C>(p, p.output_strides, t, row) + first;
+        poison[half] = 0;
+        E *const to = static_cast<E *>(p.output) + rows.offset[half];
 #pragma unroll
         for (int i = 0; i < C::DIM_V / 16; i++) {
             float x[4];
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 x[j] = output[8 * i + 4 * (j % 2) + 2 * half + j / 2] * normalise[half];
-            store_four_if(16 * i + first < p.dim_v, to + 16 * i, x);
+            poison[half] = store_four_if(16 * i < rows.columns[half], to + 16 * i, x, poison[half]);
         }
     }
 }
@@ -226,8 +260,8 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
                                                   const float (&output)[C::DIM_V / 2],
                                                   const float (&row_top)[2],
                                                   const float (&sum)[2]) {
-    const int lane = threadIdx.x & 31,
-              first_row = t.first_row + 64 * wg + threadIdx.x / 32 % 4 * 16;
+    const int lane = thread<C>() & 31,
+              first_row = t.first_row + 64 * wg + thread<C>() / 32 % 4 * 16;
     float total[2], top[2] = {row_top[0], row_top[1]}, normalise[2];
     uint32_t spoilt[2];
 #pragma unroll
@@ -240,21 +274,20 @@ __device__ __forceinline__ void store_float8_rows(const sm90_params &p, int wg, 
         if (p.sinks)
             normalise[half] = add_sink(sink_of<C>(p, t, row), top[half], total[half]);
         normalise[half] *= scales_of<C>(p, t, row).value;
-        float poison[4] = {}; // NaN from the first element that is not finite
-#pragma unroll
-        for (int i = 0; i < C::DIM_V / 4; i++)
-            poison[i % 4] = fmaf(output[i / 2 * 4 + 2 * half + i % 2], 0.f, poison[i % 4]);
-        const bool is_finite = (poison[0] + poison[1]) + (poison[2] + poison[3]) == 0;
-        spoilt[half] =
-            __ballot_sync(~0u, is_row<C>(p, t, row) && (!is_finite || !(total[half] < INFINITY) ||
-                                                        is_far<C>(p, top[half])));
     }
+    const OutputRows<C> rows(p, t, first_row);
+    uint32_t poison[2];
     if (p.output_dtype == SM90_F32)
-        store_outputs<C, float>(p, t, first_row, normalise, output);
+        store_outputs<C, float>(p, rows, normalise, output, poison);
     else if (p.output_dtype == SM90_F16)
-        store_outputs<C, __half>(p, t, first_row, normalise, output);
+        store_outputs<C, __half>(p, rows, normalise, output, poison);
     else
-        store_outputs<C, __nv_bfloat16>(p, t, first_row, normalise, output);
+        store_outputs<C, __nv_bfloat16>(p, rows, normalise, output, poison);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        spoilt[half] = __ballot_sync(~0u, rows.columns[half] > 0 && (poison[half] & 0x7fff7fff ||
+                                                                     !(total[half] < INFINITY) ||
+                                                                     is_far<C>(p, top[half])));
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = first_row + 8 * half + lane / 4;
@@ -326,8 +359,8 @@ struct Float8Consumer : Consumer<C> {
     static constexpr float TO_E5M2 = 0x1p-12f; // O is up to 2^28 and beyond, where more is left
 
     static __device__ __forceinline__ uint32_t settled(const Shared<C> &s, int wg) {
-        return s.base + C::SETTLED + (4 * wg + threadIdx.x / 32 % 4) * C::SETTLED_BYTES +
-               threadIdx.x % 32 * 16;
+        return s.base + C::SETTLED + (4 * wg + thread<C>() / 32 % 4) * C::SETTLED_BYTES +
+               thread<C>() % 32 * 16;
     }
 
     // O += factor of its row * x, of four registers from `first` on.
@@ -483,11 +516,11 @@ struct Float8Consumer : Consumer<C> {
     // The weights of a block's first key tile n, or a tile's, with nothing else under way.
     __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
                                           const Tile<C> &t, int n, Pipeline<C> &pipe) {
+        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+        start_scores(s, pipe);
         this->clear_output();
         start_sums(t);
         begin_tile(p, t, pipe.wg);
-        mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
-        start_scores(s, pipe);
         wgmma_wait<0>();
         pin(score);
         pipe.key_read(n == t.end_block - 1);

@@ -73,7 +73,7 @@ __device__ __forceinline__ void consume_pair(const sm90_params &p, const Shared<
     Pipeline<C> pipe(s, wg);
     Consumer<C> rows;
     mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
-    const Tile<C> t = *s.tile(pipe.queries.stage, wg);
+    const Tile<C> t = *s.tile(pipe.queries, wg);
     if (!t.sees_keys()) {
         if (wg == 0)
             store_empty<C>(p, t, 0);

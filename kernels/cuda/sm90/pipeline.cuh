@@ -14,6 +14,10 @@ struct Ring {
 
     __device__ __forceinline__ uint32_t full_barrier() const { return full + 8 * stage; }
     __device__ __forceinline__ uint32_t empty_barrier() const { return empty + 8 * stage; }
+    // At the n-th buffer of all that pass.
+    __device__ __forceinline__ Ring at(uint32_t n) const {
+        return {full, empty, static_cast<int>(n % STAGES), n / STAGES % 2};
+    }
     // No branch: wgmmas are in flight, and ptxas waits for them where paths meet.
     __device__ __forceinline__ void advance(bool really = true) {
         const int next = stage + really;
@@ -30,11 +34,13 @@ template <class C>
 struct Shared {
     uint32_t base;
     Tile<C> *tiles; // what the producer tells the consumers
-    __device__ __forceinline__ Tile<C> *tile(int stage, int wg) const {
-        return tiles + stage * C::WARPGROUPS + wg;
+    // Of the queries at which a ring stands. With two slots for the one stage of queries a tile is still there when it ends.
+    __device__ __forceinline__ Tile<C> *tile(const Ring<C::QUERY_STAGES> &queries, int wg) const {
+        const int slot = C::TILE_SLOTS > C::QUERY_STAGES ? queries.phase : queries.stage;
+        return tiles + slot * C::WARPGROUPS + wg;
     }
     __device__ __forceinline__ Tile<C> *claimed_tile(int stage) const {
-        return tile(C::QUERY_STAGES, stage);
+        return tiles + C::TILE_SLOTS * C::WARPGROUPS + stage;
     }
     __device__ __forceinline__ uint32_t query(int stage, int wg) const {
         return base + C::QUERY + (stage * C::WARPGROUPS + wg) * C::QUERY_BYTES;
@@ -162,7 +168,7 @@ __device__ __forceinline__ void announce(const sm90_params &p, const Shared<C> &
             tma_load_5d(s.query(ring.stage, wg) + c * 64 * 128, &p.query_map, ring.full_barrier(),
                         evict_first(), C::COLUMN_ELEMENTS * c, 0, at.c2, at.c3, at.c4);
     }
-    store_tile<C>(s.tile(ring.stage, wg), tile_of<C>(p, t, wg));
+    store_tile<C>(s.tile(ring, wg), tile_of<C>(p, t, wg));
     mbarrier_expect_bytes(ring.full_barrier(), any ? C::QUERY_BYTES : 0);
 }
 
@@ -354,10 +360,19 @@ __device__ __forceinline__ void produce_bias(const sm90_params &p, const Shared<
 
 // ---- Consumers: where a warpgroup stands, and whose turn it is ----
 
-// A warp tells the producer that it has read a buffer.
+// A warp tells that it has read a buffer, or filled it.
 __device__ __forceinline__ void release(uint32_t barrier) {
     if ((threadIdx.x & 31) == 0)
         mbarrier_arrive(barrier);
+}
+
+// The same; FILLS_REGISTERS: by whichever lane.
+template <class C>
+__device__ __forceinline__ void release(uint32_t barrier) {
+    if constexpr (C::FILLS_REGISTERS)
+        mbarrier_arrive_by_one(barrier);
+    else
+        release(barrier);
 }
 
 // Ping-pong: the warpgroups issue their GEMMs in turn, so that one's softmax runs under the others' GEMMs.
@@ -385,7 +400,7 @@ struct Pipeline {
         : wg(wg), queries(s.query_ring(wg)), keys(s.key_ring()), values(s.value_ring()) {}
     // S is complete; `tile_done`: it was the last of its tile.
     __device__ __forceinline__ void key_read(bool tile_done) {
-        release(keys.empty_barrier());
+        release<C>(keys.empty_barrier());
         keys.advance();
         if (tile_done)
             mbarrier_arrive(queries.empty_barrier());
@@ -396,7 +411,7 @@ struct Pipeline {
         queries.advance();
     }
     __device__ __forceinline__ void value_read() {
-        release(values.empty_barrier());
+        release<C>(values.empty_barrier());
         values.advance();
     }
     // Passes over `count` key tiles that only rows of other warpgroups see, with the turns for their GEMMs.
@@ -406,7 +421,7 @@ struct Pipeline {
             mbarrier_wait(keys.full_barrier(), keys.phase);
             wait_turn<C>(wg);
             pass_turn<C>(wg);
-            release(keys.empty_barrier());
+            release<C>(keys.empty_barrier());
             keys.advance();
         }
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/common/ptx.cuh"
+#include "kernels/cuda/common/registers.cuh"
 
 // The same value in every thread of the warp, said in a way that lets the compiler use uniform registers.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
@@ -20,6 +21,13 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// One lane of a warp arrives, which the hardware picks: no register says which.
+__device__ __forceinline__ void mbarrier_arrive_by_one(uint32_t barrier) {
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\n"
+                 "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}\n" ::"r"(barrier)
+                 : "memory");
 }
 
 // Arrives, and has the phase wait for this many bytes of TMA loads.

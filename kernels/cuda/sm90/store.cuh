@@ -168,7 +168,7 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t
     using Query = typename C::Query;
     using Cached = typename C::Cached;
     constexpr int QK_WORDS = (C::DIM_QK + 31) / 32, V_WORDS = (C::DIM_V + 31) / 32;
-    const int lane = threadIdx.x & 31;
+    const int lane = thread<C>() & 31;
     const Scales scales = scales_of<C>(p, t, row);
     const float scale_log2 = C::IS_PLACED ? LOG2E : p.scale_log2,
                 scale = C::IS_PLACED ? 1 : p.scale;
@@ -336,20 +336,20 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
 // Rows of a tile that sees no key.
 template <class C>
 __device__ __forceinline__ void store_empty(const sm90_params &p, const Tile<C> &t, int wg) {
-    for (int i = threadIdx.x / 16 % 8; i < 64; i += 8) {
+    for (int i = thread<C>() / 16 % 8; i < 64; i += 8) {
         const int row = t.first_row + 64 * wg + i;
         if (!is_row<C>(p, t, row))
             break;
         const int64_t at = row_offset<C>(p, p.output_strides, t, row);
         if constexpr (C::IS_FLOAT8) {
-            for (int column = threadIdx.x % 16; column < p.dim_v; column += 16)
+            for (int column = thread<C>() % 16; column < p.dim_v; column += 16)
                 store_element<C>(p, p.output, at + column, 0);
         } else {
             auto *const out = static_cast<typename C::Element *>(p.output) + at;
             for (int column = 8 * (threadIdx.x % 16); column < p.dim_v; column += 128)
                 *reinterpret_cast<uint4 *>(out + column) = make_uint4(0, 0, 0, 0);
         }
-        if (threadIdx.x % 16 == 0)
+        if (thread<C>() % 16 == 0)
             store_lse<C>(p, t, row, empty_lse<C>(p, t, row));
     }
 }

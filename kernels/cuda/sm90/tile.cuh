@@ -70,13 +70,13 @@ struct Config {
     static constexpr int BIASES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
     static constexpr int TILES =
         BIASES + COPIES_BIAS * WARPGROUPS * BIAS_STAGES * BIAS_BOXES * BIAS_BOX;
-    static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64;
+    static constexpr bool FILLS_REGISTERS = false;
+    static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64, TILE_SLOTS = QUERY_STAGES;
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
     static constexpr int CLAIM_READERS = COPIES_BIAS ? 3 : 2;
     static constexpr int VALUE_WRITERS = 1;
     static constexpr bool HAS_TURNS = !SHARES_ROWS; // see wait_turn()
-    static constexpr int BARRIERS =
-        TILES + TILE_BYTES * (QUERY_STAGES * WARPGROUPS + CLAIMED_TILES);
+    static constexpr int BARRIERS = TILES + TILE_BYTES * (TILE_SLOTS * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
         BARRIERS +
         8 * (2 * (QUERY_STAGES + COPIES_BIAS * BIAS_STAGES * BIAS_BOXES) * WARPGROUPS + 4 * STAGES +
@@ -86,6 +86,15 @@ struct Config {
     static_assert(TILE_K % 16 == 0 && TILE_K <= 128 && DIM_QK % 16 == 0 && DIM_V % 32 == 0, "");
     static_assert(SHARED_BYTES <= 227 * 1024, "");
 };
+
+// threadIdx.x of a consumer. FILLS_REGISTERS: none is left for it through a step.
+template <class C>
+__device__ __forceinline__ unsigned thread() {
+    if constexpr (C::FILLS_REGISTERS)
+        return thread_anew();
+    else
+        return threadIdx.x;
+}
 
 // Where the rows of a tile are.
 struct DensePlace {
