@@ -26,7 +26,7 @@ from dlattn_ctypes import Api, Desc
 HEAD = COLUMNS[:-1]  # no framework
 BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
 FORWARD = ("cpu_fwd_amx", "cpu_fwd_avx512", "cpu_fwd_avx2")
-DECODE = ("cpu_decode_avx512", "cpu_decode_avx2")
+DECODE = ("cpu_decode_avx512vbmi", "cpu_decode_avx512", "cpu_decode_avx2")
 # op, rows, dtypes of the query, (B, Hq, Hkv, Lq, Lk, D, causal)
 CASES = [
     ("fwd", FORWARD, ("bf16",), (1, 8, 8, 1024, 1024, 64, 0)),

@@ -17,6 +17,7 @@
 #define CPU_FAST_AVX512BF16 16u /* vdpbf16ps as often as FMA: AMD; Intel: a quarter */
 #define CPU_FETCHES_TO_L2                                                                          \
     32u /* what is to be read soon had better be asked for there: AMD; Intel: in L1 */
+#define CPU_AVX512VBMI 64u
 
 /* What a machine can do. plan_choose() is a pure function of this and the problem. */
 struct caps {

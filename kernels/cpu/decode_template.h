@@ -34,13 +34,37 @@ VEC_INLINE void load_pair(vec x[2], const char *p, enum dtype dtype, bool nan) {
     }
 }
 
+/* Whether pairs come two at a time, with what is NaN: by the table of vec_vbmi.h. */
+VEC_INLINE bool in_two_pairs(enum dtype dtype) {
+#ifdef VEC_HAS_E4M3_TABLE
+    return dtype == DTYPE_E4M3;
+#else
+    (void)dtype;
+    return false;
+#endif
+}
+
+VEC_INLINE void load_pairs(vec *x, const char *p, int pairs, enum dtype dtype, bool nan) {
+    int i = 0;
+#ifdef VEC_HAS_E4M3_TABLE
+#pragma clang loop unroll(full)
+    for (; in_two_pairs(dtype) && i + 2 <= pairs; i += 2)
+        vec_load_e4m3_two_pairs(x + 2 * i, p + i * PAIR);
+#endif
+#pragma clang loop unroll(full)
+    for (; i < pairs; i++)
+        load_pair(x + 2 * i, p + i * PAIR * dtype_bytes(dtype), dtype, nan || in_two_pairs(dtype));
+}
+
 /* The rest of a row, in the same units. */
 VEC_INLINE vec load_rest(const char *p, enum dtype dtype, int64_t n) {
     return dtype_is_float8(dtype) ? vec_load_float8(p, n, dtype) : load_some(p, dtype, n);
 }
 
-/* Some row has a NaN in its pairs. */
+/* Some row has a NaN in its pairs, which must be looked for. */
 VEC_FN static bool has_e4m3_nan(const struct rows *rows, int32_t n, int64_t dim) {
+    if (in_two_pairs(DTYPE_E4M3))
+        return false;
     for (int32_t j = 0; j < n; j++) {
         const char *row = row_at(rows, j);
         bool nan = false;
@@ -101,6 +125,20 @@ VEC_INLINE void add_products(vec *sum, vec key, const float *query, int64_t quer
         sum[r] = vec_fma(key, vec_load(query + r * query_stride), sum[r]);
 }
 
+/* add_products() of `pairs` pairs of vectors from column d on, for a vector's keys. */
+VEC_INLINE void score_pairs(vec *sums, const char *const *keys, const float *query,
+                            int64_t query_stride, int64_t d, int pairs, int rows, enum dtype dtype,
+                            bool nan) {
+#pragma clang loop unroll(full)
+    for (int k = 0; k < KEYS(rows); k++) {
+        vec key[4];
+        load_pairs(key, keys[k] + d * dtype_bytes(dtype), pairs, dtype, nan);
+#pragma clang loop unroll(full)
+        for (int v = 0; v < 2 * pairs; v++)
+            add_products(sums + k * rows, key[v], query + d + v * VEC_LANES, query_stride, rows);
+    }
+}
+
 /* to[key][row] = dot product, for a vector's keys. */
 VEC_INLINE void score_keys(float *to, const char *const *keys, const float *query,
                            int64_t query_stride, int64_t dim, int rows, enum dtype dtype,
@@ -111,14 +149,10 @@ VEC_INLINE void score_keys(float *to, const char *const *keys, const float *quer
     for (int n = 0; n < VEC_LANES; n++)
         sums[n] = vec_set(0);
     int64_t d = 0;
+    for (; in_two_pairs(dtype) && d + 2 * PAIR <= dim; d += 2 * PAIR)
+        score_pairs(sums, keys, query, query_stride, d, 2, rows, dtype, nan);
     for (; d + PAIR <= dim; d += PAIR)
-#pragma clang loop unroll(full)
-        for (int k = 0; k < KEYS(rows); k++) {
-            vec key[2];
-            load_pair(key, keys[k] + d * bytes, dtype, nan);
-            add_products(sums + k * rows, key[0], query + d, query_stride, rows);
-            add_products(sums + k * rows, key[1], query + d + VEC_LANES, query_stride, rows);
-        }
+        score_pairs(sums, keys, query, query_stride, d, 1, rows, dtype, nan);
     for (; d < dim; d += VEC_LANES)
 #pragma clang loop unroll(full)
         for (int k = 0; k < KEYS(rows); k++)
@@ -166,9 +200,7 @@ VEC_INLINE void add_values(float *output, int64_t stride, const float *weights,
         vec x[2 * VALUE_PAIRS];
         if (pairs == 0)
             x[0] = load_rest(value, dtype, n);
-#pragma clang loop unroll(full)
-        for (int v = 0; v < pairs; v++)
-            load_pair(x + 2 * v, value + v * PAIR * bytes, dtype, nan);
+        load_pairs(x, value, pairs, dtype, nan);
 #pragma clang loop unroll(full)
         for (int r = 0; r < rows; r++) {
             const vec weight = vec_set(weights[j * rows + r]);

@@ -10,6 +10,7 @@
 const struct cpu_set cpu_sets[] = {
     {CPU_AVX2 | CPU_FETCHES_TO_L2, "avx2"},
     {CPU_AVX512, "avx512"},
+    {CPU_AVX512VBMI, "avx512vbmi"},
     {CPU_AVX512BF16 | CPU_FAST_AVX512BF16, "avx512bf16"},
     {CPU_AMX_BF16, "amx_bf16"},
 };
@@ -39,11 +40,11 @@ static bool is_amd(void) {
 }
 
 uint32_t cpu_detect(void) {
-    uint32_t a, b, c, d, c1, b7, d7, a71, found = 0;
+    uint32_t a, b, c, d, c1, b7, c7, d7, a71, found = 0;
     if (!__get_cpuid(1, &a, &b, &c1, &d) || !all(c1, bit_OSXSAVE | bit_FMA | bit_F16C))
         return 0;
     const uint64_t saved = xcr0();
-    if (!__get_cpuid_count(7, 0, &a, &b7, &c, &d7) || !all(b7, bit_AVX2) || (saved & 0x6) != 0x6)
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) || !all(b7, bit_AVX2) || (saved & 0x6) != 0x6)
         return 0;
     found |= CPU_AVX2 | (is_amd() ? CPU_FETCHES_TO_L2 : 0);
     if (!__get_cpuid_count(7, 1, &a71, &b, &c, &d))
@@ -51,7 +52,7 @@ uint32_t cpu_detect(void) {
     if (!all(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) ||
         (saved & 0xe0) != 0xe0)
         return found;
-    found |= CPU_AVX512;
+    found |= CPU_AVX512 | (all(c7, bit_AVX512VBMI) ? CPU_AVX512VBMI : 0);
     const uint32_t avx512_bf16 = 1u << 5;                    /* leaf 7.1 eax */
     const uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24; /* leaf 7.0 edx */
     if (all(a71, avx512_bf16))

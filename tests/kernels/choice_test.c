@@ -10,48 +10,74 @@
 
 #include <string.h>
 
-enum machine { PLAIN, AVX2, AVX512, AVX512BF16, FAST_BF16, AMX, MACHINES };
+enum machine { PLAIN, AVX2, AVX512, AVX512VBMI, AVX512BF16, FAST_BF16, AMX, MACHINES };
 
 static const uint32_t sets[MACHINES] = {
     [AVX2] = CPU_AVX2,
     [AVX512] = CPU_AVX2 | CPU_AVX512,
+    [AVX512VBMI] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512VBMI,
     [AVX512BF16] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512BF16,
-    [FAST_BF16] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512BF16 | CPU_FAST_AVX512BF16,
-    [AMX] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512BF16 | CPU_AMX_BF16,
+    [FAST_BF16] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512VBMI | CPU_AVX512BF16 | CPU_FAST_AVX512BF16,
+    [AMX] = CPU_AVX2 | CPU_AVX512 | CPU_AVX512VBMI | CPU_AVX512BF16 | CPU_AMX_BF16,
 };
 
 /* The rows of each machine, for one kind of problem. */
 typedef const char *const rows[MACHINES];
 #define REF "cpu_fwd_ref"
-static rows reference = {REF, REF, REF, REF, REF, REF};
+static rows reference = {REF, REF, REF, REF, REF, REF, REF};
 static rows decode = {REF,
                       "cpu_decode_avx2",
                       "cpu_decode_avx512",
                       "cpu_decode_avx512",
                       "cpu_decode_avx512",
+                      "cpu_decode_avx512",
                       "cpu_decode_avx512"};
+static rows decode_e4m3 = {REF,
+                           "cpu_decode_avx2",
+                           "cpu_decode_avx512",
+                           "cpu_decode_avx512vbmi",
+                           "cpu_decode_avx512",
+                           "cpu_decode_avx512vbmi",
+                           "cpu_decode_avx512vbmi"};
 static rows f64 = {REF,
                    "cpu_fwd_f64_avx2",
                    "cpu_fwd_f64_avx512",
                    "cpu_fwd_f64_avx512",
                    "cpu_fwd_f64_avx512",
+                   "cpu_fwd_f64_avx512",
                    "cpu_fwd_f64_avx512"};
-static rows f32 = {
-    REF, "cpu_fwd_avx2", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512"};
-static rows f16 = {
-    REF, "cpu_fwd_avx2", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_amx"};
-static rows bf16 = {
-    REF, "cpu_fwd_avx2", "cpu_fwd_avx512", "cpu_fwd_avx512", "cpu_fwd_avx512bf16", "cpu_fwd_amx"};
+static rows f32 = {REF,
+                   "cpu_fwd_avx2",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_avx512"};
+static rows f16 = {REF,
+                   "cpu_fwd_avx2",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_avx512",
+                   "cpu_fwd_amx"};
+static rows bf16 = {REF,
+                    "cpu_fwd_avx2",
+                    "cpu_fwd_avx512",
+                    "cpu_fwd_avx512",
+                    "cpu_fwd_avx512",
+                    "cpu_fwd_avx512bf16",
+                    "cpu_fwd_amx"};
 
 #define BACKWARD_REF "cpu_bwd_ref"
-static rows backward_f64 = {BACKWARD_REF, BACKWARD_REF, BACKWARD_REF,
+static rows backward_f64 = {BACKWARD_REF, BACKWARD_REF, BACKWARD_REF, BACKWARD_REF,
                             BACKWARD_REF, BACKWARD_REF, BACKWARD_REF};
-static rows backward_f32 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
+static rows backward_f32 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512", "cpu_bwd_avx512",
                             "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_avx512"};
-static rows backward_f16 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
+static rows backward_f16 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512", "cpu_bwd_avx512",
                             "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_amx_f16"};
-static rows backward_bf16 = {BACKWARD_REF,     "cpu_bwd_avx2",       "cpu_bwd_avx512",
-                             "cpu_bwd_avx512", "cpu_bwd_avx512bf16", "cpu_bwd_amx"};
+static rows backward_bf16 = {BACKWARD_REF,     "cpu_bwd_avx2",   "cpu_bwd_avx512",
+                             "cpu_bwd_avx512", "cpu_bwd_avx512", "cpu_bwd_avx512bf16",
+                             "cpu_bwd_amx"};
 
 static const char *row_of(const struct test_case *from, uint32_t cpu, const char *kernel) {
     const struct caps caps = {.cpu = cpu, .threads = 2};
@@ -128,7 +154,9 @@ Test(choice, features) {
             const bool later = is_later(f), refer = e == F64 && (later || features_have_8_bits(f));
             expect_rows(&many, refer ? reference : forward_rows(e));
             if (!refer && !f->varlen_q) /* whose rows may be as many as all sequences have */
-                expect_rows(&few, later || e == F64 ? forward_rows(e) : decode);
+                expect_rows(&few, later || e == F64                    ? forward_rows(e)
+                                  : f->key == E4M3 || f->value == E4M3 ? decode_e4m3
+                                                                       : decode);
         }
     }
 }
@@ -181,8 +209,9 @@ Test(choice, references) {
 Test(choice, decode) {
     for (int32_t i = 0; i < kernel_table_size; i++) {
         const struct kernel *k = &kernel_table[i];
-        const bool one_of_them =
-            strcmp(k->name, decode[AVX2]) == 0 || strcmp(k->name, decode[AVX512]) == 0;
+        bool one_of_them = false;
+        for (int m = AVX2; m < MACHINES; m++)
+            one_of_them |= strcmp(k->name, decode_e4m3[m]) == 0;
         if (k->backend == BACKEND_CPU)
             cr_expect(eq(int, (kernel_flags(k) & DLATTN_KERNEL_DECODE) != 0, one_of_them), "%s",
                       k->name);

@@ -1,7 +1,7 @@
 /*
  * f32 at the edges of its range: infinity, the largest numbers, and logits of common size from vast keys and tiny queries or
  * the reverse. Each row of the CPU against the reference row; loose bounds, for kernels_test has the tight ones. And a
- * NaN that rounding to bf16 must not carry over into another number.
+ * NaN that rounding to bf16 must not carry over into another number, and the codes of float8.
  */
 #include "tests/support/cpu_rows.h"
 
@@ -183,5 +183,86 @@ Test(edges, nan_of_all_bits) {
         for (int i = 0; i < ELEMENTS; i++)
             differ += i / DIM == HIT ? (output[i] & 0x7fff) <= 0x7f80 : output[i] != one[0];
         cr_expect(eq(int, differ, 0), "%s", rows.info[row].name);
+    }
+}
+
+/* Keys and values of all codes of a float8 that are finite; a head more than rows take at a time, and columns that fill vectors and not. */
+enum { FEW_HEADS = 5, FEW_KEYS = 70, WIDTH = 104 };
+struct float8_codes {
+    float query[FEW_HEADS * WIDTH], output[FEW_HEADS * WIDTH];
+    uint8_t key[FEW_KEYS * WIDTH], value[FEW_KEYS * WIDTH];
+};
+
+static uint8_t finite_code(enum element element, uint64_t seed, uint64_t i) {
+    const uint8_t code = (uint8_t)random_below(seed, i, 256), above = element == E4M3 ? 0x7f : 0x7c;
+    return (code & above) == above ? code ^ 4 : code;
+}
+
+static void fill_codes(struct float8_codes *a, enum element element) {
+    for (uint64_t i = 0; i < FEW_HEADS * WIDTH; i++)
+        a->query[i] = (float)random_normal(1, i);
+    for (uint64_t i = 0; i < FEW_KEYS * WIDTH; i++) {
+        a->key[i] = finite_code(element, 2, i);
+        a->value[i] = finite_code(element, 3, i);
+    }
+}
+
+static void attend_codes(struct float8_codes *a, const char *kernel, enum element element) {
+    const uint8_t code = element == E4M3 ? kDLFloat8_e4m3fn : kDLFloat8_e5m2;
+    int64_t shape[] = {1, FEW_HEADS, 1, WIDTH}, key_shape[] = {1, 1, FEW_KEYS, WIDTH};
+    const DLTensor like = {
+        .device = {kDLCPU, 0}, .ndim = 4, .dtype = {kDLFloat, 32, 1}, .shape = shape};
+    DLTensor query = like, key = like, value = like, output = like;
+    query.data = a->query, output.data = a->output, key.data = a->key, value.data = a->value;
+    key.shape = value.shape = key_shape;
+    key.dtype = value.dtype = (DLDataType){code, 8, 1};
+    const dlattn_tensors tensors = {.struct_size = sizeof tensors,
+                                    .query = &query,
+                                    .key = &key,
+                                    .value = &value,
+                                    .output = &output};
+    const dlattn_forward_desc desc = {.struct_size = sizeof desc,
+                                      .kernel = kernel,
+                                      .scale = element == E4M3 ? 0x1p-11 : 0x1p-18,
+                                      .num_threads = 1};
+    run(&desc, &tensors);
+}
+
+/* How many outputs of a row are not the reference's, where `key` and `value` hold a NaN. */
+static int wrong_codes(const char *kernel, enum element element, uint8_t nan, int key, int value) {
+    static struct float8_codes got, want;
+    fill_codes(&want, element);
+    if (key >= 0)
+        want.key[key] = nan;
+    if (value >= 0)
+        want.value[value] = nan;
+    got = want;
+    attend_codes(&got, kernel, element);
+    attend_codes(&want, "cpu_fwd_ref", element);
+    const float largest = element == E4M3 ? 448 : 57344;
+    for (int i = 0; i < FEW_HEADS * WIDTH; i++) {
+        got.output[i] /= largest;
+        want.output[i] /= largest;
+    }
+    return wrong(got.output, want.output, FEW_HEADS * WIDTH);
+}
+
+Test(edges, codes_of_8_bits) {
+    static const int columns[] = {3, 40, 70, 101};
+    struct cpu_rows rows;
+    find_cpu_rows(&rows, F32);
+    for (int row = 0; row < rows.count; row++) {
+        const char *const name = rows.info[row].name;
+        for (enum element e = E4M3; e <= E5M2; e++) {
+            if (!element_is_listed(rows.info[row].dtypes, e))
+                continue;
+            cr_expect(eq(int, wrong_codes(name, e, 0, -1, -1), 0), "%s, %d", name, e);
+            for (int n = 0; n < 8; n++) {
+                const int at = 33 * WIDTH + columns[n / 2];
+                const uint8_t nan = n % 2 ? 0xff : 0x7f;
+                cr_expect(eq(int, wrong_codes(name, e, nan, at, -1), 0), "%s, key %d", name, at);
+                cr_expect(eq(int, wrong_codes(name, e, nan, -1, at), 0), "%s, value %d", name, at);
+            }
+        }
     }
 }
