@@ -7,7 +7,8 @@
 
 #define VEC_HAS_E4M3_TABLE
 
-/* Exponents of normal numbers begin with 2^-6, in these units 2^-14, and one below comes from i << 4. */
+/* Codes from 8 on are normal, from 2^-6 on, which is 2^-14 in these units; i << 4 adds an exponent of 1 for the first. Below 8 they are
+ * multiples of 2^-9. */
 #define BF16_OF_E4M3(i)                                                                            \
     ((i) == 127 ? 0x7fc0                                                                           \
      : (i) >= 8 ? ((127 - 15) << 7) + ((i) << 4)                                                   \
