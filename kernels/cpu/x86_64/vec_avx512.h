@@ -64,10 +64,12 @@ VEC_INLINE vec vec_load_bf16(const void *p, int64_t n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 /* The even elements of 32 bf16 and the odd ones. */
-VEC_INLINE void vec_load_bf16_halves(vec halves[2], const void *p) {
-    const __m512i words = _mm512_loadu_si512(p);
+VEC_INLINE void vec_split_bf16(vec halves[2], __m512i words) {
     halves[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
     halves[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+}
+VEC_INLINE void vec_load_bf16_halves(vec halves[2], const void *p) {
+    vec_split_bf16(halves, _mm512_loadu_si512(p));
 }
 /* float8 in the upper halves of words, in units of float8_unit(). e5m2 is then an f16, and so is e4m3, of 2^-8 its size, once its
  * exponent is where an f16 has it. Its NaN, all ones, carries into the exponent's first bit; where the caller knows that there is

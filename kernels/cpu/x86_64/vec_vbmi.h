@@ -41,13 +41,9 @@ VEC_INLINE void vec_load_e4m3_two_pairs(vec x[4], const void *p) {
                                                    _mm512_loadu_si512(p)),
                   signs = _mm512_and_si512(codes, _mm512_set1_epi8(INT8_MIN)),
                   low = vec_look_up(e4m3_low, codes),
-                  high = _mm512_or_si512(vec_look_up(e4m3_high, codes), signs),
-                  words[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
-    for (int pair = 0; pair < 2; pair++) {
-        x[2 * pair] = _mm512_castsi512_ps(_mm512_slli_epi32(words[pair], 16));
-        x[2 * pair + 1] =
-            _mm512_castsi512_ps(_mm512_and_si512(words[pair], _mm512_set1_epi32((int)0xffff0000)));
-    }
+                  high = _mm512_or_si512(vec_look_up(e4m3_high, codes), signs);
+    vec_split_bf16(x, _mm512_unpacklo_epi8(low, high));
+    vec_split_bf16(x + 2, _mm512_unpackhi_epi8(low, high));
 }
 
 #endif /* DLATTN_VEC_VBMI_H_ */
