@@ -59,6 +59,7 @@ struct Float8Config {
     static_assert(IS_PLACED && Dim % 32 == 0 && Dim <= 256 && TILE_K % 64 == 0 && TILE_K <= 128,
                   "");
     static_assert(SHARED_BYTES <= 227 * 1024, "");
+    static_assert(TILE_SLOTS == QUERY_STAGES || QUERY_STAGES == 1, "the phase says which of two");
 };
 
 // ---- wgmma ----
@@ -193,7 +194,7 @@ __device__ __forceinline__ void produce_transposed_values(const Shared<C> &s, in
 // ---- Consumers ----
 
 // Four neighbouring columns, if they are `inside`: no branch, of which the epilogue would have dozens. All blocks store at one time, and L2 keeps
-// keys and values rather than these. The result is not zero if one of them, or `poison`, is not finite.
+// keys and values rather than these. What comes of `poison` is a zero of either sign, or two, unless one of them is not finite.
 __device__ __forceinline__ uint32_t store_four_if(bool inside, float *to, const float (&x)[4],
                                                   uint32_t poison) {
     asm volatile(

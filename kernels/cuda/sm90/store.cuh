@@ -346,7 +346,7 @@ __device__ __forceinline__ void store_empty(const sm90_params &p, const Tile<C> 
                 store_element<C>(p, p.output, at + column, 0);
         } else {
             auto *const out = static_cast<typename C::Element *>(p.output) + at;
-            for (int column = 8 * (threadIdx.x % 16); column < p.dim_v; column += 128)
+            for (int column = 8 * (thread<C>() % 16); column < p.dim_v; column += 128)
                 *reinterpret_cast<uint4 *>(out + column) = make_uint4(0, 0, 0, 0);
         }
         if (thread<C>() % 16 == 0)
