@@ -554,7 +554,8 @@ static bool is_zero(const unsigned char *bytes, size_t count) {
     return true;
 }
 
-static void run(struct attempt *a, const struct arguments *g, const dlattn_api *api,
+/* `asked`: what the query said of it. */
+static void run(struct attempt *a, const struct arguments *g, const dlattn_api *api, int32_t asked,
                 size_t workspace_bytes) {
     a->exec.workspace = aligned_alloc(64, (workspace_bytes + 127) / 64 * 64);
     a->exec.workspace_bytes = workspace_bytes;
@@ -562,8 +563,13 @@ static void run(struct attempt *a, const struct arguments *g, const dlattn_api *
     const int32_t status = call(a, g, api);
     must(untouched(a, status != DLATTN_OK),
          "inputs are never written, outputs not by a refused call");
-    must(status == DLATTN_OK || status == DLATTN_INVALID_ARGUMENT || status == DLATTN_UNSUPPORTED,
-         "a call that was planned runs, or its data or exec are wrong");
+    const bool is_judged =
+        asked == DLATTN_OK || asked == DLATTN_INVALID_ARGUMENT || asked == DLATTN_UNSUPPORTED;
+    must(is_judged ? status == DLATTN_OK || status == DLATTN_INVALID_ARGUMENT ||
+                         status == DLATTN_UNSUPPORTED
+                   : status == asked || status == DLATTN_INVALID_ARGUMENT,
+         "a call that was planned runs, or its data or exec are wrong; one for a device that is "
+         "not there is refused as its query was");
     must(status != DLATTN_OK || !(a->exec.flags & DLATTN_WORKSPACE_IS_ZERO) ||
              is_zero(a->exec.workspace, workspace_bytes),
          "a workspace that is given with zeros comes back so");
@@ -581,9 +587,9 @@ static void try_call(struct attempt *a, const dlattn_api *api) {
         try_plan(a, &g, api, status);
     must(untouched(a, true), "a query writes nothing");
     if (a->runnable && status != DLATTN_OK)
-        run(a, &g, api, 0);
+        run(a, &g, api, status, 0);
     else if (a->runnable && sku.workspace_bytes <= MOST_BYTES)
-        run(a, &g, api, sku.workspace_bytes);
+        run(a, &g, api, status, sku.workspace_bytes);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
