@@ -34,10 +34,11 @@ struct kernel;
 struct plan {
     const struct kernel *kernel;
     int32_t tile_q, tile_k;
-    int32_t splits;  /* parts of the key axis; 1 = whole */
-    int32_t threads; /* CPU: workers that the workspace has room for */
-    int32_t variant; /* the kernel's own choice among its compiled tiles */
-    int32_t blocks;  /* CUDA: of the grid; launch asks the driver for nothing */
+    int32_t splits;          /* parts of the key axis; 1 = whole */
+    int32_t threads;         /* CPU: workers that the workspace has room for */
+    int32_t variant;         /* the kernel's own choice among its compiled tiles */
+    int32_t blocks;          /* CUDA: of the grid; launch asks the driver for nothing */
+    int32_t heads_per_group; /* CUDA: whose tiles are interleaved, for rows that walk over them */
     size_t workspace_bytes;
     size_t workspace_alignment;
     bool keeps_zero; /* over zeros launch leaves zeros; by default as the row says */

@@ -217,6 +217,85 @@ bool sm90_takes(const struct problem *p) {
            takes_seen(p) && takes_bias(p);
 }
 
+/* ---- Which heads are walked over together ---------------------------------------------------------------------- */
+
+struct walk {
+    int32_t blocks, tiles_per_head;
+    int32_t heads, heads_of_batch; /* that have tiles of their own */
+    int32_t tile_cost;             /* as much as so many tiles of rows of keys */
+};
+
+static struct walk walk_of(const struct problem *p, int32_t tile_q, int32_t blocks) {
+    const int64_t pack = INT64_C(1) << sm90_pack_log2(p, tile_q), heads = p->heads_q / pack;
+    enum { BESIDES_KEYS = 2 };
+    return (struct walk){
+        .blocks = blocks,
+        .tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, tile_q),
+        .heads = (int32_t)(p->batch * heads),
+        .heads_of_batch = (int32_t)heads,
+        .tile_cost = BESIDES_KEYS * (int32_t)pack +
+                     (int32_t)(p->len_k > p->len_q ? (p->len_k - p->len_q) * pack / tile_q : 0),
+    };
+}
+
+/* The heads of a group have at most one tile for each block of the grid, see place(): what the blocks work on at one time then
+ * spans few heads, whose keys and values stay in L2; and whole batches where it can, whose heads lie side by side in device
+ * memory. */
+static int32_t heads_at_one_time(const struct walk *w) {
+    int32_t heads = w->blocks / w->tiles_per_head;
+    if (heads > w->heads_of_batch)
+        heads -= heads % w->heads_of_batch;
+    return heads < 1 ? 1 : heads < w->heads ? heads : w->heads;
+}
+
+/* What the busiest block has to do under a causal mask, in tiles of rows of keys: place() for every eleventh block. */
+static int64_t busiest(const struct walk *w, int32_t heads_per_group) {
+    enum { LOOKED_AT = 11 };
+    const int32_t group_tiles = heads_per_group * w->tiles_per_head,
+                  groups = (int32_t)ceil_divide(w->heads, heads_per_group);
+    int64_t most = 0;
+    for (int32_t block = 0; block < w->blocks; block += LOOKED_AT) {
+        int64_t work = 0;
+        for (int32_t i = block; i < w->heads * w->tiles_per_head; i += w->blocks) {
+            const int32_t group = i / group_tiles, left = w->heads - group * heads_per_group,
+                          step = (i - group * group_tiles) /
+                                 (left < heads_per_group ? left : heads_per_group);
+            work +=
+                w->tile_cost + ((groups - group) % 2 == 0 ? step : w->tiles_per_head - 1 - step);
+        }
+        most = work > most ? work : most;
+    }
+    return most;
+}
+
+/* Under a causal mask tiles of a group that is cut off at the end make some blocks busier than others: so many heads as come out even,
+ * if that spares a fiftieth, as far as their keys and values fit into L2. Masks that bound nothing take head by head. */
+static int32_t heads_per_group(const struct problem *p, int32_t tile_q, int32_t blocks) {
+    enum { MOST_TRIED = 6, MOST_ROUNDS = 32, MOST_BYTES = 32 << 20 };
+    if (!bounded(p) || p->len_q == 0)
+        return 1;
+    const struct walk w = walk_of(p, tile_q, blocks);
+    const int64_t bytes = p->len_k * (p->dim_qk + p->dim_v) * dtype_bytes(p->key.dtype) *
+                          p->heads_kv / w.heads_of_batch;
+    int32_t best = heads_at_one_time(&w), tried = 0;
+    if (p->window_left != UNBOUNDED || w.heads * (int64_t)w.tiles_per_head <= blocks ||
+        w.heads * (int64_t)w.tiles_per_head > MOST_ROUNDS * (int64_t)blocks)
+        return best;
+    int64_t least = busiest(&w, best);
+    for (int32_t heads = best + 1;
+         tried < MOST_TRIED && heads <= w.heads && heads * bytes <= MOST_BYTES; heads++) {
+        if (w.heads % heads)
+            continue;
+        const int64_t most = busiest(&w, heads);
+        if (50 * most < 49 * least) {
+            best = heads;
+            least = most;
+        }
+        tried++;
+    }
+    return best;
+}
+
 void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct caps *caps,
                     const struct tile *tile) {
     plan->tile_q = tile->rows;
@@ -225,6 +304,7 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
     plan->workspace_bytes = parts.list + parts.seen;
+    plan->heads_per_group = sm90_is_listed(p) ? 1 : heads_per_group(p, plan->tile_q, plan->blocks);
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
@@ -241,17 +321,6 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
 }
 
 /* ---- The tiles ------------------------------------------------------------------------------------------------ */
-
-/* With a bounded window the heads of a group have at most one tile for each block of the grid, see tile_at(): what the
- * blocks work on at one time then spans few heads, whose keys and values stay in L2; and whole batches where it can, whose
- * heads lie side by side in device memory. Other masks take head by head. */
-static int64_t heads_per_group(const struct problem *p, const struct sm90_params *params,
-                               int32_t multiprocessors) {
-    int64_t heads = bounded(p) ? multiprocessors / params->tiles_per_head : 1;
-    if (heads > params->heads)
-        heads -= heads % params->heads;
-    return heads < 1 ? 1 : heads < params->heads_total ? heads : params->heads_total;
-}
 
 static void fill_heads(struct sm90_params *params, const struct problem *p, int32_t tile_q) {
     const int32_t log2 = sm90_pack_log2(p, tile_q), pack = 1 << log2;
@@ -270,9 +339,13 @@ void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const s
     params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, plan->tile_q);
     params->heads_total = (int32_t)(p->batch * params->heads);
     params->tiles = params->tiles_per_head * params->heads_total;
-    params->heads_per_group = (int32_t)heads_per_group(p, params, plan->blocks);
+    params->heads_per_group = plan->heads_per_group;
     params->groups = (int32_t)ceil_divide(params->heads_total, params->heads_per_group);
-    params->by_tiles_per_head = divisor(params->tiles_per_head);
+    const int32_t of_head = plan->blocks / params->heads_per_group;
+    params->neighbours = of_head < 1                        ? 1
+                         : of_head < params->tiles_per_head ? of_head
+                                                            : params->tiles_per_head;
+    params->by_neighbours = divisor(params->neighbours);
     params->by_group_tiles = divisor((int64_t)params->heads_per_group * params->tiles_per_head);
     params->by_group_heads = divisor(params->heads_per_group);
     params->by_last_group_heads =

@@ -99,7 +99,8 @@ struct sm90_params {
     int32_t tiles;           /* tiles_per_head * heads_total */
     int32_t heads_per_group; /* heads whose tiles are interleaved, see tile_at() */
     int32_t groups;
-    struct sm90_divisor by_tiles_per_head;
+    int32_t neighbours; /* blocks that begin with tiles of one head */
+    struct sm90_divisor by_neighbours;
     struct sm90_divisor by_group_tiles; /* heads_per_group * tiles_per_head */
     struct sm90_divisor by_group_heads, by_last_group_heads, by_heads, by_heads_per_kv;
 

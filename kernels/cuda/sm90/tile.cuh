@@ -245,7 +245,7 @@ __device__ __forceinline__ PageRow page_row(const sm90_params &p, int batch, int
 // on the device, get the tiles of one head, which tile_at() puts heads_per_group apart.
 __device__ __forceinline__ int first_tile(const sm90_params &p) {
     const int block = blockIdx.x;
-    const int head = divide(block, p.by_tiles_per_head), step = block - head * p.tiles_per_head;
+    const int head = divide(block, p.by_neighbours), step = block - head * p.neighbours;
     return head < p.heads_per_group ? step * p.heads_per_group + head : block;
 }
 
