@@ -38,7 +38,8 @@ struct plan {
     int32_t threads;         /* CPU: workers that the workspace has room for */
     int32_t variant;         /* the kernel's own choice among its compiled tiles */
     int32_t blocks;          /* CUDA: of the grid; launch asks the driver for nothing */
-    int32_t heads_per_group; /* CUDA: whose tiles are interleaved, for rows that walk over them */
+    int32_t heads_per_group; /* CUDA: whose tiles are interleaved, for rows that walk over them, */
+    int32_t neighbours;      /* and blocks that begin with tiles of one head */
     size_t workspace_bytes;
     size_t workspace_alignment;
     bool keeps_zero; /* over zeros launch leaves zeros; by default as the row says */

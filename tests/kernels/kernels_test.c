@@ -169,6 +169,17 @@ static void loop_long(struct loop *loop) {
     }
 }
 
+/* Heads that have more tiles than a GPU of some hundred multiprocessors has of these, or one for each of most: kernels whose blocks have one
+ * tile, and those whose blocks take several. */
+static void loop_many_heads(struct loop *loop) {
+    static const struct shape shapes[] = {{3, 16, 8, 190, 264, 64, 64}, {3, 24, 24, 130, 140, 128, 128}};
+    static const char *const sets[] = {"lse", "causal_lse", "lengths_causal", "causal_bottom_right",
+                                       "window_bottom_right"};
+    for (size_t i = 0; i < sizeof sets / sizeof sets[0]; i++)
+        for (size_t j = 0; j < sizeof shapes / sizeof shapes[0]; j++)
+            check(loop, &shapes[j], features_named(sets[i]));
+}
+
 /* Options that leave nothing of some tiles of keys, more than 32 of them, on each tile of a GPU. */
 static void loop_hidden(struct loop *loop) {
     static const struct shape shapes[] = {{2, 2, 1, 150, 1300, 64, 64},
@@ -388,8 +399,10 @@ ParameterizedTest(struct job *job, kernels, row) {
     if (!job->backward)
         loop_wide_heads(&loop, !cuda);
     loop_random(&loop);
-    if (!job->backward && cuda)
+    if (!job->backward && cuda) {
         loop_long(&loop);
+        loop_many_heads(&loop);
+    }
     if (cuda)
         loop_hidden(&loop);
     for (int i = 0; i < loop.count; i++)

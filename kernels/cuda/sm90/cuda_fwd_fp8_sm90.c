@@ -1,6 +1,6 @@
 /* Forward attention for float8 on Hopper: cuda_fwd_sm90's tiles and parameters, and kernels of its own. See docs/fp8.md. */
 #include "kernels/cuda/common/fill.h"
-#include "kernels/cuda/sm90/fwd.h"
+#include "kernels/cuda/sm90/walk.h"
 
 /* One image for each head dim, which also has the kernel that lists tiles. */
 #define MODULE(D)                                                                                  \

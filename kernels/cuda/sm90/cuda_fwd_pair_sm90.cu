@@ -8,6 +8,7 @@
         forward<C>(p, [&](const Shared<C> &s, int wg) { consume_pair<C>(p, s, wg); });             \
     }
 #define INSTANCES_MANY_ROWS(name, ...)
+#define INSTANCES_ALONE(name, ...)
 #define INSTANCES_ANY(name, ...)
 #define INSTANCES_BIAS(name, ...)                                                                  \
     INSTANCE(name##_f16, __half, __VA_ARGS__) INSTANCE(name##_bf16, __nv_bfloat16, __VA_ARGS__)

@@ -1,5 +1,6 @@
 /* Forward attention for f16 and bf16 on Hopper: TMA, wgmma, warp specialisation. See docs/cuda-sm90.md. */
 #include "kernels/cuda/sm90/fwd.h"
+#include "kernels/cuda/sm90/walk.h"
 
 #include <math.h>
 
@@ -17,11 +18,13 @@ MODULE(256)
  * for both element types. */
 enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32 };
 
-/* By USE of tiles.inc: MANY_ROWS is for the first two alone, BIAS for those of that name, too. */
+/* By USE of tiles.inc: MANY_ROWS is for the first two alone, ALONE for the first, BIAS for those of that name, too. */
 #define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
     (struct cuda_kernel[]) {                                                                       \
         TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 0)                  \
     }
+#define KERNELS_ALONE(D, NAME, ...)                                                                \
+    (struct cuda_kernel[]) { TWO(D, NAME, "_alone", __VA_ARGS__, 0) }
 #define KERNELS_ANY(...)                                                                           \
     (struct cuda_kernel[]) { OPTIONS(__VA_ARGS__) }
 #define KERNELS_BIAS(...)                                                                          \
@@ -47,11 +50,13 @@ enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIA
 #define BEFORE(D, NAME, THREADS, BYTES)                                                            \
     CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES),                             \
         CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES)
+enum { IS_MANY_ROWS = false, IS_ALONE = true, IS_ANY = false, IS_BIAS = false };
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
     {.dim_qk = D,                                                                                  \
      .dim_v = DV,                                                                                  \
      .rows = 64 * (WARPGROUPS),                                                                    \
      .keys = KEYS,                                                                                 \
+     .alone = IS_##USE,                                                                            \
      .kernels = KERNELS_##USE(D, #D "_" #DV "_" #KEYS "_" #WARPGROUPS, DV, KEYS, WARPGROUPS,       \
                               STAGES, QUERY_STAGES)},
 #define SM90_D 0
@@ -101,10 +106,6 @@ static enum kind variant_of(const struct problem *p) {
 /* Whether tiles are listed on the device: they depend on lengths. */
 bool sm90_is_listed(const struct problem *p) { return has(p, DLATTN_FEATURE_VARLEN); }
 
-static bool bounded(const struct problem *p) {
-    return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
-}
-
 /* Query heads of a group that share a tile, as a power of two: as many as make fewer tiles, at most the 64 rows of a
  * warpgroup. */
 enum { MOST_PACK_LOG2 = 6, MOST_PACK = 1 << MOST_PACK_LOG2 };
@@ -132,20 +133,6 @@ static int64_t row_tiles(const struct problem *p, int32_t tile_q) {
 
 int64_t sm90_tiles(const struct problem *p, int32_t tile_q) {
     return row_tiles(p, tile_q) * (p->heads_q >> sm90_pack_log2(p, tile_q));
-}
-
-/* Query rows of the multiprocessor that has most of them. */
-static int64_t busiest_rows(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
-    return ceil_divide(sm90_tiles(p, tile_q), multiprocessors) * tile_q;
-}
-
-/* Tiles of three warpgroups take a sixth less time for a row than tiles of two, but need more rows to fill the
- * multiprocessors, and lose with short keys and a causal mask or window, where they multiply more that is hidden. */
-static bool has_many_rows(const struct problem *p, const struct caps *caps) {
-    if (bounded(p) && p->len_k <= 1024)
-        return false;
-    return 5 * busiest_rows(p, 192, caps->multiprocessors) <
-           6 * busiest_rows(p, 128, caps->multiprocessors);
 }
 
 /* What tiles of rows see, see seen.cuh. Those of heads and sequences that see the same are one. */
@@ -181,7 +168,34 @@ static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t ti
     };
 }
 
+/* ---- The tile ------------------------------------------------------------------------------------------------- */
+
+/* Query rows of the multiprocessor that has most of them. */
+static int64_t busiest_rows(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
+    return ceil_divide(sm90_tiles(p, tile_q), multiprocessors) * tile_q;
+}
+
+/* Tiles of three warpgroups take a sixth less time for a row than tiles of two, but need more rows to fill the
+ * multiprocessors, and lose with short keys and a causal mask or window, where they multiply more that is hidden. */
+static bool has_many_rows(const struct problem *p, const struct caps *caps) {
+    const int32_t multiprocessors = caps->multiprocessors;
+    if (bounded(p) && p->len_k <= 1024)
+        return false;
+    if (sm90_walks_evenly(p, 128, multiprocessors))
+        return 7 * sm90_busiest_keys(p, 192, multiprocessors) <
+               6 * sm90_busiest_keys(p, 128, multiprocessors);
+    return 5 * busiest_rows(p, 192, multiprocessors) < 6 * busiest_rows(p, 128, multiprocessors);
+}
+
+/* Calls of half as many tiles are cuda_fwd_pair_sm90's. */
+static bool is_alone(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
+    const int64_t all = sm90_tiles(p, tile_q);
+    return variant_of(p) == PLAIN && all <= multiprocessors && 2 * all > multiprocessors;
+}
+
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
+    if (t->alone)
+        return is_alone(p, t->rows, caps->multiprocessors);
     return t->rows <= 128 ||
            (variant_of(p) <= PLACED && !sm90_is_listed(p) && has_many_rows(p, caps));
 }
@@ -217,85 +231,6 @@ bool sm90_takes(const struct problem *p) {
            takes_seen(p) && takes_bias(p);
 }
 
-/* ---- Which heads are walked over together ---------------------------------------------------------------------- */
-
-struct walk {
-    int32_t blocks, tiles_per_head;
-    int32_t heads, heads_of_batch; /* that have tiles of their own */
-    int32_t tile_cost;             /* as much as so many tiles of rows of keys */
-};
-
-static struct walk walk_of(const struct problem *p, int32_t tile_q, int32_t blocks) {
-    const int64_t pack = INT64_C(1) << sm90_pack_log2(p, tile_q), heads = p->heads_q / pack;
-    enum { BESIDES_KEYS = 2 };
-    return (struct walk){
-        .blocks = blocks,
-        .tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, tile_q),
-        .heads = (int32_t)(p->batch * heads),
-        .heads_of_batch = (int32_t)heads,
-        .tile_cost = BESIDES_KEYS * (int32_t)pack +
-                     (int32_t)(p->len_k > p->len_q ? (p->len_k - p->len_q) * pack / tile_q : 0),
-    };
-}
-
-/* The heads of a group have at most one tile for each block of the grid, see place(): what the blocks work on at one time then
- * spans few heads, whose keys and values stay in L2; and whole batches where it can, whose heads lie side by side in device
- * memory. */
-static int32_t heads_at_one_time(const struct walk *w) {
-    int32_t heads = w->blocks / w->tiles_per_head;
-    if (heads > w->heads_of_batch)
-        heads -= heads % w->heads_of_batch;
-    return heads < 1 ? 1 : heads < w->heads ? heads : w->heads;
-}
-
-/* What the busiest block has to do under a causal mask, in tiles of rows of keys: place() for every eleventh block. */
-static int64_t busiest(const struct walk *w, int32_t heads_per_group) {
-    enum { LOOKED_AT = 11 };
-    const int32_t group_tiles = heads_per_group * w->tiles_per_head,
-                  groups = (int32_t)ceil_divide(w->heads, heads_per_group);
-    int64_t most = 0;
-    for (int32_t block = 0; block < w->blocks; block += LOOKED_AT) {
-        int64_t work = 0;
-        for (int32_t i = block; i < w->heads * w->tiles_per_head; i += w->blocks) {
-            const int32_t group = i / group_tiles, left = w->heads - group * heads_per_group,
-                          step = (i - group * group_tiles) /
-                                 (left < heads_per_group ? left : heads_per_group);
-            work +=
-                w->tile_cost + ((groups - group) % 2 == 0 ? step : w->tiles_per_head - 1 - step);
-        }
-        most = work > most ? work : most;
-    }
-    return most;
-}
-
-/* Under a causal mask tiles of a group that is cut off at the end make some blocks busier than others: so many heads as come out even,
- * if that spares a fiftieth, as far as their keys and values fit into L2. Masks that bound nothing take head by head. */
-static int32_t heads_per_group(const struct problem *p, int32_t tile_q, int32_t blocks) {
-    enum { MOST_TRIED = 6, MOST_ROUNDS = 32, MOST_BYTES = 32 << 20 };
-    if (!bounded(p) || p->len_q == 0)
-        return 1;
-    const struct walk w = walk_of(p, tile_q, blocks);
-    const int64_t bytes = p->len_k * (p->dim_qk + p->dim_v) * dtype_bytes(p->key.dtype) *
-                          p->heads_kv / w.heads_of_batch;
-    int32_t best = heads_at_one_time(&w), tried = 0;
-    if (p->window_left != UNBOUNDED || w.heads * (int64_t)w.tiles_per_head <= blocks ||
-        w.heads * (int64_t)w.tiles_per_head > MOST_ROUNDS * (int64_t)blocks)
-        return best;
-    int64_t least = busiest(&w, best);
-    for (int32_t heads = best + 1;
-         tried < MOST_TRIED && heads <= w.heads && heads * bytes <= MOST_BYTES; heads++) {
-        if (w.heads % heads)
-            continue;
-        const int64_t most = busiest(&w, heads);
-        if (50 * most < 49 * least) {
-            best = heads;
-            least = most;
-        }
-        tried++;
-    }
-    return best;
-}
-
 void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct caps *caps,
                     const struct tile *tile) {
     plan->tile_q = tile->rows;
@@ -304,7 +239,7 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
     plan->workspace_bytes = parts.list + parts.seen;
-    plan->heads_per_group = sm90_is_listed(p) ? 1 : heads_per_group(p, plan->tile_q, plan->blocks);
+    sm90_plan_walk(plan, p);
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
@@ -334,24 +269,6 @@ static void fill_heads(struct sm90_params *params, const struct problem *p, int3
 }
 
 /* The walk where it follows from the shape alone. */
-void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const struct plan *plan) {
-    const int64_t pack = INT64_C(1) << params->pack_log2;
-    params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, plan->tile_q);
-    params->heads_total = (int32_t)(p->batch * params->heads);
-    params->tiles = params->tiles_per_head * params->heads_total;
-    params->heads_per_group = plan->heads_per_group;
-    params->groups = (int32_t)ceil_divide(params->heads_total, params->heads_per_group);
-    const int32_t of_head = plan->blocks / params->heads_per_group;
-    params->neighbours = of_head < 1                        ? 1
-                         : of_head < params->tiles_per_head ? of_head
-                                                            : params->tiles_per_head;
-    params->by_neighbours = divisor(params->neighbours);
-    params->by_group_tiles = divisor((int64_t)params->heads_per_group * params->tiles_per_head);
-    params->by_group_heads = divisor(params->heads_per_group);
-    params->by_last_group_heads =
-        divisor(params->heads_total - (params->groups - 1) * params->heads_per_group);
-}
-
 /* ---- The tensors ---------------------------------------------------------------------------------------------- */
 
 /* Elements of 128 bytes. */

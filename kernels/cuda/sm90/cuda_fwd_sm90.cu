@@ -16,6 +16,7 @@
 #define INSTANCES_MANY_ROWS(name, E, ...)                                                          \
     INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
     INSTANCE(name##_placed, E, PLACED, 0, __VA_ARGS__)
+#define INSTANCES_ALONE(name, E, ...) INSTANCE(name##_alone, E, ALONE, 0, __VA_ARGS__)
 #define INSTANCES_ANY(name, E, ...)                                                                \
     INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
     INSTANCE(name##_placed, E, PLACED, 1, __VA_ARGS__)                                             \

@@ -1,4 +1,5 @@
 // The instances of cuda_fwd_split_sm90 for the head dim SM90_D, named after what tiles.inc says of them.
+#include "kernels/cuda/sm90/pair.cuh"
 #include "kernels/cuda/sm90/split.cuh"
 
 #define INSTANCE(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                           \
@@ -11,7 +12,22 @@
         merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);           \
     }
 #define INSTANCES_MANY_ROWS(name, ...)
-#define INSTANCES_BIAS INSTANCES_ANY
+#define INSTANCES_ALONE(name, ...)
+/* Also with half as many rows, which two warpgroups share. */
+#define PAIR(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
+    extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
+        name(const __grid_constant__ sm90_params p) {                                              \
+        using C = Config<E, D, DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES,       \
+                         SPLIT_PAIRED>;                                                            \
+        forward<C>(p, [&](const Shared<C> &s, int wg) { consume_pair<C>(p, s, wg); });             \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(4 * (DV), 1024 / (4 * (DV)))                      \
+        name##_merge(const __grid_constant__ sm90_params p) {                                      \
+        merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT_PAIRED>>(p);    \
+    }
+#define INSTANCES_BIAS(name, ...)                                                                  \
+    INSTANCES_ANY(name, __VA_ARGS__)                                                               \
+    PAIR(name##_f16_pair, __half, __VA_ARGS__) PAIR(name##_bf16_pair, __nv_bfloat16, __VA_ARGS__)
 #define INSTANCES_ANY(name, ...)                                                                   \
     INSTANCE(name##_f16, __half, __VA_ARGS__) INSTANCE(name##_bf16, __nv_bfloat16, __VA_ARGS__)
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \

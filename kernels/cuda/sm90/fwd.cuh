@@ -17,7 +17,7 @@ struct Consumer {
     using E = typename C::Element;
     static constexpr int SCORES = C::TILE_K / 2, OUTPUTS = C::DIM_V / 2;
     // Are the rows of a tile stored before the next one begins? Else in its first step: values meet their weights one step later.
-    static constexpr bool ENDS_TILES = false;
+    static constexpr bool ENDS_TILES = C::IS_ALONE;
 
     float score[SCORES];
     float output[OUTPUTS];

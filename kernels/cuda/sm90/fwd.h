@@ -34,7 +34,4 @@ int32_t sm90_fill(struct sm90_params *params, const struct problem *p, const str
 int32_t sm90_map_keys(struct cuda_tensor_map *map, const struct problem *p, const struct view *v,
                       int64_t dim, int32_t box_keys);
 
-/* The walk over tiles that are not listed. */
-void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const struct plan *plan);
-
 #endif /* DLATTN_SM90_FWD_H_ */

@@ -18,6 +18,10 @@ static inline bool mappable(const struct view *v, int64_t batch, int64_t heads, 
     return true;
 }
 
+static inline bool bounded(const struct problem *p) {
+    return p->window_left != UNBOUNDED || p->window_right != UNBOUNDED;
+}
+
 static inline struct sm90_strides strides(const struct view *v) {
     return (struct sm90_strides){v->stride[0], v->stride[1], v->stride[2]};
 }

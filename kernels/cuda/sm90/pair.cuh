@@ -74,6 +74,8 @@ __device__ __forceinline__ void consume_pair(const sm90_params &p, const Shared<
     Consumer<C> rows;
     mbarrier_wait(pipe.queries.full_barrier(), pipe.queries.phase);
     const Tile<C> t = *s.tile(pipe.queries, wg);
+    if (C::IS_SPLIT && t.index < 0)
+        return;
     if (!t.sees_keys()) {
         if (wg == 0)
             store_empty<C>(p, t, 0);

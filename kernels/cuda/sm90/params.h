@@ -6,14 +6,17 @@
 
 #include "src/tensor_map.h"
 
+#include <stdalign.h>
+
 /* Strides in elements: batch, head, row. */
 struct sm90_strides {
     int64_t batch, head, row;
 };
 
-/* A divisor d >= 1 for divide(): multiplier 0 for d = 1, else ceil(2^(32 + shift) / d). */
+/* A divisor d >= 1 for divide(): multiplier 0 for d = 1, else ceil(2^(32 + shift) / d). Both are read at once. */
 struct sm90_divisor {
-    uint32_t multiplier, shift;
+    alignas(8) uint32_t multiplier;
+    uint32_t shift;
 };
 
 /* Sequences packed one behind the other, number b from row cu_seqlens[b] on. */

@@ -7,10 +7,10 @@
 
 #include <type_traits>
 
-// What a kernel is compiled for. All but PLAIN and PAIRED also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
+// What a kernel is compiled for. ALONE is PLAIN where a block has one tile. All behind PAIRED also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
 // for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
-// beside all other options. SPLIT and PAIRED are for other rows: see split.cuh and pair.cuh.
-enum Variant { PLAIN, PAIRED, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32, SPLIT };
+// beside all other options. PAIRED and those with SPLIT are for other rows: see pair.cuh and split.cuh.
+enum Variant { PLAIN, ALONE, PAIRED, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32, SPLIT, SPLIT_PAIRED };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
@@ -23,8 +23,8 @@ struct Config {
     static constexpr int DIM_QK = DimQk, DIM_V = DimV; // narrower tensors are zero filled
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
-    static constexpr bool SHARES_ROWS = Of == PAIRED;
-    static constexpr bool IS_PLACED = Of != PLAIN && !SHARES_ROWS, IS_SPLIT = Of == SPLIT,
+    static constexpr bool SHARES_ROWS = Of == PAIRED || Of == SPLIT_PAIRED;
+    static constexpr bool IS_ALONE = Of == ALONE, IS_PLACED = Of > PAIRED, IS_SPLIT = Of == SPLIT || Of == SPLIT_PAIRED,
                           IS_PACKED = IS_PLACED && (IS_SPLIT || WARPGROUPS < 3),
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
                           IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,
@@ -48,7 +48,7 @@ struct Config {
     static constexpr bool FIRST_UNMASKED = DIM_QK < 128 && !HAS_ALIBI && !HAS_EXPONENTS;
     // Has each kind of step a loop of its own? A branch to far code costs a step some 15 cycles, but registers for more loops are spilled.
     // At D 128 that took 4 % off the time; at D 256, and plain at D 64, where tiles are short, it added up to 2 and 10 %.
-    static constexpr bool HAS_LOOPS = DIM_QK < 256 && (DIM_QK > 64 || IS_PLACED);
+    static constexpr bool HAS_LOOPS = DIM_QK < 256 && (DIM_QK > 64 || Of != PLAIN);
     // Is the loop of whole key tiles left where weights are too large, so that it has no branch over code that is hardly ever run? At D 96
     // that takes 5 % off the time.
     static constexpr bool SHRINKS_OUTSIDE =
