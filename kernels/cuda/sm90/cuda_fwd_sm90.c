@@ -187,10 +187,13 @@ static bool has_many_rows(const struct problem *p, const struct caps *caps) {
     return 5 * busiest_rows(p, 192, multiprocessors) < 6 * busiest_rows(p, 128, multiprocessors);
 }
 
-/* Calls of half as many tiles are cuda_fwd_pair_sm90's. */
+/* Calls of half as many tiles are cuda_fwd_pair_sm90's. Above D 64 it is the start alone that gets shorter, not the steps. */
 static bool is_alone(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
+    enum { MOST_KEYS_OF_WIDE_HEADS = 4096 };
     const int64_t all = sm90_tiles(p, tile_q);
-    return variant_of(p) == PLAIN && all <= multiprocessors && 2 * all > multiprocessors;
+    return variant_of(p) == PLAIN &&
+           (p->len_k <= MOST_KEYS_OF_WIDE_HEADS || (p->dim_qk <= 64 && p->dim_v <= 64)) &&
+           all <= multiprocessors && 2 * all > multiprocessors;
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {

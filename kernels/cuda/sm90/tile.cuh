@@ -10,7 +10,20 @@
 // What a kernel is compiled for. ALONE is PLAIN where a block has one tile. All behind PAIRED also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
 // for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
 // beside all other options. PAIRED and those with SPLIT are for other rows: see pair.cuh and split.cuh.
-enum Variant { PLAIN, ALONE, PAIRED, PLACED, SOFTCAP, ALIBI, ANY, ANY_BIAS, BIAS, BIAS_F32, SPLIT, SPLIT_PAIRED };
+enum Variant {
+    PLAIN,
+    ALONE,
+    PAIRED,
+    PLACED,
+    SOFTCAP,
+    ALIBI,
+    ANY,
+    ANY_BIAS,
+    BIAS,
+    BIAS_F32,
+    SPLIT,
+    SPLIT_PAIRED
+};
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
           Variant Of>
@@ -24,7 +37,8 @@ struct Config {
     static constexpr int TILE_K = TileK, WARPGROUPS = Warpgroups;
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
     static constexpr bool SHARES_ROWS = Of == PAIRED || Of == SPLIT_PAIRED;
-    static constexpr bool IS_ALONE = Of == ALONE, IS_PLACED = Of > PAIRED, IS_SPLIT = Of == SPLIT || Of == SPLIT_PAIRED,
+    static constexpr bool IS_ALONE = Of == ALONE, IS_PLACED = Of > PAIRED,
+                          IS_SPLIT = Of == SPLIT || Of == SPLIT_PAIRED,
                           IS_PACKED = IS_PLACED && (IS_SPLIT || WARPGROUPS < 3),
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
                           IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,

@@ -84,7 +84,7 @@ static int32_t heads_per_group(const struct problem *p, int32_t tile_q, int32_t 
 
 int64_t sm90_busiest_keys(const struct problem *p, int32_t tile_q, int32_t blocks) {
     const struct walk w = walk_of(p, tile_q, blocks);
-    return busiest(&w, heads_per_group(p, tile_q, blocks)) * tile_q;
+    return busiest(&w, heads_per_group(p, tile_q, blocks)) * tile_q >> sm90_pack_log2(p, tile_q);
 }
 
 void sm90_plan_walk(struct plan *plan, const struct problem *p) {
