@@ -543,6 +543,29 @@ Test(gpu_plan, options_on_hopper) {
     }
 }
 
+/* A block of pairs has one part. Packed sequences of which one is long may have as many tiles each as that one. */
+Test(gpu_plan, each_part_of_pairs_has_a_block) {
+    struct caps caps = caps_of(&machines[3]);
+    caps.multiprocessors = 132;
+    for (int64_t rows = 64; rows <= 8192; rows *= 2) {
+        struct problem p = hopper_problem(DLATTN_FEATURE_VARLEN);
+        struct plan plan;
+        p.kernel = "cuda_fwd_split_sm90";
+        p.batch = 4;
+        p.heads_q = p.heads_kv = 1;
+        p.len_q = rows;
+        p.len_k = 4096;
+        p.total_q = rows + 3;
+        p.total_k = 4096 + 3;
+        p.query = p.output = compact(1, p.total_q, 128);
+        p.key = p.value = compact(1, p.total_k, 128);
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+        const int64_t parts = (rows + plan.tile_q - 1) / plan.tile_q * p.batch * plan.splits;
+        cr_expect(plan.tile_q == 64 ? plan.blocks == parts : plan.blocks <= 132, "%d rows",
+                  (int)rows);
+    }
+}
+
 /* Queries of e4m3, on Hopper by its own row where that has the option; the message names what is not taken. */
 Test(gpu_plan, queries_of_8_bits) {
     const struct caps h100 = caps_of(&machines[3]);

@@ -95,10 +95,10 @@ static bool suits(const struct problem *p, const struct tile *t) {
            sm90_fills_tiles(p, t->rows, rows_of_key <= 2 * DECODED_ROWS ? 2 : 4);
 }
 
-/* Whether a pair's tile stands behind the one for the head dims, and is for the problem at all. */
+/* Whether a pair's tile stands behind the one for the head dims, and two parts of each have a multiprocessor each. */
 static bool has_pair(const struct problem *p, int32_t variant, int32_t blocks) {
     return variant + 1 < COUNT(tiles) && is_paired(&tiles[variant + 1]) &&
-           sm90_has_whole_columns(p) && 2 * sm90_tiles(p, tiles[variant + 1].rows) <= blocks;
+           sm90_has_whole_columns(p) && 2 * sm90_rows(p, tiles[variant + 1].rows).tiles <= blocks;
 }
 
 /* If a row is named, two parts at least where there are two key tiles. */
