@@ -173,7 +173,8 @@ static void loop_long(struct loop *loop) {
  * tile, and those whose blocks take several. */
 static void loop_many_heads(struct loop *loop) {
     static const struct shape shapes[] = {{3, 16, 8, 190, 264, 64, 64},
-                                          {3, 24, 24, 130, 140, 128, 128}};
+                                          {3, 24, 24, 130, 140, 128, 128},
+                                          {3, 18, 18, 130, 140, 128, 128}};
     static const char *const sets[] = {"lse", "causal_lse", "lengths_causal", "causal_bottom_right",
                                        "window_bottom_right"};
     for (size_t i = 0; i < sizeof sets / sizeof sets[0]; i++)

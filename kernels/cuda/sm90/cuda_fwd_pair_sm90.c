@@ -33,10 +33,12 @@ static const struct tile tiles[] = {
 #include "kernels/cuda/sm90/tiles.inc"
 };
 
-/* The tile, -1: the problem is for others. */
+/* The tile, -1: the problem is for others. Twice as many blocks are still an index. */
+enum { MOST_TILES = 1 << 30 };
 static int32_t chosen(const struct problem *p, const struct caps *caps) {
-    return sm90_takes(p) && p->len_k > 0 ? choose_tile(tiles, COUNT(tiles), false, p, caps, NULL)
-                                         : -1;
+    return sm90_takes(p) && p->len_k > 0 && sm90_tiles(p, ROWS) <= MOST_TILES
+               ? choose_tile(tiles, COUNT(tiles), false, p, caps, NULL)
+               : -1;
 }
 
 /* Whether each tile has a multiprocessor of its own, or those that wait for one have so few keys, as under a causal mask, that all are done

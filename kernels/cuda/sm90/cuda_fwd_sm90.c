@@ -176,7 +176,8 @@ static int64_t busiest_rows(const struct problem *p, int32_t tile_q, int32_t mul
 }
 
 /* Tiles of three warpgroups take a sixth less time for a row than tiles of two, but need more rows to fill the
- * multiprocessors, and lose with short keys and a causal mask or window, where they multiply more that is hidden. */
+ * multiprocessors, and lose with short keys and a causal mask or window, where they multiply more that is hidden. Seven sixths of the keys are
+ * fitted. */
 static bool has_many_rows(const struct problem *p, const struct caps *caps) {
     const int32_t multiprocessors = caps->multiprocessors;
     if (bounded(p) && p->len_k <= 1024)
@@ -187,7 +188,7 @@ static bool has_many_rows(const struct problem *p, const struct caps *caps) {
     return 5 * busiest_rows(p, 192, multiprocessors) < 6 * busiest_rows(p, 128, multiprocessors);
 }
 
-/* Calls of half as many tiles are cuda_fwd_pair_sm90's. Above D 64 it is the start alone that gets shorter, not the steps. */
+/* Calls of half as many tiles are mostly cuda_fwd_pair_sm90's. Above D 64 it is the start alone that gets shorter, not the steps. */
 static bool is_alone(const struct problem *p, int32_t tile_q, int32_t multiprocessors) {
     enum { MOST_KEYS_OF_WIDE_HEADS = 4096 };
     const int64_t all = sm90_tiles(p, tile_q);
@@ -271,7 +272,6 @@ static void fill_heads(struct sm90_params *params, const struct problem *p, int3
     params->tile_q = tile_q;
 }
 
-/* The walk where it follows from the shape alone. */
 /* ---- The tensors ---------------------------------------------------------------------------------------------- */
 
 /* Elements of 128 bytes. */

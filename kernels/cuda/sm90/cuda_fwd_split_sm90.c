@@ -17,8 +17,12 @@ MODULE(256)
                 SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, 1))
 #define TILE_MANY_ROWS(...)
 #define TILE_ALONE(...)
-#define TILE_BIAS(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                             \
-    TILE_ANY(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                                  \
+#define TILE_BIAS(D, ...) TILE_ANY(D, __VA_ARGS__) PAIR_##D(D, __VA_ARGS__)
+/* Rows that are no whole columns are not for pairs, see sm90_has_whole_columns(). */
+#define PAIR_64 PAIR
+#define PAIR_96(...)
+#define PAIR_128 PAIR
+#define PAIR(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                                  \
     TILE_OF(D, NAME, "_pair", 64, DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES)
 #define TILE_ANY(D, NAME, DV, KEYS, WARPGROUPS, ...)                                               \
     TILE_OF(D, NAME, "", 64 * (WARPGROUPS), DV, KEYS, WARPGROUPS, __VA_ARGS__)
@@ -45,12 +49,12 @@ static bool is_paired(const struct tile *t) { return t->rows == 64; }
 /* Without parts. Where pairs wait for each other parts of uneven tiles take two thirds of what they are said to. */
 static int64_t time_of_others(const struct problem *p, const struct tile *t,
                               const struct caps *caps) {
-    const struct work of_tile = sm90_work(p, t->rows, t->keys, t->dim_v),
-                      of_half = sm90_work(p, t->rows / 2, t->keys, t->dim_v);
-    const int64_t whole = sm90_time_whole(&of_tile, caps->multiprocessors),
-                  paired = sm90_time_paired(&of_half, caps->multiprocessors);
+    const struct work of_tile = sm90_work(p, t->rows, t->keys, t->dim_v);
+    const int64_t whole = sm90_time_whole(&of_tile, caps->multiprocessors);
     if (!sm90_pairs(p, caps))
         return whole;
+    const struct work of_half = sm90_work(p, t->rows / 2, t->keys, t->dim_v);
+    const int64_t paired = sm90_time_paired(&of_half, caps->multiprocessors);
     if (sm90_tiles(p, t->rows / 2) <= caps->multiprocessors)
         return paired;
     return paired * 3 / 2 < whole ? paired * 3 / 2 : whole;
@@ -96,20 +100,26 @@ static bool suits(const struct problem *p, const struct tile *t) {
 }
 
 /* Whether a pair's tile stands behind the one for the head dims, and two parts of each have a multiprocessor each. */
-static bool has_pair(const struct problem *p, int32_t variant, int32_t blocks) {
-    return variant + 1 < COUNT(tiles) && is_paired(&tiles[variant + 1]) &&
-           sm90_has_whole_columns(p) && 2 * sm90_rows(p, tiles[variant + 1].rows).tiles <= blocks;
+static bool has_pair(const struct problem *p, int32_t variant, const struct caps *caps) {
+    const struct tile *const t = &tiles[variant + 1];
+    return variant + 1 < COUNT(tiles) && is_paired(t) && sm90_has_whole_columns(p) &&
+           t->kernels[0].shared_memory_bytes <= caps->shared_memory_bytes &&
+           2 * sm90_rows(p, t->rows).tiles <= caps->multiprocessors;
 }
 
 /* If a row is named, two parts at least where there are two key tiles. */
 static bool choose(struct choice *best, const struct problem *p, int32_t variant,
                    const struct caps *caps) {
-    const bool pairs = has_pair(p, variant, caps->multiprocessors);
+    const bool pairs = has_pair(p, variant, caps);
     const int32_t pair = variant + pairs;
+    const bool wide_suits = p->kernel || suits(p, &tiles[variant]),
+               pair_suits = pairs && (p->kernel || suits(p, &tiles[pair]));
+    if (!wide_suits && !pair_suits)
+        return false;
     *best = (struct choice){variant, 1, time_of_others(p, &tiles[variant], caps)};
-    if (p->kernel || suits(p, &tiles[variant]))
+    if (wide_suits)
         look_for_parts(best, variant, p, caps->multiprocessors);
-    if (pairs && (p->kernel || suits(p, &tiles[pair])))
+    if (pair_suits)
         look_for_parts(best, pair, p, caps->multiprocessors);
     if (best->parts == 1 && p->kernel) {
         best->variant = pair;
@@ -123,7 +133,7 @@ bool cuda_fwd_split_sm90_plan(struct plan *plan, const struct problem *p, const 
                   blocks = caps->multiprocessors;
     struct choice chosen;
     if (widest < 0 || !sm90_takes(p) ||
-        sm90_tiles(p, tiles[widest].rows) > (int64_t)MOST_ROUNDS * blocks ||
+        sm90_rows(p, tiles[widest].rows).tiles > (int64_t)MOST_ROUNDS * blocks ||
         !choose(&chosen, p, widest, caps))
         return false;
     const struct tile *const t = &tiles[chosen.variant];

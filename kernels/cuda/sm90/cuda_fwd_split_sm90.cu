@@ -13,7 +13,7 @@
     }
 #define INSTANCES_MANY_ROWS(name, ...)
 #define INSTANCES_ALONE(name, ...)
-/* Also with half as many rows, which two warpgroups share. */
+/* Also with half as many rows, which two warpgroups share, where rows are whole columns. */
 #define PAIR(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
     extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
         name(const __grid_constant__ sm90_params p) {                                              \
@@ -25,8 +25,12 @@
         name##_merge(const __grid_constant__ sm90_params p) {                                      \
         merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT_PAIRED>>(p);    \
     }
-#define INSTANCES_BIAS(name, ...)                                                                  \
-    INSTANCES_ANY(name, __VA_ARGS__)                                                               \
+#define INSTANCES_BIAS(name, D, ...)                                                               \
+    INSTANCES_ANY(name, D, __VA_ARGS__) PAIRS_##D(name, D, __VA_ARGS__)
+#define PAIRS_64 PAIRS
+#define PAIRS_96(...)
+#define PAIRS_128 PAIRS
+#define PAIRS(name, ...)                                                                           \
     PAIR(name##_f16_pair, __half, __VA_ARGS__) PAIR(name##_bf16_pair, __nv_bfloat16, __VA_ARGS__)
 #define INSTANCES_ANY(name, ...)                                                                   \
     INSTANCE(name##_f16, __half, __VA_ARGS__) INSTANCE(name##_bf16, __nv_bfloat16, __VA_ARGS__)

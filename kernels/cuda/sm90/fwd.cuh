@@ -16,7 +16,8 @@ template <class C>
 struct Consumer {
     using E = typename C::Element;
     static constexpr int SCORES = C::TILE_K / 2, OUTPUTS = C::DIM_V / 2;
-    // Are the rows of a tile stored before the next one begins? Else in its first step: values meet their weights one step later.
+    // Are the rows of a tile stored before the next one begins? Else in its first step: values meet their weights one step later. ALONE never
+    // begins another one, so last() need not give its values back.
     static constexpr bool ENDS_TILES = C::IS_ALONE;
 
     float score[SCORES];

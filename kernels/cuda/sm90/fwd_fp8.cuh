@@ -28,8 +28,8 @@ struct Float8Config {
     static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED,
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false, IS_ANY = false,
                           LOADS_BIAS = false, COPIES_BIAS = false, IS_SPLIT = false,
-                          HAS_EXPONENTS = false, FIRST_UNMASKED = false, HAS_LOOPS = true,
-                          SHRINKS_OUTSIDE = false;
+                          SHARES_ROWS = false, HAS_EXPONENTS = false, FIRST_UNMASKED = false,
+                          HAS_LOOPS = true, SHRINKS_OUTSIDE = false;
     static constexpr int ROWS_APART = 64, KEY_READERS = WARPGROUPS;
 
     static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);

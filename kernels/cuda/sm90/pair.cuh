@@ -1,4 +1,4 @@
-// Few tiles: a block has one tile of 64 rows, whose key tiles its two warpgroups take in turn, and one of them adds up what both have. So
+// Few tiles, or parts of them: a block has one of 64 rows, whose key tiles its two warpgroups take in turn, and one of them adds up what both have. So
 // twice as many multiprocessors have work, and half of the steps are behind each other. docs/cuda-sm90.md
 #pragma once
 

@@ -100,7 +100,7 @@ struct sm90_params {
     int32_t tiles_per_head;
     int32_t heads_total;     /* B * heads */
     int32_t tiles;           /* tiles_per_head * heads_total */
-    int32_t heads_per_group; /* heads whose tiles are interleaved, see tile_at() */
+    int32_t heads_per_group; /* heads whose tiles are interleaved, see place() */
     int32_t groups;
     int32_t neighbours; /* blocks that begin with tiles of one head */
     struct sm90_divisor by_neighbours;

@@ -256,7 +256,7 @@ __device__ __forceinline__ PageRow page_row(const sm90_params &p, int batch, int
 }
 
 // The first tile of a block, which then takes every gridDim-th. Neighbours among the blocks, which are near each other
-// on the device, get the tiles of one head, which tile_at() puts heads_per_group apart.
+// on the device, get the tiles of one head, which place() puts heads_per_group apart.
 __device__ __forceinline__ int first_tile(const sm90_params &p) {
     const int block = blockIdx.x;
     const int head = divide(block, p.by_neighbours), step = block - head * p.neighbours;
@@ -409,9 +409,10 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     const int right = C::HAS_ALIBI ? min(p.window_right, 0) : p.window_right;
     const int all_highest = max(min(first + t.diagonal + right + 1, t.k_len), 0);
     t.first_whole = (all_lowest + C::TILE_K - 1) / C::TILE_K;
-    // Rows behind the last one see nothing, which a first step with a mask leaves as their top.
+    // Rows behind the last one see nothing, which a first step with a mask leaves as their top; where rows are shared either warpgroup has
+    // a first step.
     if ((first_row + 63) >> p.pack_log2 >= t.q_len)
-        t.first_whole = max(t.first_whole, t.first_block + 1);
+        t.first_whole = max(t.first_whole, t.first_block + (C::SHARES_ROWS ? 2 : 1));
     t.end_whole = all_highest / C::TILE_K;
     t.first_untracked = all_lowest / C::TILE_K + 1;
     return t;

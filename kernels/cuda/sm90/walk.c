@@ -14,8 +14,10 @@ static struct walk walk_of(const struct problem *p, int32_t tile_q, int32_t bloc
         .tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, tile_q),
         .heads = (int32_t)(p->batch * heads),
         .heads_of_batch = (int32_t)heads,
-        .tile_cost = BESIDES_KEYS * (int32_t)pack +
-                     (int32_t)(p->len_k > p->len_q ? (p->len_k - p->len_q) * pack / tile_q : 0),
+        .tile_cost =
+            BESIDES_KEYS * (int32_t)pack + (int32_t)(p->bottom_right && p->len_k > p->len_q
+                                                         ? (p->len_k - p->len_q) * pack / tile_q
+                                                         : 0),
     };
 }
 
@@ -51,7 +53,8 @@ static int64_t busiest(const struct walk *w, int32_t heads_per_group) {
 
 enum { MOST_ROUNDS = 32 };
 bool sm90_walks_evenly(const struct problem *p, int32_t tile_q, int32_t blocks) {
-    return p->window_left == UNBOUNDED && bounded(p) && !sm90_is_listed(p) &&
+    const bool first_see_nothing = p->bottom_right && p->len_q > p->len_k;
+    return p->window_left == UNBOUNDED && bounded(p) && !first_see_nothing && !sm90_is_listed(p) &&
            sm90_tiles(p, tile_q) <= MOST_ROUNDS * (int64_t)blocks;
 }
 
@@ -62,11 +65,11 @@ static int32_t heads_per_group(const struct problem *p, int32_t tile_q, int32_t 
     if (!bounded(p) || sm90_is_listed(p) || blocks == 0)
         return 1;
     const struct walk w = walk_of(p, tile_q, blocks);
-    const int64_t bytes = p->len_k * (p->dim_qk + p->dim_v) * dtype_bytes(p->key.dtype) *
-                          p->heads_kv / w.heads_of_batch;
     int32_t best = heads_at_one_time(&w), tried = 0;
     if (!sm90_walks_evenly(p, tile_q, blocks) || w.heads * w.tiles_per_head <= blocks)
         return best;
+    const int64_t bytes = p->len_k * (p->dim_qk + p->dim_v) * dtype_bytes(p->key.dtype) *
+                          p->heads_kv / w.heads_of_batch;
     int64_t least = busiest(&w, best);
     for (int32_t heads = best + 1;
          tried < MOST_TRIED && heads <= w.heads && heads * bytes <= MOST_BYTES; heads++) {
