@@ -483,9 +483,10 @@ static void poison_unseen(struct call *c) {
             call_row(c, KEY, b, g, j, index);
             poison_row(c, KEY, index);
         }
-        // In every other case these are numbers: what is not finite may be found out for that reason.
-        for (int64_t n = 0;
-             n < s->heads_q * (own->q_rows - own->q_len) && c->made_from.seed % 2 == 0; n++) {
+        /* Numbers in every other case: a row that looks for what is not finite would find these rows by it. */
+        const int64_t poisoned =
+            c->made_from.seed % 2 ? 0 : s->heads_q * (own->q_rows - own->q_len);
+        for (int64_t n = 0; n < poisoned; n++) {
             call_row(c, QUERY, b, n % s->heads_q, own->q_len + n / s->heads_q, index);
             poison_row(c, QUERY, index);
         }

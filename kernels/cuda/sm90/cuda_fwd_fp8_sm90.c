@@ -41,6 +41,7 @@ bool cuda_fwd_fp8_sm90_plan(struct plan *plan, const struct problem *p, const st
         return false;
     plan->variant = chosen;
     sm90_plan_tile(plan, p, caps, &tiles[chosen]);
+    sm90_plan_walk(plan, p);
     return true;
 }
 

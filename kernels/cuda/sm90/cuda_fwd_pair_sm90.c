@@ -81,11 +81,10 @@ bool cuda_fwd_pair_sm90_plan(struct plan *plan, const struct problem *p, const s
         return false;
     sm90_plan_tile(plan, p, caps, &tiles[plan->variant]);
     plan->blocks = (int32_t)sm90_tiles(p, plan->tile_q);
-    if (plan->blocks > caps->multiprocessors) { /* the tiles with the most keys first */
-        plan->heads_per_group =
-            (int32_t)(p->batch * (p->heads_q >> sm90_pack_log2(p, plan->tile_q)));
-        plan->neighbours = 1;
-    }
+    if (plan->blocks <= caps->multiprocessors)
+        sm90_plan_walk(plan, p);
+    else
+        sm90_plan_longest_first(plan, p);
     return true;
 }
 

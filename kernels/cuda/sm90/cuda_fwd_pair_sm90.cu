@@ -4,8 +4,7 @@
 #define INSTANCE(name, E, ...)                                                                     \
     extern "C" __global__ void __launch_bounds__(384, 1)                                           \
         name(const __grid_constant__ sm90_params p) {                                              \
-        using C = Config<E, __VA_ARGS__, PAIRED>;                                                  \
-        forward<C>(p, [&](const Shared<C> &s, int wg) { consume_pair<C>(p, s, wg); });             \
+        forward_pair<Config<E, __VA_ARGS__, PAIRED>>(p);                                           \
     }
 #define INSTANCES_MANY_ROWS(name, ...)
 #define INSTANCES_ALONE(name, ...)

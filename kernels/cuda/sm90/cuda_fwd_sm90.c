@@ -122,12 +122,19 @@ int32_t sm90_pack_log2(const struct problem *p, int32_t tile_q) {
     return best;
 }
 
+struct rows sm90_rows(const struct problem *p, int32_t tile_q) {
+    struct rows r = {.pack_log2 = sm90_pack_log2(p, tile_q)};
+    r.per_head = ceil_divide(p->len_q << r.pack_log2, tile_q);
+    r.tiles = r.per_head * p->batch * (p->heads_q >> r.pack_log2);
+    return r;
+}
+
 /* Tiles of rows of all sequences, for each head of those that share none. Packed sequences have at most as many as this, wherever they
  * end, unless they overlap. */
 static int64_t row_tiles(const struct problem *p, int32_t tile_q) {
-    const int32_t log2 = sm90_pack_log2(p, tile_q);
-    const int64_t of_longest = ceil_divide(p->len_q << log2, tile_q) * p->batch,
-                  of_all = (p->total_q << log2) / tile_q + p->batch;
+    const struct rows r = sm90_rows(p, tile_q);
+    const int64_t of_longest = r.per_head * p->batch,
+                  of_all = (p->total_q << r.pack_log2) / tile_q + p->batch;
     return p->total_q > 0 && of_all < of_longest ? of_all : of_longest;
 }
 
@@ -147,7 +154,7 @@ static struct seen seen_of(const struct problem *p, int32_t tile_q, int32_t tile
     struct seen s = {.by_batch = has(p, of_batch) || p->mask.stride[0] != 0,
                      .by_head = p->mask.stride[1] != 0};
     s.heads = s.by_head ? p->heads_q : 1;
-    s.tiles = ceil_divide(p->len_q << sm90_pack_log2(p, tile_q), tile_q);
+    s.tiles = sm90_rows(p, tile_q).per_head;
     s.rows = sm90_is_listed(p) ? row_tiles(p, tile_q) : (s.by_batch ? p->batch : 1) * s.tiles;
     s.words = ceil_divide(ceil_divide(p->len_k, tile_k), 32);
     return s;
@@ -243,7 +250,6 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
     plan->workspace_bytes = parts.list + parts.seen;
-    sm90_plan_walk(plan, p);
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
@@ -256,6 +262,7 @@ bool cuda_fwd_sm90_plan(struct plan *plan, const struct problem *p, const struct
         return false;
     plan->variant = chosen;
     sm90_plan_tile(plan, p, caps, &tiles[chosen]);
+    sm90_plan_walk(plan, p);
     return true;
 }
 

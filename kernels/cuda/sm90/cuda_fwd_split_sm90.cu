@@ -2,29 +2,26 @@
 #include "kernels/cuda/sm90/pair.cuh"
 #include "kernels/cuda/sm90/split.cuh"
 
-#define INSTANCE(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                           \
+#define INSTANCE(name, FORWARD, DV, WARPGROUPS, ...)                                               \
     extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
         name(const __grid_constant__ sm90_params p) {                                              \
-        forward<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);               \
+        FORWARD<__VA_ARGS__>(p);                                                                   \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(4 * (DV), 1024 / (4 * (DV)))                      \
         name##_merge(const __grid_constant__ sm90_params p) {                                      \
-        merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>>(p);           \
+        merge_parts<__VA_ARGS__>(p);                                                               \
     }
+#define WIDE(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
+    INSTANCE(name, forward, DV, WARPGROUPS,                                                        \
+             Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>)
+/* Half as many rows, which two warpgroups share. */
+#define PAIR(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
+    INSTANCE(                                                                                      \
+        name, forward_pair, DV, WARPGROUPS,                                                        \
+        Config<E, D, DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES, SPLIT_PAIRED>)
 #define INSTANCES_MANY_ROWS(name, ...)
 #define INSTANCES_ALONE(name, ...)
-/* Also with half as many rows, which two warpgroups share, where rows are whole columns. */
-#define PAIR(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
-    extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
-        name(const __grid_constant__ sm90_params p) {                                              \
-        using C = Config<E, D, DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES,       \
-                         SPLIT_PAIRED>;                                                            \
-        forward<C>(p, [&](const Shared<C> &s, int wg) { consume_pair<C>(p, s, wg); });             \
-    }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(4 * (DV), 1024 / (4 * (DV)))                      \
-        name##_merge(const __grid_constant__ sm90_params p) {                                      \
-        merge_parts<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT_PAIRED>>(p);    \
-    }
+/* Pairs, too, where rows are whole columns. */
 #define INSTANCES_BIAS(name, D, ...)                                                               \
     INSTANCES_ANY(name, D, __VA_ARGS__) PAIRS_##D(name, D, __VA_ARGS__)
 #define PAIRS_64 PAIRS
@@ -33,7 +30,7 @@
 #define PAIRS(name, ...)                                                                           \
     PAIR(name##_f16_pair, __half, __VA_ARGS__) PAIR(name##_bf16_pair, __nv_bfloat16, __VA_ARGS__)
 #define INSTANCES_ANY(name, ...)                                                                   \
-    INSTANCE(name##_f16, __half, __VA_ARGS__) INSTANCE(name##_bf16, __nv_bfloat16, __VA_ARGS__)
+    WIDE(name##_f16, __half, __VA_ARGS__) WIDE(name##_bf16, __nv_bfloat16, __VA_ARGS__)
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
     INSTANCES_##USE(cuda_fwd_split_sm90_##D##_##DV##_##KEYS##_##WARPGROUPS, D, DV, KEYS,           \
                     WARPGROUPS, STAGES, QUERY_STAGES)

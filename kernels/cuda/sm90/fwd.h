@@ -12,6 +12,14 @@ bool sm90_takes(const struct problem *p);
 /* Query heads of a group that share a tile of `tile_q` rows, as a power of two. */
 int32_t sm90_pack_log2(const struct problem *p, int32_t tile_q);
 
+/* Tiles of rows of each head, whose sequences all have as many as the longest, and of all. */
+struct rows {
+    int32_t pack_log2;
+    int64_t per_head;
+    int64_t tiles;
+};
+struct rows sm90_rows(const struct problem *p, int32_t tile_q);
+
 /* Tiles of `tile_q` rows of all sequences and heads, as the blocks take them. */
 int64_t sm90_tiles(const struct problem *p, int32_t tile_q);
 

@@ -97,3 +97,8 @@ __device__ __forceinline__ void consume_pair(const sm90_params &p, const Shared<
     if (threadIdx.x % 32 == 0)
         bulk_wait_read<0>(); // buffers live as long as the block
 }
+
+template <class C>
+__device__ __forceinline__ void forward_pair(const sm90_params &p) {
+    forward<C>(p, [&](const Shared<C> &s, int wg) { consume_pair<C>(p, s, wg); });
+}

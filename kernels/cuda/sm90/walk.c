@@ -6,18 +6,18 @@ struct walk {
     int32_t tile_cost;             /* as much as so many tiles of rows of keys */
 };
 
+static int32_t heads_of(const struct rows *r) { return (int32_t)(r->tiles / r->per_head); }
+
 static struct walk walk_of(const struct problem *p, int32_t tile_q, int32_t blocks) {
-    const int64_t pack = INT64_C(1) << sm90_pack_log2(p, tile_q), heads = p->heads_q / pack;
     enum { BESIDES_KEYS = 2 };
+    const struct rows r = sm90_rows(p, tile_q);
+    const int64_t later = p->bottom_right && p->len_k > p->len_q ? p->len_k - p->len_q : 0;
     return (struct walk){
         .blocks = blocks,
-        .tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, tile_q),
-        .heads = (int32_t)(p->batch * heads),
-        .heads_of_batch = (int32_t)heads,
-        .tile_cost =
-            BESIDES_KEYS * (int32_t)pack + (int32_t)(p->bottom_right && p->len_k > p->len_q
-                                                         ? (p->len_k - p->len_q) * pack / tile_q
-                                                         : 0),
+        .tiles_per_head = (int32_t)r.per_head,
+        .heads = heads_of(&r),
+        .heads_of_batch = (int32_t)(p->heads_q >> r.pack_log2),
+        .tile_cost = (BESIDES_KEYS << r.pack_log2) + (int32_t)((later << r.pack_log2) / tile_q),
     };
 }
 
@@ -51,8 +51,8 @@ static int64_t busiest(const struct walk *w, int32_t heads_per_group) {
     return most;
 }
 
-enum { MOST_ROUNDS = 32 };
 bool sm90_walks_evenly(const struct problem *p, int32_t tile_q, int32_t blocks) {
+    enum { MOST_ROUNDS = 32 };
     const bool first_see_nothing = p->bottom_right && p->len_q > p->len_k;
     return p->window_left == UNBOUNDED && bounded(p) && !first_see_nothing && !sm90_is_listed(p) &&
            sm90_tiles(p, tile_q) <= MOST_ROUNDS * (int64_t)blocks;
@@ -92,16 +92,22 @@ int64_t sm90_busiest_keys(const struct problem *p, int32_t tile_q, int32_t block
 
 void sm90_plan_walk(struct plan *plan, const struct problem *p) {
     plan->heads_per_group = heads_per_group(p, plan->tile_q, plan->blocks);
-    const int64_t of_head = ceil_divide(p->len_q << sm90_pack_log2(p, plan->tile_q), plan->tile_q),
+    const int64_t of_head = sm90_rows(p, plan->tile_q).per_head,
                   blocks = plan->blocks / plan->heads_per_group;
     plan->neighbours = (int32_t)(blocks < 1 ? 1 : blocks < of_head ? blocks : of_head);
 }
 
+void sm90_plan_longest_first(struct plan *plan, const struct problem *p) {
+    const struct rows r = sm90_rows(p, plan->tile_q);
+    plan->heads_per_group = heads_of(&r);
+    plan->neighbours = 1;
+}
+
 void sm90_fill_walk(struct sm90_params *params, const struct problem *p, const struct plan *plan) {
-    const int64_t pack = INT64_C(1) << params->pack_log2;
-    params->tiles_per_head = (int32_t)ceil_divide(p->len_q * pack, plan->tile_q);
-    params->heads_total = (int32_t)(p->batch * params->heads);
-    params->tiles = params->tiles_per_head * params->heads_total;
+    const struct rows r = sm90_rows(p, plan->tile_q);
+    params->tiles_per_head = (int32_t)r.per_head;
+    params->heads_total = heads_of(&r);
+    params->tiles = (int32_t)r.tiles;
     params->heads_per_group = plan->heads_per_group;
     params->groups = (int32_t)ceil_divide(params->heads_total, params->heads_per_group);
     params->neighbours = plan->neighbours;

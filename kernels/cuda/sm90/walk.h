@@ -9,6 +9,9 @@
 /* Heads whose tiles are interleaved, and neighbours, once the plan has its tile and its blocks. */
 void sm90_plan_walk(struct plan *plan, const struct problem *p);
 
+/* All heads at once, so that blocks which wait for others have the tiles with the fewest keys. */
+void sm90_plan_longest_first(struct plan *plan, const struct problem *p);
+
 /* Whether the plan looks at what each block gets: under a causal mask, in not too many rounds. */
 bool sm90_walks_evenly(const struct problem *p, int32_t tile_q, int32_t blocks);
 /* If so, keys of the block that has most of them, for each row of a tile. */

@@ -1,12 +1,5 @@
 #include "kernels/cuda/sm90/work.h"
 
-struct rows sm90_rows(const struct problem *p, int32_t tile_q) {
-    struct rows r = {.pack_log2 = sm90_pack_log2(p, tile_q)};
-    r.per_head = ceil_divide(p->len_q << r.pack_log2, tile_q);
-    r.tiles = r.per_head * p->batch * (p->heads_q >> r.pack_log2);
-    return r;
-}
-
 /* Key tiles that tile `i` of a head visits. */
 static int64_t visited(const struct problem *p, int32_t pack_log2, int32_t tile_q, int32_t tile_k,
                        int64_t i) {

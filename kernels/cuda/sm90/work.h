@@ -6,14 +6,6 @@
 
 #include "kernels/cuda/sm90/fwd.h"
 
-/* Tiles of rows, all of which have the same number where sequences differ. */
-struct rows {
-    int32_t pack_log2;
-    int64_t per_head;
-    int64_t tiles;
-};
-struct rows sm90_rows(const struct problem *p, int32_t tile_q);
-
 /* Of all tiles of rows: how many they are, the key tiles that are visited by that with the fewest, by that with the most, and by all, and
  * the bytes of keys and values that they see. */
 struct work {
