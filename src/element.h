@@ -57,8 +57,9 @@ static inline float e5m2_to_float(uint8_t bits) { return half_to_float((uint16_t
 static inline float e4m3_to_float(uint8_t bits) {
     const int exponent = bits >> 3 & 15, mantissa = bits & 7;
     const float size = (bits & 0x7f) == 0x7f ? NAN
-                       : exponent == 0       ? ldexpf((float)mantissa, -9)
-                                             : ldexpf((float)(8 + mantissa), exponent - 10);
+                       : exponent == 0
+                           ? (float)mantissa * 0x1p-9f
+                           : bits_float((uint32_t)(bits & 0x7f) * (1u << 20) + (120u << 23));
     return bits & 0x80 ? -size : size;
 }
 

@@ -57,11 +57,8 @@ static struct stats *stats_of(const struct call *c, const struct query_row *r) {
 
 static double dot_values(const struct query_row *r, int64_t j) {
     const struct problem *p = r->p;
-    const int64_t o = query_at(r, &p->d_output), v = key_at(r, &p->value, j);
-    double dot = 0;
-    for (int64_t d = 0; d < p->dim_v; d++)
-        dot += element(&p->d_output, o, d) * element(&p->value, v, d);
-    return dot;
+    return dot(&p->d_output, query_at(r, &p->d_output), &p->value, key_at(r, &p->value, j),
+               p->dim_v);
 }
 
 /* Of key j that the row sees: its weight, and the gradient of its logit. */
@@ -133,9 +130,9 @@ static void find_d_query(const struct call *c, const struct query_row *r, double
     visible_keys(p, &r->s, r->i, &lo, &hi);
     for (int64_t j = lo; j < hi; j++) {
         const struct pair pair = pair_of(c, r, j);
-        const int64_t k = key_at(r, &p->key, j);
-        for (int64_t d = 0; pair.seen && d < p->dim_qk; d++)
-            sum[d] += p->scale * pair.d_logit * pair.cap_slope * element(&p->key, k, d);
+        if (pair.seen)
+            add_row(sum, p->scale * pair.d_logit * pair.cap_slope, &p->key, key_at(r, &p->key, j),
+                    p->dim_qk);
     }
     store_all(&p->d_query, query_at(r, &p->d_query), sum, p->dim_qk);
 }
@@ -144,14 +141,13 @@ static void add_row_to_key(const struct call *c, const struct query_row *r, int6
                            double *d_key, double *d_value) {
     const struct problem *p = c->p;
     const struct pair pair = pair_of(c, r, j);
-    const int64_t q = query_at(r, &p->query), o = query_at(r, &p->d_output);
     const double keep = kept(r, j);
     if (!pair.seen)
         return;
-    for (int64_t d = 0; d < p->dim_qk; d++)
-        d_key[d] += p->scale * pair.d_logit * pair.cap_slope * element(&p->query, q, d);
-    for (int64_t d = 0; keep != 0 && d < p->dim_v; d++)
-        d_value[d] += pair.weight * keep * element(&p->d_output, o, d);
+    add_row(d_key, p->scale * pair.d_logit * pair.cap_slope, &p->query, query_at(r, &p->query),
+            p->dim_qk);
+    if (keep != 0)
+        add_row(d_value, pair.weight * keep, &p->d_output, query_at(r, &p->d_output), p->dim_v);
 }
 
 static void find_d_key(const struct call *c, int64_t b, int64_t g, int64_t j, double *scratch) {
@@ -174,26 +170,44 @@ static void find_d_key(const struct call *c, int64_t b, int64_t g, int64_t j, do
         store_all(&p->d_value, row_of(&p->d_value, b, g, s.k_start + j), d_value, p->dim_v);
 }
 
-/* The sum of the logits' gradients over key j, or every key if it is -1, of all rows with batch b, head h and row i; -1: any. */
+/* The sum of the logits' gradients of a row over key j, or every key if it is -1. */
+static double sum_of_row(const struct call *c, const struct query_row *r, int64_t j,
+                         bool by_distance) {
+    double sum = 0;
+    int64_t lo, hi;
+    visible_keys(c->p, &r->s, r->i, &lo, &hi);
+    if (j >= 0) {
+        hi = lo <= j && j < hi ? j + 1 : j;
+        lo = j;
+    }
+    for (int64_t k = lo; k < hi; k++) {
+        const struct pair pair = pair_of(c, r, k);
+        if (pair.seen)
+            sum += by_distance ? -pair.d_logit * distance(r, k) : pair.d_logit;
+    }
+    return sum;
+}
+
+/* From index to the one behind it, or if it is -1, over all that an axis has. */
+struct range {
+    int64_t first, end;
+};
+static struct range range_of(int64_t index, int64_t extent) {
+    return index < 0 ? (struct range){0, extent} : (struct range){index, index + 1};
+}
+
+/* The same of all rows with batch b, head h and row i; -1: any. */
 static double sum_d_logits(const struct call *c, int64_t b, int64_t h, int64_t i, int64_t j,
                            bool by_distance) {
-    const struct problem *p = c->p;
+    const struct range batch = range_of(b, c->p->batch), heads = range_of(h, c->p->heads_q),
+                       rows = range_of(i, c->p->len_q);
     double sum = 0;
-    for (int64_t n = 0; n < p->batch * p->heads_q * p->len_q; n++) {
-        const struct query_row r =
-            row_at(c, n / p->len_q / p->heads_q, n / p->len_q % p->heads_q, n % p->len_q);
-        int64_t lo, hi;
-        if ((b >= 0 && r.b != b) || (h >= 0 && r.h != h) || (i >= 0 && r.i != i))
-            continue;
-        visible_keys(p, &r.s, r.i, &lo, &hi);
-        if (j >= 0) {
-            hi = lo <= j && j < hi ? j + 1 : j;
-            lo = j;
-        }
-        for (int64_t k = lo; k < hi; k++) {
-            const struct pair pair = pair_of(c, &r, k);
-            if (pair.seen)
-                sum += by_distance ? -pair.d_logit * distance(&r, k) : pair.d_logit;
+    for (b = batch.first; b < batch.end; b++) {
+        for (h = heads.first; h < heads.end; h++) {
+            for (i = rows.first; i < rows.end; i++) {
+                const struct query_row r = row_at(c, b, h, i);
+                sum += sum_of_row(c, &r, j, by_distance);
+            }
         }
     }
     return sum;

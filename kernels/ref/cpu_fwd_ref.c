@@ -50,11 +50,10 @@ static void add_keys(const struct query_row *r, struct sums *sums, double *score
             continue;
         const double weight = exp(scores[j - first] - sums->top), keep = kept(r, j);
         const double factor = weight * keep * key_scale_at(r, &p->value_scale, j);
-        const int64_t v = key_at(r, &p->value, j);
         sums->empty = false;
         sums->total += weight;
-        for (int64_t d = 0; keep != 0 && d < p->dim_v; d++)
-            sums->values[d] += factor * element(&p->value, v, d);
+        if (keep != 0)
+            add_row(sums->values, factor, &p->value, key_at(r, &p->value, j), p->dim_v);
     }
 }
 

@@ -20,14 +20,62 @@ static inline int64_t row_of(const struct view *v, int64_t b, int64_t h, int64_t
     return b * v->stride[0] + h * v->stride[1] + l * v->stride[2];
 }
 
-/* Most calls are of tests that ask for the truth, in double throughout: no call of a function for those. */
 static inline double element(const struct view *v, int64_t first, int64_t d) {
-    const int64_t at = first + d * v->stride[3];
-    double wide;
-    if (v->dtype != DTYPE_F64)
-        return load_element(v->data, v->dtype, at);
-    memcpy(&wide, (const char *)v->data + at * (int64_t)sizeof wide, sizeof wide);
-    return wide;
+    return load_element(v->data, v->dtype, first + d * v->stride[3]);
+}
+
+/* What a row is read in parts of. */
+enum { PART = 64 };
+
+/* The n elements from `first` on, as doubles, at most PART: where they lie, if that is what lies there, as in most calls, which are of
+ * tests that ask for the truth; else in `room`. */
+static inline const double *part_of(const struct view *v, int64_t first, int64_t n, double *room) {
+    const char *const at = (const char *)v->data + first * dtype_bytes(v->dtype);
+    if (v->dtype == DTYPE_F64 && v->stride[3] == 1 && (uintptr_t)at % sizeof(double) == 0)
+        return (const double *)(const void *)at;
+    switch (v->dtype) {
+#define LOAD(constant, ...)                                                                        \
+    case DTYPE_##constant:                                                                         \
+        for (int64_t d = 0; d < n; d++)                                                            \
+            room[d] = load_element(v->data, DTYPE_##constant, first + d * v->stride[3]);           \
+        break;
+        DTYPE_LIST(LOAD)
+#undef LOAD
+    case DTYPE_COUNT:
+        break;
+    }
+    return room;
+}
+
+static inline int64_t part_at(int64_t d, int64_t n) { return n - d < PART ? n - d : PART; }
+
+/* The elements of a row, times `factor`, added to `sums`. */
+static inline void add_row(double *restrict sums, double factor, const struct view *v,
+                           int64_t first, int64_t n) {
+    double room[PART];
+    for (int64_t d = 0; d < n; d += PART) {
+        const double *const part = part_of(v, first + d * v->stride[3], part_at(d, n), room);
+        for (int64_t i = 0; i < part_at(d, n); i++)
+            sums[d + i] += factor * part[i];
+    }
+}
+
+/* Four sums, so that an addition need not wait for the one before. */
+static inline double dot(const struct view *a, int64_t first_a, const struct view *b,
+                         int64_t first_b, int64_t n) {
+    double sums[4] = {0}, room_a[PART], room_b[PART];
+    for (int64_t d = 0; d < n; d += PART) {
+        const int64_t count = part_at(d, n), fours = count / 4 * 4;
+        const double *const x = part_of(a, first_a + d * a->stride[3], count, room_a),
+                            *const y = part_of(b, first_b + d * b->stride[3], count, room_b);
+        for (int64_t i = 0; i < fours; i += 4) {
+            for (int64_t lane = 0; lane < 4; lane++)
+                sums[lane] += x[i + lane] * y[i + lane];
+        }
+        for (int64_t i = fours; i < count; i++)
+            sums[i - fours] += x[i] * y[i];
+    }
+    return sums[0] + sums[1] + (sums[2] + sums[3]);
 }
 
 static inline int64_t kv_head(const struct problem *p, int64_t h) {
@@ -94,12 +142,10 @@ static inline double slope_of(const struct query_row *r) {
 /* The capped logit of query and key alone, and in *slope the derivative of the cap. */
 static inline double capped_score(const struct query_row *r, int64_t j, double *slope) {
     const struct problem *p = r->p;
-    const int64_t q = query_at(r, &p->query), k = key_at(r, &p->key, j);
-    double dot = 0;
-    for (int64_t d = 0; d < p->dim_qk; d++)
-        dot += element(&p->query, q, d) * element(&p->key, k, d);
-    const double x =
-        p->scale * dot * scale_at(&p->query_scale, r->b, r->h) * key_scale_at(r, &p->key_scale, j);
+    const double product =
+        dot(&p->query, query_at(r, &p->query), &p->key, key_at(r, &p->key, j), p->dim_qk);
+    const double x = p->scale * product * scale_at(&p->query_scale, r->b, r->h) *
+                     key_scale_at(r, &p->key_scale, j);
     *slope = 1;
     if (p->softcap <= 0)
         return x;
