@@ -631,6 +631,17 @@ void call_make(struct call *c, const struct test_case *from) {
     set_nan(c);
 }
 
+void call_copy(struct call *c, const struct call *from) {
+    const bool view = call_has_view(from);
+    *c = *from;
+    for (int slot = 0; slot < SLOTS; slot++) {
+        if (c->has[slot] && (slot != VALUE || !view))
+            tensor_copy(&c->tensor[slot], &from->tensor[slot]);
+    }
+    if (view)
+        make_view(c, from->tensor[VALUE].shape[from->tensor[VALUE].dl.ndim - 1]);
+}
+
 void call_free(struct call *c) {
     const bool view = call_has_view(c);
     for (int slot = 0; slot < SLOTS; slot++) {
@@ -651,12 +662,10 @@ void call_upcast(struct call *wide, const struct call *from) {
         const struct tensor *t = &from->tensor[slot];
         const bool widens = slot < MASK || (slot >= D_OUTPUT && slot <= D_BIAS);
         const enum element e = widens ? F64 : t->element;
-        int64_t index[4] = {0};
         if (!from->has[slot])
             continue;
         make(wide, (enum slot)slot, e, t->dl.ndim, t->shape, 0);
-        for (int64_t n = tensor_count(t); n > 0; n--, tensor_next(t, index))
-            tensor_set(&wide->tensor[slot], index, tensor_get(t, index));
+        tensor_convert(&wide->tensor[slot], t);
     }
 }
 

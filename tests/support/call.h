@@ -119,15 +119,17 @@ enum { OUTPUT_FILL = 0xf7, GAP_FILL = 0xff };
  * the tensor's type or f32. */
 void call_make(struct call *c, const struct test_case *from);
 void call_free(struct call *c);
+/* The same call in memory of its own, to the byte. */
+void call_copy(struct call *c, const struct call *from);
 /* The same call in compact double tensors: what the reference gets. */
 void call_upcast(struct call *wide, const struct call *from);
 
 /* The slots as the ABI takes them. */
 dlattn_tensors call_tensors(const struct call *c);
 dlattn_gradients call_gradients(const struct call *c);
-/* Whether the call writes the tensor, which it has. */
 /* Whether value lies in the memory of key. */
 bool call_has_view(const struct call *c);
+/* Whether the call writes the tensor, which it has. */
 bool call_writes(const struct call *c, enum slot slot);
 /* The type of D_OUTPUT or a later slot before the call was upcast. */
 enum element call_gradient_element(const struct call *c, enum slot slot);

@@ -224,48 +224,58 @@ static double excess(double got, double want, double bound) {
 /* Elements of a result against the reference, each within its own bound. */
 static void compare(struct verdict *v, const struct call *c, const struct call *ref,
                     const struct call *bounds, enum slot slot) {
-    const struct tensor *got = &c->tensor[slot];
-    double worst = 1, worst_got = 0, worst_want = 0, worst_bound = 0;
-    int64_t at[4] = {0}, index[4] = {0};
-    for (int64_t n = tensor_count(got); n > 0; n--, tensor_next(got, index)) {
-        const double g = tensor_get(got, index), exact = tensor_get(&ref->tensor[slot], index),
-                     bound = tensor_get(&bounds->tensor[slot], index);
-        const double w = isfinite(exact) && !isfinite(element_round(got->element, exact))
-                             ? element_round(got->element, exact)
-                             : exact;
-        const double by = excess(g, w, bound);
+    const enum element e = c->tensor[slot].element;
+    double *const got = tensor_values(&c->tensor[slot]),
+                  *const exact = tensor_values(&ref->tensor[slot]),
+                  *const bound = tensor_values(&bounds->tensor[slot]);
+    double worst = 1, worst_want = 0;
+    int64_t at = 0, index[4] = {0};
+    for (int64_t n = 0, count = tensor_count(&c->tensor[slot]); n < count; n++) {
+        const bool overflows = isfinite(exact[n]) && !isfinite(element_round(e, exact[n]));
+        const double want = overflows ? element_round(e, exact[n]) : exact[n],
+                     by = excess(got[n], want, bound[n]);
         if (by > worst) {
             worst = by;
-            worst_got = g;
-            worst_want = w;
-            worst_bound = bound;
-            memcpy(at, index, sizeof at);
+            worst_want = want;
+            at = n;
         }
     }
-    if (worst > 1)
+    if (worst > 1) {
+        tensor_index(&c->tensor[slot], at, index);
         say(v, FAILED,
             "; %s[%lld, %lld, %lld, %lld] is %.9g, must be %.9g within %.3g (seen: %.3g)",
-            slot_name(slot), (long long)at[0], (long long)at[1], (long long)at[2], (long long)at[3],
-            worst_got, worst_want, worst_bound, fabs(worst_got - worst_want));
+            slot_name(slot), (long long)index[0], (long long)index[1], (long long)index[2],
+            (long long)index[3], got[at], worst_want, bound[at], fabs(got[at] - worst_want));
+    }
+    free(got);
+    free(exact);
+    free(bound);
 }
 
-/* The outputs of the first run against those that the images hold now. */
+/* An output of the first run against the one that the image holds now. */
+static void compare_runs_of(struct verdict *v, const struct tensor *now, const struct tensor *first,
+                            enum slot slot, int32_t threads) {
+    double *const x = tensor_values(first), *const y = tensor_values(now);
+    int64_t n = 0, index[4] = {0};
+    const int64_t count = tensor_count(now);
+    while (n < count && memcmp(&x[n], &y[n], sizeof x[n]) == 0)
+        n++;
+    if (n < count) {
+        tensor_index(now, n, index);
+        say(v, FAILED,
+            "; %s[%lld, %lld, %lld, %lld] was %.9g, is %.9g in a second run with %d threads",
+            slot_name(slot), (long long)index[0], (long long)index[1], (long long)index[2],
+            (long long)index[3], x[n], y[n], threads);
+    }
+    free(x);
+    free(y);
+}
+
 static void compare_runs(struct verdict *v, const struct call *c, const struct call *first,
                          int32_t threads) {
-    for (int slot = 0; slot < SLOTS; slot++) {
-        const struct tensor *a = &first->tensor[slot], *b = &c->tensor[slot];
-        int64_t index[4] = {0};
-        const bool compared = c->has[slot] && call_writes(c, (enum slot)slot);
-        for (int64_t n = compared ? tensor_count(b) : 0; n > 0; n--, tensor_next(b, index)) {
-            const double x = tensor_get(a, index), y = tensor_get(b, index);
-            if (memcmp(&x, &y, sizeof x) == 0)
-                continue;
-            say(v, FAILED,
-                "; %s[%lld, %lld, %lld, %lld] was %.9g, is %.9g in a second run with %d threads",
-                slot_name((enum slot)slot), (long long)index[0], (long long)index[1],
-                (long long)index[2], (long long)index[3], x, y, threads);
-            break;
-        }
+    for (enum slot slot = 0; slot < SLOTS; slot++) {
+        if (c->has[slot] && call_writes(c, slot))
+            compare_runs_of(v, &c->tensor[slot], &first->tensor[slot], slot, threads);
     }
 }
 
@@ -367,13 +377,6 @@ static bool run_forward(struct verdict *v, const dlattn_api *api, struct call *c
     return good;
 }
 
-/* The case anew, of backward with forward's results. */
-static void make_again(struct call *c, const struct test_case *which, const struct call *made) {
-    call_make(c, which);
-    for (enum slot slot = OUTPUT; which->features.backward && slot <= LSE; slot++)
-        memcpy(c->tensor[slot].image, made->tensor[slot].image, made->tensor[slot].bytes);
-}
-
 static void check_one(struct verdict *v, const struct subject *subject,
                       const struct test_case *which, const struct call *made, struct truth *truth) {
     struct call first, second;
@@ -383,10 +386,10 @@ static void check_one(struct verdict *v, const struct subject *subject,
                       .threads = 1 + which->seed % 3,
                       .planned = true};
     snprintf(running, sizeof running, "%s %s", subject->kernel ? subject->kernel : "", v->text);
-    make_again(&first, which, made);
+    call_copy(&first, made);
     run_subject(v, subject, &first, &one);
     if (v->outcome == PASSED) {
-        make_again(&second, which, made);
+        call_copy(&second, made);
         run_subject(v, subject, &second, &two);
         if (v->outcome == PASSED && v->sku.bit_stable)
             compare_runs(v, &second, &first, two.threads);

@@ -28,10 +28,17 @@ struct errors {
     bool rounds;       /* d_output may be rounded to a shorter type */
 };
 
+/* <d_output, value> of a pair, the sum of its terms' sizes, and what rounding d_output moves it by. */
+struct projection {
+    double product, size, rounded;
+};
+
 struct gathering {
     struct call *values;
     struct sum *sums[SLOTS]; /* of each gradient that is wanted, compact; else NULL */
     struct errors of_row;
+    struct projection *projection; /* [keys]; of the row that is summed now */
+    double *d_output_rounding;     /* [dim_v]; what rounding its d_output costs */
 };
 
 static double square(double x) { return x * x; }
@@ -54,10 +61,15 @@ static void settle(struct sum *s, const struct errors *of_row) {
     s->scaled = s->shifted = s->drifted = 0;
 }
 
+/* A term that is all that the row has in this sum: add() and settle() in one. */
 static void add_whole(struct sum *s, const struct flow *flow, double times,
                       const struct errors *of_row) {
-    add(s, flow, times);
-    settle(s, of_row);
+    const double value = flow->value * times, shifted = flow->weight * times;
+    s->value += value;
+    s->squares += square(value);
+    s->terms++;
+    s->errors += square(flow->error * times) + square(of_row->lse * value) +
+                 square(flow->drift * times) + (shifted != 0 ? square(of_row->delta * shifted) : 0);
 }
 
 /* The sum of an element of a compact tensor, in which axes of extent 1 stand for all. */
@@ -88,19 +100,29 @@ static double epsilon_of_sums(const struct row *r) {
     return element_epsilon(type_of_sums(r->call->made_from.element));
 }
 
-/* <d_output, value> of a pair, the sum of its terms' sizes, and what rounding d_output moves it by. */
-static void project(const struct row *r, int64_t j, double *product, double *size,
-                    double *rounded) {
+static struct projection project(const struct gathering *g, const struct row *r, int64_t j) {
+    const double *d_output = query_row(r, D_OUTPUT), *values = r->value[j], factor = r->factor[j];
+    struct projection p = {0};
+    for (int64_t d = 0; factor != 0 && d < r->call->made_from.shape.dim_v; d++) {
+#pragma clang fp reassociate(on)
+        const double value = factor * values[d], term = d_output[d] * value;
+        p.product += term;
+        p.size += fabs(term);
+        p.rounded += square(g->d_output_rounding[d] * value);
+    }
+    p.rounded = sqrt(p.rounded);
+    return p;
+}
+
+static void project_all(struct gathering *g, const struct row *r) {
     const enum element e = r->call->made_from.element;
     const double *d_output = query_row(r, D_OUTPUT);
-    *product = *size = *rounded = 0;
-    for (int64_t d = 0; r->factor[j] != 0 && d < r->call->made_from.shape.dim_v; d++) {
-        const double value = r->factor[j] * r->value[j][d];
-        *product += d_output[d] * value;
-        *size += fabs(d_output[d] * value);
-        *rounded += square(factor_rounding(e, d_output[d]) * value);
+    for (int64_t d = 0; d < r->call->made_from.shape.dim_v; d++)
+        g->d_output_rounding[d] = factor_rounding(e, d_output[d]);
+    for (int64_t j = 0; j < r->keys; j++) {
+        if (r->value[j])
+            g->projection[j] = project(g, r, j);
     }
-    *rounded = sqrt(*rounded);
 }
 
 /* The gradient of the logit, and of query times key before the cap; of the value, to be multiplied by d_output. */
@@ -108,23 +130,23 @@ struct pair {
     struct flow logit, product, value;
 };
 
-static struct pair pair_of(const struct row *r, int64_t j, double delta,
-                           const struct errors *of_row) {
+static struct pair pair_of(const struct gathering *g, const struct row *r, int64_t j,
+                           double delta) {
+    const struct errors *const of_row = &g->of_row;
+    const struct projection p = g->projection[j];
     const enum element e = r->call->made_from.element;
     const double u = epsilon_of_sums(r), least = least_normal(type_of_sums(e)),
-                 weight = r->weight[j], m = score_size(r, j),
-                 cap = r->call->made_from.features.softcap;
-    double product, size, rounded, slope = 1, slope_error = 0;
-    project(r, j, &product, &size, &rounded);
+                 weight = r->weight[j], m = r->size[j], cap = r->call->made_from.features.softcap;
+    double slope = 1, slope_error = 0;
     if (cap > 0) {
-        const double t = tanh(scaled_product(r, j) / cap);
+        const double t = tanh(r->product[j] / cap);
         slope = 1 - t * t;
         slope_error = 2 * u * (1 + slope * m / cap);
     }
-    const double d_logit = weight * (product - delta),
-                 error = u * (m * fabs(d_logit) + weight * (size + fabs(delta))) +
-                         least * (1 + size + fabs(delta)),
-                 drift = of_row->rounds ? weight * (rounded + of_row->output) : 0,
+    const double d_logit = weight * (p.product - delta),
+                 error = u * (m * fabs(d_logit) + weight * (p.size + fabs(delta))) +
+                         least * (1 + p.size + fabs(delta)),
+                 drift = of_row->rounds ? weight * (p.rounded + of_row->output) : 0,
                  kept = weight * r->factor[j],
                  kept_error = u * m * kept + factor_rounding(e, kept) + least +
                               (of_row->rounds ? element_epsilon(e) * kept : 0);
@@ -142,7 +164,7 @@ static void gather_pair(struct gathering *g, const struct row *r, int64_t j,
                         const struct pair *pair) {
     const struct shape *s = &r->call->made_from.shape;
     const int64_t kv_head = r->h / (s->heads_q / s->heads_kv);
-    const double scale = scale_of(r, j), *k = kv_row(r, KEY, j), *q = query_row(r, QUERY),
+    const double scale = r->scale * r->key[j].scale, *k = r->key[j].key, *q = query_row(r, QUERY),
                  *d_output = query_row(r, D_OUTPUT);
     struct sum *const d_query = g->sums[D_QUERY] ? sum_row(g, D_QUERY, r->b, r->h, r->i) : NULL,
                       *const d_key = g->sums[D_KEY] ? sum_row(g, D_KEY, r->b, kv_head, j) : NULL,
@@ -181,24 +203,20 @@ static double find_delta(struct gathering *g, const struct row *r) {
     const double u = epsilon_of_sums(r), lse = r->most + log(r->total),
                  *d_output = query_row(r, D_OUTPUT);
     double delta = 0, sizes = 0, rounded = 0, output = 0;
+    project_all(g, r);
     for (int64_t j = 0; j < r->keys; j++) {
-        double product, size, moved;
         if (!r->value[j])
             continue;
-        project(r, j, &product, &size, &moved);
-        delta += r->weight[j] * product;
-        sizes += r->weight[j] * size;
+        delta += r->weight[j] * g->projection[j].product;
+        sizes += r->weight[j] * g->projection[j].size;
     }
     for (int64_t j = 0; j < r->keys; j++) {
-        double product, size, moved;
-        if (!r->value[j])
-            continue;
-        project(r, j, &product, &size, &moved);
-        rounded += square(u * score_size(r, j) * r->weight[j] * (product - delta));
+        if (r->value[j])
+            rounded += square(u * r->size[j] * r->weight[j] * (g->projection[j].product - delta));
     }
     for (int64_t d = 0; d < c->made_from.shape.dim_v; d++) {
-        rounded += square(rounding(e, r->sums[d].output) * d_output[d]);
-        output += square(factor_rounding(e, d_output[d]) * r->sums[d].output);
+        rounded += square(rounding(e, r->sums.output[d]) * d_output[d]);
+        output += square(g->d_output_rounding[d] * r->sums.output[d]);
     }
     const double d_lse = c->has[D_LSE] ? *query_row(r, D_LSE) : 0;
     g->of_row = (struct errors){
@@ -237,7 +255,7 @@ static void gather_row(struct row *r) {
     for (int64_t j = 0; j < r->keys; j++) {
         if (!r->value[j])
             continue;
-        const struct pair pair = pair_of(r, j, delta, &g->of_row);
+        const struct pair pair = pair_of(g, r, j, delta);
         gather_pair(g, r, j, &pair);
     }
     settle_row(g, r);
@@ -267,7 +285,13 @@ void plain_gradients(struct call *values, struct call *bounds) {
                                          : NULL;
         assert(!values->has[slot] || g.sums[slot]);
     }
+    g.projection = calloc((size_t)values->made_from.shape.len_k + 1, sizeof *g.projection);
+    g.d_output_rounding =
+        calloc((size_t)values->made_from.shape.dim_v + 1, sizeof *g.d_output_rounding);
+    assert(g.projection && g.d_output_rounding);
     each_row(values, gather_row, &g);
+    free(g.projection);
+    free(g.d_output_rounding);
     for (enum slot slot = D_QUERY; slot < SLOTS; slot++) {
         struct tensor *t = &values->tensor[slot];
         int64_t index[4] = {0};

@@ -32,15 +32,17 @@ static void give(struct block *b) {
 
 static void store(const struct block *b, const void *from) { memcpy(b->data, from, b->bytes); }
 
+static bool all_slack(const unsigned char *begin, const unsigned char *end) {
+    return begin >= end ||
+           (*begin == SLACK && memcmp(begin, begin + 1, (size_t)(end - begin) - 1) == 0);
+}
+
 static bool fetch(const struct block *b, void *to) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     const unsigned char *begin = (unsigned char *)b->owner + page,
                         *end = begin + b->owner_bytes - 2 * page;
-    bool holds = true;
     memcpy(to, b->data, b->bytes);
-    for (const unsigned char *at = begin; at < end && holds; at++)
-        holds = (at >= b->data && at < b->data + b->bytes) || *at == SLACK;
-    return holds;
+    return all_slack(begin, b->data) && all_slack(b->data + b->bytes, end);
 }
 
 const struct place place_cpu = {

@@ -4,27 +4,45 @@
 
 #include "tests/support/check.h"
 
-/* One element of a row's output, and the sums of squares that its errors come from. */
-struct sums {
-    double output;
-    /* Squares, which of f64's weights may be below what a double holds. */
+/* Sums of squares that the errors of one element of a row's output come from. */
+struct squares {
     long double values;  /* weighted values */
     long double rounded; /* what they lose when the weights are rounded to the element type */
     long double scored;  /* what they move by for a score that is off by its size */
-    double tiny;         /* what those have whose weights may count as 0 */
+};
+
+/* Of a row, arrays of dim_v. */
+struct sums {
+    double *output;
+    double *tiny; /* what those values have whose weights may count as 0 */
+    /* As in struct squares: a double holds them of all types but f64, whose weights may be below the root of its least number. */
+    double *values, *rounded, *scored;
+    struct squares *squares; /* of f64 */
+};
+
+/* What the rows of a head have in common. */
+struct key {
+    const double *key, *value;
+    double scale, value_scale;
 };
 
 /* The row, and room for what is computed of it. */
 struct row {
     struct call *call;
     int64_t b, h, i;
-    int64_t keys;           /* that take part in this batch entry */
+    int64_t keys;    /* that take part in this batch entry */
+    struct key *key; /* [keys] */
+    double scale;    /* of the logits, but for that of each key */
+    double *product; /* [keys]; query and key, scaled, before the cap */
+    double
+        *size; /* [keys]; of the terms that make a score, each of which is rounded; 1 is for exp */
     double *score, *weight; /* [keys] */
-    const double **value;   /* [keys]; NULL: the row does not see the key */
+    const double *
+        *value; /* [keys]; NULL: the row does not see the key, which has no product and no size */
     double *factor;     /* [keys]; of the value: its scale, and what dropout makes of the weight */
     double most, total; /* the largest score, and the sum of weights relative to it */
-    struct sums *sums;  /* [dim_v] */
-    void *context;      /* of who asked for each row */
+    struct sums sums;
+    void *context; /* of who asked for each row */
 };
 
 /* Calls put() with every row of the call. */
@@ -33,17 +51,11 @@ void each_row(struct call *wide, void (*put)(struct row *), void *context);
 /* Scores, weights, and the output in sums; the weights add up to 1 with the sink's. */
 void attend(struct row *r);
 
-/* Row j of KEY or VALUE, or the row itself of QUERY and what is shaped like it. */
-const double *kv_row(const struct row *r, enum slot slot, int64_t j);
+/* The row itself of QUERY and what is shaped like it. */
 const double *query_row(const struct row *r, enum slot slot);
 
 double sink_of(const struct row *r); /* -infinity without one */
-double scale_of(const struct row *r, int64_t j);
 double distance_of(const struct row *r, int64_t j);
-/* Query and key, scaled, before the cap. */
-double scaled_product(const struct row *r, int64_t j);
-/* Of the terms that make a score, each of which is rounded; 1 is for exp. */
-double score_size(const struct row *r, int64_t j);
 
 /* Independent errors add up like a random walk. Each is taken at its largest, 1.7 times its root mean square or more, so
  * that one sum in 10^11 goes further than this. */

@@ -212,6 +212,15 @@ void tensor_make(struct tensor *t, enum element e, int ndim, const int64_t *shap
 
 void tensor_fill(struct tensor *t, unsigned char fill) { memset(t->image, fill, t->bytes); }
 
+void tensor_copy(struct tensor *t, const struct tensor *from) {
+    *t = *from;
+    t->dl.shape = t->shape;
+    t->dl.strides = from->dl.strides ? t->stride : NULL;
+    t->image = malloc(t->bytes + 1);
+    assert(t->image);
+    memcpy(t->image, from->image, t->bytes);
+}
+
 void tensor_free(struct tensor *t) {
     free(t->image);
     t->image = NULL;
@@ -232,6 +241,13 @@ void tensor_next(const struct tensor *t, int64_t index[4]) {
     }
 }
 
+void tensor_index(const struct tensor *t, int64_t n, int64_t index[4]) {
+    for (int axis = t->dl.ndim - 1; axis >= 0; axis--) {
+        index[axis] = n % t->shape[axis];
+        n /= t->shape[axis];
+    }
+}
+
 static size_t byte_of(const struct tensor *t, const int64_t index[4]) {
     int64_t offset = 0;
     for (int axis = 0; axis < t->dl.ndim; axis++)
@@ -247,12 +263,43 @@ void tensor_set(struct tensor *t, const int64_t index[4], double value) {
     store(t->element, t->image + byte_of(t, index), value);
 }
 
+/* Bytes from an element to the next of its row. */
+static int64_t step_of(const struct tensor *t) {
+    return t->stride[t->dl.ndim - 1] * (int64_t)element_bytes(t->element);
+}
+
+void tensor_convert(struct tensor *t, const struct tensor *from) {
+    const int last = t->dl.ndim - 1;
+    int64_t index[4] = {0};
+    for (int64_t n = tensor_count(t), row = t->shape[last]; n > 0; n -= row) {
+        unsigned char *const to = t->image + byte_of(t, index);
+        const unsigned char *const at = from->image + byte_of(from, index);
+        for (int64_t d = 0; d < row; d++)
+            store(t->element, to + d * step_of(t), load(from->element, at + d * step_of(from)));
+        index[last] = row - 1;
+        tensor_next(t, index);
+    }
+}
+
+double *tensor_values(const struct tensor *t) {
+    struct tensor wide;
+    tensor_make(&wide, F64, t->dl.ndim, t->shape, COMPACT, 0, 0);
+    tensor_convert(&wide, t);
+    return (double *)(void *)wide.image;
+}
+
 bool tensor_gaps_hold(const struct tensor *t, unsigned char fill, size_t *at) {
     unsigned char *element = calloc(t->bytes + 1, 1);
     assert(element);
     int64_t index[4] = {0};
-    for (int64_t n = tensor_count(t); n-- > 0; tensor_next(t, index))
-        memset(element + byte_of(t, index), 1, element_bytes(t->element));
+    const int last = t->dl.ndim - 1;
+    const bool dense = step_of(t) == (int64_t)element_bytes(t->element);
+    const int64_t run = dense ? t->shape[last] : 1; /* elements side by side */
+    for (int64_t n = tensor_count(t); n > 0; n -= run) {
+        memset(element + byte_of(t, index), 1, (size_t)run * element_bytes(t->element));
+        index[last] += run - 1;
+        tensor_next(t, index);
+    }
     bool hold = true;
     for (*at = 0; *at < t->bytes && hold; *at += hold)
         hold = element[*at] || t->image[*at] == fill;

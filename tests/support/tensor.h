@@ -53,10 +53,18 @@ void tensor_make(struct tensor *t, enum element e, int ndim, const int64_t *shap
                  enum layout layout, unsigned broadcast, unsigned char fill);
 void tensor_free(struct tensor *t);
 void tensor_fill(struct tensor *t, unsigned char fill);
+/* A new tensor like `from`, with a copy of its storage. */
+void tensor_copy(struct tensor *t, const struct tensor *from);
+/* The elements of `from`, which has the shape of `t`, as the type of `t` holds them. */
+void tensor_convert(struct tensor *t, const struct tensor *from);
+/* All elements in row-major order, to be freed. */
+double *tensor_values(const struct tensor *t);
 
 int64_t tensor_count(const struct tensor *t);
 /* The next index in row-major order; starts from all zeros. */
 void tensor_next(const struct tensor *t, int64_t index[4]);
+/* The index of element n in that order. */
+void tensor_index(const struct tensor *t, int64_t n, int64_t index[4]);
 double tensor_get(const struct tensor *t, const int64_t index[4]);
 void tensor_set(struct tensor *t, const int64_t index[4], double value);
 
