@@ -10,15 +10,16 @@ spread is the distance between the quartiles in percent of the median. A product
 matrices and a copy of 1 GiB of the same process are written beside them. FLOPs = 2 B H Lq Lk
 (D + D_v), for bwd 2 B H Lq Lk (3 D + 2 D_v) whatever a row computes twice, halved for causal. The
 ops fwd+bias, fwd+mask and fwd+alibi are the same with that option, at one L. The op fp8 is fwd in
-e4m3 with outputs of bf16, and beside it in bf16, both also by the rows that are named and by
-FlashAttention 3 where its package fa3_fwd is installed, and all from CUDA graphs. Decoding is one
-query row for each head, also of bf16 over e4m3 keys and values, and every call of it finds L2 cold:
-before it 256 MiB are read. (Were they written, the call would pay for writing back what of them is
-still in L2.) Its GB/s are those of keys and values. The op mla is decoding over the latent cache of
-MLA, likewise cold, whose GB/s are those of the cache, and after it head dim 512. The op merge has
-the number of parts as Lk, and the bytes that it must read and write as GB/s, beside a copy that
-reads and writes as many. Last come host times of one call on a tiny problem: a planned call, and a
-bare cuLaunchKernel of an empty kernel with as many bytes of parameters.
+e4m3 with outputs of bf16, and beside it in bf16, both also by the rows that are named, by
+FlashAttention 3 and, in e4m3, cuDNN where their packages fa3_fwd and cudnn are installed, and all
+from CUDA graphs. Decoding is one query row for each head, also of bf16 over e4m3 keys and values,
+and every call of it finds L2 cold: before it 256 MiB are read. (Were they written, the call would
+pay for writing back what of them is still in L2.) Its GB/s are those of keys and values. The op
+mla is decoding over the latent cache of MLA, likewise cold, whose GB/s are those of the cache, and
+after it head dim 512. The op merge has the number of parts as Lk, and the bytes that it must read
+and write as GB/s, beside a copy that reads and writes as many. Last come host times of one call on
+a tiny problem: a planned call, and a bare cuLaunchKernel of an empty kernel with as many bytes of
+parameters.
 """
 
 import argparse
@@ -525,11 +526,57 @@ def flash_attention_3(q, k, v, causal, **options):
     return functools.partial(flash_attn_func, q, k, v, causal=causal, **options)
 
 
+def cudnn_float8(q, k, v, causal):
+    """cuDNN's forward of e4m3, by its package cudnn; None where that is not installed. On Hopper
+    its outputs are of e4m3, too, half of the bytes of the others'; all its scales are 1."""
+    try:
+        import cudnn
+    except ImportError:
+        return None
+    types = cudnn.data_type
+    graph = cudnn.pygraph(
+        io_data_type=types.FP8_E4M3,
+        intermediate_data_type=types.FLOAT,
+        compute_data_type=types.FLOAT,
+    )
+    output, one = torch.empty_like(v), torch.ones([1] * 4, device=q.device)
+    inputs = [graph.tensor(dim=t.shape, stride=t.stride()) for t in (q, k, v)]
+    scalar = {"dim": [1] * 4, "stride": [1] * 4, "data_type": types.FLOAT}
+    names = [f"descale_{name}" for name in "qkvs"] + ["scale_s", "scale_o"]
+    scales = {name: graph.tensor(**scalar) for name in names}
+    out, _, *largest = graph.sdpa_fp8(
+        *inputs,
+        **scales,
+        generate_stats=False,
+        attn_scale=q.shape[3] ** -0.5,
+        use_causal_mask=bool(causal),
+    )
+    out.set_output(True).set_dim(output.shape).set_stride(output.stride())
+    out.set_data_type(types.FP8_E4M3)
+    for each in largest:
+        each.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(types.FLOAT)
+    graph.build([cudnn.heur_mode.A])
+    workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=q.device)
+    given = zip([*inputs, out], (q, k, v, output), strict=True)
+    memory = {node: tensor.view(torch.uint8) for node, tensor in given}
+    memory |= dict.fromkeys(scales.values(), one)
+    memory |= {each: torch.empty_like(one) for each in largest}
+    handle = cudnn.create_handle()
+
+    def call():
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        graph.execute(memory, workspace, handle=handle)
+        return output
+
+    return call
+
+
 def started(case, name, make):
     """What make() gives of a peer, once it has run; None, and a line, where it declines."""
     try:
         peer = make()
-        peer()
+        if peer:
+            peer()
         torch.cuda.synchronize()
     except Exception as error:  # each peer has its own ways to decline
         print(f"  {case}: {name} declines: {str(error).splitlines()[0][:100]}")
@@ -572,6 +619,10 @@ def float8_rows(library, dtypes, quick, dims, kernels, count):
             peer = flash_attention_3(q, k, v, causal)
             if peer:
                 found[dtype][f"fa3 {dtype}"] = ("fa3", peer)
+        case = f"e4m3 D {dim} L {length} causal {causal}"
+        cudnn = started(case, "cudnn", functools.partial(cudnn_float8, *tensors["e4m3"], causal))
+        if cudnn:
+            found["e4m3"]["cudnn e4m3"] = ("cudnn", cudnn)
         calls = {name: f for both in found.values() for name, (_, f) in both.items()}
         times = rounds({name: recorded(f) for name, f in calls.items()}, count)
         yield [
