@@ -178,8 +178,6 @@ static void add_squares(struct squares *sums, const double *output, const struct
     }
 }
 
-static double square(double x) { return x * x; }
-
 static void add_short_squares(const struct sums *sums, const struct share *s, int64_t dim) {
     const double *restrict values = s->values, *restrict output = sums->output;
     double *restrict weighted = sums->values, *restrict rounded = sums->rounded,

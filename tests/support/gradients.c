@@ -41,8 +41,6 @@ struct gathering {
     double *d_output_rounding;     /* [dim_v]; what rounding its d_output costs */
 };
 
-static double square(double x) { return x * x; }
-
 static void add(struct sum *s, const struct flow *flow, double times) {
     s->value += flow->value * times;
     s->squares += square(flow->value * times);

@@ -4,6 +4,8 @@
 
 #include "tests/support/check.h"
 
+static inline double square(double x) { return x * x; }
+
 /* Sums of squares that the errors of one element of a row's output come from. */
 struct squares {
     long double values;  /* weighted values */
