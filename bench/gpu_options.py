@@ -291,7 +291,7 @@ def packed(dim, flex):
 
 def paged(dim, flex):
     """Pages in random order; FlashAttention 4 beside those that it takes."""
-    cases = [(f"paged-{size}", size, HEADS, HEADS) for size in (16, 64, 128, 256)]
+    cases = [(f"paged-{size}", size, HEADS, HEADS) for size in (1, 4, 8, 16, 64, 128, 256)]
     for name, size, heads, heads_kv in (*cases, ("paged-16-gqa", 16, 32, 8)):
         case = Case(name, dim, heads_kv, heads, causal=1).dense()
         pages = BATCH * LENGTH // size

@@ -519,7 +519,7 @@ static struct problem hopper_problem(uint64_t features) {
     return p;
 }
 
-/* Every option runs on Hopper's own row; pages do where copies of eight keys fill them. */
+/* Every option runs on Hopper's own row. So do pages of few keys, up to D 128 and without options that change scores. */
 Test(gpu_plan, options_on_hopper) {
     static const uint64_t features[] = {DLATTN_FEATURE_VARLEN,
                                         DLATTN_FEATURE_SINKS,
@@ -533,13 +533,29 @@ Test(gpu_plan, options_on_hopper) {
         cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_sm90") == 0, "0x%llx",
                   (unsigned long long)features[n]);
     }
-    struct problem p = hopper_problem(DLATTN_FEATURE_PAGED);
-    for (p.page_size = 1; p.page_size <= 64; p.page_size++) {
-        p.pages = p.max_pages = (p.len_k + p.page_size - 1) / p.page_size;
-        p.key = p.value = compact(2, p.page_size, 128);
-        cr_expect(strcmp(row_of(&machines[3], &p),
-                         p.page_size % 8 == 0 ? "cuda_fwd_sm90" : "cuda_fwd_sm80") == 0,
-                  "pages of %d", (int)p.page_size);
+}
+
+static struct problem paged_problem(int64_t dim, int64_t page_size, uint64_t features) {
+    struct problem p = problem_of(DTYPE_BF16, dim, dim, DLATTN_FEATURE_PAGED | features);
+    p.page_size = page_size;
+    p.pages = p.max_pages = (p.len_k + page_size - 1) / page_size;
+    p.query = p.output = compact(p.heads_q, p.len_q, dim);
+    p.key = p.value = compact(2, page_size, dim);
+    return p;
+}
+
+/* Boxes of TMA have four keys or more; of smaller ones rows are copied, if nothing changes scores. */
+Test(gpu_plan, pages_on_hopper) {
+    for (int64_t size = 1; size <= 64; size++) {
+        const struct problem plain = paged_problem(128, size, 0),
+                             sinks = paged_problem(64, size, DLATTN_FEATURE_SINKS),
+                             alibi = paged_problem(64, size, DLATTN_FEATURE_ALIBI),
+                             wide = paged_problem(192, size, 0);
+        const char *const others = size % 4 == 0 ? "cuda_fwd_sm90" : "cuda_fwd_sm80";
+        cr_expect(strcmp(row_of(&machines[3], &plain), "cuda_fwd_sm90") == 0, "%d", (int)size);
+        cr_expect(strcmp(row_of(&machines[3], &sinks), "cuda_fwd_sm90") == 0, "%d", (int)size);
+        cr_expect(strcmp(row_of(&machines[3], &alibi), others) == 0, "ALiBi, %d", (int)size);
+        cr_expect(strcmp(row_of(&machines[3], &wide), others) == 0, "D 192, %d", (int)size);
     }
 }
 

@@ -68,7 +68,7 @@ static bool suits(const struct problem *p, const struct tile *t, const struct ca
 }
 
 bool sm90_pairs(const struct problem *p, const struct caps *caps) {
-    const uint64_t options = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SINKS;
+    const uint64_t options = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED;
     const int32_t tile = chosen(p, caps);
     return tile >= 0 && !(p->features & options) && suits(p, &tiles[tile], caps);
 }

@@ -16,7 +16,7 @@ MODULE(256)
 
 /* What a kernel is compiled for, see Variant in tile.cuh; between them what finds out about lists, and about masks and segments. Each
  * for both element types. */
-enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32 };
+enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32, ROWS };
 
 /* By USE of tiles.inc: MANY_ROWS is for the first two alone, ALONE for the first, BIAS for those of that name, too. */
 #define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
@@ -29,7 +29,8 @@ enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIA
     (struct cuda_kernel[]) { OPTIONS(__VA_ARGS__) }
 #define KERNELS_BIAS(...)                                                                          \
     (struct cuda_kernel[]) {                                                                       \
-        OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__), COPIES_BIAS("_f32", __VA_ARGS__)       \
+        OPTIONS(__VA_ARGS__), COPIES_BIAS("", __VA_ARGS__), COPIES_BIAS("_f32", __VA_ARGS__),      \
+            COPIES_ROWS(__VA_ARGS__)                                                               \
     }
 #define OPTIONS(D, NAME, ...)                                                                      \
     TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                     \
@@ -40,6 +41,7 @@ enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIA
 #define COPIES_BIAS(OF, D, NAME, ...)                                                              \
     KERNEL_OF(D, NAME "_f16_bias" OF, SM90_BIAS_SHARED_BYTES(D, __VA_ARGS__), __VA_ARGS__),        \
         KERNEL_OF(D, NAME "_bf16_bias" OF, SM90_BIAS_SHARED_BYTES(D, __VA_ARGS__), __VA_ARGS__)
+#define COPIES_ROWS(D, NAME, ...) TWO(D, NAME, "_rows", __VA_ARGS__, 1)
 #define TWO(D, NAME, VARIANT, ...)                                                                 \
     KERNEL(D, NAME "_f16" VARIANT, __VA_ARGS__), KERNEL(D, NAME "_bf16" VARIANT, __VA_ARGS__)
 #define KERNEL(D, NAME, DV, KEYS, WARPGROUPS, ...)                                                 \
@@ -89,8 +91,13 @@ static bool takes_bias(const struct problem *p) {
     return !has(p, DLATTN_FEATURE_BIAS) || copies_bias(p) || has(p, DLATTN_FEATURE_SEGMENTS);
 }
 
+bool sm90_copies_rows(const struct problem *p) {
+    enum { LEAST_KEYS_OF_BOX = 4 };
+    return p->page_size % LEAST_KEYS_OF_BOX != 0;
+}
+
 static enum kind variant_of(const struct problem *p) {
-    const uint64_t placed = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED | DLATTN_FEATURE_SINKS;
+    const uint64_t placed = DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_PAGED;
     const bool alibi = has(p, DLATTN_FEATURE_ALIBI), softcap = has(p, DLATTN_FEATURE_SOFTCAP);
     if (has(p, DLATTN_FEATURE_BIAS))
         return !copies_bias(p) || (uintptr_t)p->bias.data % 16 != 0 ? ANY_BIAS
@@ -99,6 +106,7 @@ static enum kind variant_of(const struct problem *p) {
     return is_seen(p) || (alibi && softcap) ? ANY_OPTION
            : alibi                          ? ALIBI
            : softcap                        ? SOFTCAP
+           : sm90_copies_rows(p)            ? ROWS
            : has(p, placed)                 ? PLACED
                                             : PLAIN;
 }
@@ -207,12 +215,16 @@ static bool is_alone(const struct problem *p, int32_t tile_q, int32_t multiproce
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
     if (t->alone)
         return is_alone(p, t->rows, caps->multiprocessors);
+    enum { LEAST_PAGE_OF_MANY_ROWS = 16 };
     return t->rows <= 128 ||
-           (variant_of(p) <= PLACED && !sm90_is_listed(p) && has_many_rows(p, caps));
+           (variant_of(p) <= PLACED && !sm90_is_listed(p) &&
+            p->page_size % LEAST_PAGE_OF_MANY_ROWS == 0 && has_many_rows(p, caps));
 }
 
-/* Tensor maps take rows of eight to keep the swizzle. */
-static bool takes_pages(const struct problem *p) { return p->page_size % 8 == 0; }
+static bool takes_pages(const struct problem *p) {
+    return !sm90_copies_rows(p) ||
+           (variant_of(p) == ROWS && p->dim_qk <= 128 && p->dim_v <= 128 && p->dim_qk % 8 == 0);
+}
 
 static bool takes_tensors(const struct problem *p) {
     const bool packed_q = p->total_q > 0, packed_k = p->total_k > 0, pages = p->page_size > 0;

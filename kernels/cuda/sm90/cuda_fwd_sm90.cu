@@ -26,6 +26,7 @@
     INSTANCE(name##_any_bias, E, ANY_BIAS, 1, __VA_ARGS__)
 #define INSTANCES_BIAS(name, E, ...)                                                               \
     INSTANCES_ANY(name, E, __VA_ARGS__)                                                            \
+    INSTANCE(name##_rows, E, ROWS, 1, __VA_ARGS__)                                                 \
     INSTANCE_BIAS(name##_bias, E, BIAS, __VA_ARGS__)                                               \
     INSTANCE_BIAS(name##_bias_f32, E, BIAS_F32, __VA_ARGS__)
 #define INSTANCE_BIAS(name, E, VARIANT, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)             \

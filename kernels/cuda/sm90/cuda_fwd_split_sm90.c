@@ -10,32 +10,40 @@ MODULE(128)
 MODULE(192)
 MODULE(256)
 
-/* For both element types what computes parts, then what merges them. */
+/* For both element types what computes parts, then what merges them; up to D 128 also what computes parts of pages of few keys. */
+enum { MERGES = 2, BY_ROWS = 4 };
 #define NAME(D, DV, KEYS, WARPGROUPS) "cuda_fwd_split_sm90_" #D "_" #DV "_" #KEYS "_" #WARPGROUPS
 #define PARTS(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                                 \
     CUDA_KERNEL(module_##D, NAME, 128 * ((WARPGROUPS) + 1),                                        \
                 SM90_SHARED_BYTES(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, 1))
+#define MERGED(D, NAME, OF, DV, ...)                                                               \
+    PARTS(D, NAME "_f16" OF, DV, __VA_ARGS__), PARTS(D, NAME "_bf16" OF, DV, __VA_ARGS__),         \
+        CUDA_KERNEL(module_##D, NAME "_f16" OF "_merge", 4 * (DV), 0),                             \
+        CUDA_KERNEL(module_##D, NAME "_bf16" OF "_merge", 4 * (DV), 0)
+#define TILE_OF(D, DV, ROWS, KEYS, ...)                                                            \
+    {.dim_qk = D,                                                                                  \
+     .dim_v = DV,                                                                                  \
+     .rows = ROWS,                                                                                 \
+     .keys = KEYS,                                                                                 \
+     .kernels = (struct cuda_kernel[]){__VA_ARGS__}},
 #define TILE_MANY_ROWS(...)
 #define TILE_ALONE(...)
-#define TILE_BIAS(D, ...) TILE_ANY(D, __VA_ARGS__) PAIR_##D(D, __VA_ARGS__)
+#define TILE_ANY(D, NAME, DV, KEYS, WARPGROUPS, ...)                                               \
+    TILE_OF(D, DV, 64 * (WARPGROUPS), KEYS, MERGED(D, NAME, "", DV, KEYS, WARPGROUPS, __VA_ARGS__))
+#define TILE_BIAS(D, NAME, DV, KEYS, WARPGROUPS, ...)                                              \
+    TILE_OF(D, DV, 64 * (WARPGROUPS), KEYS,                                                        \
+            MERGED(D, NAME, "", DV, KEYS, WARPGROUPS, __VA_ARGS__),                                \
+            PARTS(D, NAME "_f16_rows", DV, KEYS, WARPGROUPS, __VA_ARGS__),                         \
+            PARTS(D, NAME "_bf16_rows", DV, KEYS, WARPGROUPS, __VA_ARGS__))                        \
+    PAIR_##D(D, NAME, DV, KEYS, WARPGROUPS, __VA_ARGS__)
 /* Rows that are no whole columns are not for pairs, see sm90_has_whole_columns(). */
 #define PAIR_64 PAIR
 #define PAIR_96(...)
 #define PAIR_128 PAIR
 #define PAIR(D, NAME, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                                  \
-    TILE_OF(D, NAME, "_pair", 64, DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES)
-#define TILE_ANY(D, NAME, DV, KEYS, WARPGROUPS, ...)                                               \
-    TILE_OF(D, NAME, "", 64 * (WARPGROUPS), DV, KEYS, WARPGROUPS, __VA_ARGS__)
-#define TILE_OF(D, NAME, OF, ROWS, DV, KEYS, WARPGROUPS, ...)                                      \
-    {.dim_qk = D,                                                                                  \
-     .dim_v = DV,                                                                                  \
-     .rows = ROWS,                                                                                 \
-     .keys = KEYS,                                                                                 \
-     .kernels =                                                                                    \
-         (struct cuda_kernel[]){PARTS(D, NAME "_f16" OF, DV, KEYS, WARPGROUPS, __VA_ARGS__),       \
-                                PARTS(D, NAME "_bf16" OF, DV, KEYS, WARPGROUPS, __VA_ARGS__),      \
-                                CUDA_KERNEL(module_##D, NAME "_f16" OF "_merge", 4 * (DV), 0),     \
-                                CUDA_KERNEL(module_##D, NAME "_bf16" OF "_merge", 4 * (DV), 0)}},
+    TILE_OF(                                                                                       \
+        D, DV, 64, KEYS,                                                                           \
+        MERGED(D, NAME, "_pair", DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES))
 #define TILE(D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, USE)                                   \
     TILE_##USE(D, NAME(D, DV, KEYS, WARPGROUPS), DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)
 #define SM90_D 0
@@ -99,11 +107,11 @@ static bool suits(const struct problem *p, const struct tile *t) {
            sm90_fills_tiles(p, t->rows, rows_of_key <= 2 * DECODED_ROWS ? 2 : 4);
 }
 
-/* Whether a pair's tile stands behind the one for the head dims, and two parts of each have a multiprocessor each. */
+/* Whether a pair's tile stands behind the one for the head dims, is made for the problem, and two parts of each have a multiprocessor each. */
 static bool has_pair(const struct problem *p, int32_t variant, const struct caps *caps) {
     const struct tile *const t = &tiles[variant + 1];
     return variant + 1 < COUNT(tiles) && is_paired(t) && sm90_has_whole_columns(p) &&
-           t->kernels[0].shared_memory_bytes <= caps->shared_memory_bytes &&
+           !sm90_copies_rows(p) && t->kernels[0].shared_memory_bytes <= caps->shared_memory_bytes &&
            2 * sm90_rows(p, t->rows).tiles <= caps->multiprocessors;
 }
 
@@ -177,10 +185,11 @@ int32_t cuda_fwd_split_sm90_launch(const struct plan *plan, const struct problem
     if (status != DLATTN_OK)
         return status;
     fill_split(&params, p, plan, t, exec->workspace);
-    status = cuda_launch(&kernels[0], p->device_id, plan->blocks, exec->stream, &params);
+    status = cuda_launch(&kernels[sm90_copies_rows(p) ? BY_ROWS : 0], p->device_id, plan->blocks,
+                         exec->stream, &params);
     if (status != DLATTN_OK)
         return status;
     const int32_t strips = t->rows / 16;
-    return cuda_launch_early(&kernels[2], p->device_id, params.tiles * strips, exec->stream,
+    return cuda_launch_early(&kernels[MERGES], p->device_id, params.tiles * strips, exec->stream,
                              &params);
 }

@@ -14,6 +14,12 @@
 #define WIDE(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
     INSTANCE(name, forward, DV, WARPGROUPS,                                                        \
              Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>)
+/* The same parts of pages of few keys. */
+#define BY_ROWS(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                            \
+    extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
+        name(const __grid_constant__ sm90_params p) {                                              \
+        forward<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT_ROWS>>(p);          \
+    }
 /* Half as many rows, which two warpgroups share. */
 #define PAIR(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
     INSTANCE(                                                                                      \
@@ -23,7 +29,10 @@
 #define INSTANCES_ALONE(name, ...)
 /* Pairs, too, where rows are whole columns. */
 #define INSTANCES_BIAS(name, D, ...)                                                               \
-    INSTANCES_ANY(name, D, __VA_ARGS__) PAIRS_##D(name, D, __VA_ARGS__)
+    INSTANCES_ANY(name, D, __VA_ARGS__)                                                            \
+    BY_ROWS(name##_f16_rows, __half, D, __VA_ARGS__)                                               \
+    BY_ROWS(name##_bf16_rows, __nv_bfloat16, D, __VA_ARGS__)                                       \
+    PAIRS_##D(name, D, __VA_ARGS__)
 #define PAIRS_64 PAIRS
 #define PAIRS_96(...)
 #define PAIRS_128 PAIRS

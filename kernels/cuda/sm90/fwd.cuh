@@ -602,7 +602,7 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
     clear_sums();
     if constexpr (C::IS_ANY)
         fetch(p, t, pipe.wg, n);
-    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+    wait_full<C>(pipe.keys);
     wgmma_fence();
     start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
     wgmma_wait<0>();
@@ -627,13 +627,13 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
                                                   const Place<C> &finished) {
     if constexpr (C::IS_ANY)
         fetch(p, t, pipe.wg, n);
-    mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
+    wait_full<C>(pipe.keys);
     wait_turn<C>(pipe.wg);
     pin(output);
     pin(weight);
     wgmma_fence();
     start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
-    mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+    wait_full<C>(pipe.values);
     wgmma_fence();
     start_outputs(s.value(pipe.values.stage));
     fresh = NEW_TILE;
@@ -701,7 +701,7 @@ __device__ __forceinline__ void Consumer<C>::shrink() {
 template <class C>
 __device__ __forceinline__ void Consumer<C>::finish_outputs(const Shared<C> &s,
                                                             const Pipeline<C> &pipe) {
-    mbarrier_wait(pipe.values.full_barrier(), pipe.values.phase);
+    wait_full<C>(pipe.values);
     pin(output);
     pin(weight);
     wgmma_fence();
@@ -839,7 +839,12 @@ __device__ __forceinline__ void forward(const sm90_params &p, const Consume &con
     if (warpgroup == 0) {
         registers_decrease<C::PRODUCER_REGISTERS>();
         const int warp = uniform(threadIdx.x / 32);
-        if constexpr (C::IS_PACKED) {
+        if constexpr (C::COPIES_ROWS) {
+            if (warp == 0)
+                produce_rows<C, false>(p, s);
+            else if (warp == 2)
+                produce_rows<C, true>(p, s);
+        } else if constexpr (C::IS_PACKED) {
             if (warp == 0)
                 produce_blocks<C, false>(p, s);
             else if (warp == 2)

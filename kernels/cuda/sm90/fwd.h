@@ -9,6 +9,10 @@
 /* Whether the kernels can read what the problem has. */
 bool sm90_takes(const struct problem *p);
 
+/* Whether keys and values come row by row, from pages that TMA would bring in boxes too small for it. Up to D 128 there are kernels for
+ * that. */
+bool sm90_copies_rows(const struct problem *p);
+
 /* Query heads of a group that share a tile of `tile_q` rows, as a power of two. */
 int32_t sm90_pack_log2(const struct problem *p, int32_t tile_q);
 

@@ -27,16 +27,17 @@ struct Float8Config {
     static constexpr int WARPGROUPS = Warpgroups, STAGES = Stages, QUERY_STAGES = QueryStages;
     static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED,
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false, IS_ANY = false,
-                          LOADS_BIAS = false, COPIES_BIAS = false, IS_SPLIT = false,
-                          SHARES_ROWS = false, HAS_EXPONENTS = false, FIRST_UNMASKED = false,
-                          HAS_LOOPS = true, SHRINKS_OUTSIDE = false;
+                          LOADS_BIAS = false, COPIES_BIAS = false, COPIES_ROWS = false,
+                          IS_SPLIT = false, SHARES_ROWS = false, HAS_EXPONENTS = false,
+                          FIRST_UNMASKED = false, HAS_LOOPS = true, SHRINKS_OUTSIDE = false;
     static constexpr int ROWS_APART = 64, KEY_READERS = WARPGROUPS;
 
     static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
     static constexpr int TRANSPOSERS = 2; // warps
-    static constexpr int VALUE_WRITERS = TRANSPOSERS, CLAIM_READERS = 1 + TRANSPOSERS;
+    static constexpr int KEY_WRITERS = 1, VALUE_WRITERS = TRANSPOSERS,
+                         CLAIM_READERS = 1 + TRANSPOSERS;
     static constexpr bool HAS_TURNS = Dim > 128;
     static constexpr int SETTLED_TILES = (Dim <= 128 ? 1024 : 2048) / TILE_K;
 

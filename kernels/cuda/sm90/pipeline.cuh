@@ -94,7 +94,7 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
             mbarrier_init(s.query_ring(wg).empty + 8 * i, 128); // each thread reads the tile
         }
     for (int i = 0; i < C::STAGES; i++) {
-        mbarrier_init(s.key_ring().full + 8 * i, 1);
+        mbarrier_init(s.key_ring().full + 8 * i, C::KEY_WRITERS);
         mbarrier_init(s.key_ring().empty + 8 * i, WARPS);
         mbarrier_init(s.value_ring().full + 8 * i, C::VALUE_WRITERS);
         mbarrier_init(s.value_ring().empty + 8 * i, WARPS);
@@ -111,6 +111,14 @@ __device__ __forceinline__ void init_barriers(const Shared<C> &s) {
             }
     }
     mbarrier_init_fence();
+}
+
+// Waits for keys or values. What threads have copied, not TMA, wgmma reads only behind a fence.
+template <class C>
+__device__ __forceinline__ void wait_full(const Ring<C::STAGES> &ring) {
+    mbarrier_wait(ring.full_barrier(), ring.phase);
+    if constexpr (C::COPIES_ROWS)
+        async_proxy_fence();
 }
 
 // ---- Producers: two to four warps, whose first lane does what is done once ----
@@ -258,7 +266,7 @@ struct Block {
     int row, c2, c3; // row -1: none
 };
 
-// Key tile n. Of pages each lane brings a box of p.box_keys of them; past the last key the row is behind its page, so that zeros
+// Key tile n; of pages a box of p.box_keys of them for each lane. Past the last key the row is behind its page, so that zeros
 // arrive.
 template <class C>
 __device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t, int n) {
@@ -280,22 +288,42 @@ __device__ __forceinline__ Block block_of(const sm90_params &p, const Tile<C> &t
     return {row, t.kv_head, t.batch};
 }
 
+// COLUMNS of a block from `column` on to `dst`. Boxes of pages are brought one after the other, each by all columns: where every lane brings
+// its own the compiler makes a loop of lanes that takes three times as long. Producers of three warpgroups have no registers for that.
+template <class C, int COLUMNS>
+__device__ __forceinline__ void load_boxes(const sm90_params &p, const cuda_tensor_map &map,
+                                           uint32_t dst, uint32_t barrier, const Block &block,
+                                           int column) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (C::IS_PACKED) {
+        const int c2 = uniform(block.c2), boxes = p.boxes;
+#pragma unroll 2
+        for (int i = 0; i < boxes; i++, dst += p.box_keys * 128) {
+            const int row = uniform(__shfl_sync(~0u, block.row, i)),
+                      c3 = uniform(__shfl_sync(~0u, block.c3, i));
+            for (int c = 0; c < COLUMNS; c++)
+                tma_load_4d_by_one(dst + c * C::KEY_COLUMN, &map, barrier, evict_last(),
+                                   C::COLUMN_ELEMENTS * (column + c), row, c2, c3);
+        }
+    } else if (lane < (C::IS_PLACED ? p.boxes : 1)) {
+        if (C::IS_PLACED)
+            dst += lane * p.box_keys * 128;
+        for (int c = 0; c < COLUMNS; c++)
+            tma_load_4d(dst + c * C::KEY_COLUMN, &map, barrier, evict_last(),
+                        C::COLUMN_ELEMENTS * (column + c), block.row, block.c2, block.c3);
+    }
+}
+
 // K or V of a key tile, or COLUMNS of it from `column` on, into the next free buffer of the ring.
 template <class C, int COLUMNS>
 __device__ __forceinline__ void load_block(const sm90_params &p, const cuda_tensor_map &map,
                                            uint32_t dst, Ring<C::STAGES> &ring, const Block &block,
                                            int column = 0) {
-    const int lane = threadIdx.x % 32;
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-    if (lane == 0)
+    if (threadIdx.x % 32 == 0)
         mbarrier_expect_bytes(ring.full_barrier(), COLUMNS * C::KEY_COLUMN);
-    if (lane < (C::IS_PLACED ? p.boxes : 1)) {
-        if (C::IS_PLACED)
-            dst += lane * p.box_keys * 128;
-        for (int c = 0; c < COLUMNS; c++)
-            tma_load_4d(dst + c * C::KEY_COLUMN, &map, ring.full_barrier(), evict_last(),
-                        C::COLUMN_ELEMENTS * (column + c), block.row, block.c2, block.c3);
-    }
+    __syncwarp();
+    load_boxes<C, COLUMNS>(p, map, dst, ring.full_barrier(), block, column);
     ring.advance();
 }
 
@@ -333,6 +361,66 @@ __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Share
             load_block<C, COLUMNS>(p, VALUES ? p.value_map : p.key_map,
                                    VALUES ? s.value(ring.stage) : s.key(ring.stage), ring,
                                    block_of<C>(p, t, n));
+    }
+}
+
+// Where every 32nd key of key tile n is, by the lanes; past the last key where that is.
+template <class C>
+__device__ __forceinline__ PageRow row_of_lane(const sm90_params &p, const Tile<C> &t, int key) {
+    return page_row(p, t.batch, min(key + static_cast<int>(threadIdx.x % 32), t.k_len - 1));
+}
+
+// Copies key tile n to `dst` row by row, 16 bytes for each lane: eight lanes have 64 elements of a row, a warp four rows. `at` is where the
+// first 32 rows are. Past the last key zeros arrive. Page numbers of the next tile are asked for, since each waits for one of them.
+template <class C, bool VALUES>
+__device__ __forceinline__ void copy_rows(const sm90_params &p, uint32_t dst, const Tile<C> &t,
+                                          int n, PageRow at) {
+    using E = typename C::Cached;
+    constexpr int COLUMNS = VALUES ? C::COLUMNS_V : C::COLUMNS_QK, AT_ONCE = 2;
+    static_assert(C::TILE_K % 32 == 0, "");
+    const sm90_strides &strides = VALUES ? p.value_strides : p.key_strides;
+    const int lane = threadIdx.x % 32, chunk = lane % 8, dim = VALUES ? p.dim_v : p.dim_qk;
+    const E *const head =
+        static_cast<const E *>(VALUES ? p.value : p.key) + t.kv_head * strides.head;
+    dst += lane / 8 * 128 + ((chunk ^ lane / 8) << 4);
+    int key = n * C::TILE_K;
+#pragma unroll 1
+    for (int round = 0; round < C::TILE_K / 32; round++) {
+        const E *const own = head + at.page * strides.batch + at.row * strides.row;
+        at = row_of_lane<C>(p, t, key + 32);
+#pragma unroll 2
+        for (int i = 0; i < 32; i += 4 * AT_ONCE, key += 4 * AT_ONCE, dst += 512 * AT_ONCE) {
+            uint64_t row[AT_ONCE];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                row[j] = __shfl_sync(~0u, reinterpret_cast<uint64_t>(own), i + 4 * j + lane / 8);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+                    copy_async((dst ^ j % 2 << 6) + 512 * j + c * C::KEY_COLUMN,
+                               reinterpret_cast<const E *>(row[j]) + 64 * c + 8 * chunk,
+                               key + 4 * j + lane / 8 < t.k_len && 64 * c + 8 * chunk < dim);
+        }
+    }
+    prefetch(page_entry(p, t.batch,
+                        divide(min(key + C::TILE_K / 32 * lane, t.k_len - 1), p.by_page_size)));
+}
+
+// Pages of few keys: a box takes TMA some 25 cycles, however small it is. Keys have a producer, and values have one.
+template <class C, bool VALUES>
+__device__ __forceinline__ void produce_rows(const sm90_params &p, const Shared<C> &s) {
+    Ring<C::STAGES> ring = VALUES ? s.value_ring() : s.key_ring();
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+#pragma unroll 1
+        for (int n = t.first_block; n < t.end_block; n++) {
+            const PageRow at = row_of_lane<C>(p, t, n * C::TILE_K);
+            mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+            copy_rows<C, VALUES>(p, VALUES ? s.value(ring.stage) : s.key(ring.stage), t, n, at);
+            copies_arrive(ring.full_barrier());
+            ring.advance();
+        }
     }
 }
 

@@ -80,6 +80,19 @@ __device__ __forceinline__ void tma_load_4d(uint32_t dst, const void *map, uint3
                  : "memory");
 }
 
+// The same from a warp of which each lane asks for the same box: one of them, which the hardware picks, brings it. To ptxas the branch of a
+// single lane is one of many, for which it makes a loop.
+__device__ __forceinline__ void tma_load_4d_by_one(uint32_t dst, const void *map, uint32_t barrier,
+                                                   uint64_t policy, int c0, int c1, int c2,
+                                                   int c3) {
+    asm volatile(
+        "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\n"
+        "@p cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], %3;\n}\n" ::"r"(dst),
+        "l"(map), "r"(barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
 __device__ __forceinline__ void tma_load_5d(uint32_t dst, const void *map, uint32_t barrier,
                                             uint64_t policy, int c0, int c1, int c2, int c3,
                                             int c4) {
@@ -131,6 +144,15 @@ __device__ __forceinline__ void global_proxy_fence() {
 // Makes this thread's writes to shared memory visible to the async proxy (TMA).
 __device__ __forceinline__ void async_proxy_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// This thread arrives as soon as all of its cp.async so far have.
+__device__ __forceinline__ void copies_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const void *address) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
 // Four 8 x 8 matrices of 16-bit elements, spread over the warp as wgmma leaves them; lane l has the address of row

@@ -68,7 +68,7 @@ __device__ __forceinline__ void store_lse(const sm90_params &p, const Place<C> &
 // -inf: none.
 template <class C>
 __device__ __forceinline__ float sink_of(const sm90_params &p, const Place<C> &t, int row) {
-    if (!C::IS_PLACED || !p.sinks)
+    if (!p.sinks)
         return -INFINITY;
     const int head = (t.head << p.pack_log2) + (row & ((1 << p.pack_log2) - 1));
     return __ldg(p.sinks + head * p.sinks_stride);
@@ -170,8 +170,9 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t
     constexpr int QK_WORDS = (C::DIM_QK + 31) / 32, V_WORDS = (C::DIM_V + 31) / 32;
     const int lane = thread<C>() & 31;
     const Scales scales = scales_of<C>(p, t, row);
-    const float scale_log2 = C::IS_PLACED ? LOG2E : p.scale_log2,
-                scale = C::IS_PLACED ? 1 : p.scale;
+    // Sinks and what options make of scores are no products.
+    const bool is_scaled = C::IS_PLACED || p.sinks;
+    const float scale_log2 = is_scaled ? LOG2E : p.scale_log2, scale = is_scaled ? 1 : p.scale;
     int low, high;
     row_bounds(p, t, row, low, high);
     const Query *query =
@@ -189,6 +190,8 @@ __device__ __forceinline__ void exact_row(const sm90_params &p, const Tile<C> &t
             score += __shfl_xor_sync(~0u, score, i);
         if constexpr (C::IS_PLACED)
             score = logit(p, t, row, j, score * scales.score);
+        else if (is_scaled)
+            score *= scales.score;
         if (score == -INFINITY)
             continue;
         const float m = fmaxf(top, score);
@@ -269,7 +272,7 @@ __device__ __forceinline__ void store_rows(const sm90_params &p, const Shared<C>
         normalise[half] = reciprocal_approx(total[half]);
         if (C::IS_PLACED && total[half] == 0)
             normalise[half] = 0;
-        if (C::IS_PLACED && p.sinks)
+        if (p.sinks)
             normalise[half] =
                 add_sink(sink_of<C>(p, t, first_row + 8 * half + lane / 4), top[half], total[half]);
     }

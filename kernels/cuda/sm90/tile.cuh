@@ -9,7 +9,8 @@
 
 // What a kernel is compiled for. ALONE is PLAIN where a block has one tile. All behind PAIRED also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
 // for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
-// beside all other options. PAIRED and those with SPLIT are for other rows: see pair.cuh and split.cuh.
+// beside all other options. ROWS is PLACED, and SPLIT_ROWS SPLIT, for pages of few keys. PAIRED and those with SPLIT are for other rows: see
+// pair.cuh and split.cuh.
 enum Variant {
     PLAIN,
     ALONE,
@@ -21,8 +22,10 @@ enum Variant {
     ANY_BIAS,
     BIAS,
     BIAS_F32,
+    ROWS,
     SPLIT,
-    SPLIT_PAIRED
+    SPLIT_PAIRED,
+    SPLIT_ROWS
 };
 
 template <typename E, int DimQk, int DimV, int TileK, int Warpgroups, int Stages, int QueryStages,
@@ -38,11 +41,12 @@ struct Config {
     static constexpr int STAGES = Stages, QUERY_STAGES = QueryStages;
     static constexpr bool SHARES_ROWS = Of == PAIRED || Of == SPLIT_PAIRED;
     static constexpr bool IS_ALONE = Of == ALONE, IS_PLACED = Of > PAIRED,
-                          IS_SPLIT = Of == SPLIT || Of == SPLIT_PAIRED,
+                          IS_SPLIT = Of == SPLIT || Of == SPLIT_PAIRED || Of == SPLIT_ROWS,
                           IS_PACKED = IS_PLACED && (IS_SPLIT || WARPGROUPS < 3),
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
                           IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,
-                          COPIES_BIAS = Of == BIAS || Of == BIAS_F32;
+                          COPIES_BIAS = Of == BIAS || Of == BIAS_F32,
+                          COPIES_ROWS = Of == ROWS || Of == SPLIT_ROWS; // see produce_rows()
     // Scores are exponents of 2 before their maximum is looked for, which moves in every tile.
     static constexpr bool HAS_EXPONENTS = IS_ANY || COPIES_BIAS;
     static constexpr bool SHAPES_SCORES =
@@ -54,8 +58,8 @@ struct Config {
     static constexpr int TILE_Q = 64 + ROWS_APART * (WARPGROUPS - 1);
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
     // Together no more than the block starts with: 65536 / THREADS, rounded down to 8, each.
-    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
-    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 240 : 160;
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : COPIES_ROWS ? 40 : 24;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : COPIES_ROWS ? 232 : 240;
     static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "");
     // Has the first step of a tile that needs no mask code of its own? Where GEMMs hide the mask, code costs more: it
     // comes from device memory. Not with options: their code is longer.
@@ -88,7 +92,7 @@ struct Config {
     static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64, TILE_SLOTS = QUERY_STAGES;
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
     static constexpr int CLAIM_READERS = COPIES_BIAS ? 3 : 2;
-    static constexpr int VALUE_WRITERS = 1;
+    static constexpr int KEY_WRITERS = COPIES_ROWS ? 32 : 1, VALUE_WRITERS = KEY_WRITERS;
     static constexpr bool HAS_TURNS = !SHARES_ROWS; // see wait_turn()
     static constexpr int BARRIERS = TILES + TILE_BYTES * (TILE_SLOTS * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
@@ -248,10 +252,11 @@ __device__ __forceinline__ int divide(int x, const sm90_divisor &d) {
 struct PageRow {
     int page, row;
 };
+__device__ __forceinline__ const int32_t *page_entry(const sm90_params &p, int batch, int column) {
+    return p.block_table + batch * p.table_batch_stride + column * p.table_page_stride;
+}
 __device__ __forceinline__ PageRow page_row(const sm90_params &p, int batch, int j) {
-    const int column = divide(j, p.by_page_size);
-    const int page =
-        __ldg(p.block_table + batch * p.table_batch_stride + column * p.table_page_stride);
+    const int column = divide(j, p.by_page_size), page = __ldg(page_entry(p, batch, column));
     return {min(max(page, 0), p.pages - 1), j - column * p.page_size};
 }
 
