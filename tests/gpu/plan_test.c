@@ -522,7 +522,7 @@ static struct problem hopper_problem(uint64_t features) {
 /* Every option runs on Hopper's own row. So do pages of few keys, up to D 128 and without options that change scores. */
 Test(gpu_plan, options_on_hopper) {
     static const uint64_t features[] = {DLATTN_FEATURE_VARLEN,
-                                        DLATTN_FEATURE_SINKS,
+                                        DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_SINKS,
                                         DLATTN_FEATURE_ALIBI,
                                         DLATTN_FEATURE_SOFTCAP,
                                         DLATTN_FEATURE_BIAS | DLATTN_FEATURE_SEGMENTS,
@@ -532,6 +532,16 @@ Test(gpu_plan, options_on_hopper) {
         const struct problem p = hopper_problem(features[n]);
         cr_expect(strcmp(row_of(&machines[3], &p), "cuda_fwd_sm90") == 0, "0x%llx",
                   (unsigned long long)features[n]);
+    }
+}
+
+/* Sinks run on whatever row the same call runs on without them. */
+Test(gpu_plan, sinks_on_hopper) {
+    for (int64_t length = 64; length <= 16384; length *= 4) {
+        struct problem plain = hopper_problem(0), sinks = hopper_problem(DLATTN_FEATURE_SINKS);
+        plain.len_q = plain.len_k = sinks.len_q = sinks.len_k = length;
+        cr_expect(strcmp(row_of(&machines[3], &sinks), row_of(&machines[3], &plain)) == 0, "%d",
+                  (int)length);
     }
 }
 
