@@ -364,14 +364,14 @@ __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Share
     }
 }
 
-// Where every 32nd key of key tile n is, by the lanes; past the last key where that is.
+// Where the 32 keys from `key` on are, one for each lane; past the last key where that one is.
 template <class C>
 __device__ __forceinline__ PageRow row_of_lane(const sm90_params &p, const Tile<C> &t, int key) {
     return page_row(p, t.batch, min(key + static_cast<int>(threadIdx.x % 32), t.k_len - 1));
 }
 
-// Copies key tile n to `dst` row by row, 16 bytes for each lane: eight lanes have 64 elements of a row, a warp four rows. `at` is where the
-// first 32 rows are. Past the last key zeros arrive. Page numbers of the next tile are asked for, since each waits for one of them.
+// Copies key tile n to `dst` row by row, 16 bytes for each lane: eight lanes have 64 elements of a row, a warp four rows. `at` says for
+// each lane where one of the first 32 rows is. Past the last key zeros arrive. At the end L1 fetches the page numbers of the next tile.
 template <class C, bool VALUES>
 __device__ __forceinline__ void copy_rows(const sm90_params &p, uint32_t dst, const Tile<C> &t,
                                           int n, PageRow at) {
