@@ -67,8 +67,7 @@ __device__ __forceinline__ void load_latent_queries(const fwd_params &p, const L
     async_proxy_fence();
 }
 
-// Tiles of keys of the part, by one warp. Of pages each lane knows where a box is; past the last key it is behind its page, so that zeros
-// arrive.
+// Tiles of keys of the part, by one warp. Of pages each lane brings a box; past the last key it is behind its page, so that zeros arrive.
 __device__ __forceinline__ void produce_latent(const latent_params &p, const LatentShared &s,
                                                const Rows &rows, const Part &part) {
     const fwd_params &fwd = p.packed.fwd;
@@ -94,14 +93,11 @@ __device__ __forceinline__ void produce_latent(const latent_params &p, const Lat
         if (lane == 0)
             mbarrier_expect_bytes(s.full(tile), LatentShared::TILE);
         __syncwarp();
-        for (int i = 0; i < p.boxes; i++) {
-            const int box_row = uniform(__shfl_sync(~0u, row, i)),
-                      box_page = uniform(__shfl_sync(~0u, here, i));
+        if (lane < p.boxes)
             for (int c = 0; c < LatentShared::KEY_COLUMNS; c++)
-                tma_load_4d_by_one(s.key(tile) + c * LatentShared::COLUMN + i * p.box_keys * 128,
-                                   &p.key_map, s.full(tile), evict_last(), 64 * c, box_row,
-                                   rows.kv_head, box_page);
-        }
+                tma_load_4d(s.key(tile) + c * LatentShared::COLUMN + lane * p.box_keys * 128,
+                            &p.key_map, s.full(tile), evict_last(), 64 * c, row, rows.kv_head,
+                            here);
     }
 }
 
