@@ -193,13 +193,19 @@ def rounds(functions, count):
 
 
 def recorded(call):
-    """What a call enqueues, from a CUDA graph."""
+    """What a call enqueues, from a CUDA graph. It holds the call, whose workspace the graph writes
+    to: PyTorch unmaps what nothing holds when it records the next one."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay():
+        graph.replay()
+
+    replay.call = call
+    return replay
 
 
 def summary(times):
