@@ -519,7 +519,7 @@ static struct problem hopper_problem(uint64_t features) {
     return p;
 }
 
-/* Every option runs on Hopper's own row. So do pages of few keys, up to D 128 and without options that change scores. */
+/* Every option runs on Hopper's own row. */
 Test(gpu_plan, options_on_hopper) {
     static const uint64_t features[] = {DLATTN_FEATURE_VARLEN,
                                         DLATTN_FEATURE_VARLEN | DLATTN_FEATURE_SINKS,

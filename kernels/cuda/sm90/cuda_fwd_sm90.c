@@ -213,9 +213,9 @@ static bool is_alone(const struct problem *p, int32_t tile_q, int32_t multiproce
 }
 
 static bool suits(const struct tile *t, const struct problem *p, const struct caps *caps) {
+    enum { LEAST_PAGE_OF_MANY_ROWS = 16 };
     if (t->alone)
         return is_alone(p, t->rows, caps->multiprocessors);
-    enum { LEAST_PAGE_OF_MANY_ROWS = 16 };
     return t->rows <= 128 ||
            (variant_of(p) <= PLACED && !sm90_is_listed(p) &&
             p->page_size % LEAST_PAGE_OF_MANY_ROWS == 0 && has_many_rows(p, caps));
@@ -402,7 +402,7 @@ static void fill_workspace(struct sm90_params *params, const struct problem *p,
     params->tile_k = plan->tile_k;
 }
 
-/* What only other variants than PLAIN read. */
+/* What only other variants than PLAIN read, and sinks. */
 static void fill_options(struct sm90_params *params, const struct problem *p,
                          const struct plan *plan, void *workspace) {
     params->packed_q =

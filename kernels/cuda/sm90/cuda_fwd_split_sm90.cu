@@ -2,27 +2,27 @@
 #include "kernels/cuda/sm90/pair.cuh"
 #include "kernels/cuda/sm90/split.cuh"
 
-#define INSTANCE(name, FORWARD, DV, WARPGROUPS, ...)                                               \
+#define PARTS(name, FORWARD, WARPGROUPS, ...)                                                      \
     extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
         name(const __grid_constant__ sm90_params p) {                                              \
         FORWARD<__VA_ARGS__>(p);                                                                   \
-    }                                                                                              \
+    }
+#define MERGED(name, FORWARD, DV, WARPGROUPS, ...)                                                 \
+    PARTS(name, FORWARD, WARPGROUPS, __VA_ARGS__)                                                  \
     extern "C" __global__ void __launch_bounds__(4 * (DV), 1024 / (4 * (DV)))                      \
         name##_merge(const __grid_constant__ sm90_params p) {                                      \
         merge_parts<__VA_ARGS__>(p);                                                               \
     }
 #define WIDE(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
-    INSTANCE(name, forward, DV, WARPGROUPS,                                                        \
-             Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>)
-/* The same parts of pages of few keys. */
+    MERGED(name, forward, DV, WARPGROUPS,                                                          \
+           Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT>)
+/* Of pages of few keys; what merges them is the same. */
 #define BY_ROWS(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                            \
-    extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)                        \
-        name(const __grid_constant__ sm90_params p) {                                              \
-        forward<Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT_ROWS>>(p);          \
-    }
+    PARTS(name, forward, WARPGROUPS,                                                               \
+          Config<E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES, SPLIT_ROWS>)
 /* Half as many rows, which two warpgroups share. */
 #define PAIR(name, E, D, DV, KEYS, WARPGROUPS, STAGES, QUERY_STAGES)                               \
-    INSTANCE(                                                                                      \
+    MERGED(                                                                                        \
         name, forward_pair, DV, WARPGROUPS,                                                        \
         Config<E, D, DV, KEYS, WARPGROUPS, SM90_PAIR_STAGES(STAGES), QUERY_STAGES, SPLIT_PAIRED>)
 #define INSTANCES_MANY_ROWS(name, ...)

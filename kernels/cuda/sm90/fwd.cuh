@@ -839,12 +839,7 @@ __device__ __forceinline__ void forward(const sm90_params &p, const Consume &con
     if (warpgroup == 0) {
         registers_decrease<C::PRODUCER_REGISTERS>();
         const int warp = uniform(threadIdx.x / 32);
-        if constexpr (C::COPIES_ROWS) {
-            if (warp == 0)
-                produce_rows<C, false>(p, s);
-            else if (warp == 2)
-                produce_rows<C, true>(p, s);
-        } else if constexpr (C::IS_PACKED) {
+        if constexpr (C::IS_PACKED) {
             if (warp == 0)
                 produce_blocks<C, false>(p, s);
             else if (warp == 2)

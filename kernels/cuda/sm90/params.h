@@ -107,7 +107,7 @@ struct sm90_params {
     struct sm90_divisor by_group_tiles; /* heads_per_group * tiles_per_head */
     struct sm90_divisor by_group_heads, by_last_group_heads, by_heads, by_heads_per_kv;
 
-    /* What PLAIN kernels do not read. With packed rows the maps of query and output are [D, pack, Lq, end, H / pack], with
+    /* What PLAIN kernels do not read, but for sinks. With packed rows the maps of query and output are [D, pack, Lq, end, H / pack], with
      * packed keys those of key and value are [D, Lk, end, H_kv]: see packed_row(). */
     struct sm90_packing packed_q, packed_k;
     struct sm90_list *list; /* NULL: the walk follows from the shape alone */

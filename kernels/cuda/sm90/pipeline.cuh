@@ -322,7 +322,6 @@ __device__ __forceinline__ void load_block(const sm90_params &p, const cuda_tens
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
     if (threadIdx.x % 32 == 0)
         mbarrier_expect_bytes(ring.full_barrier(), COLUMNS * C::KEY_COLUMN);
-    __syncwarp();
     load_boxes<C, COLUMNS>(p, map, dst, ring.full_barrier(), block, column);
     ring.advance();
 }
@@ -348,46 +347,35 @@ __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<
     load_value();
 }
 
-// Where tiles are claimed keys have a producer, and values have one: pages may be many boxes. Each looks up where a block is before it waits
-// for a buffer.
-template <class C, bool VALUES>
-__device__ __forceinline__ void produce_blocks(const sm90_params &p, const Shared<C> &s) {
-    constexpr int COLUMNS = VALUES ? C::COLUMNS_V : C::COLUMNS_QK;
-    Ring<C::STAGES> ring = VALUES ? s.value_ring() : s.key_ring();
-    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
-    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
-#pragma unroll 1
-        for (int n = t.first_block; n < t.end_block; n = next_block<C>(p, t, n))
-            load_block<C, COLUMNS>(p, VALUES ? p.value_map : p.key_map,
-                                   VALUES ? s.value(ring.stage) : s.key(ring.stage), ring,
-                                   block_of<C>(p, t, n));
-    }
-}
-
 // Where the 32 keys from `key` on are, one for each lane; past the last key where that one is.
 template <class C>
 __device__ __forceinline__ PageRow row_of_lane(const sm90_params &p, const Tile<C> &t, int key) {
     return page_row(p, t.batch, min(key + static_cast<int>(threadIdx.x % 32), t.k_len - 1));
 }
 
-// Copies key tile n to `dst` row by row, 16 bytes for each lane: eight lanes have 64 elements of a row, a warp four rows. `at` says for
-// each lane where one of the first 32 rows is. Past the last key zeros arrive. At the end L1 fetches the page numbers of the next tile.
+// COPIES_ROWS: K or V of key tile n into the next free buffer of the ring, row by row, since a box takes TMA some 25 cycles, however small it
+// is. A lane copies 16 bytes: eight have 64 elements of a row, a warp four rows. Past the last key zeros arrive. Each lane arrives when its
+// copies have. At the end L1 fetches the page numbers of the next tile.
 template <class C, bool VALUES>
-__device__ __forceinline__ void copy_rows(const sm90_params &p, uint32_t dst, const Tile<C> &t,
-                                          int n, PageRow at) {
+__device__ __forceinline__ void copy_rows(const sm90_params &p, uint32_t dst, Ring<C::STAGES> &ring,
+                                          const Tile<C> &t, int n) {
     using E = typename C::Cached;
     constexpr int COLUMNS = VALUES ? C::COLUMNS_V : C::COLUMNS_QK, AT_ONCE = 2;
     static_assert(C::TILE_K % 32 == 0, "");
     const sm90_strides &strides = VALUES ? p.value_strides : p.key_strides;
-    const int lane = threadIdx.x % 32, chunk = lane % 8, dim = VALUES ? p.dim_v : p.dim_qk;
+    const int lane = threadIdx.x % 32, chunk = lane % 8, dim = VALUES ? p.dim_v : p.dim_qk,
+              end = (n + 1) * C::TILE_K;
     const E *const head =
         static_cast<const E *>(VALUES ? p.value : p.key) + t.kv_head * strides.head;
     dst += lane / 8 * 128 + ((chunk ^ lane / 8) << 4);
     int key = n * C::TILE_K;
+    PageRow at = row_of_lane<C>(p, t, key);
+    mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
 #pragma unroll 1
-    for (int round = 0; round < C::TILE_K / 32; round++) {
+    while (key < end) {
         const E *const own = head + at.page * strides.batch + at.row * strides.row;
-        at = row_of_lane<C>(p, t, key + 32);
+        if (key + 32 < end)
+            at = row_of_lane<C>(p, t, key + 32);
 #pragma unroll 2
         for (int i = 0; i < 32; i += 4 * AT_ONCE, key += 4 * AT_ONCE, dst += 512 * AT_ONCE) {
             uint64_t row[AT_ONCE];
@@ -403,23 +391,28 @@ __device__ __forceinline__ void copy_rows(const sm90_params &p, uint32_t dst, co
                                key + 4 * j + lane / 8 < t.k_len && 64 * c + 8 * chunk < dim);
         }
     }
+    copies_arrive(ring.full_barrier());
     prefetch(page_entry(p, t.batch,
                         divide(min(key + C::TILE_K / 32 * lane, t.k_len - 1), p.by_page_size)));
+    ring.advance();
 }
 
-// Pages of few keys: a box takes TMA some 25 cycles, however small it is. Keys have a producer, and values have one.
+// Where tiles are claimed keys have a producer, and values have one: pages may be many boxes, or rows. Each looks up where a block is before
+// it waits for a buffer.
 template <class C, bool VALUES>
-__device__ __forceinline__ void produce_rows(const sm90_params &p, const Shared<C> &s) {
+__device__ __forceinline__ void produce_blocks(const sm90_params &p, const Shared<C> &s) {
+    constexpr int COLUMNS = VALUES ? C::COLUMNS_V : C::COLUMNS_QK;
     Ring<C::STAGES> ring = VALUES ? s.value_ring() : s.key_ring();
     Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
     for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
 #pragma unroll 1
-        for (int n = t.first_block; n < t.end_block; n++) {
-            const PageRow at = row_of_lane<C>(p, t, n * C::TILE_K);
-            mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-            copy_rows<C, VALUES>(p, VALUES ? s.value(ring.stage) : s.key(ring.stage), t, n, at);
-            copies_arrive(ring.full_barrier());
-            ring.advance();
+        for (int n = t.first_block; n < t.end_block; n = next_block<C>(p, t, n)) {
+            const uint32_t dst = VALUES ? s.value(ring.stage) : s.key(ring.stage);
+            if constexpr (C::COPIES_ROWS)
+                copy_rows<C, VALUES>(p, dst, ring, t, n);
+            else
+                load_block<C, COLUMNS>(p, VALUES ? p.value_map : p.key_map, dst, ring,
+                                       block_of<C>(p, t, n));
         }
     }
 }

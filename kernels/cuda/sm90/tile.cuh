@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-// What a kernel is compiled for. ALONE is PLAIN where a block has one tile. All behind PAIRED also take sinks, and rows and keys that lie anywhere: pages and, where registers suffice
-// for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
+// What a kernel is compiled for. All take sinks. ALONE is PLAIN where a block has one tile. All behind PAIRED also take rows and keys that lie anywhere: pages and, where
+// registers suffice for it, packed sequences. BIAS and BIAS_F32 are for a bias of the element type or f32 that TMA can copy, ANY_BIAS is for others, and
 // beside all other options. ROWS is PLACED, and SPLIT_ROWS SPLIT, for pages of few keys. PAIRED and those with SPLIT are for other rows: see
 // pair.cuh and split.cuh.
 enum Variant {
@@ -46,7 +46,7 @@ struct Config {
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = Of == ALIBI,
                           IS_ANY = Of == ANY || Of == ANY_BIAS, LOADS_BIAS = Of == ANY_BIAS,
                           COPIES_BIAS = Of == BIAS || Of == BIAS_F32,
-                          COPIES_ROWS = Of == ROWS || Of == SPLIT_ROWS; // see produce_rows()
+                          COPIES_ROWS = Of == ROWS || Of == SPLIT_ROWS; // see copy_rows()
     // Scores are exponents of 2 before their maximum is looked for, which moves in every tile.
     static constexpr bool HAS_EXPONENTS = IS_ANY || COPIES_BIAS;
     static constexpr bool SHAPES_SCORES =
