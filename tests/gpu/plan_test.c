@@ -442,15 +442,20 @@ Test(gpu_plan, long_and_half_empty) {
         bool causal;
         const char *row;
         int32_t tile_q, tile_k, splits;
+        uint64_t features;
     } choices[] = {
-#define CHOICE(wanted, element, ...) {wanted, DTYPE_##element, __VA_ARGS__},
+#define CHOICE(wanted, element, ...) {wanted, DTYPE_##element, __VA_ARGS__, 0},
+#define OPTION(feature, wanted, element, ...)                                                      \
+    {wanted, DTYPE_##element, __VA_ARGS__, DLATTN_FEATURE_##feature},
 #include "tests/gpu/choices.inc"
 #undef CHOICE
+#undef OPTION
     };
     struct caps caps = caps_of(&machines[3]);
     caps.multiprocessors = 132;
     for (size_t n = 0; n < sizeof choices / sizeof choices[0]; n++) {
-        struct problem p = problem_of(choices[n].dtype, choices[n].dim_qk, choices[n].dim_v, 0);
+        struct problem p =
+            problem_of(choices[n].dtype, choices[n].dim_qk, choices[n].dim_v, choices[n].features);
         struct plan plan;
         p.kernel = choices[n].wanted;
         p.batch = choices[n].batch;

@@ -16,17 +16,33 @@ static const struct choice {
     int32_t causal;
     const char *row;
     int32_t tile_q, tile_k, splits;
+    uint64_t feature;
 } choices[] = {
-#define CHOICE(...) {__VA_ARGS__},
+#define CHOICE(...) {__VA_ARGS__, 0},
+#define OPTION(feature, ...) {__VA_ARGS__, DLATTN_FEATURE_##feature},
 #include "tests/gpu/choices.inc"
 #undef CHOICE
+#undef OPTION
 };
 
 enum { WIDEST = 512 }; /* of a row of the output */
 
 struct attention_of {
-    struct tensor query, key, value, output, lse;
+    struct tensor query, key, value, output, lse, slopes;
 };
+
+/* Logits lie on either side of where a cap is no longer a line. */
+static const double SOFTCAP = 20;
+static double softcap(const struct choice *c) {
+    return c->feature == DLATTN_FEATURE_SOFTCAP ? SOFTCAP : 0;
+}
+
+/* From one that hides all but the nearest keys to none, and one below 0. */
+static const double SLOPES[] = {0.5, 0x1p-6, 3, 0x1p-9, 0, 0.0625, -0x1p-8, 30};
+enum { KINDS_OF_SLOPES = sizeof SLOPES / sizeof SLOPES[0] };
+static double slope(const struct choice *c, int64_t h) {
+    return c->feature == DLATTN_FEATURE_ALIBI ? SLOPES[h % KINDS_OF_SLOPES] : 0;
+}
 
 /* Between -2 and 2 in steps of 1/32, which every type holds. */
 static void fill(struct tensor *t, uint64_t seed) {
@@ -54,6 +70,10 @@ static void make_tensors(struct attention_of *a, const struct choice *c) {
     tensor_make(&a->lse, c->element == F64 ? F64 : F32, 3,
                 (const int64_t[]){c->batch, c->heads_q, c->len_q}, COMPACT, 0, OUTPUT_FILL);
     upload(&a->lse);
+    tensor_make(&a->slopes, F32, 1, &c->heads_q, COMPACT, 0, 0);
+    for (int64_t h = 0; h < c->heads_q; h++)
+        tensor_set(&a->slopes, &h, slope(c, h));
+    upload(&a->slopes);
 }
 
 /* Row i of head h in double, and its lse, which is returned. Alignment is top left. */
@@ -68,6 +88,9 @@ static double attend(const struct attention_of *a, const struct choice *c, int64
             x[j] += tensor_get(&a->query, (const int64_t[4]){b, h, i, d}) *
                     tensor_get(&a->key, (const int64_t[4]){b, g, j, d});
         x[j] /= sqrt((double)c->dim_qk);
+        if (softcap(c) > 0)
+            x[j] = softcap(c) * tanh(x[j] / softcap(c));
+        x[j] -= slope(c, h) * fabs((double)(i - j));
         most = fmax(most, x[j]);
     }
     memset(output, 0, WIDEST * sizeof *output);
@@ -120,15 +143,19 @@ static bool all_written(const struct tensor *t) {
 static void check_choice(const dlattn_api *api, const struct choice *c, bool an_h100) {
     struct attention_of a;
     dlattn_sku sku;
-    const dlattn_forward_desc desc = {
-        .struct_size = sizeof desc, .kernel = c->wanted, .causal = c->causal};
+    const dlattn_forward_desc desc = {.struct_size = sizeof desc,
+                                      .kernel = c->wanted,
+                                      .causal = c->causal,
+                                      .softcap = softcap(c)};
     make_tensors(&a, c);
     const dlattn_tensors tensors = {.struct_size = sizeof tensors,
                                     .query = &a.query.dl,
                                     .key = &a.key.dl,
                                     .value = &a.value.dl,
                                     .output = &a.output.dl,
-                                    .lse = &a.lse.dl};
+                                    .lse = &a.lse.dl,
+                                    .alibi_slopes =
+                                        c->feature == DLATTN_FEATURE_ALIBI ? &a.slopes.dl : NULL};
     MUST(run_call(api, &desc, &tensors, &sku));
     download(&a.output);
     download(&a.lse);
@@ -146,8 +173,8 @@ static void check_choice(const dlattn_api *api, const struct choice *c, bool an_
     cr_expect(all_written(&a.lse), "%s", c->row);
     for (int n = 0; n < 16; n++)
         check_row(&a, c, n % c->batch, n * 5 % c->heads_q, row_at(c, n));
-    struct tensor *const all[] = {&a.query, &a.key, &a.value, &a.output, &a.lse};
-    for (int t = 0; t < 5; t++)
+    struct tensor *const all[] = {&a.query, &a.key, &a.value, &a.output, &a.lse, &a.slopes};
+    for (size_t t = 0; t < sizeof all / sizeof all[0]; t++)
         discard(all[t]);
 }
 

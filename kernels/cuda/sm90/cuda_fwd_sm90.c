@@ -2,7 +2,10 @@
 #include "kernels/cuda/sm90/fwd.h"
 #include "kernels/cuda/sm90/walk.h"
 
+#include <float.h>
 #include <math.h>
+
+static const double LOG2_E = 1.4426950408889634;
 
 /* One image for each head dim, which also has the kernels that run before it where tiles depend on data. */
 #define MODULE(D)                                                                                  \
@@ -16,12 +19,13 @@ MODULE(256)
 
 /* What a kernel is compiled for, see Variant in tile.cuh; between them what finds out about lists, and about masks and segments. Each
  * for both element types. */
-enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32, ROWS };
+enum kind { PLAIN, PLACED, ALIBI, SOFTCAP, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32, ROWS };
 
-/* By USE of tiles.inc: MANY_ROWS is for the first two alone, ALONE for the first, BIAS for those of that name, too. */
+/* By USE of tiles.inc: MANY_ROWS is for the first three alone, ALONE for the first, BIAS for those of that name, too. */
 #define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
     (struct cuda_kernel[]) {                                                                       \
-        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 0)                  \
+        TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 0),                 \
+            TWO(D, NAME, "_alibi", __VA_ARGS__, 0)                                                 \
     }
 #define KERNELS_ALONE(D, NAME, ...)                                                                \
     (struct cuda_kernel[]) { TWO(D, NAME, "_alone", __VA_ARGS__, 0) }
@@ -34,7 +38,7 @@ enum kind { PLAIN, PLACED, SOFTCAP, ALIBI, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIA
     }
 #define OPTIONS(D, NAME, ...)                                                                      \
     TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                     \
-        TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_alibi", __VA_ARGS__, 1),          \
+        TWO(D, NAME, "_alibi", __VA_ARGS__, 1), TWO(D, NAME, "_softcap", __VA_ARGS__, 1),          \
         TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),           \
         BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                    \
         BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)
@@ -217,7 +221,7 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
     if (t->alone)
         return is_alone(p, t->rows, caps->multiprocessors);
     return t->rows <= 128 ||
-           (variant_of(p) <= PLACED && !sm90_is_listed(p) &&
+           (variant_of(p) <= ALIBI && !sm90_is_listed(p) &&
             p->page_size % LEAST_PAGE_OF_MANY_ROWS == 0 && has_many_rows(p, caps));
 }
 
@@ -361,19 +365,52 @@ static int32_t fill_maps(struct sm90_params *params, const struct problem *p) {
     return status;
 }
 
-/* log2(e) * softcap * tanh(y), y = scale * q.k / softcap, for |y| <= 0.5: the polynomial of least relative error, 2^-20.8. */
-static void fill_cap(struct sm90_params *params, const struct problem *p) {
-    static const double tanh_by_y[] = {0.9999994557709385, -0.33326317935941324,
-                                       0.13190296603209212, -0.04440222612768409};
-    const double ratio = p->softcap > 0 ? p->scale / p->softcap : 0;
-    double factor = p->scale * 1.4426950408889634;
-    params->cap_limit = ratio > 0 ? (float)(0.5 / ratio) : 0;
+/* The square of the largest |q.k| for which |y| is at most `bound`; below 0, so for none, if f32 has no such number. */
+static float square_limit(double bound, double ratio) {
+    const double limit = bound / ratio * (bound / ratio);
+    return limit < FLT_MIN ? -1 : limit > FLT_MAX ? FLT_MAX : (float)limit;
+}
+
+/* tanh(y) / y of y^2, for |y| <= 0.5: the polynomial of least relative error, 2^-20.8. */
+static const double TANH_BY_Y[] = {0.9999994557709385, -0.33326317935941324, 0.13190296603209212,
+                                   -0.04440222612768409};
+static double tanh_by_y(double x) {
+    return ((TANH_BY_Y[3] * x + TANH_BY_Y[2]) * x + TANH_BY_Y[1]) * x + TANH_BY_Y[0];
+}
+
+/* How far the line is good, that is, from what y on it changes a score x = softcap * y by more than 2^-17 max(1, min(x, 8)): the line through
+ * two points is off by softcap * y^5 / 60 at most. */
+static double line_bound(double softcap) {
+    double y = 0.5;
+    for (;; y *= 0.9375) {
+        const double x = softcap * y, size = x < 1 ? 1 : x > 8 ? 8 : x;
+        if (x * y * y * y * y <= 60 * 0x1p-17 * size)
+            return y;
+    }
+}
+
+/* log2(e) * softcap * tanh(y), y = scale * q.k / softcap. */
+static void fill_cap(struct sm90_cap *cap, const struct problem *p) {
+    if (p->softcap == 0)
+        return;
+    const double bound = line_bound(p->softcap);
+    const double middle = bound * bound / 2, low = middle * (1 - 0.70710678118654752),
+                 high = middle * (1 + 0.70710678118654752),
+                 slope = (tanh_by_y(high) - tanh_by_y(low)) / (high - low);
+    const double ratio = p->scale / p->softcap;
+    double factor = p->scale * LOG2_E;
+    cap->twice = (float)(2 * factor / p->softcap);
+    cap->most = (float)(LOG2_E * p->softcap);
+    cap->line[0] = (float)(factor * (tanh_by_y(low) - slope * low));
+    cap->line[1] = (float)(factor * ratio * ratio * slope);
+    cap->line_limit = square_limit(bound, ratio);
+    cap->polynomial_limit = square_limit(0.5, ratio);
     for (int i = 0; i < 4; i++) {
-        params->cap_polynomial[i] = (float)(tanh_by_y[i] * factor);
-        if (!isfinite(params->cap_polynomial[i]))
-            params->cap_limit = -1;
+        cap->polynomial[i] = (float)(TANH_BY_Y[i] * factor);
         factor *= ratio * ratio;
     }
+    if (!isfinite(cap->polynomial[3]))
+        cap->line_limit = cap->polynomial_limit = -1;
 }
 
 static struct sm90_scale scale(const struct view *v) {
@@ -410,7 +447,7 @@ static void fill_options(struct sm90_params *params, const struct problem *p,
     params->packed_k =
         (struct sm90_packing){p->cu_seqlens_k.data, p->cu_seqlens_k.stride[0], (int32_t)p->total_k};
     fill_workspace(params, p, plan, workspace);
-    fill_cap(params, p);
+    fill_cap(&params->cap, p);
     params->exponent_scale =
         has(p, DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_BIAS)
             ? 1
@@ -447,7 +484,6 @@ static void fill_options(struct sm90_params *params, const struct problem *p,
 }
 
 static void fill_problem(struct sm90_params *params, const struct problem *p) {
-    const double log2_e = 1.4426950408889634;
     *params = (struct sm90_params){
         .output = p->output.data,
         .lse = p->lse.data,
@@ -473,7 +509,7 @@ static void fill_problem(struct sm90_params *params, const struct problem *p) {
         .lse_is_element = p->lse.dtype != DTYPE_F32,
         .empty_lse = p->empty_lse_inf ? INFINITY : -INFINITY,
         .scale = (float)p->scale,
-        .scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * log2_e),
+        .scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * LOG2_E),
         .softcap = (float)p->softcap,
     };
 }

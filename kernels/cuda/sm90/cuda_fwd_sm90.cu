@@ -15,13 +15,14 @@
 /* Three warpgroups have no registers for what other options need. */
 #define INSTANCES_MANY_ROWS(name, E, ...)                                                          \
     INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
-    INSTANCE(name##_placed, E, PLACED, 0, __VA_ARGS__)
+    INSTANCE(name##_placed, E, PLACED, 0, __VA_ARGS__)                                             \
+    INSTANCE(name##_alibi, E, ALIBI, 0, __VA_ARGS__)
 #define INSTANCES_ALONE(name, E, ...) INSTANCE(name##_alone, E, ALONE, 0, __VA_ARGS__)
 #define INSTANCES_ANY(name, E, ...)                                                                \
     INSTANCE(name, E, PLAIN, 0, __VA_ARGS__)                                                       \
     INSTANCE(name##_placed, E, PLACED, 1, __VA_ARGS__)                                             \
-    INSTANCE(name##_softcap, E, SOFTCAP, 1, __VA_ARGS__)                                           \
     INSTANCE(name##_alibi, E, ALIBI, 1, __VA_ARGS__)                                               \
+    INSTANCE(name##_softcap, E, SOFTCAP, 1, __VA_ARGS__)                                           \
     INSTANCE(name##_any, E, ANY, 1, __VA_ARGS__)                                                   \
     INSTANCE(name##_any_bias, E, ANY_BIAS, 1, __VA_ARGS__)
 #define INSTANCES_BIAS(name, E, ...)                                                               \

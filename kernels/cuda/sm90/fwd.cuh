@@ -8,7 +8,7 @@
 // Key tiles are walked from the first to the last, so that tiles of one head read the same ones at the same time.
 #pragma once
 
-#include "kernels/cuda/sm90/store.cuh"
+#include "kernels/cuda/sm90/distances.cuh"
 
 // The 64 query rows of a warpgroup in registers. A thread holds two rows, `half` 0 and 1, eight apart, and of every
 // eight columns two: element 4 * (column / 8) + 2 * half + (column & 1) of its array. (PTX ISA, wgmma D fragment)
@@ -27,18 +27,24 @@ struct Consumer {
     float top[2];
     float sum[2];                   // of the weights, this thread's part
     bool fresh;                     // O holds nothing of this tile yet
-    float slope[2];                 // ALIBI: what a score loses for each key of distance
+    Distances<C> distances;         // ALIBI
     uint32_t early[SCORES / 4 + 4]; // ANY: of the mask, see fetch()
     bool cut;                       // HAS_EXPONENTS: something of the tile is hidden, see look()
     float part[2];                  // of the sum, of the step's key tile
 
-    // S = Q K^T
-    __device__ __forceinline__ void start_scores(uint32_t query, uint32_t key) {
-        const Descriptor a(query, 16, 1024), b(key, 16, 1024);
+    // S = Q K^T, plus what keys lose: see write_distances().
+    __device__ __forceinline__ void start_scores(const Shared<C> &s, const Pipeline<C> &pipe) {
+        const Descriptor a(s.query(pipe.queries.stage, pipe.wg), 16, 1024),
+            b(s.key(pipe.keys.stage), 16, 1024);
+        if constexpr (C::MULTIPLIES_DISTANCES)
+            Wgmma<__nv_bfloat16, C::TILE_K>::template rs<0>(
+                score, distances.parts[0], distances.parts[1], 0, 0,
+                plain_descriptor(s.base + C::DISTANCES, 0, 128), false);
 #pragma unroll
         for (int k = 0; k < C::DIM_QK / 16; k++)
             Wgmma<E, C::TILE_K>::ss(score, a.at(k / 4 * 64 * 128 + 32 * (k % 4)),
-                                    b.at(k / 4 * C::KEY_COLUMN + 32 * (k % 4)), k > 0);
+                                    b.at(k / 4 * C::KEY_COLUMN + 32 * (k % 4)),
+                                    C::MULTIPLIES_DISTANCES || k > 0);
         wgmma_commit();
     }
 
@@ -80,97 +86,142 @@ struct Consumer {
 
     static constexpr int PARTS = 4, PART = SCORES / PARTS;
 
-    // For each part, whether a score of the warp is beyond what the polynomial of the cap is for.
-    __device__ __forceinline__ void find_beyond(const sm90_params &p, bool (&beyond)[PARTS]) const {
+    // The largest square of a part's scores; floats that are not negative are in the order of their bits, three of which are compared at once.
+    __device__ __forceinline__ int find_squares(int part, float (&square)[PART]) const {
+        int most[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < PART; i++)
+            square[i] = score[PART * part + i] * score[PART * part + i];
+#pragma unroll
+        for (int i = 0; i < PART; i += 2)
+            most[i / 2 % 2] = __vimax3_s32(most[i / 2 % 2], __float_as_int(square[i]),
+                                           __float_as_int(square[i + 1]));
+        return max(most[0], most[1]);
+    }
+    static __device__ __forceinline__ bool are_within(int most, float limit) {
+        return !__any_sync(~0u, most > __float_as_int(limit));
+    }
+
+    // By what a score is to be multiplied to be capped, as a power of 2, and a capped one beyond the polynomial: tanh(y) = 1 - 2 / (exp(2 y) + 1)
+    // is exact to the last bits of f32, but takes two more results of the special function unit.
+    static __device__ __forceinline__ float cap_factor(const sm90_cap &cap, float x) {
+        const float square = x * x;
+        float y = cap.polynomial[3];
+#pragma unroll
+        for (int k = 2; k >= 0; k--)
+            y = fmaf(y, square, cap.polynomial[k]);
+        return y;
+    }
+    static __device__ __forceinline__ float capped(float x, float twice, float most) {
+        return most - 2 * most * reciprocal_approx(exp2_approx(x * twice) + 1);
+    }
+
+    // x -> cap * tanh(scale * x / cap), as exponents of 2.
+    __device__ __forceinline__ void cap(const sm90_params &p) {
+        bool within[PARTS];
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             float most[2] = {0, 0};
 #pragma unroll
             for (int i = 0; i < PART; i++)
                 most[i % 2] = fmaxf(most[i % 2], fabsf(score[PART * part + i]));
-            beyond[part] = __any_sync(~0u, fmaxf(most[0], most[1]) > p.cap_limit);
+            const float largest = fmaxf(most[0], most[1]);
+            within[part] = !__any_sync(~0u, largest * largest > p.cap.polynomial_limit);
         }
-    }
-
-    // By what a score is to be multiplied to be capped, as a power of 2: exact to 2^-20 up to half of the cap.
-    static __device__ __forceinline__ float cap_factor(const sm90_params &p, float x) {
-        const float square = x * x;
-        float y = p.cap_polynomial[3];
-#pragma unroll
-        for (int k = 2; k >= 0; k--)
-            y = fmaf(y, square, p.cap_polynomial[k]);
-        return y;
-    }
-
-    // x -> cap * tanh(scale * x / cap), as exponents of 2. tanh(y) = 1 - 2 / (exp(2 y) + 1) is exact to the last bits of f32, but takes two
-    // more results of the special function unit.
-    __device__ __forceinline__ void cap_beyond(const sm90_params &p, int part) {
-        const float twice = 2 * LOG2E * p.scale / p.softcap, most = LOG2E * p.softcap;
-#pragma unroll
-        for (int i = PART * part; i < PART * (part + 1); i++)
-            score[i] = most - 2 * most * reciprocal_approx(exp2_approx(score[i] * twice) + 1);
-    }
-    __device__ __forceinline__ void cap(const sm90_params &p) {
-        bool beyond[PARTS];
-        find_beyond(p, beyond);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            if (__builtin_expect(beyond[part], false)) {
-                cap_beyond(p, part);
-                continue;
-            }
-#pragma unroll
-            for (int i = PART * part; i < PART * (part + 1); i++)
-                score[i] *= cap_factor(p, score[i]);
-        }
-    }
-
-    // The same with exponentials(), in an instruction less.
-    __device__ __forceinline__ void
-    capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&sums)[2]) {
-        bool beyond[PARTS];
-        find_beyond(p, beyond);
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            if (__builtin_expect(beyond[part], false)) {
-                cap_beyond(p, part);
+            if (__builtin_expect(!within[part], false)) {
+                // A division may end in a call. Without one ptxas loads a bias up here, and has no registers for that.
+                const float twice = 2 * LOG2E * p.scale / p.softcap;
 #pragma unroll
                 for (int i = PART * part; i < PART * (part + 1); i++)
-                    add_exponential(i, score[i] - offset[i / 2 % 2], sums);
+                    score[i] = capped(score[i], twice, p.cap.most);
                 continue;
             }
 #pragma unroll
             for (int i = PART * part; i < PART * (part + 1); i++)
-                add_exponential(i, fmaf(score[i], cap_factor(p, score[i]), -offset[i / 2 % 2]),
-                                sums);
+                score[i] *= cap_factor(p.cap, score[i]);
         }
     }
-    __device__ __forceinline__ void add_exponential(int i, float exponent, float (&sums)[2]) {
-        score[i] = exp2_approx(exponent);
-        sums[i / 2 % 2] += score[i];
+
+    // The same with exponentials(), where scores are mostly small: see sm90_cap. The exponentials of one part stand in one block of code with
+    // the squares of the second next, since one waits for other units than the other.
+    __device__ __forceinline__ void
+    capped_exponentials(const sm90_params &p, const float (&offset)[2], float (&sums)[2]) {
+        // From a shuffle, as constants would be loaded anew for each part.
+        const float line[2] = {__shfl_sync(~0u, p.cap.line[0], 0),
+                               __shfl_sync(~0u, p.cap.line[1], 0)};
+        const auto take = [&](int i, float x, float y) {
+            score[i] = fmaf(x, y, -offset[i / 2 % 2]);
+        };
+        float square[2][PART];
+        int most[2];
+        bool is_small[2];
+        const auto look = [&](int part) {
+            most[part % 2] = find_squares(part, square[part % 2]);
+            is_small[part % 2] = are_within(most[part % 2], p.cap.line_limit);
+        };
+        const auto weigh = [&](int part) {
+#pragma unroll
+            for (int i = PART * part; i < PART * (part + 1); i++) {
+                score[i] = exp2_approx(score[i]);
+                sums[i / 2 % 2] += score[i];
+            }
+        };
+        look(0);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            if (part + 1 < PARTS)
+                look(part + 1);
+            if (part > 0)
+                weigh(part - 1);
+            if (__builtin_expect(!is_small[part % 2], false)) {
+                const bool within = are_within(most[part % 2], p.cap.polynomial_limit);
+#pragma unroll
+                for (int i = PART * part; i < PART * (part + 1) && within; i++)
+                    take(i, score[i], cap_factor(p.cap, score[i]));
+#pragma unroll
+                for (int i = PART * part; i < PART * (part + 1) && !within; i++)
+                    take(i, capped(score[i], p.cap.twice, p.cap.most), 1);
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < PART; i++)
+                take(PART * part + i, score[PART * part + i],
+                     fmaf(square[part % 2][i], line[1], line[0]));
+        }
+        weigh(PARTS - 1);
     }
 
-    // The largest score of a row. Four maxima side by side: one would be a chain of SCORES / 2 instructions.
+    // The largest score of a row that this thread has. Four maxima side by side: one would be a chain of SCORES / 2 instructions.
     __device__ __forceinline__ float maximum(int half) const {
         float m4[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll
         for (int i = 0; i < SCORES / 2; i++)
             m4[i % 4] = fmaxf(m4[i % 4], score[4 * (i / 2) + 2 * half + i % 2]);
-        float m = fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-        return fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        return fmaxf(fmaxf(m4[0], m4[1]), fmaxf(m4[2], m4[3]));
+    }
+
+    // The largest of the four threads of a row.
+    static __device__ __forceinline__ float largest(float x) {
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
     }
 
     // Moves the top to the maximum of S where that grew by more than 2^8; `factor` is what older results scale by.
     // No branch: wgmmas are in flight, and ptxas waits for them where paths meet.
-    __device__ __forceinline__ void track_maximum(float scale_log2, float (&factor)[2]) {
+    // `shift`: what a score has not lost yet, as an exponent of 2.
+    __device__ __forceinline__ void track_maximum(float scale_log2, const float (&shift)[2],
+                                                  float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float m = maximum(half);
-            const float growth = m * scale_log2 - top[half];
+            const float own = maximum(half);
+            const float m = largest(C::HAS_ALIBI ? own * scale_log2 - shift[half] : own),
+                        scale = C::HAS_ALIBI ? 1 : scale_log2;
+            const float growth = m * scale - top[half];
             const bool grown = growth > 8.f;
             factor[half] = grown ? exp2_approx(-growth) : 1.f;
-            top[half] = grown ? m * scale_log2 : top[half];
+            top[half] = grown ? m * scale : top[half];
             sum[half] *= factor[half];
         }
     }
@@ -191,13 +242,17 @@ struct Consumer {
 
     // What a thread's sum of a key tile's weights may come to, and the exponent that one beyond it is brought back to. No float8 weight
     // exceeds the sum that it is in, so that none saturates.
-    static constexpr float LIMIT = C::IS_FLOAT8 ? 448.f : 16384.f;
+    static constexpr bool LAGS = C::HAS_ALIBI && Distances<C>::LAG > 14;
+    static constexpr float LIMIT = C::IS_FLOAT8 ? 448.f : LAGS ? 0x1p78f : 0x1p14f;
+    // With ALiBi, where top is a guess, sums below this are brought back as well.
+    static constexpr float LEAST = LAGS ? 0x1p-60f : 0x1p-12f;
     static constexpr int LIMITED_LOG2 = C::IS_FLOAT8 ? 6 : 0;
 
+    template <bool SHRINKS = C::HAS_ALIBI>
     __device__ __forceinline__ bool is_outside(const float (&part)[2]) const {
         bool outside = part[0] > LIMIT || part[1] > LIMIT;
-        if (C::HAS_ALIBI)
-            outside |= sum[0] + part[0] < ALIBI_LEAST || sum[1] + part[1] < ALIBI_LEAST;
+        if (SHRINKS)
+            outside |= sum[0] + part[0] < LEAST || sum[1] + part[1] < LEAST;
         return outside;
     }
 
@@ -216,7 +271,7 @@ struct Consumer {
                 float all = sum[half] + part[half];
                 all = fmaxf(all, __shfl_xor_sync(~0u, all, 1));
                 all = fmaxf(all, __shfl_xor_sync(~0u, all, 2));
-                if (all < ALIBI_LEAST && all > 0) {
+                if (all < LEAST && all > 0) {
                     most = all;
                     moves = true;
                 }
@@ -263,9 +318,13 @@ struct Consumer {
                                                     : p.scale_log2;
     }
 
-    __device__ __forceinline__ void finite_top(float (&offset)[2]) const {
-        offset[0] = top[0] == -INFINITY ? 0.f : top[0];
-        offset[1] = top[1] == -INFINITY ? 0.f : top[1];
+    __device__ __forceinline__ void finite_top(const float (&shift)[2], float (&offset)[2]) const {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            offset[half] = top[half] == -INFINITY ? 0.f : top[half];
+            if (C::HAS_ALIBI)
+                offset[half] += shift[half];
+        }
     }
 
     __device__ __forceinline__ void clear_sums() {
@@ -282,17 +341,13 @@ struct Consumer {
             cut |= p.seen && !sees_all(p, t.seen, n);
     }
 
-    static __device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
-        return t.first_row + C::ROWS_APART * wg + thread<C>() / 32 % 4 * 16 + thread<C>() % 32 / 4;
-    }
-
     // The mask of tile n, asked for before the tensor cores begin with its scores. The four threads of a row read its chunks of eight
     // keys in turn; keys behind the tensor's end are hidden, and get those of its last ones.
     static constexpr int CHUNKS = (C::TILE_K / 8 + 3) / 4;
     __device__ __forceinline__ void fetch(const sm90_params &p, const Tile<C> &t, int wg, int n) {
         if (!p.mask.data || !cut)
             return;
-        const int row = first_row_of_thread(t, wg), column = n * C::TILE_K + threadIdx.x % 4 * 8,
+        const int row = first_row_of_thread<C>(t, wg), column = n * C::TILE_K + threadIdx.x % 4 * 8,
                   last = p.len_k - 1;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -406,10 +461,10 @@ struct Consumer {
                 load_bias<E>(p, t, row, n);
         }
         if (p.alibi_slopes) {
-            const int met = met_key(p, t, row) - n * C::TILE_K - threadIdx.x % 4 * 2;
+            const int met = met_key<C>(p, t, row) - n * C::TILE_K - threadIdx.x % 4 * 2;
             const float distance[2] = {
                 static_cast<float>(met),
-                static_cast<float>(met + met_key(p, t, row + 8) - met_key(p, t, row))};
+                static_cast<float>(met + met_key<C>(p, t, row + 8) - met_key<C>(p, t, row))};
             const float slopes[2] = {slope_of<C>(p, t, row) * LOG2E,
                                      slope_of<C>(p, t, row + 8) * LOG2E};
             each_score([&](float x, int half, int i) {
@@ -464,98 +519,18 @@ struct Consumer {
         score[i + 1] = __fmaf_rz(bias.y, LOG2E, score[i + 1]);
     }
 
-    // ---- ALiBi: a key loses slope * distance ----
-    // Weights are relative to what a key at the distance `nearest()` of its tile would lose, which shrinks from tile to tile, and
-    // sums with it: so the top stands still here, too, though scores grow towards the diagonal by 2^100 in a tile. Slopes below 0 are
-    // relative to no distance.
-
-    // The key that a row meets.
-    static __device__ __forceinline__ int met_key(const sm90_params &p, const Tile<C> &t, int row) {
-        return (row >> p.pack_log2) + t.diagonal;
-    }
-
-    // No visible key of tile n is nearer to key `met`, nor one of a tile before it.
-    static __device__ __forceinline__ float nearest(const Tile<C> &t, int met, int n) {
-        return max(max(met - (n + 1) * C::TILE_K + 1, t.first_block * C::TILE_K - met), 0);
-    }
-
-    __device__ __forceinline__ void start_slopes(const sm90_params &p, const Tile<C> &t, int wg) {
-        const int row = first_row_of_thread(t, wg);
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            slope[half] = slope_of<C>(p, t, row + 8 * half) / p.scale;
-    }
-
-    // What scores of tile n lose. Where all keys are before those that rows meet, that is a line in the key's number, of which
-    // `offset` takes the part that a row has in common.
-    __device__ __forceinline__ void lose_distance(const sm90_params &p, const Tile<C> &t, int wg,
-                                                  int n) {
-        const int row = first_row_of_thread(t, wg), column = n * C::TILE_K + threadIdx.x % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int met = met_key(p, t, row + 8 * half);
-            const float distance = met - column,
-                        common = fmaxf(slope[half], 0.f) * nearest(t, met, n);
-#pragma unroll
-            for (int i = 0; i < SCORES / 2; i++) {
-                float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s += fmaf(-slope[half], fabsf(distance - (i / 2 * 8 + i % 2)), common);
-            }
-        }
-    }
-    __device__ __forceinline__ void lose_distance_before() {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int i = 0; i < SCORES / 2; i++) {
-                float &s = score[4 * (i / 2) + 2 * half + i % 2];
-                s = fmaf(slope[half], i / 2 * 8 + i % 2, s);
-            }
-        }
-    }
-    __device__ __forceinline__ void offset_before(const sm90_params &p, const Tile<C> &t, int wg,
-                                                  int n, float (&offset)[2]) const {
-        const int row = first_row_of_thread(t, wg), last = (n + 1) * C::TILE_K - 1,
-                  column = n * C::TILE_K + threadIdx.x % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            offset[half] += p.scale_log2 *
-                            fmaf(slope[half], last - column,
-                                 fminf(slope[half], 0.f) * (met_key(p, t, row + 8 * half) - last));
-    }
-
-    // What sums up to tile n - 1 are to be multiplied by in tile n.
-    __device__ __forceinline__ void approach(const sm90_params &p, const Tile<C> &t, int wg, int n,
-                                             float (&factor)[2]) const {
-        const int row = first_row_of_thread(t, wg);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int met = met_key(p, t, row + 8 * half);
-            factor[half] = exp2_approx(p.scale_log2 * fmaxf(slope[half], 0.f) *
-                                       (nearest(t, met, n) - nearest(t, met, n - 1)));
-        }
-    }
-
-    // The top of rows whose last tile is done, relative to no distance.
-    __device__ __forceinline__ void arrive(const sm90_params &p, const Tile<C> &t, int wg) {
-        const int row = first_row_of_thread(t, wg);
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            top[half] -= p.scale_log2 * fmaxf(slope[half], 0.f) *
-                         nearest(t, met_key(p, t, row + 8 * half), t.end_block - 1);
-    }
-
     template <bool MASKED, bool TRACK>
     __device__ __forceinline__ void shape_scores(const sm90_params &p, const Shared<C> &s,
-                                                 const Tile<C> &t, int block, Pipeline<C> &pipe) {
-        const int wg = pipe.wg, row = first_row_of_thread(t, wg);
+                                                 const Tile<C> &t, int block, Pipeline<C> &pipe,
+                                                 float (&shift)[2]) {
+        const int wg = pipe.wg, row = first_row_of_thread<C>(t, wg);
         if (C::HAS_SOFTCAP && (MASKED || TRACK))
             cap(p); // else capped_exponentials() does
         if constexpr (C::HAS_ALIBI) {
-            if (MASKED)
-                lose_distance(p, t, wg, block);
+            if (MASKED && distances.bends)
+                distances.lose(p, t, wg, block, score, shift);
             else
-                lose_distance_before();
+                distances.lose_line(p, score, shift);
         }
         if constexpr (C::IS_ANY) {
             change_scores(p, t, row, block);
@@ -585,7 +560,7 @@ struct Consumer {
 
     __device__ __forceinline__ void first(const sm90_params &p, const Shared<C> &s,
                                           const Tile<C> &t, int n, Pipeline<C> &pipe);
-    template <bool MASKED, bool NEW_TILE, bool TRACK>
+    template <bool MASKED, bool NEW_TILE, bool TRACK, bool MOVES = true>
     __device__ __forceinline__ bool step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished);
     __device__ __forceinline__ void shrink();
@@ -604,16 +579,17 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
         fetch(p, t, pipe.wg, n);
     wait_full<C>(pipe.keys);
     wgmma_fence();
-    start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
+    start_scores(s, pipe);
     wgmma_wait<0>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
     // Code that need not run need not be fetched.
+    float shift[2] = {0, 0};
     if (C::SHAPES_SCORES || n < t.first_whole || n >= t.end_whole)
-        shape_scores<true, true>(p, s, t, n, pipe);
+        shape_scores<true, true>(p, s, t, n, pipe, shift);
     float factor[2], offset[2];
-    track_maximum(exponent_scale(p), factor);
-    finite_top(offset);
+    track_maximum(exponent_scale(p), shift, factor);
+    finite_top(shift, offset);
     exponentials(exponent_scale(p), offset, sum);
     round_weights();
 }
@@ -621,7 +597,7 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
 // S of key tile n of tile t, and O of the key tile before, whose weights are ready. If t is new, that one
 // belongs to the tile `finished`, whose rows are stored then. Whether shrink() is to end the step, see SHRINKS_OUTSIDE.
 template <class C>
-template <bool MASKED, bool NEW_TILE, bool TRACK>
+template <bool MASKED, bool NEW_TILE, bool TRACK, bool MOVES>
 __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Shared<C> &s,
                                                   const Tile<C> &t, int n, Pipeline<C> &pipe,
                                                   const Place<C> &finished) {
@@ -632,7 +608,7 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
     pin(output);
     pin(weight);
     wgmma_fence();
-    start_scores(s.query(pipe.queries.stage, pipe.wg), s.key(pipe.keys.stage));
+    start_scores(s, pipe);
     wait_full<C>(pipe.values);
     wgmma_fence();
     start_outputs(s.value(pipe.values.stage));
@@ -644,19 +620,20 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
     const float finished_top[2] = {top[0], top[1]}, finished_sum[2] = {sum[0], sum[1]};
     if (NEW_TILE)
         clear_sums();
-    shape_scores<MASKED, TRACK>(p, s, t, n, pipe);
     float factor[2], offset[2], nearer[2];
-    part[0] = part[1] = 0;
     if constexpr (C::HAS_ALIBI && !NEW_TILE) {
-        approach(p, t, pipe.wg, n, nearer);
-        sum[0] *= nearer[0];
-        sum[1] *= nearer[1];
+        distances.template approach<MOVES>(p, t, pipe.wg, n, nearer);
+        if (MOVES) {
+            sum[0] *= nearer[0];
+            sum[1] *= nearer[1];
+        }
     }
+    float shift[2] = {0, 0};
+    shape_scores<MASKED, TRACK>(p, s, t, n, pipe, shift);
+    part[0] = part[1] = 0;
     if (TRACK)
-        track_maximum(exponent_scale(p), factor);
-    finite_top(offset);
-    if constexpr (C::HAS_ALIBI && !MASKED)
-        offset_before(p, t, pipe.wg, n, offset);
+        track_maximum(exponent_scale(p), shift, factor);
+    finite_top(shift, offset);
     if constexpr (C::HAS_SOFTCAP && !MASKED && !TRACK)
         capped_exponentials(p, offset, part);
     else
@@ -667,17 +644,15 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
     pin(output);
     pin(weight);
     pipe.value_read();
+    if (C::HAS_ALIBI && !NEW_TILE && MOVES)
+        rescale_output(nearer);
     constexpr bool LEAVES_OUT = C::SHRINKS_OUTSIDE && !MASKED && !TRACK;
-    if (LEAVES_OUT && __any_sync(~0u, is_outside(part)))
+    if (LEAVES_OUT && __any_sync(~0u, is_outside < C::HAS_ALIBI && MOVES > (part)))
         return true;
     if (!TRACK && !LEAVES_OUT)
         limit(part, factor);
     sum[0] += part[0];
     sum[1] += part[1];
-    if constexpr (C::HAS_ALIBI && !NEW_TILE) {
-        factor[0] *= nearer[0];
-        factor[1] *= nearer[1];
-    }
     if (!NEW_TILE && !LEAVES_OUT)
         rescale_output(factor);
     round_weights();
@@ -723,9 +698,21 @@ __device__ __forceinline__ void whole_steps(Rows &rows, const sm90_params &p, co
     if constexpr (C::SHRINKS_OUTSIDE) {
         for (bool large = true; large;) {
             large = false;
+            if constexpr (C::HAS_ALIBI) {
+                while (n < end && !large) {
+                    const int between = rows.distances.steps_between;
+                    if (between > 0)
+                        large = rows.template step<false, false, false>(p, s, t, n++, pipe, t);
+                    const int end_near = between > 0 ? min(n + between - 1, end) : end;
 #pragma unroll 1
-            for (; n < end && !large; n++)
-                large = rows.template step<false, false, false>(p, s, t, n, pipe, t);
+                    for (; n < end_near && !large; n++)
+                        large = rows.template step<false, false, false, false>(p, s, t, n, pipe, t);
+                }
+            } else {
+#pragma unroll 1
+                for (; n < end && !large; n++)
+                    large = rows.template step<false, false, false>(p, s, t, n, pipe, t);
+            }
             if (large)
                 rows.shrink();
         }
@@ -757,7 +744,7 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
         }
         int n = t.first_block;
         if constexpr (C::HAS_ALIBI)
-            rows.start_slopes(p, t, wg);
+            rows.distances.start(p, t, wg);
         if constexpr (C::HAS_EXPONENTS)
             rows.look(p, t, wg, n);
         if (Rows::ENDS_TILES || previous.index < 0)
@@ -783,18 +770,36 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
                     rows.template step<true, false, false>(p, s, t, n, pipe, t);
             }
         } else {
-            const int end_tracked = min(t.first_untracked, t.end_block),
-                      end_whole = min(t.end_whole, t.end_block);
+            const bool has_sides = C::HAS_ALIBI && sees_behind(p);
+            // All before the first loop: behind it ptxas makes of the same a step that takes 4 % longer at D 128.
+            const int end_tracked = min(t.first_untracked, t.end_block);
+            int end_whole = min(t.end_whole, t.end_block), end = t.end_block;
+            if (has_sides)
+                end = min(first_behind<C>(p, t, wg), end);
 #pragma unroll 1
             for (; n < end_tracked; n++)
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
-            whole_steps<C>(rows, p, s, t, n, end_whole, pipe);
 #pragma unroll 1
-            for (; n < t.end_block; n++)
-                rows.template step<true, false, false>(p, s, t, n, pipe, t);
+            for (bool behind = false;; behind = true) {
+                if (C::HAS_ALIBI && rows.distances.bends)
+                    rows.distances.lean(true);
+                whole_steps<C>(rows, p, s, t, n, end_whole, pipe);
+                if (C::HAS_ALIBI && rows.distances.bends)
+                    rows.distances.lean(false);
+                if (behind)
+                    rows.distances.turn(p, t, wg, n);
+#pragma unroll 1
+                for (; n < end; n++)
+                    rows.template step<true, false, false>(p, s, t, n, pipe, t);
+                if (!has_sides || behind)
+                    break;
+                end = t.end_block;
+                end_whole = min(end_behind<C>(p, t, wg), end);
+                rows.distances.turn(p, t, wg, n);
+            }
         }
         if constexpr (C::HAS_ALIBI)
-            rows.arrive(p, t, wg);
+            rows.distances.arrive(p, t, wg, rows.top);
         pipe.skip_keys(t.skipped);
         if constexpr (Rows::ENDS_TILES) {
             // Read once more: to keep it all along takes registers. Its queries are read, so the ring is at the next ones.
@@ -831,6 +836,8 @@ __device__ __forceinline__ void forward(const sm90_params &p, const Consume &con
             tma_prefetch_map(&p.bias_map);
         init_barriers<C>(s);
     }
+    if constexpr (C::MULTIPLIES_DISTANCES)
+        write_distances<C>(raw + (base - shared_address(raw)));
     if constexpr (C::IS_SPLIT)
         let_successor_start();
     else if (C::IS_PLACED && (p.list || p.seen))

@@ -26,10 +26,11 @@ struct Float8Config {
     static constexpr int TILE_K = TileK;
     static constexpr int WARPGROUPS = Warpgroups, STAGES = Stages, QUERY_STAGES = QueryStages;
     static constexpr bool IS_PLACED = Of != PLAIN, IS_PACKED = IS_PLACED,
-                          HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false, IS_ANY = false,
-                          LOADS_BIAS = false, COPIES_BIAS = false, COPIES_ROWS = false,
-                          IS_SPLIT = false, SHARES_ROWS = false, HAS_EXPONENTS = false,
-                          FIRST_UNMASKED = false, HAS_LOOPS = true, SHRINKS_OUTSIDE = false;
+                          HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false,
+                          MULTIPLIES_DISTANCES = false, IS_ANY = false, LOADS_BIAS = false,
+                          COPIES_BIAS = false, COPIES_ROWS = false, IS_SPLIT = false,
+                          SHARES_ROWS = false, HAS_EXPONENTS = false, FIRST_UNMASKED = false,
+                          HAS_LOOPS = true, SHRINKS_OUTSIDE = false;
     static constexpr int ROWS_APART = 64, KEY_READERS = WARPGROUPS;
 
     static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
@@ -439,7 +440,8 @@ struct Float8Consumer : Consumer<C> {
             for (int i = 0; i < SCORES; i++)
                 score[i] *= scale[i / 2 % 2];
         }
-        this->template shape_scores<MASKED, true>(p, s, t, n, pipe);
+        float shift[2];
+        this->template shape_scores<MASKED, true>(p, s, t, n, pipe, shift);
     }
 
     __device__ __forceinline__ float exponent(int half) const {
@@ -450,7 +452,8 @@ struct Float8Consumer : Consumer<C> {
     __device__ __forceinline__ void follow_maximum(float (&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float next = fmaxf(top[half], this->maximum(half) * exponent(half) - WEIGHT_LOG2);
+            const float next =
+                fmaxf(top[half], this->largest(this->maximum(half)) * exponent(half) - WEIGHT_LOG2);
             factor[half] = exp2_approx(top[half] - (next == -INFINITY ? 0.f : next));
             top[half] = next;
             sum[half] *= factor[half];
@@ -463,8 +466,9 @@ struct Float8Consumer : Consumer<C> {
         factor[0] = factor[1] = 1;
         if (TRACK)
             follow_maximum(factor);
+        const float shift[2] = {0, 0};
         float offset[2];
-        this->finite_top(offset);
+        this->finite_top(shift, offset);
         part[0] = part[1] = 0;
 #pragma unroll
         for (int i = 0; i < SCORES; i++) {
@@ -499,7 +503,7 @@ struct Float8Consumer : Consumer<C> {
     // ---- Steps ----
 
     __device__ __forceinline__ void begin_tile(const sm90_params &p, const Tile<C> &t, int wg) {
-        const int row = Base::first_row_of_thread(t, wg);
+        const int row = first_row_of_thread<C>(t, wg);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const Scales scales = scales_of<C>(p, t, row + 8 * half);

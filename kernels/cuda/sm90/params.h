@@ -62,6 +62,14 @@ struct sm90_split {
         sums; /* [part, strip, row]: log2 of the scale of outputs and sum, -inf if no key was seen; the sum */
 };
 
+/* The capped score x = q.k as an exponent of 2. Where x^2 is at most a limit it is x times a polynomial of x^2, from which nobody is to
+ * divide on the device. */
+struct sm90_cap {
+    float line_limit, line[2];
+    float polynomial_limit, polynomial[4];
+    float twice, most; /* else most - 2 most / (2^(twice x) + 1) */
+};
+
 struct sm90_params {
     /* Boxes are 128 bytes wide: 64 elements, of float8 128. */
     struct cuda_tensor_map
@@ -113,9 +121,7 @@ struct sm90_params {
     struct sm90_list *list; /* NULL: the walk follows from the shape alone */
     int32_t list_capacity;
     int32_t batch, tile_q;
-    /* Where |q.k| is at most cap_limit, the capped score is q.k times a polynomial of (q.k)^2, as a power of 2. */
-    float cap_limit;
-    float cap_polynomial[4];
+    struct sm90_cap cap;
     /* From what options leave of a score to an exponent of 2: 1, or scale_log2 if they left it alone. */
     float exponent_scale;
     struct sm90_by_score mask;
@@ -166,6 +172,9 @@ enum { SM90_MOST_PARTS = 256 };
  * second stage of queries. */
 #define SM90_BIAS_BOXES(D) ((D) > 64 ? 2 : 4)
 #define SM90_BIAS_QUERY_STAGES(D, QUERY_STAGES) ((D) > 64 ? 1 : (QUERY_STAGES))
+
+/* See write_distances(). Wider tiles leave no room for it. */
+#define SM90_DISTANCE_BYTES(D, KEYS) ((D) > 64 ? 0 : 16 * (KEYS))
 
 #define SM90_UNBOUNDED (1 << 30)
 #define SM90_MAX_LENGTH                                                                            \

@@ -269,6 +269,13 @@ struct Descriptor {
     }
 };
 
+// Of a K-major tile that is not swizzled: eight rows of 16 bytes one after the other, and the next eight `stride` bytes on; those of a
+// depth of 16 begin with two such columns, `leading` bytes apart. The address is the same for all threads, and known to be.
+__device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t leading,
+                                                     uint32_t stride) {
+    return static_cast<uint64_t>(stride >> 4) << 32 | (address & 0x3ffff) >> 4 | leading >> 4 << 16;
+}
+
 // D[64, N] (f32, N / 2 registers a thread) = or += A[64, 16] B[16, N].
 template <typename E, int N>
 struct Wgmma;

@@ -6,8 +6,8 @@
 
 #include <float.h>
 
-// With ALiBi, where top is a guess: sums below this are brought back, and rows whose sum is lost are computed by exact_row().
-constexpr float ALIBI_LEAST = 0x1p-12f, ALIBI_LOST = 0x1p-80f;
+// With ALiBi, where top is a guess: rows whose sum is below this are computed by exact_row().
+constexpr float ALIBI_LOST = 0x1p-80f;
 
 // Whether the exponents of a row are of no use, its weights being relative to 2^top. Those of HAS_EXPONENTS lose nothing, up to the end of
 // the range. A top of -inf is that of a row that sees nothing, which is known of its bounds alone, or of one whose logits have no exponent

@@ -70,7 +70,7 @@ struct Config {
     // Is the loop of whole key tiles left where weights are too large, so that it has no branch over code that is hardly ever run? At D 96
     // that takes 5 % off the time.
     static constexpr bool SHRINKS_OUTSIDE =
-        HAS_LOOPS && WARPGROUPS == 2 && !HAS_ALIBI && !SHARES_ROWS;
+        HAS_LOOPS && (WARPGROUPS == 2 || HAS_ALIBI) && !SHARES_ROWS;
 
     // Tiles in shared memory: columns of 64 elements, swizzled by TMA.
     static constexpr int COLUMNS_QK = (DIM_QK + 63) / 64, COLUMNS_V = (DIM_V + 63) / 64;
@@ -86,8 +86,12 @@ struct Config {
     static constexpr int BIAS_KEYS = 64, BIAS_BOXES = sizeof(Bias) / 2, BIAS_BOX = 64 * 128;
     static constexpr int BIAS_STAGES = SM90_BIAS_BOXES(DIM_QK) / BIAS_BOXES;
     static constexpr int BIASES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
-    static constexpr int TILES =
+    // Of ALiBi: see write_distances().
+    static constexpr bool MULTIPLIES_DISTANCES =
+        HAS_ALIBI && SM90_DISTANCE_BYTES(DIM_QK, TILE_K) > 0;
+    static constexpr int DISTANCES =
         BIASES + COPIES_BIAS * WARPGROUPS * BIAS_STAGES * BIAS_BOXES * BIAS_BOX;
+    static constexpr int TILES = DISTANCES + SM90_DISTANCE_BYTES(DIM_QK, TILE_K);
     static constexpr bool FILLS_REGISTERS = false;
     static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64, TILE_SLOTS = QUERY_STAGES;
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
@@ -450,4 +454,16 @@ __device__ __forceinline__ void row_bounds(const sm90_params &p, const Tile<C> &
     const int i = row >> p.pack_log2;
     low = max(i + t.diagonal - p.window_left, 0);
     high = i < t.q_len ? min(i + t.diagonal + p.window_right + 1, t.k_len) : 0;
+}
+
+// The first of a thread's two rows; the second is eight on.
+template <class C>
+__device__ __forceinline__ int first_row_of_thread(const Tile<C> &t, int wg) {
+    return t.first_row + C::ROWS_APART * wg + thread<C>() / 32 % 4 * 16 + thread<C>() % 32 / 4;
+}
+
+// The key that a packed row meets: its position in the sequence of keys.
+template <class C>
+__device__ __forceinline__ int met_key(const sm90_params &p, const Tile<C> &t, int row) {
+    return (row >> p.pack_log2) + t.diagonal;
 }
