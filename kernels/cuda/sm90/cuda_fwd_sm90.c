@@ -195,16 +195,21 @@ static int64_t busiest_rows(const struct problem *p, int32_t tile_q, int32_t mul
 }
 
 /* Tiles of three warpgroups take a sixth less time for a row than tiles of two, but need more rows to fill the
- * multiprocessors, and lose with short keys and a causal mask or window, where they multiply more that is hidden. Seven sixths of the keys are
- * fitted. */
+ * multiprocessors, and lose with short keys and a causal mask or window, where they multiply more that is hidden. Six sevenths of the keys
+ * are fitted. With ALiBi they take a twenty-fifth less. */
 static bool has_many_rows(const struct problem *p, const struct caps *caps) {
     const int32_t multiprocessors = caps->multiprocessors;
     if (bounded(p) && p->len_k <= 1024)
         return false;
-    if (sm90_walks_evenly(p, 128, multiprocessors))
-        return 7 * sm90_busiest_keys(p, 192, multiprocessors) <
-               6 * sm90_busiest_keys(p, 128, multiprocessors);
-    return 5 * busiest_rows(p, 192, multiprocessors) < 6 * busiest_rows(p, 128, multiprocessors);
+    const bool alibi = variant_of(p) == ALIBI;
+    if (sm90_walks_evenly(p, 128, multiprocessors)) {
+        const int64_t many = sm90_busiest_keys(p, 192, multiprocessors),
+                      few = sm90_busiest_keys(p, 128, multiprocessors);
+        return alibi ? 4 * many < 3 * few : 7 * many < 6 * few;
+    }
+    const int64_t many = busiest_rows(p, 192, multiprocessors),
+                  few = busiest_rows(p, 128, multiprocessors);
+    return alibi ? 24 * many < 25 * few : 5 * many < 6 * few;
 }
 
 /* Calls of half as many tiles are mostly cuda_fwd_pair_sm90's. Above D 64 it is the start alone that gets shorter, not the steps. */
