@@ -125,8 +125,8 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < PART; i++)
                 most[i % 2] = fmaxf(most[i % 2], fabsf(score[PART * part + i]));
-            const float largest = fmaxf(most[0], most[1]);
-            within[part] = !__any_sync(~0u, largest * largest > p.cap.polynomial_limit);
+            const float of_part = fmaxf(most[0], most[1]);
+            within[part] = !__any_sync(~0u, of_part * of_part > p.cap.polynomial_limit);
         }
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
@@ -264,13 +264,10 @@ struct Consumer {
             return;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float most = fmaxf(part[half], __shfl_xor_sync(~0u, part[half], 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            float most = largest(part[half]);
             bool moves = most > LIMIT && most < INFINITY;
             if constexpr (C::HAS_ALIBI) {
-                float all = sum[half] + part[half];
-                all = fmaxf(all, __shfl_xor_sync(~0u, all, 1));
-                all = fmaxf(all, __shfl_xor_sync(~0u, all, 2));
+                const float all = largest(sum[half] + part[half]);
                 if (all < LEAST && all > 0) {
                     most = all;
                     moves = true;
@@ -647,7 +644,8 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
     if (C::HAS_ALIBI && !NEW_TILE && MOVES)
         rescale_output(nearer);
     constexpr bool LEAVES_OUT = C::SHRINKS_OUTSIDE && !MASKED && !TRACK;
-    if (LEAVES_OUT && __any_sync(~0u, is_outside < C::HAS_ALIBI && MOVES > (part)))
+    constexpr bool SHRINKS = C::HAS_ALIBI && MOVES;
+    if (LEAVES_OUT && __any_sync(~0u, is_outside<SHRINKS>(part)))
         return true;
     if (!TRACK && !LEAVES_OUT)
         limit(part, factor);
