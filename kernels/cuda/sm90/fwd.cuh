@@ -631,6 +631,8 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
     if (TRACK)
         track_maximum(exponent_scale(p), shift, factor);
     finite_top(shift, offset);
+    if (C::MAKES_NEIGHBOURS && !MASKED && !TRACK)
+        make_neighbours(offset);
     if constexpr (C::HAS_SOFTCAP && !MASKED && !TRACK)
         capped_exponentials(p, offset, part);
     else

@@ -72,13 +72,26 @@ struct Config {
     static constexpr bool SHRINKS_OUTSIDE =
         HAS_LOOPS && (WARPGROUPS == 2 || HAS_ALIBI) && !SHARES_ROWS;
 
+    // Where ptxas would keep what a step takes from the scores of a thread's two rows in two even registers, or two odd ones, and mark none of
+    // them for reuse: each instruction then waits for an operand. Elsewhere it costs what it takes. docs/tried.md
+    static constexpr bool MAKES_NEIGHBOURS =
+        Of == PLAIN    ? DIM_QK == 96 || (DIM_QK == 192 && DIM_V == 128)
+        : Of == PLACED ? WARPGROUPS == 2 && (DIM_QK == 64 || DIM_QK == 128)
+        : Of == ROWS   ? DIM_QK == 96
+                       : Of == ALIBI && WARPGROUPS == 3;
+
     // Tiles in shared memory: columns of 64 elements, swizzled by TMA.
     static constexpr int COLUMNS_QK = (DIM_QK + 63) / 64, COLUMNS_V = (DIM_V + 63) / 64;
     static constexpr int QUERY_BYTES = 64 * 128 * COLUMNS_QK; // of one warpgroup
     static constexpr int KEY_COLUMN = TILE_K * 128;
     static constexpr int KEY_BYTES = KEY_COLUMN * COLUMNS_QK, VALUE_BYTES = KEY_COLUMN * COLUMNS_V;
     static constexpr int QUERY = 0, KEY = QUERY + QUERY_STAGES * WARPGROUPS * QUERY_BYTES;
-    static constexpr int VALUE = KEY + STAGES * KEY_BYTES, OUTPUT = VALUE + STAGES * VALUE_BYTES;
+    static constexpr int VALUE = KEY + STAGES * KEY_BYTES;
+    // Of ALiBi: see write_distances(). A product reads each of its bytes twice; memcheck expects twice as many, which are there.
+    static constexpr bool MULTIPLIES_DISTANCES =
+        HAS_ALIBI && SM90_DISTANCE_BYTES(DIM_QK, TILE_K) > 0;
+    static constexpr int DISTANCES = VALUE + STAGES * VALUE_BYTES,
+                         OUTPUT = DISTANCES + SM90_DISTANCE_BYTES(DIM_QK, TILE_K);
     // On its way out a warp's output takes slots of 16 rows x 64 columns.
     static constexpr int OUTPUT_SLOTS = COLUMNS_V < 2 ? COLUMNS_V : 2, SLOT_BYTES = 16 * 128;
     // A bias comes as the 64 rows of a warpgroup and 64 keys: one box of 128 bytes a row, swizzled as well, or two.
@@ -86,12 +99,8 @@ struct Config {
     static constexpr int BIAS_KEYS = 64, BIAS_BOXES = sizeof(Bias) / 2, BIAS_BOX = 64 * 128;
     static constexpr int BIAS_STAGES = SM90_BIAS_BOXES(DIM_QK) / BIAS_BOXES;
     static constexpr int BIASES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
-    // Of ALiBi: see write_distances().
-    static constexpr bool MULTIPLIES_DISTANCES =
-        HAS_ALIBI && SM90_DISTANCE_BYTES(DIM_QK, TILE_K) > 0;
-    static constexpr int DISTANCES =
+    static constexpr int TILES =
         BIASES + COPIES_BIAS * WARPGROUPS * BIAS_STAGES * BIAS_BOXES * BIAS_BOX;
-    static constexpr int TILES = DISTANCES + SM90_DISTANCE_BYTES(DIM_QK, TILE_K);
     static constexpr bool FILLS_REGISTERS = false;
     static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64, TILE_SLOTS = QUERY_STAGES;
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
