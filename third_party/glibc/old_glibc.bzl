@@ -2,7 +2,8 @@
 
 load("@rules_cc//cc:defs.bzl", "cc_binary")
 
-# All that shipped C code may ask of glibc, by library and version of x86-64; Arm's have one version. Data of a pointer's size has a *.
+# All that shipped C code may ask of glibc, by library and version of x86-64; Arm's have one version. Data of a pointer's size has a *. What ends
+# in _chk is asked for where _FORTIFY_SOURCE is on, as it is by `-c opt`.
 _SYMBOLS = {
     "libdl.so.2": {
         "GLIBC_2.2.5": "dladdr dlclose dlerror dlopen dlsym",
@@ -24,7 +25,10 @@ _SYMBOLS = {
             vsnprintf
         """,
         "GLIBC_2.3.2": "__register_atfork",
-        "GLIBC_2.3.4": "sched_getaffinity",
+        "GLIBC_2.3.4": """
+            __fprintf_chk __memcpy_chk __memmove_chk __memset_chk __printf_chk __snprintf_chk __sprintf_chk __strcpy_chk __vsnprintf_chk
+            sched_getaffinity
+        """,
         "GLIBC_2.4": "__stack_chk_fail",
         "GLIBC_2.6": "__sched_cpucount",
         "GLIBC_2.14": "memcpy",
