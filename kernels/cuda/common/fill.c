@@ -101,7 +101,7 @@ void fwd_fill(struct fwd_params *params, const struct problem *p, int32_t tile_q
         .row_blocks = (int32_t)ceil_divide(p->len_q, tile_q),
         .scale = p->scale,
         .softcap = p->softcap,
-        .exponent_scale = (float)(p->scale * 1.4426950408889634),
+        .exponent_scale = (float)(p->scale * LOG2_E),
         .query_scale = view(&p->query_scale),
         .key_scale = view(&p->key_scale),
         .value_scale = view(&p->value_scale),

@@ -20,5 +20,13 @@ __device__ __forceinline__ float row_factor(float bound) {
     return power_of_two(30 - exponent_above(bound));
 }
 
+// *to += x, at some time before the kernel ends: nobody who adds asks for what it was.
+__device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+__device__ __forceinline__ void add_relaxed(int64_t *to, int64_t x) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
+}
+
 // Of norms and keys that integers are made from: products of three stay in the range of f32. Also true of NaN.
 __device__ __forceinline__ bool beyond(float x) { return !(fabsf(x) < 0x1p40f); }

@@ -26,6 +26,8 @@ struct tile {
             CUDA_KERNEL(module, row "_bf16_" name, threads, bytes)                                 \
     }
 
+#define LOG2_E 1.4426950408889634
+
 #define COUNT(array) ((int32_t)(sizeof(array) / sizeof((array)[0])))
 
 /* Whether a tile that covers the problem is the one for it, among those of the same head dims. */

@@ -15,11 +15,6 @@
 
 #include <type_traits>
 
-// Adds to a number in memory that others add to; nobody here asks for what it was.
-__device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
-}
-
 // ---- The two products --------------------------------------------------------------------------------------------------
 
 // Where a lane's part of ldmatrix begins: of a tile as the left operand, as the right one, and as the right one transposed.

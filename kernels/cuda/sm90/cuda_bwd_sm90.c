@@ -253,7 +253,6 @@ static void fill_tensors(struct sm90_bwd_params *params, const struct problem *p
 }
 
 static void fill_problem(struct sm90_bwd_params *params, const struct problem *p) {
-    const double log2_e = 1.4426950408889634;
     params->batch = (int32_t)p->batch;
     params->heads_q = (int32_t)p->heads_q;
     params->heads_kv = (int32_t)p->heads_kv;
@@ -270,7 +269,7 @@ static void fill_problem(struct sm90_bwd_params *params, const struct problem *p
     params->errands =
         (int32_t)ceil_divide(p->len_q > p->len_k ? p->len_q : p->len_k, SM90_BWD_ERRAND);
     params->scale = (float)p->scale;
-    params->scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * log2_e);
+    params->scale_log2 = (float)((p->softcap > 0 ? 1 : p->scale) * LOG2_E);
     params->softcap = (float)p->softcap;
 }
 

@@ -5,8 +5,6 @@
 #include <float.h>
 #include <math.h>
 
-static const double LOG2_E = 1.4426950408889634;
-
 /* One image for each head dim, which also has the kernels that run before it where tiles depend on data. */
 #define MODULE(D)                                                                                  \
     extern const struct cuda_image cuda_fwd_sm90_##D##_images[];                                   \

@@ -170,11 +170,6 @@ __device__ __forceinline__ float2 load_pair(uint32_t address) {
     return r;
 }
 
-// *to += x, at some time before the kernel ends.
-__device__ __forceinline__ void add_relaxed(int32_t *to, int32_t x) {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
-}
-
 // Counts one more. Who sees that by load_acquire() sees all that this thread has seen.
 __device__ __forceinline__ void count_release(uint32_t *counter) {
     asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter)

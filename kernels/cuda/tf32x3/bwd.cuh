@@ -61,10 +61,6 @@ __device__ __forceinline__ double wide_power_of_two(int exponent) {
     return __hiloint2double((1023 + exponent) << 20, 0);
 }
 
-__device__ __forceinline__ void add_relaxed(int64_t *to, int64_t x) {
-    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
-}
-
 // Bits of NaN and infinity are above those of all numbers, and the largest does not depend on the order.
 __device__ __forceinline__ void bwd_scan(const bwd_params &p) {
     const int blocks = (p.f.len_k + SCAN_KEYS - 1) / SCAN_KEYS;
