@@ -313,7 +313,7 @@ VEC_INLINE struct operand load_value_terms(float *to, const struct rows *rows, i
                                            int64_t dim, enum dtype dtype, int terms,
                                            int64_t tile_k) {
     const int64_t row = tile_k / STEP * terms * TILE;
-    const bool even = dtype == DTYPE_BF16 && !rows->rows && rows->stride % 4 == 0,
+    const bool even = dtype == DTYPE_BF16 && !rows->scale && !rows->rows && rows->stride % 4 == 0,
                float8 = dtype_is_float8(dtype) && terms == 1 && !rows->scale;
     for (int32_t j = 0; j < n; j += STEP) {
         float *step = to + j / STEP * terms * TILE;
