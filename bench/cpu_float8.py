@@ -27,6 +27,7 @@ HEAD = COLUMNS[:-1]  # no framework
 BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
 FORWARD = ("cpu_fwd_amx", "cpu_fwd_avx512", "cpu_fwd_avx2")
 DECODE = ("cpu_decode_avx512vbmi", "cpu_decode_avx512", "cpu_decode_avx2")
+TILES = ("cpu_decode_amx",)
 # op, rows, dtypes of the query, (B, Hq, Hkv, Lq, Lk, D, causal)
 CASES = [
     ("fwd", FORWARD, ("bf16",), (1, 8, 8, 1024, 1024, 64, 0)),
@@ -37,6 +38,10 @@ CASES = [
     ("decode", DECODE, ("bf16", "f16", "f32"), (1, 32, 8, 1, 65536, 128, 0)),
     ("decode", DECODE, ("bf16",), (1, 32, 32, 1, 16384, 128, 0)),
     ("decode", DECODE, ("bf16",), (8, 32, 8, 1, 8192, 64, 0)),
+    ("decode", TILES, ("bf16",), (1, 32, 8, 1, 65536, 128, 0)),
+    ("decode", TILES, ("bf16",), (8, 32, 8, 1, 8192, 64, 0)),
+    ("decode", TILES + DECODE[:2], ("bf16",), (1, 64, 8, 1, 32768, 128, 0)),
+    ("decode", TILES + DECODE[:2], ("bf16",), (1, 32, 2, 1, 65536, 128, 0)),
 ]
 
 

@@ -21,12 +21,18 @@ struct extra_row extra_row_at(const struct problem *p, int64_t b, int64_t h, int
 
 struct rows kv_rows(const struct problem *p, const struct view *v, const struct sequence *s,
                     int64_t b, int64_t h, int64_t first, int32_t n, const char **pointers) {
+    const int64_t stride = v->stride[2] * dtype_bytes(v->dtype);
     if (!(p->features & DLATTN_FEATURE_PAGED))
         return (struct rows){.data = element_at(v, v->dtype, b, h, s->k_start + first),
-                             .stride = v->stride[2] * dtype_bytes(v->dtype)};
-    for (int32_t r = 0; r < n; r++) {
-        const int64_t j = first + r;
-        pointers[r] = element_at(v, v->dtype, problem_page(p, b, j), h, j % p->page_size);
+                             .stride = stride};
+    int64_t row = first % p->page_size;
+    for (int32_t r = 0; r < n; row = 0) {
+        const char *at = element_at(v, v->dtype, problem_page(p, b, first + r), h, row);
+        const int32_t end = (int32_t)least(n, r + p->page_size - row);
+        if (end - r == n)
+            return (struct rows){.data = at, .stride = stride};
+        for (; r < end; r++, at += stride)
+            pointers[r] = at;
     }
     return (struct rows){.rows = pointers};
 }

@@ -26,7 +26,8 @@ struct call {
 struct scratch {
     float *query, *scores, *extra;
     float *key_scale, *value_scale; /* where pages differ in them */
-    const char **pointers;
+    const char **pointers[2];       /* of this tile and the next one */
+    void *own;                      /* the body's */
     double *exact;
     char *dense_key, *dense_value, *dense_row; /* copies where the inner stride is not 1 */
 };
@@ -34,25 +35,34 @@ struct scratch {
 static int64_t heads_of(const struct problem *p) { return p->batch * p->heads_kv; }
 
 /* As a part has them, of so many in use. */
-static int64_t padded_rows(int64_t rows) { return rows == 1 ? 1 : round_up(rows, ROW_GROUP); }
+static int64_t padded_rows(const struct decode_body *body, int64_t rows) {
+    return rows <= body->least_rows ? body->least_rows : round_up(rows, ROW_GROUP);
+}
 
-static int64_t rows_of(const struct problem *p) { return padded_rows(p->len_q * group_of(p)); }
+static int64_t rows_of(const struct decode_body *body, const struct problem *p) {
+    return padded_rows(body, p->len_q * group_of(p));
+}
 
-static size_t lay_out_part(struct part *part, char *base, const struct problem *p) {
+static size_t lay_out_part(struct part *part, char *base, const struct problem *p,
+                           const struct decode_body *body) {
     uintptr_t at = (uintptr_t)base;
     part->max = carve(&at, MAX_ROWS * 4);
     part->sum = carve(&at, MAX_ROWS * 4);
     part->origin = carve(&at, MAX_ROWS * (int64_t)sizeof *part->origin);
-    part->output = carve(&at, rows_of(p) * round_up(p->dim_v, 16) * 4);
+    part->output =
+        carve(&at, round_up(rows_of(body, p), body->output_rows) * padded_dim(p->dim_v) * 4);
     return at - (uintptr_t)base;
 }
 
-static size_t lay_out_worker(struct scratch *w, char *base, const struct problem *p) {
+static size_t lay_out_worker(struct scratch *w, char *base, const struct problem *p,
+                             const struct decode_body *body) {
     uintptr_t at = (uintptr_t)base;
-    w->query = carve(&at, rows_of(p) * round_up(p->dim_qk, 16) * 4);
+    w->query = carve(&at, rows_of(body, p) * padded_dim(p->dim_qk) * 4);
     w->scores = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
     w->extra = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
-    w->pointers = carve(&at, 2 * DECODE_TILE_K * (int64_t)sizeof *w->pointers);
+    for (int side = 0; side < 2; side++)
+        w->pointers[side] = carve(&at, 2 * DECODE_TILE_K * (int64_t)sizeof *w->pointers[side]);
+    w->own = carve(&at, body->body_bytes ? (int64_t)body->body_bytes(p) : 0);
     w->key_scale = carve(&at, page_scale_bytes(p, &p->key_scale, DECODE_TILE_K));
     w->value_scale = carve(&at, page_scale_bytes(p, &p->value_scale, DECODE_TILE_K));
     w->exact = carve(&at, (int64_t)cpu_fwd_ref_row_bytes(p));
@@ -103,9 +113,10 @@ static void load_query(const struct call *c, const struct task *t, int32_t r, fl
 static void start_part(const struct call *c, const struct task *t, struct part *part,
                        struct scratch *w) {
     const struct problem *p = t->p;
-    const int64_t stride = round_up(p->dim_qk, 16);
+    const int64_t stride = padded_dim(p->dim_qk);
     memset(part->query, 0, (size_t)(part->rows * stride * 4));
-    memset(part->output, 0, (size_t)(part->rows * round_up(p->dim_v, 16) * 4));
+    memset(part->output, 0,
+           (size_t)(round_up(part->rows, c->body->output_rows) * padded_dim(p->dim_v) * 4));
     for (int32_t r = 0; r < part->rows; r++) {
         part->max[r] = -INFINITY;
         part->sum[r] = part->slope[r] = part->position[r] = 0;
@@ -122,12 +133,15 @@ static void start_part(const struct call *c, const struct task *t, struct part *
                                                      h * p->alibi_slopes.stride[1]);
         load_query(c, t, r, part->query + r * stride, w);
     }
+    if (c->body->start)
+        c->body->start(part);
 }
 
 /* Bias and mask of a tile, in the order of the scores. */
 static const float *load_extra(const struct call *c, const struct task *t,
                                const struct part_tile *tile, float *extra) {
     const struct problem *p = t->p;
+    const int32_t rows = (int32_t)padded_rows(c->body, t->rows);
     const struct extra_layout layout = {p->bias.dtype, p->bias.stride[3], p->mask.stride[3]};
     float line[DECODE_TILE_K];
     if (!p->bias.data && !p->mask.data)
@@ -137,39 +151,41 @@ static const float *load_extra(const struct call *c, const struct task *t,
         const struct extra_row row = extra_row_at(p, t->b, query_head(t, r), query_index(t, r));
         c->body->load_extra_row(line, &row, &layout, tile->first_key, tile->n);
         for (int32_t j = 0; j < tile->n; j++)
-            extra[score_index(r, j, (int32_t)padded_rows(t->rows))] = line[j];
+            extra[score_index(r, j, rows)] = line[j];
     }
     return extra;
 }
 
-/* Variants of a plan: where rows are fetched to. */
-enum { TO_L1_PAGE_BY_PAGE, TO_L2_IN_ORDER };
+/* Variants of a plan: how rows are fetched, and, in order, where to. */
+enum { PAGE_BY_PAGE, TO_L2_IN_ORDER };
 
-static struct row_fetch rows_to_fetch(const struct call *c, const struct rows *rows, int64_t first,
-                                      int32_t n, int64_t bytes) {
-    enum { PAGE = 4096, MOST_LOG2 = 3 };
-    struct row_fetch f = {.rows = *rows,
-                          .first = first,
-                          .n = n,
-                          .bytes = bytes,
-                          .to_l2 = c->plan->variant == TO_L2_IN_ORDER};
-    if (!f.to_l2 && n == DECODE_TILE_K && !rows->rows && rows->stride == bytes)
-        while (f.pages_log2 < MOST_LOG2 && DECODE_TILE_K * bytes > PAGE << f.pages_log2)
-            f.pages_log2++;
+static struct fetch_groups rows_to_fetch(const struct call *c, const struct rows *rows, int32_t n,
+                                         int64_t bytes) {
+    enum { LINE = 64, PAGE = 4096 };
+    struct fetch_groups f = {.begin = *rows,
+                             .step = LINE,
+                             .lines = (int32_t)((bytes + LINE - 1) / LINE),
+                             .groups = n,
+                             .to_l2 = c->plan->variant == TO_L2_IN_ORDER || c->body->fetches_tiles};
+    if (c->plan->variant == PAGE_BY_PAGE && !rows->rows && rows->stride == bytes) {
+        f.begin.stride = LINE;
+        f.lines = (int32_t)((n * bytes + PAGE - 1) / PAGE);
+        f.step = f.lines == 0 ? 0 : round_up(n * bytes / f.lines, LINE);
+        f.groups = (int32_t)(f.step / LINE);
+    }
     return f;
 }
 
 static void attend_tile(const struct call *c, const struct task *t, const struct part *part,
-                        int64_t first_key, int32_t n, int32_t n_next, struct scratch *w) {
+                        const struct kv_tile *now, const struct kv_tile *next, struct scratch *w) {
     const struct problem *p = t->p;
+    const struct kv_tile *const values = c->body->fetches_tiles ? next : now;
+    const int64_t first_key = now->first;
+    const int32_t n = now->n;
     struct logit_rule rule;
-    const struct rows keys =
-                          kv_rows(p, &p->key, &t->s, t->b, t->kv_head, first_key, n, w->pointers),
-                      values = kv_rows(p, &p->value, &t->s, t->b, t->kv_head, first_key, n,
-                                       w->pointers + DECODE_TILE_K);
     struct part_tile tile = {
-        .key = dense_rows(&keys, n, p->dim_qk, &p->key, p->key.dtype, w->dense_key),
-        .value = dense_rows(&values, n, p->dim_v, &p->value, p->value.dtype, w->dense_value),
+        .key = dense_rows(&now->keys, n, p->dim_qk, &p->key, p->key.dtype, w->dense_key),
+        .value = dense_rows(&now->values, n, p->dim_v, &p->value, p->value.dtype, w->dense_value),
         .first_key = first_key,
         .n = n,
         .scale = score_scale(p),
@@ -177,10 +193,10 @@ static void attend_tile(const struct call *c, const struct task *t, const struct
     tile.value.scale =
         page_scales(p, &p->value_scale, t->b, t->kv_head, first_key, n, w->value_scale);
     if (is_dense(&p->value, p->dim_v)) /* a copy is in the cache */
-        tile.values = rows_to_fetch(c, &tile.value, 0, n, p->dim_v * dtype_bytes(p->value.dtype));
-    /* Rows in pages are looked up tile by tile. */
-    if (!tile.key.rows && is_dense(&p->key, p->dim_qk))
-        tile.keys = rows_to_fetch(c, &tile.key, n, n_next, p->dim_qk * dtype_bytes(p->key.dtype));
+        tile.values =
+            rows_to_fetch(c, &values->values, values->n, p->dim_v * dtype_bytes(p->value.dtype));
+    if (is_dense(&p->key, p->dim_qk))
+        tile.keys = rows_to_fetch(c, &next->keys, next->n, p->dim_qk * dtype_bytes(p->key.dtype));
     for (int32_t r = 0; r < t->rows; r++)
         tile.bounded |= part->lo[r] > first_key || part->hi[r] < first_key + n;
     if (needs_rule(p)) {
@@ -200,10 +216,12 @@ static struct part part_at(const struct call *c, const struct task *t, int64_t h
     const struct problem *p = t->p;
     struct part part = {.key_dtype = p->key.dtype,
                         .value_dtype = p->value.dtype,
-                        .rows = (int32_t)padded_rows(t->rows),
+                        .query_is_bf16 = p->query.dtype == DTYPE_BF16 && !p->query_scale.data,
+                        .rows = (int32_t)padded_rows(c->body, t->rows),
                         .dim_qk = p->dim_qk,
                         .dim_v = p->dim_v};
-    lay_out_part(&part, c->parts + (size_t)(head * c->plan->splits + split) * c->part_bytes, p);
+    lay_out_part(&part, c->parts + (size_t)(head * c->plan->splits + split) * c->part_bytes, p,
+                 c->body);
     return part;
 }
 
@@ -212,6 +230,7 @@ static void run_part(const struct call *c, const struct task *t, int64_t head, i
     struct part part = part_at(c, t, head, split);
     part.query = w->query;
     part.scores = w->scores;
+    part.own = w->own;
     start_part(c, t, &part, w);
     int64_t first = INT64_MAX, end = 0;
     for (int32_t r = 0; r < t->rows; r++) {
@@ -222,16 +241,19 @@ static void run_part(const struct call *c, const struct task *t, int64_t head, i
     }
     first = most(first / DECODE_TILE_K * DECODE_TILE_K, split * c->part_keys);
     end = least(end, (split + 1) * c->part_keys);
-    for (int64_t k = first; k < end; k += DECODE_TILE_K) {
-        const int64_t left = end - k;
-        attend_tile(c, t, &part, k, (int32_t)least(DECODE_TILE_K, left),
-                    (int32_t)most(0, least(DECODE_TILE_K, left - DECODE_TILE_K)), w);
+    struct kv_tile now = kv_tile_at(c->p, &t->s, t->b, t->kv_head, first, end, DECODE_TILE_K,
+                                    w->pointers[0]),
+                   next;
+    for (int side = 1; now.n > 0; now = next, side ^= 1) {
+        next = kv_tile_at(c->p, &t->s, t->b, t->kv_head, first += DECODE_TILE_K, end, DECODE_TILE_K,
+                          w->pointers[side]);
+        attend_tile(c, t, &part, &now, &next, w);
     }
 }
 
 /* Brings all parts of a row to their common maximum and adds them up in the first. */
 static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim_v, float scale) {
-    const int64_t stride = round_up(dim_v, 16);
+    const int64_t stride = padded_dim(dim_v);
     float max = -INFINITY, sum = 0;
     for (int32_t n = 0; n < splits; n++)
         max = parts[n].max[r] > max ? parts[n].max[r] : max;
@@ -240,7 +262,7 @@ static void merge_row(struct part *parts, int32_t splits, int32_t r, int64_t dim
         const float factor = rescaling(parts[n].max[r], max, scale);
         const float *output = parts[n].output + r * stride;
         sum += parts[n].sum[r] * factor;
-        for (int64_t d = 0; d < dim_v; d++)
+        for (int64_t d = 0; d < stride; d++)
             total[d] = n == 0 ? output[d] * factor : total[d] + output[d] * factor;
     }
     parts[0].max[r] = max;
@@ -269,8 +291,8 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
         merge_row(parts, c->plan->splits, r, p->dim_v, score_scale(p));
         const float factor = float8_unit(p->value.dtype) *
                              end_row(p, &t->s, t->b, h, i, parts[0].max[r], parts[0].sum[r]);
-        float *output = parts[0].output + r * round_up(p->dim_v, 16), zeros = 0;
-        for (int64_t d = 0; d < p->dim_v; d++) {
+        float *output = parts[0].output + r * padded_dim(p->dim_v), zeros = 0;
+        for (int64_t d = 0; d < padded_dim(p->dim_v); d++) {
             output[d] *= factor;
             zeros += 0 * output[d]; /* NaN for NaN and infinity */
         }
@@ -287,7 +309,9 @@ static void worker(void *ctx, int64_t index) {
     const int64_t splits = c->plan->splits, tasks = heads_of(c->p) * splits;
     struct problem own;
     struct scratch w;
-    lay_out_worker(&w, c->workers + (size_t)index * c->worker_bytes, c->p);
+    lay_out_worker(&w, c->workers + (size_t)index * c->worker_bytes, c->p, c->body);
+    if (c->body->enter)
+        c->body->enter();
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < tasks;) {
         const int64_t head = n / splits;
@@ -298,6 +322,8 @@ static void worker(void *ctx, int64_t index) {
         if (atomic_fetch_add_explicit(&c->parts_done[head], 1, memory_order_acq_rel) + 1 == splits)
             finish_head(c, &t, head, &w);
     }
+    if (c->body->leave)
+        c->body->leave();
 }
 
 enum { LEAST_KEYS = 256 }; /* of a part */
@@ -313,19 +339,20 @@ static size_t done_bytes(const struct problem *p) {
     return (size_t)round_up(heads_of(p) * (int64_t)sizeof(_Atomic int32_t), 64);
 }
 
-bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
+bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *caps,
+                 const struct decode_body *body) {
     const int64_t rows = p->len_q * group_of(p);
     /* A full vector of rows and few keys: the forward rows do that without parts and merging. */
     if (rows > MAX_ROWS || (rows > MAX_ROWS / 2 && p->len_k <= LEAST_KEYS) || !options_fit_f32(p))
         return false;
     struct part part;
     struct scratch w;
-    plan->variant = caps->cpu & CPU_FETCHES_TO_L2 ? TO_L2_IN_ORDER : TO_L1_PAGE_BY_PAGE;
+    plan->variant = caps->cpu & CPU_FETCHES_TO_L2 ? TO_L2_IN_ORDER : PAGE_BY_PAGE;
     plan->splits = (int32_t)most(1, (p->len_k + part_keys(p) - 1) / part_keys(p));
     plan->threads = (int32_t)most(1, least(plan->threads, heads_of(p) * plan->splits));
-    plan->workspace_bytes = done_bytes(p) +
-                            lay_out_part(&part, NULL, p) * (size_t)(heads_of(p) * plan->splits) +
-                            lay_out_worker(&w, NULL, p) * (size_t)plan->threads;
+    plan->workspace_bytes =
+        done_bytes(p) + lay_out_part(&part, NULL, p, body) * (size_t)(heads_of(p) * plan->splits) +
+        lay_out_worker(&w, NULL, p, body) * (size_t)plan->threads;
     return true;
 }
 
@@ -340,8 +367,8 @@ int32_t decode_launch(const struct plan *plan, const struct problem *p, const st
         .part_keys = part_keys(p),
         .parts_done = exec->workspace,
         .parts = (char *)exec->workspace + done_bytes(p),
-        .part_bytes = lay_out_part(&part, NULL, p),
-        .worker_bytes = lay_out_worker(&w, NULL, p),
+        .part_bytes = lay_out_part(&part, NULL, p, body),
+        .worker_bytes = lay_out_worker(&w, NULL, p, body),
     };
     c.workers = c.parts + c.part_bytes * (size_t)(heads_of(p) * plan->splits);
     memset(exec->workspace, 0, done_bytes(p));

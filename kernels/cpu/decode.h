@@ -21,44 +21,45 @@ static inline int64_t score_index(int64_t row, int64_t key, int32_t rows) {
                : row / ROW_GROUP * (DECODE_TILE_K * ROW_GROUP) + key * ROW_GROUP + row % ROW_GROUP;
 }
 
+/* Of a row of the query or of the output, whose rest is 0. */
+static inline int64_t padded_dim(int64_t dim) { return round_up(dim, 64); }
+
 /* The rows of one task and what they have gathered from its keys. */
 struct part {
     enum dtype key_dtype, value_dtype;
-    int32_t rows; /* 1 or a multiple of ROW_GROUP */
+    bool query_is_bf16; /* each of its elements is one */
+    int32_t rows;       /* 1 or a multiple of ROW_GROUP */
     int64_t dim_qk, dim_v;
-    float *query;     /* [row][dim_qk, padded to 16], in the order and times the unit of keys */
+    float *query;     /* [row][padded_dim(dim_qk)], in the order and times the unit of keys */
     float *scores;    /* MAX_ROWS * DECODE_TILE_K */
-    float *output;    /* [row][dim_v, padded to 16], not yet divided by sum, likewise of values */
+    float *output;    /* [row][padded_dim(dim_v)], not yet divided by sum, likewise of values */
+    void *own;        /* the body's, body_bytes() */
     float *max, *sum; /* [row]; max is the score that sum and output are relative to */
     struct origin *origin;              /* [row]: origin_of() it */
     int64_t lo[MAX_ROWS], hi[MAX_ROWS]; /* keys that a row sees */
     float position[MAX_ROWS], slope[MAX_ROWS];
 };
 
-/* Rows of a tile to be fetched one by one beside other work, into the first-level cache or, with to_l2, the second. Those of a
- * whole tile that lie side by side are taken from each of 2^pages_log2 pages in turn, where the hardware reads ahead within a
- * page by itself, and so in all of them at once. */
-struct row_fetch {
-    struct rows rows;
-    int64_t first, bytes; /* of a row */
-    int32_t n, done;
-    int32_t pages_log2;
+/* Cache lines of a tile's keys or values to be asked for beside other work, in the first-level cache or, with to_l2, the second:
+ * so many groups of `lines` that lie `step` bytes apart. A group is a row, or, of rows that lie side by side, a line of each page, for the
+ * hardware reads ahead within a page by itself, and so in all of them at once. */
+struct fetch_groups {
+    struct rows begin; /* of each group */
+    int64_t step;
+    int32_t lines, groups, done;
     bool to_l2;
 };
 
-static inline void fetch_next(struct row_fetch *f) {
-    if (f->done == f->n)
+static inline void fetch_next(struct fetch_groups *f) {
+    if (f->done == f->groups)
         return;
-    const int32_t j = f->done++, page = j & ((1 << f->pages_log2) - 1);
-    const int64_t row = f->first + page * (DECODE_TILE_K >> f->pages_log2) + (j >> f->pages_log2);
-    const char *at = row_at(&f->rows, row);
-    const char *const end = at + f->bytes;
+    const char *at = row_at(&f->begin, f->done++);
     if (f->to_l2)
-        for (; at < end; at += 64)
-            __builtin_prefetch(at, 0, 2);
+        for (int32_t i = 0; i < f->lines; i++)
+            __builtin_prefetch(at + i * f->step, 0, 2);
     else
-        for (; at < end; at += 64)
-            __builtin_prefetch(at, 0, 3);
+        for (int32_t i = 0; i < f->lines; i++)
+            __builtin_prefetch(at + i * f->step, 0, 3);
 }
 
 /* Keys [first_key, first_key + n) of it, n <= DECODE_TILE_K. */
@@ -66,14 +67,21 @@ struct part_tile {
     struct rows key, value;
     int64_t first_key;
     int32_t n;
-    struct row_fetch values; /* of this tile, while its keys are scored */
-    struct row_fetch keys;   /* of the next one, while values are summed */
-    float scale;             /* of scores, or of what the rule makes of them, to units of log2(e) */
+    struct fetch_groups values; /* of this tile, while its keys are scored, or of the next one */
+    struct fetch_groups keys;   /* of the next one, while values are summed */
+    float scale; /* of scores, or of what the rule makes of them, to units of log2(e) */
     const struct logit_rule *rule; /* or NULL */
     bool bounded;                  /* some row does not see every key */
 };
 
 struct decode_body {
+    int32_t least_rows;  /* that a part has: 1 or ROW_GROUP */
+    int32_t output_rows; /* room for the output of a part is a multiple of so many rows */
+    bool fetches_tiles;  /* of keys and values, one ahead, into the second-level cache */
+    size_t (*body_bytes)(const struct problem *p); /* of part->own, or NULL: none */
+    void (*enter)(void); /* on each thread before its first part, or NULL */
+    void (*leave)(void);
+    void (*start)(const struct part *part); /* once its query is there, or NULL */
     /* A row of the query to f32 and one of the output back, in the order in which attend() takes elements of keys and
      * values, whose dtype is `other`. */
     void (*widen)(float *to, const char *from, int64_t n, enum dtype dtype, enum dtype other);
@@ -84,7 +92,8 @@ struct decode_body {
     void (*attend)(const struct part *part, struct part_tile *tile);
 };
 
-bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *caps);
+bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *caps,
+                 const struct decode_body *body);
 int32_t decode_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
                       const struct decode_body *body);
 

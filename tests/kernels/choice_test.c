@@ -39,6 +39,20 @@ static rows decode_e4m3 = {REF,
                            "cpu_decode_avx512",
                            "cpu_decode_avx512vbmi",
                            "cpu_decode_avx512vbmi"};
+static rows decode_tiles = {REF,
+                            "cpu_decode_avx2",
+                            "cpu_decode_avx512",
+                            "cpu_decode_avx512",
+                            "cpu_decode_avx512",
+                            "cpu_decode_avx512",
+                            "cpu_decode_amx"};
+static rows decode_e4m3_tiles = {REF,
+                                 "cpu_decode_avx2",
+                                 "cpu_decode_avx512",
+                                 "cpu_decode_avx512vbmi",
+                                 "cpu_decode_avx512",
+                                 "cpu_decode_avx512vbmi",
+                                 "cpu_decode_amx"};
 static rows f64 = {REF,
                    "cpu_fwd_f64_avx2",
                    "cpu_fwd_f64_avx512",
@@ -161,6 +175,35 @@ Test(choice, features) {
     }
 }
 
+/* Over many keys, decoding by AMX tiles takes more than four rows, or e4m3. */
+Test(choice, many_keys) {
+    static const struct {
+        struct shape shape;
+        enum element element, cache;
+        const char *const *rows;
+    } cases[] = {
+        {{1, 10, 2, 1, 1024, 64, 64}, BF16, BF16, decode_tiles},
+        {{1, 10, 2, 1, 1023, 64, 64}, BF16, BF16, decode},
+        {{1, 8, 2, 1, 4096, 64, 64}, BF16, BF16, decode},
+        {{1, 8, 2, 2, 1024, 64, 64}, BF16, E5M2, decode_tiles},
+        {{1, 8, 2, 2, 4096, 64, 64}, F16, F16, decode},
+        {{1, 8, 2, 2, 4096, 64, 64}, F16, E5M2, decode},
+        {{1, 8, 2, 2, 4096, 64, 64}, F32, E5M2, decode},
+        {{1, 8, 2, 1, 4096, 64, 64}, BF16, E5M2, decode},
+        {{1, 8, 2, 1, 2048, 64, 128}, BF16, E4M3, decode_e4m3_tiles},
+        {{1, 8, 2, 1, 2048, 64, 80}, BF16, E4M3, decode_e4m3},
+        {{1, 8, 2, 1, 2047, 64, 64}, BF16, E4M3, decode_e4m3},
+        {{1, 8, 2, 1, 2048, 64, 64}, F16, E4M3, decode_e4m3},
+        {{1, 8, 8, 1, 4096, 64, 64}, BF16, E4M3, decode_e4m3},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct test_case c = {cases[i].shape, {.name = "cache"}, cases[i].element, 1};
+        if (cases[i].cache != cases[i].element)
+            c.features.key = c.features.value = cases[i].cache;
+        expect_rows(&c, cases[i].rows);
+    }
+}
+
 static const char *const *backward_rows(enum element e) {
     return e == F64   ? backward_f64
            : e == F32 ? backward_f32
@@ -211,7 +254,8 @@ Test(choice, decode) {
         const struct kernel *k = &kernel_table[i];
         bool one_of_them = false;
         for (int m = AVX2; m < MACHINES; m++)
-            one_of_them |= strcmp(k->name, decode_e4m3[m]) == 0;
+            one_of_them |=
+                strcmp(k->name, decode_e4m3[m]) == 0 || strcmp(k->name, decode_e4m3_tiles[m]) == 0;
         if (k->backend == BACKEND_CPU)
             cr_expect(eq(int, (kernel_flags(k) & DLATTN_KERNEL_DECODE) != 0, one_of_them), "%s",
                       k->name);

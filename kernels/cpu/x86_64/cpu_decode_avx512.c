@@ -7,7 +7,7 @@
 ROW_FUNCTIONS(cpu_decode_avx512);
 
 bool cpu_decode_avx512_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
-    return decode_plan(plan, p, caps);
+    return decode_plan(plan, p, caps, &body);
 }
 
 int32_t cpu_decode_avx512_launch(const struct plan *plan, const struct problem *p,

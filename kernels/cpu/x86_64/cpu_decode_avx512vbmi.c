@@ -13,7 +13,7 @@ ROW_FUNCTIONS(cpu_decode_avx512vbmi);
 bool cpu_decode_avx512vbmi_plan(struct plan *plan, const struct problem *p,
                                 const struct caps *caps) {
     return (p->kernel || p->key.dtype == DTYPE_E4M3 || p->value.dtype == DTYPE_E4M3) &&
-           decode_plan(plan, p, caps);
+           decode_plan(plan, p, caps, &body);
 }
 
 int32_t cpu_decode_avx512vbmi_launch(const struct plan *plan, const struct problem *p,
