@@ -67,12 +67,12 @@ int64_t runs_of(const struct problem *p, int64_t tile_q) {
 }
 
 void plan_tasks(struct plan *plan, const struct problem *p, int64_t lanes) {
-    const int64_t heads = p->batch * p->heads_kv, rows = p->len_q * group_of(p),
+    const int64_t parts = p->batch * p->heads_kv * plan->splits, rows = p->len_q * group_of(p),
                   wanted = plan->threads == 1 ? 1 : 4 * plan->threads;
     while (plan->tile_q > lanes &&
-           (plan->tile_q / 2 >= rows || heads * runs_of(p, plan->tile_q) < wanted))
+           (plan->tile_q / 2 >= rows || parts * runs_of(p, plan->tile_q) < wanted))
         plan->tile_q /= 2;
-    plan->threads = (int32_t)most(1, least(plan->threads, heads * runs_of(p, plan->tile_q)));
+    plan->threads = (int32_t)most(1, least(plan->threads, parts * runs_of(p, plan->tile_q)));
 }
 
 /* A few elements of each row at a time, so that rows across memory (a transposed matrix) are read by whole cache lines. */

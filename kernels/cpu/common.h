@@ -131,6 +131,8 @@ struct kv_tile kv_tile_at(const struct problem *p, const struct sequence *s, int
 struct fetch kv_tile_share(const struct problem *p, const struct kv_tile *next, int64_t n,
                            int64_t blocks);
 
+enum { MAX_SPLITS = 64 }; /* parts of the keys of a head */
+
 /* Runs of tile_q rows in the group of a kv head of one batch. */
 int64_t runs_of(const struct problem *p, int64_t tile_q);
 

@@ -25,6 +25,7 @@ struct call {
 /* One worker's share of the workspace. */
 struct scratch {
     float *query, *scores, *extra;
+    struct row_lanes *lanes;
     float *key_scale, *value_scale; /* where pages differ in them */
     const char **pointers[2];       /* of this tile and the next one */
     void *own;                      /* the body's */
@@ -48,7 +49,6 @@ static size_t lay_out_part(struct part *part, char *base, const struct problem *
     uintptr_t at = (uintptr_t)base;
     part->max = carve(&at, MAX_ROWS * 4);
     part->sum = carve(&at, MAX_ROWS * 4);
-    part->origin = carve(&at, MAX_ROWS * (int64_t)sizeof *part->origin);
     part->output =
         carve(&at, round_up(rows_of(body, p), body->output_rows) * padded_dim(p->dim_v) * 4);
     return at - (uintptr_t)base;
@@ -60,6 +60,7 @@ static size_t lay_out_worker(struct scratch *w, char *base, const struct problem
     w->query = carve(&at, rows_of(body, p) * padded_dim(p->dim_qk) * 4);
     w->scores = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
     w->extra = carve(&at, MAX_ROWS * DECODE_TILE_K * 4);
+    w->lanes = carve(&at, MAX_ROWS / ROW_GROUP * (int64_t)sizeof *w->lanes);
     for (int side = 0; side < 2; side++)
         w->pointers[side] = carve(&at, 2 * DECODE_TILE_K * (int64_t)sizeof *w->pointers[side]);
     w->own = carve(&at, body->body_bytes ? (int64_t)body->body_bytes(p) : 0);
@@ -120,7 +121,6 @@ static void start_part(const struct call *c, const struct task *t, struct part *
     for (int32_t r = 0; r < part->rows; r++) {
         part->max[r] = -INFINITY;
         part->sum[r] = part->slope[r] = part->position[r] = 0;
-        part->origin[r] = (struct origin){0, 0};
         part->lo[r] = part->hi[r] = 0;
         if (r >= t->rows)
             continue;
@@ -133,6 +133,10 @@ static void start_part(const struct call *c, const struct task *t, struct part *
                                                      h * p->alibi_slopes.stride[1]);
         load_query(c, t, r, part->query + r * stride, w);
     }
+    memset(part->lanes, 0, MAX_ROWS / ROW_GROUP * sizeof *part->lanes);
+    for (int32_t g = 0; g < MAX_ROWS / ROW_GROUP; g++)
+        for (int32_t l = 0; l < c->body->lanes; l++)
+            part->lanes[g].max[l] = -INFINITY;
     if (c->body->start)
         c->body->start(part);
 }
@@ -225,12 +229,21 @@ static struct part part_at(const struct call *c, const struct task *t, int64_t h
     return part;
 }
 
+/* The sums of the rows, from those of lanes. */
+static void add_lanes(struct part *part, int32_t lanes) {
+    const int32_t group = part->rows == 1 ? 1 : ROW_GROUP;
+    for (int32_t row = 0; row < part->rows; row += group)
+        for (int32_t l = 0; l < lanes; l++)
+            part->sum[row + l % group] += part->lanes[row / ROW_GROUP].sum[l];
+}
+
 static void run_part(const struct call *c, const struct task *t, int64_t head, int64_t split,
                      struct scratch *w) {
     struct part part = part_at(c, t, head, split);
     part.query = w->query;
     part.scores = w->scores;
     part.own = w->own;
+    part.lanes = w->lanes;
     start_part(c, t, &part, w);
     int64_t first = INT64_MAX, end = 0;
     for (int32_t r = 0; r < t->rows; r++) {
@@ -249,6 +262,7 @@ static void run_part(const struct call *c, const struct task *t, int64_t head, i
                           w->pointers[side]);
         attend_tile(c, t, &part, &now, &next, w);
     }
+    add_lanes(&part, c->body->lanes);
 }
 
 /* Brings all parts of a row to their common maximum and adds them up in the first. */

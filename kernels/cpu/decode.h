@@ -12,7 +12,7 @@
 
 #include "kernels/cpu/common.h"
 
-enum { MAX_ROWS = 16, ROW_GROUP = 4, DECODE_TILE_K = 64, MAX_SPLITS = 64 };
+enum { MAX_ROWS = 16, ROW_GROUP = 4, DECODE_TILE_K = 64 };
 
 /* Of `rows` in a part. */
 static inline int64_t score_index(int64_t row, int64_t key, int32_t rows) {
@@ -23,6 +23,12 @@ static inline int64_t score_index(int64_t row, int64_t key, int32_t rows) {
 
 /* Of a row of the query or of the output, whose rest is 0. */
 static inline int64_t padded_dim(int64_t dim) { return round_up(dim, 64); }
+
+/* What softmax has of ROW_GROUP rows, or of one, for each lane of a vector: lane l is row l % ROW_GROUP. */
+struct row_lanes {
+    float max[16], top[16], minus[16]; /* part->max and its origin_of() */
+    float sum[16];                     /* of the lane's own weights */
+};
 
 /* The rows of one task and what they have gathered from its keys. */
 struct part {
@@ -35,7 +41,7 @@ struct part {
     float *output;    /* [row][padded_dim(dim_v)], not yet divided by sum, likewise of values */
     void *own;        /* the body's, body_bytes() */
     float *max, *sum; /* [row]; max is the score that sum and output are relative to */
-    struct origin *origin;              /* [row]: origin_of() it */
+    struct row_lanes *lanes;            /* [row / ROW_GROUP] */
     int64_t lo[MAX_ROWS], hi[MAX_ROWS]; /* keys that a row sees */
     float position[MAX_ROWS], slope[MAX_ROWS];
 };
@@ -75,6 +81,7 @@ struct part_tile {
 };
 
 struct decode_body {
+    int32_t lanes;       /* of a vector */
     int32_t least_rows;  /* that a part has: 1 or ROW_GROUP */
     int32_t output_rows; /* room for the output of a part is a multiple of so many rows */
     bool fetches_tiles;  /* of keys and values, one ahead, into the second-level cache */

@@ -73,51 +73,69 @@ VEC_INLINE void bound_tile(float *s, const struct part *part, int32_t row,
     }
 }
 
-/* Raises the maxima of the rows to those of the tile; output and sum follow. */
-VEC_INLINE void raise_max(const struct part *part, int32_t row, const float *s,
-                          const struct part_tile *tile, float *output, int64_t stride, int rows) {
-    float lanes[VEC_LANES];
-    vec tile_max = vec_set(-INFINITY);
-    for (int32_t j = 0; j < tile->n; j += KEYS(rows))
-        tile_max = vec_max(vec_load(s + j * rows), tile_max);
-    vec_store(lanes, tile_max);
+/* The maximum of each lane. */
+VEC_INLINE vec lane_max(const float *s, int32_t n, int rows) {
+    const vec none = vec_set(-INFINITY);
+    vec most[4] = {none, none, none, none}; /* one waits for itself */
+    for (int32_t j = 0; j < n; j += 4 * KEYS(rows))
+#pragma clang loop unroll(full)
+        for (int i = 0; i < 4; i++)
+            if (j + i * KEYS(rows) < n)
+                most[i] = vec_max(vec_load(s + (j + i * KEYS(rows)) * rows), most[i]);
+    return vec_max(vec_max(most[0], most[1]), vec_max(most[2], most[3]));
+}
+
+/* Raises the maxima of rows that have grown to those of the tile's lanes; output and sum follow. */
+VEC_FN static void raise_rows(const struct part *part, int32_t row, const float *of_lane,
+                              float scale, float *output, int64_t stride, int rows) {
+    struct row_lanes *lanes = &part->lanes[row / ROW_GROUP];
     for (int r = 0; r < rows; r++) {
         float most_of_row = -INFINITY;
         for (int l = r; l < VEC_LANES; l += rows)
-            most_of_row = lanes[l] > most_of_row ? lanes[l] : most_of_row;
+            most_of_row = of_lane[l] > most_of_row ? of_lane[l] : most_of_row;
         const float before = part->max[row + r];
-        if (!((most_of_row - before) * tile->scale > 8)) /* weights up to 2^8 do no harm */
+        if (!((most_of_row - before) * scale > 8)) /* weights up to 2^8 do no harm */
             continue;
         part->max[row + r] = most_of_row;
-        part->origin[row + r] = origin_of(most_of_row, tile->scale);
-        if (before == -INFINITY)
-            continue; /* sum and output are still 0 */
-        const float factor = rescaling(before, most_of_row, tile->scale);
-        part->sum[row + r] *= factor;
-        for (int64_t d = 0; d < stride; d++)
+        const struct origin origin = origin_of(most_of_row, scale);
+        /* Of -inf: sum and output are still 0. */
+        const float factor = before == -INFINITY ? 1 : rescaling(before, most_of_row, scale);
+        for (int l = r; l < VEC_LANES; l += rows) {
+            lanes->max[l] = most_of_row;
+            lanes->top[l] = origin.top;
+            lanes->minus[l] = origin.minus;
+            lanes->sum[l] *= factor;
+        }
+        for (int64_t d = 0; factor != 1 && d < stride; d++)
             output[r * stride + d] *= factor;
+    }
+}
+
+VEC_INLINE void raise_max(const struct part *part, int32_t row, const float *s,
+                          const struct part_tile *tile, float *output, int64_t stride, int rows) {
+    float of_lane[VEC_LANES];
+    const vec most = lane_max(s, tile->n, rows),
+              growth = vec_mul(vec_sub(most, vec_load(part->lanes[row / ROW_GROUP].max)),
+                               vec_set(tile->scale));
+    if (vec_mask_bits(vec_greater(growth, vec_set(8)))) {
+        vec_store(of_lane, most);
+        raise_rows(part, row, of_lane, tile->scale, output, stride, rows);
     }
 }
 
 /* Scores become weights. A row that has seen no key has scores -inf: weight 0 relative to 2^0. */
 VEC_INLINE void weigh_tile(const struct part *part, int32_t row, float *s,
                            const struct part_tile *tile, int rows) {
-    float tops[ROW_GROUP], rests[ROW_GROUP], lanes[VEC_LANES];
-    for (int r = 0; r < rows; r++) {
-        tops[r] = part->origin[row + r].top;
-        rests[r] = part->origin[row + r].minus;
-    }
-    const vec top = repeat_rows(tops, rows), minus = repeat_rows(rests, rows),
+    struct row_lanes *lanes = &part->lanes[row / ROW_GROUP];
+    const vec top = vec_load(lanes->top), minus = vec_load(lanes->minus),
               scale = vec_set(tile->scale);
-    vec sum = vec_set(0);
+    vec sum = vec_load(lanes->sum);
     for (int32_t j = 0; j < tile->n; j += KEYS(rows)) {
         const vec weight = exp2_of(vec_fma(vec_sub(vec_load(s + j * rows), top), scale, minus));
         sum = vec_add(sum, weight);
         vec_store(s + j * rows, weight);
     }
-    vec_store(lanes, sum);
-    for (int n = 0; n < VEC_LANES; n++)
-        part->sum[row + n % rows] += lanes[n];
+    vec_store(lanes->sum, sum);
 }
 
 /* Scores of the rows from `row` on, whose output it is, become weights times the scales of values. */

@@ -269,7 +269,8 @@ VEC_FN static void attend(const struct part *part, struct part_tile *tile) {
         attend_rows(part, tile, ROW_GROUP);
 }
 
-static const struct decode_body body = {.least_rows = 1,
+static const struct decode_body body = {.lanes = VEC_LANES,
+                                        .least_rows = 1,
                                         .output_rows = 1,
                                         .widen = widen_query,
                                         .narrow = narrow_output,

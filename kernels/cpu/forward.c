@@ -5,6 +5,9 @@
  * first, because causal rows grow heavier. Within a task each key tile is loaded once for all blocks. Tiles start
  * at multiples of tile_k and blocks at multiples of `lanes` rows, so the sums of a row, and with them its bits, depend
  * neither on the number of threads nor on the size of a task.
+ *
+ * Few rows would leave most threads without a task. Then a task is a part of the keys besides, by the shape alone; its blocks stay in
+ * the workspace, and whoever finishes the last part of a run adds them up in order.
  */
 #include "kernels/cpu/forward.h"
 #include "kernels/ref/ref.h"
@@ -22,12 +25,17 @@ struct call {
     int64_t group; /* query heads of a kv head */
     int64_t runs;  /* tasks of one kv head of one batch */
     int64_t tasks;
+    int64_t part_keys;
+    _Atomic int32_t *parts_done; /* [run][batch][kv head] */
+    char *blocks; /* of [worker] or [run][batch][kv head][split], blocks_bytes each */
+    size_t blocks_bytes;
     _Atomic int64_t next_task;
 };
 
 /* One worker's share of the workspace. */
 struct scratch {
-    struct block *blocks;
+    struct block *blocks; /* blocks_at() */
+    float *query;         /* of a block after the other */
     float *scores;
     float *extra, *keep;
     float *key, *value;
@@ -45,6 +53,20 @@ static int64_t row_words(const struct forward_body *body, int64_t dim) {
            body->terms;
 }
 
+/* Lays the blocks of a task out, without their queries. */
+static size_t lay_out_blocks(struct block **blocks, char *base, const struct forward_body *body,
+                             const struct plan *plan, const struct problem *p) {
+    const int64_t count = plan->tile_q / body->lanes;
+    uintptr_t at = (uintptr_t)base;
+    *blocks = carve(&at, count * (int64_t)sizeof **blocks);
+    for (int64_t n = 0; n < count; n++) {
+        float *output = carve(&at, round_up(p->dim_v, 16) * body->lanes * 4);
+        if (base)
+            (*blocks)[n].output = output;
+    }
+    return at - (uintptr_t)base;
+}
+
 /* Lays a worker's scratch out from `base` (NULL to measure) and returns its bytes. */
 static size_t lay_out(struct scratch *w, char *base, const struct forward_body *body,
                       const struct plan *plan, const struct problem *p) {
@@ -53,7 +75,7 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
     const bool extra = p->features & (DLATTN_FEATURE_BIAS | DLATTN_FEATURE_MASK |
                                       DLATTN_FEATURE_SEGMENTS | DLATTN_FEATURE_BLOCK_MASK);
     uintptr_t at = (uintptr_t)base;
-    w->blocks = carve(&at, blocks * (int64_t)sizeof *w->blocks);
+    w->query = carve(&at, blocks * words * lanes * 4);
     w->scores = carve(&at, body->score_bytes);
     w->extra = carve(&at, extra ? tile_k * lanes * 4 : 0);
     w->keep = carve(&at, p->dropout_probability > 0 ? tile_k * lanes * 4 : 0);
@@ -69,13 +91,6 @@ static size_t lay_out(struct scratch *w, char *base, const struct forward_body *
     w->dense_value = carve(&at, copy_bytes(&p->value, tile_k, p->dim_v));
     w->dense_rows = carve(&at, most(copy_bytes(&p->query, lanes, p->dim_qk),
                                     copy_bytes(&p->output, lanes, p->dim_v)));
-    for (int64_t n = 0; n < blocks; n++) {
-        float *query = carve(&at, words * lanes * 4), *output = carve(&at, dim_v * lanes * 4);
-        if (base) {
-            w->blocks[n].query = query;
-            w->blocks[n].output = output;
-        }
-    }
     return at - (uintptr_t)base;
 }
 
@@ -239,7 +254,8 @@ static struct fetch fetch_output(const struct task *t, int64_t first, int32_t co
                           .pace = 4};
 }
 
-static void run_task(const struct call *c, const struct task *t, struct scratch *w) {
+/* Keys of part `split`, of all blocks. */
+static void run_part(const struct call *c, const struct task *t, int64_t split, struct scratch *w) {
     const struct forward_body *body = c->body;
     const struct problem *p = t->p;
     const int32_t lanes = body->lanes, tile_k = body->tile_k;
@@ -247,6 +263,7 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
     int64_t first = INT64_MAX, end = 0;
     for (int64_t n = 0; n < blocks; n++) {
         struct block *b = &w->blocks[n];
+        b->query = w->query + n * row_words(body, p->dim_qk) * lanes;
         pack_block(c, t, b, t->first_row + n * lanes, (int32_t)least(lanes, t->rows - n * lanes),
                    w);
         first = least(first, b->first);
@@ -254,10 +271,12 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
     }
     /* A hidden value that is not finite spoils what its step adds. Whole steps are read, as far as there are keys, so that a
      * block meets it, and leaves its rows to the reference, whatever other blocks are in the task. */
-    end = least(round_up(end, body->step_k), t->s.k_len);
-    struct kv_tile tile =
-        kv_tile_at(p, &t->s, t->b, t->first_head / t->heads, least(first, end) / tile_k * tile_k,
-                   end, tile_k, w->pointers[0]);
+    end = least(least(round_up(end, body->step_k), t->s.k_len), (split + 1) * c->part_keys);
+    first = most(first, split * c->part_keys);
+    if (first >= end)
+        return;
+    struct kv_tile tile = kv_tile_at(p, &t->s, t->b, t->first_head / t->heads,
+                                     first / tile_k * tile_k, end, tile_k, w->pointers[0]);
     for (int parity = 1; tile.n > 0; parity ^= 1) {
         const struct rows keys =
             dense_rows(&tile.keys, tile.n, p->dim_qk, &p->key, p->key.dtype, w->dense_key);
@@ -284,8 +303,65 @@ static void run_task(const struct call *c, const struct task *t, struct scratch 
         }
         tile = next;
     }
-    for (int64_t n = 0; n < blocks; n++)
-        finish_block(c, t, &w->blocks[n], t->first_row + n * lanes, w);
+}
+
+/* Brings a block's parts to their common maxima and adds them up in the first, `all`. */
+static void merge_block(struct block *all, struct block *const *parts, int32_t splits,
+                        int64_t dim_v, int32_t lanes, float scale) {
+    float max[MAX_LANES], sum[MAX_LANES] = {0}, factor[MAX_LANES];
+    bool fresh = true;
+    for (int32_t lane = 0; lane < MAX_LANES; lane++)
+        max[lane] = -INFINITY;
+    for (int32_t n = 0; n < splits; n++)
+        for (int32_t lane = 0; lane < all->rows; lane++)
+            max[lane] = parts[n]->max[lane] > max[lane] ? parts[n]->max[lane] : max[lane];
+    for (int32_t n = 0; n < splits; n++) {
+        const struct block *b = parts[n];
+        for (int32_t lane = 0; lane < all->rows; lane++) {
+            factor[lane] = rescaling(b->max[lane], max[lane], scale);
+            sum[lane] += b->sum[lane] * factor[lane];
+        }
+        for (int64_t d = 0; !b->fresh && d < dim_v; d++) {
+            float *total = all->output + d * lanes;
+            const float *output = b->output + d * lanes;
+            for (int32_t lane = 0; lane < all->rows; lane++)
+                total[lane] = (fresh ? 0 : total[lane]) + output[lane] * factor[lane];
+        }
+        fresh &= b->fresh;
+    }
+    memcpy(all->max, max, sizeof max);
+    memcpy(all->sum, sum, sizeof sum);
+    all->fresh = fresh;
+}
+
+/* Those of a worker, or of a task that is one of several parts. */
+static struct block *blocks_at(const struct call *c, int64_t index) {
+    struct block *blocks;
+    lay_out_blocks(&blocks, c->blocks + (size_t)index * c->blocks_bytes, c->body, c->plan, c->p);
+    return blocks;
+}
+
+/* The blocks of all parts of a run into its rows. */
+static void finish_run(const struct call *c, const struct task *t, int64_t run, struct scratch *w) {
+    const int32_t lanes = c->body->lanes, splits = c->plan->splits;
+    struct block *parts[MAX_SPLITS];
+    for (int64_t n = 0; n * lanes < t->rows; n++) {
+        struct block *b = &w->blocks[n];
+        if (splits != 1) {
+            b = blocks_at(c, run * splits) + n;
+            for (int32_t split = 0; split < splits; split++)
+                parts[split] = blocks_at(c, run * splits + split) + n;
+            merge_block(b, parts, splits, t->p->dim_v, lanes, score_scale(t->p));
+        }
+        finish_block(c, t, b, t->first_row + n * lanes, w);
+    }
+}
+
+/* True if this was the last part of the run. */
+static bool count_part(const struct call *c, int64_t run) {
+    return c->plan->splits == 1 ||
+           atomic_fetch_add_explicit(&c->parts_done[run], 1, memory_order_acq_rel) + 1 ==
+               c->plan->splits;
 }
 
 static void worker(void *ctx, int64_t index) {
@@ -297,42 +373,76 @@ static void worker(void *ctx, int64_t index) {
     c->body->enter();
     for (int64_t n;
          (n = atomic_fetch_add_explicit(&c->next_task, 1, memory_order_relaxed)) < c->tasks;) {
-        const int64_t heads = p->batch * p->heads_kv, run = c->runs - 1 - n / heads;
-        struct task t = {.b = n % heads / p->heads_kv,
-                         .first_head = n % p->heads_kv * c->group,
+        const int64_t heads = p->batch * p->heads_kv, splits = c->plan->splits, run = n / splits;
+        struct task t = {.b = run % heads / p->heads_kv,
+                         .first_head = run % p->heads_kv * c->group,
                          .heads = c->group,
-                         .first_row = run * c->plan->tile_q};
-        t.p = problem_of_head(p, t.b, n % p->heads_kv, &own);
+                         .first_row = (c->runs - 1 - run / heads) * c->plan->tile_q};
+        t.p = problem_of_head(p, t.b, run % p->heads_kv, &own);
         t.s = problem_sequence(p, t.b);
         t.rows = least(c->plan->tile_q, t.s.q_rows * t.heads - t.first_row);
-        if (t.rows > 0)
-            run_task(c, &t, &w);
+        if (t.rows <= 0)
+            continue;
+        w.blocks = blocks_at(c, splits == 1 ? index : n);
+        run_part(c, &t, n % splits, &w);
+        if (count_part(c, run))
+            finish_run(c, &t, run, &w);
     }
     c->body->leave();
+}
+
+/* Parts of the keys: for few blocks, and none of them short, for each begins by looking for maxima. By the shape alone, so that no bit
+ * depends on threads. */
+static int32_t splits_of(const struct problem *p, const struct forward_body *body) {
+    enum { LEAST_KEYS = 4096 };
+    const int64_t blocks = p->batch * p->heads_kv * runs_of(p, body->lanes);
+    return (int32_t)most(1, least(MAX_SPLITS / most(1, blocks), p->len_k / LEAST_KEYS));
+}
+
+/* What stands before the scratch of workers: how many parts of a run are done, and blocks. */
+static size_t done_bytes(const struct plan *plan, int64_t runs) {
+    return plan->splits == 1 ? 0 : (size_t)round_up(runs * (int64_t)sizeof(_Atomic int32_t), 64);
+}
+static int64_t blocks_count(const struct plan *plan, int64_t runs) {
+    return plan->splits == 1 ? plan->threads : runs * plan->splits;
 }
 
 bool forward_plan(struct plan *plan, const struct problem *p, const struct forward_body *body) {
     if (!options_fit_f32(p))
         return false;
     plan->tile_k = body->tile_k;
+    plan->splits = splits_of(p, body);
     plan_tasks(plan, p, body->lanes);
     struct scratch w;
-    plan->workspace_bytes = lay_out(&w, NULL, body, plan, p) * (size_t)plan->threads;
+    struct block *blocks;
+    const int64_t runs = runs_of(p, plan->tile_q) * p->batch * p->heads_kv;
+    plan->workspace_bytes =
+        done_bytes(plan, runs) +
+        lay_out_blocks(&blocks, NULL, body, plan, p) * (size_t)blocks_count(plan, runs) +
+        lay_out(&w, NULL, body, plan, p) * (size_t)plan->threads;
     return true;
 }
 
 int32_t forward_launch(const struct plan *plan, const struct problem *p, const struct exec *exec,
                        const struct forward_body *body) {
+    struct scratch w;
+    struct block *blocks;
     struct call c = {
         .body = body,
         .plan = plan,
         .p = p,
-        .workspace = exec->workspace,
-        .worker_bytes = plan->workspace_bytes / (size_t)plan->threads,
+        .worker_bytes = lay_out(&w, NULL, body, plan, p),
         .group = group_of(p),
         .runs = runs_of(p, plan->tile_q),
+        .blocks_bytes = lay_out_blocks(&blocks, NULL, body, plan, p),
+        .part_keys = round_up((p->len_k + plan->splits - 1) / plan->splits, body->tile_k),
+        .parts_done = exec->workspace,
     };
-    c.tasks = c.runs * p->batch * p->heads_kv;
+    const int64_t runs = c.runs * p->batch * p->heads_kv;
+    c.tasks = runs * plan->splits;
+    c.blocks = (char *)exec->workspace + done_bytes(plan, runs);
+    c.workspace = c.blocks + c.blocks_bytes * (size_t)blocks_count(plan, runs);
+    memset(exec->workspace, 0, done_bytes(plan, runs));
     threads_run(exec, plan->threads, worker, &c);
     return DLATTN_OK;
 }

@@ -193,6 +193,14 @@ static void loop_hidden(struct loop *loop) {
                 check(loop, &shapes[j], &feature_sets[i]);
 }
 
+/* Keys that a row takes in parts, of which some rows see but a few. */
+static void loop_parts(struct loop *loop) {
+    static const struct shape shapes[] = {
+        {1, 2, 1, 20, 8200, 16, 24}, {2, 2, 1, 70, 12300, 8, 8}, {1, 6, 2, 3, 8191, 16, 16}};
+    for (int i = 0; i < feature_set_count; i++)
+        check(loop, &shapes[i % 3], &feature_sets[i]);
+}
+
 /* Rows that see nothing and shall have an lse of +inf, many and few. */
 static void loop_empty(struct loop *loop) {
     static const struct shape shapes[] = {{3, 4, 2, 40, 9, 32, 32}, {3, 4, 2, 4, 2, 32, 32}};
@@ -401,6 +409,8 @@ ParameterizedTest(struct job *job, kernels, row) {
     if (!job->backward)
         loop_wide_heads(&loop, !cuda);
     loop_random(&loop);
+    if (!job->backward)
+        loop_parts(&loop);
     if (!job->backward && cuda) {
         loop_long(&loop);
         loop_many_heads(&loop);

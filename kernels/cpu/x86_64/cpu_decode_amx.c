@@ -86,13 +86,15 @@ VEC_INLINE void list_rows(const char *list[DECODE_TILE_K], const struct rows *ro
 #pragma clang loop vectorize(disable) unroll_count(8)
     for (int32_t j = 0; j < DECODE_TILE_K; j++) {
         list[j] = rows->rows ? rows->rows[j < n ? j : n - 1] : at;
-        at += j < n - 1 ? rows->stride : 0;
+        if (!rows->rows && j < n - 1)
+            at += rows->stride;
     }
 }
 
 /* Those of elements [d, d + WIDTH) that a row of dim has. */
 static inline uint64_t present(int64_t d, int64_t dim) {
-    return dim - d >= WIDTH ? UINT64_MAX : (UINT64_C(1) << (dim - d)) - 1;
+    const int64_t n = most(dim - d, 0);
+    return n >= WIDTH ? UINT64_MAX : (UINT64_C(1) << n) - 1;
 }
 
 /* Elements d and on of 32 keys: tiles [16 keys][half]. Of float8, with a table, the halves are what vec_bf16_of_codes() makes. */
@@ -118,22 +120,20 @@ VEC_INLINE void load_keys(float *piece, const char *const *keys, int64_t d, uint
     }
 }
 
-/* The key of word i of a step; its other half is 16 keys on. It is how turn() leaves them. */
-#define KEY_OF_WORD(i) ((i) % 4 * 4 + (i) / 4)
-
 /* Column of the output at which value element d stands: of each 16 bytes of a row, a tile has four elements. */
-static inline int64_t column_of(int64_t d, int64_t bytes) {
-    const int64_t lane = 16 / bytes, block = 4 * lane;
+static inline int64_t column_of(int64_t d, enum dtype dtype) {
+    const int64_t lane = dtype == DTYPE_BF16 ? 8 : 16, block = 4 * lane;
     return d / block * block + d % lane / 4 * 16 + d % block / lane * 4 + d % 4;
 }
 
-/* The same of values: tiles of 16 columns in the order of column_of(). */
+/* The same of values: tiles of 16 columns in the order of column_of(). Word i is of
+ * key i % 4 * 4 + i / 4 and the one 16 keys on, which is how turn() leaves weights. */
 VEC_INLINE void load_values(float *piece, const char *const *values, int64_t d, uint64_t some,
                             const struct float8_codes *codes, struct fetching *f) {
 #pragma clang loop unroll(disable)
     for (int i = 0; i < PAIRS; i += 4) {
 #pragma clang loop unroll(full)
-        for (int n = 0; n < 4; n++) { /* KEY_OF_WORD(i + n) */
+        for (int n = 0; n < 4; n++) {
             const char *even = values[i / 4 + n * 4], *odd = values[i / 4 + n * 4 + PAIRS];
             __m512i words[4];
             if (codes) {
@@ -391,12 +391,13 @@ VEC_FN static void narrow_output(char *to, const float *from, int64_t n, enum dt
         const int64_t some = at_most(n - d, WIDTH);
         float row[WIDTH];
         for (int64_t i = 0; i < some; i++)
-            row[i] = from[column_of(d + i, dtype_bytes(value))];
+            row[i] = from[column_of(d + i, value)];
         narrow(to + d * dtype_bytes(dtype), row, some, dtype);
     }
 }
 
-static const struct decode_body body = {.least_rows = ROW_GROUP,
+static const struct decode_body body = {.lanes = VEC_LANES,
+                                        .least_rows = ROW_GROUP,
                                         .output_rows = ROWS,
                                         .fetches_tiles = true,
                                         .body_bytes = body_bytes,
