@@ -389,9 +389,11 @@ static void check_one(struct verdict *v, const struct subject *subject,
     call_copy(&first, made);
     run_subject(v, subject, &first, &one);
     if (v->outcome == PASSED) {
+        const char *const row = v->sku.kernel;
         call_copy(&second, made);
         run_subject(v, subject, &second, &two);
-        if (v->outcome == PASSED && v->sku.bit_stable)
+        /* The library may choose by alignment, which depends on the side. */
+        if (v->outcome == PASSED && v->sku.bit_stable && strcmp(v->sku.kernel, row) == 0)
             compare_runs(v, &second, &first, two.threads);
         call_free(&second);
         compare_with_truth(v, subject->api, &first, truth);
