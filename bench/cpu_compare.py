@@ -1,20 +1,24 @@
 """Two builds of the library beside each other on a CPU, in one process and in turns.
 
-    python3 bench/cpu_compare.py ./OLD.so ./NEW.so [--rounds N] [--threads N]
+    python3 bench/cpu_compare.py ./OLD.so ./NEW.so [--ops LIST] [--rounds N] [--threads N] [--csv FILE]
 
-The cases are like cpu_bench's: forward and decoding, in every dtype of the CPU's rows. Prints old /
-new for each, which is above 1 where the new one is faster, from the shortest times of both, whether
-the outputs have the same bits, and the geometric means. NumPy is all that it needs.
+The cases are like cpu_bench's: forward, decoding, and few rows over many keys, in every dtype of the
+CPU's rows and in bf16 over e4m3. Prints old / new for each, which is above 1 where the new one is
+faster, from the shortest times of both, whether the outputs have the same bits, and the geometric
+means. NumPy is all that it needs.
 """
 
 import argparse
+import csv
 import ctypes
+import datetime
 import math
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from cpu_model import commit, device
 
 sys.path.append(str(Path(__file__).parents[1] / "abi"))
 from dlattn_ctypes import Api, Desc, DLTensor, Exec, Sku, Tensors
@@ -36,7 +40,16 @@ SHAPES = [
     ("fwd", 8, 12, 12, 128, 128, 64, 0),
     ("decode", 1, 32, 8, 1, 8192, 128, 0),
     ("decode", 1, 32, 32, 1, 2048, 128, 0),
+    ("decode", 1, 32, 8, 1, 32768, 128, 0),
+    ("decode", 1, 64, 8, 1, 32768, 128, 0),
+    ("few", 1, 32, 1, 1, 32768, 128, 0),
+    ("few", 1, 128, 1, 1, 16384, 128, 0),
+    ("few", 1, 8, 1, 64, 32768, 128, 0),
+    ("few", 1, 32, 8, 16, 8192, 128, 0),
 ]
+OPS = ("fwd", "decode", "few")
+KEYS = ("dtype", "op", "B", "Hq", "Hkv", "Lq", "Lk", "D", "causal", "threads")
+HEAD = ("date", "commit", "device", *KEYS, "old_kernel", "kernel", "old_us", "us", "ratio", "bits")
 
 
 def random(rng, shape, dtype):
@@ -91,39 +104,65 @@ def seconds(function):
     return time.perf_counter() - begin
 
 
-def compare(libraries, shape, dtype, rounds, threads):
+def compare(libraries, shape, dtype, of_keys, rounds, threads):
+    """The rows that run it, the shortest time of both, and whether the bits are the same."""
     _, batch, heads_q, heads_kv, len_q, len_k, dim, causal = shape
     rng = np.random.default_rng(1)
     query = random(rng, (batch, heads_q, len_q, dim), dtype)
-    key, value = (random(rng, (batch, heads_kv, len_k, dim), dtype) for _ in range(2))
+    key, value = (random(rng, (batch, heads_kv, len_k, dim), of_keys) for _ in range(2))
     desc = Desc(causal=causal, num_threads=threads)
-    calls = [Call(library, desc, (query, key, value), dtype) for library in libraries]
+    calls = [Call(library, desc, (query, key, value), dtype, of_keys) for library in libraries]
     times = [[seconds(call) for call in calls] for _ in range(rounds + 1)][1:]
     old, new = (min(column) for column in zip(*times))
     same = np.array_equal(calls[0].output, calls[1].output)
-    return old / new, new, calls[1].kernel, same
+    return calls[0].kernel, calls[1].kernel, old, new, "same" if same else "other"
+
+
+def lines(given):
+    """A dict of HEAD's columns for each case, but date, commit and device."""
+    libraries = [Api(given.old), Api(given.new)]
+    for shape in (shape for shape in SHAPES if shape[0] in given.ops.split(",")):
+        dtypes = [(dtype, dtype) for dtype in DTYPES]
+        for dtype, of_keys in dtypes + [("bf16", "e4m3")] * (shape[0] != "fwd"):
+            names = dtype if dtype == of_keys else f"{dtype}+{of_keys}"
+            old_kernel, kernel, old, new, bits = compare(
+                libraries, shape, dtype, of_keys, given.rounds, given.threads
+            )
+            line = dict(zip(KEYS, (names, *shape, given.threads)))
+            yield line | {
+                "old_kernel": old_kernel,
+                "kernel": kernel,
+                "old_us": f"{old * 1e6:.1f}",
+                "us": f"{new * 1e6:.1f}",
+                "ratio": f"{old / new:.3f}",
+                "bits": bits,
+            }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old")
     parser.add_argument("new")
+    parser.add_argument("--ops", default=",".join(OPS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--csv", help="lines are added to it")
     given = parser.parse_args()
-    libraries = [Api(given.old), Api(given.new)]
-    ratios = {}
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            ratio, seconds, kernel, same = compare(
-                libraries, shape, dtype, given.rounds, given.threads
-            )
-            ratios.setdefault(shape[0], []).append(ratio)
-            bits = "same bits" if same else "other bits"
-            print(f"{shape} {dtype} {kernel} {seconds * 1e3:.2f} ms: {ratio:.3f}, {bits}")
+    ratios, done = {}, []
+    for line in lines(given):
+        ratios.setdefault(line["op"], []).append(float(line["ratio"]))
+        print(*line.values(), flush=True)
+        done.append(line)
     for op, of in ratios.items():
         mean = math.exp(sum(map(math.log, of)) / len(of))
         print(f"{op}: geometric mean {mean:.4f}, lowest {min(of):.3f}, {len(of)} cases")
+    if given.csv:
+        names = {"date": datetime.date.today().isoformat(), "commit": commit(), "device": device()}
+        with open(given.csv, "a", newline="") as file:
+            out = csv.DictWriter(file, HEAD, lineterminator="\n")
+            if file.tell() == 0:
+                out.writeheader()
+            out.writerows(names | line for line in done)
 
 
 if __name__ == "__main__":

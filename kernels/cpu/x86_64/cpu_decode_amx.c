@@ -411,11 +411,12 @@ static const struct decode_body body = {.lanes = VEC_LANES,
 
 ROW_FUNCTIONS(cpu_decode_amx);
 
-/* Up to four rows are as fast by FMA unless there is e4m3 to widen, and short calls without the transposition of queries. */
+/* Up to four rows are as fast by FMA unless there is e4m3 to widen, of which caches have no room, and short calls without the
+ * transposition of queries. */
 static bool faster_than_fma(const struct problem *p) {
     if (p->len_q * group_of(p) > ROW_GROUP)
         return p->len_k >= 1024;
-    return p->len_q * group_of(p) > 1 && p->len_k >= 2048 && p->dim_qk % WIDTH == 0 &&
+    return p->len_q * group_of(p) > 1 && p->len_k >= 16384 && p->dim_qk % WIDTH == 0 &&
            p->dim_v % WIDTH == 0 && (p->key.dtype == DTYPE_E4M3 || p->value.dtype == DTYPE_E4M3);
 }
 
