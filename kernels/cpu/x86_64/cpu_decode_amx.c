@@ -9,7 +9,7 @@
  * of two places: a tile register filled with what has just been stored waits for the stores, and more places would not stay in the
  * first-level cache. The rows of the next tile of keys are asked for beside all that, a few at a time.
  *
- * Weights are sums of two bf16 terms (vec_terms.h), and so are queries that have scales of their own: what AMX loses is lost in sums.
+ * Weights are sums of two bf16 terms (vec_terms.h), queries that have scales of their own of three: what AMX loses is lost in sums.
  */
 #define VEC_TARGET                                                                                 \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,f16c,amx-tile,amx-bf16"
@@ -27,6 +27,7 @@ enum {
     PIECE = 4 * TILE,
     STEPS = DECODE_TILE_K / STEP,
     WEIGHT_TERMS = 2,
+    MOST_TERMS = 3, /* of a query */
     POINTS = 8 /* of a piece's work, at which rows are asked for */
 };
 
@@ -47,12 +48,12 @@ static struct own own_of(const struct part *part) {
                             at + 2 * PIECE + DECODE_TILE_K * ROWS + STEPS * WEIGHT_TERMS * TILE};
 }
 
-static int query_terms(const struct part *part) { return part->query_is_bf16 ? 1 : 2; }
+static int query_terms(const struct part *part) { return part->query_is_bf16 ? 1 : MOST_TERMS; }
 
 static size_t body_bytes(const struct problem *p) {
     const int64_t halves = padded_dim(p->dim_qk) / STEP;
     return (size_t)(2 * PIECE + DECODE_TILE_K * ROWS + STEPS * WEIGHT_TERMS * TILE +
-                    halves * 2 * TILE) *
+                    halves * MOST_TERMS * TILE) *
            4;
 }
 
@@ -323,7 +324,7 @@ VEC_INLINE void multiply_terms(const struct part *part, const struct part_tile *
     if (query_terms(part) == 1)
         multiply_tile(part, tile, f, codes, 1);
     else
-        multiply_tile(part, tile, f, codes, 2);
+        multiply_tile(part, tile, f, codes, MOST_TERMS);
 }
 
 VEC_FN static void attend(const struct part *part, struct part_tile *tile) {
@@ -355,10 +356,10 @@ VEC_INLINE void pack_query(const struct part *part, int terms) {
     const struct own own = own_of(part);
     for (int64_t d = 0; d < stride; d += WIDTH)
         for (int half = 0; half < 2; half++) {
-            float words[2][TILE] = {{0}};
+            float words[MOST_TERMS][TILE] = {{0}};
             for (int32_t r = 0; r < part->rows; r++) {
                 const float *q = part->query + r * stride + d;
-                vec first[2], second[2];
+                vec first[MOST_TERMS], second[MOST_TERMS];
                 row_terms(first, vec_load(q), vec_load(q + 16), terms);
                 row_terms(second, vec_load(q + 32), vec_load(q + 48), terms);
                 for (int t = 0; t < terms; t++)
@@ -376,7 +377,7 @@ VEC_FN static void start(const struct part *part) {
     if (query_terms(part) == 1)
         pack_query(part, 1);
     else
-        pack_query(part, 2);
+        pack_query(part, MOST_TERMS);
 }
 
 VEC_FN static void widen_query(float *to, const char *from, int64_t n, enum dtype dtype,
