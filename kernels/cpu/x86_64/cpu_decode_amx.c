@@ -127,8 +127,8 @@ static inline int64_t column_of(int64_t d, enum dtype dtype) {
     return d / block * block + d % lane / 4 * 16 + d % block / lane * 4 + d % 4;
 }
 
-/* The same of values: tiles of 16 columns in the order of column_of(). Word i is of
- * key i % 4 * 4 + i / 4 and the one 16 keys on, which is how turn() leaves weights. */
+/* The same of values: tiles of 16 columns in the order of column_of(). Word i is of key i % 4 * 4 + i / 4
+ * and the one 16 keys on, which is how turn() leaves weights. */
 VEC_INLINE void load_values(float *piece, const char *const *values, int64_t d, uint64_t some,
                             const struct float8_codes *codes, struct fetching *f) {
 #pragma clang loop unroll(disable)
@@ -218,7 +218,7 @@ VEC_FN static void spread_products(const struct part *part, int32_t n) {
 
 /* ---- Values ----------------------------------------------------------------------------------------------------- */
 
-/* to[row] = that row's of 16 keys' scores or weights: [key][row], key key_of_word(i) at i. */
+/* to[row] = that row's of 16 keys' weights, [key][row]: key i % 4 * 4 + i / 4 in lane i. */
 VEC_INLINE void turn(vec to[ROW_GROUP], const float *from) {
     const __m512 a = vec_load(from), b = vec_load(from + 16), c = vec_load(from + 32),
                  d = vec_load(from + 48);
