@@ -1,11 +1,11 @@
 """Two builds of the library beside each other on a CPU, in one process and in turns.
 
-    python3 bench/cpu_compare.py ./OLD.so ./NEW.so [--ops LIST] [--rounds N] [--threads N] [--csv FILE]
+    python3 bench/cpu_compare.py ./OLD.so ./NEW.so [--ops LIST] [--threads N] [--csv FILE]
 
-The cases are like cpu_bench's: forward, decoding, and few rows over many keys, in every dtype of the
-CPU's rows and in bf16 over e4m3. Prints old / new for each, which is above 1 where the new one is
-faster, from the shortest times of both, whether the outputs have the same bits, and the geometric
-means. NumPy is all that it needs.
+The cases are like cpu_bench's: forward, decoding, and few rows over many keys, in every dtype of
+the CPU's rows and in bf16 over e4m3. Prints old / new for each, which is above 1 where the new one
+is faster, from the shortest times of both, whether the outputs have the same bits, and the
+geometric means. NumPy is all that it needs.
 """
 
 import argparse

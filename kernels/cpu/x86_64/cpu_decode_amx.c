@@ -28,7 +28,7 @@ enum {
     STEPS = DECODE_TILE_K / STEP,
     WEIGHT_TERMS = 2,
     MOST_TERMS = 3, /* of a query */
-    POINTS = 8 /* of a piece's work, at which rows are asked for */
+    POINTS = 8      /* of a piece's work, at which rows are asked for */
 };
 
 /* part->own: see body_bytes(). Lengths in words. */
