@@ -681,7 +681,7 @@ static void worker(void *ctx, int64_t index) {
         t.s = problem_sequence(p, t.b);
         t.rows = t.s.q_rows * group;
         run_task(c, &t, n / heads, &w);
-        if (atomic_fetch_add_explicit(&c->finished[head], 1, memory_order_acq_rel) + 1 == c->runs)
+        if (count_done(&c->finished[head], c->runs))
             finish_head(c, &t, &w);
     }
     c->body->leave();

@@ -5,6 +5,7 @@
 #include "src/kernel.h"
 
 #include <math.h>
+#include <stdatomic.h>
 
 /* In the extra logits of a tile: the boolean mask hides this key. A NaN that no program makes. */
 #define HIDDEN_BITS UINT32_C(0xffd1a77e)
@@ -132,6 +133,16 @@ struct fetch kv_tile_share(const struct problem *p, const struct kv_tile *next, 
                            int64_t blocks);
 
 enum { MAX_SPLITS = 64 }; /* parts of the keys of a head */
+
+/* Of n counters of what is done. */
+static inline size_t counters_bytes(int64_t n) {
+    return (size_t)round_up(n * (int64_t)sizeof(_Atomic int32_t), 64);
+}
+
+/* Counts one of so many as done: true for the last, whose thread sees what those of the others wrote. */
+static inline bool count_done(_Atomic int32_t *done, int64_t of) {
+    return atomic_fetch_add_explicit(done, 1, memory_order_acq_rel) + 1 == of;
+}
 
 /* Runs of tile_q rows in the group of a kv head of one batch. */
 int64_t runs_of(const struct problem *p, int64_t tile_q);

@@ -333,7 +333,7 @@ static void worker(void *ctx, int64_t index) {
         if (t.rows == 0)
             continue;
         run_part(c, &t, head, n % splits, &w);
-        if (atomic_fetch_add_explicit(&c->parts_done[head], 1, memory_order_acq_rel) + 1 == splits)
+        if (count_done(&c->parts_done[head], splits))
             finish_head(c, &t, head, &w);
     }
     if (c->body->leave)
@@ -349,10 +349,6 @@ static int64_t part_keys(const struct problem *p) {
     return most(LEAST_KEYS, round_up((p->len_k + parts - 1) / parts, DECODE_TILE_K));
 }
 
-static size_t done_bytes(const struct problem *p) {
-    return (size_t)round_up(heads_of(p) * (int64_t)sizeof(_Atomic int32_t), 64);
-}
-
 bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *caps,
                  const struct decode_body *body) {
     const int64_t rows = p->len_q * group_of(p);
@@ -365,7 +361,8 @@ bool decode_plan(struct plan *plan, const struct problem *p, const struct caps *
     plan->splits = (int32_t)most(1, (p->len_k + part_keys(p) - 1) / part_keys(p));
     plan->threads = (int32_t)most(1, least(plan->threads, heads_of(p) * plan->splits));
     plan->workspace_bytes =
-        done_bytes(p) + lay_out_part(&part, NULL, p, body) * (size_t)(heads_of(p) * plan->splits) +
+        counters_bytes(heads_of(p)) +
+        lay_out_part(&part, NULL, p, body) * (size_t)(heads_of(p) * plan->splits) +
         lay_out_worker(&w, NULL, p, body) * (size_t)plan->threads;
     return true;
 }
@@ -380,12 +377,12 @@ int32_t decode_launch(const struct plan *plan, const struct problem *p, const st
         .p = p,
         .part_keys = part_keys(p),
         .parts_done = exec->workspace,
-        .parts = (char *)exec->workspace + done_bytes(p),
+        .parts = (char *)exec->workspace + counters_bytes(heads_of(p)),
         .part_bytes = lay_out_part(&part, NULL, p, body),
         .worker_bytes = lay_out_worker(&w, NULL, p, body),
     };
     c.workers = c.parts + c.part_bytes * (size_t)(heads_of(p) * plan->splits);
-    memset(exec->workspace, 0, done_bytes(p));
+    memset(exec->workspace, 0, counters_bytes(heads_of(p)));
     threads_run(exec, plan->threads, worker, &c);
     return DLATTN_OK;
 }

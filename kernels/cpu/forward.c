@@ -53,7 +53,7 @@ static int64_t row_words(const struct forward_body *body, int64_t dim) {
            body->terms;
 }
 
-/* Lays the blocks of a task out, without their queries. */
+/* Lays the blocks of a task out from `base`, where they begin, without their queries. */
 static size_t lay_out_blocks(struct block **blocks, char *base, const struct forward_body *body,
                              const struct plan *plan, const struct problem *p) {
     const int64_t count = plan->tile_q / body->lanes;
@@ -335,10 +335,8 @@ static void merge_block(struct block *all, struct block *const *parts, int32_t s
 }
 
 /* Those of a worker, or of a task that is one of several parts. */
-static struct block *blocks_at(const struct call *c, int64_t index) {
-    struct block *blocks;
-    lay_out_blocks(&blocks, c->blocks + (size_t)index * c->blocks_bytes, c->body, c->plan, c->p);
-    return blocks;
+static void *blocks_at(const struct call *c, int64_t index) {
+    return c->blocks + (size_t)index * c->blocks_bytes;
 }
 
 /* The blocks of all parts of a run into its rows. */
@@ -348,20 +346,13 @@ static void finish_run(const struct call *c, const struct task *t, int64_t run, 
     for (int64_t n = 0; n * lanes < t->rows; n++) {
         struct block *b = &w->blocks[n];
         if (splits != 1) {
-            b = blocks_at(c, run * splits) + n;
+            b = (struct block *)blocks_at(c, run * splits) + n;
             for (int32_t split = 0; split < splits; split++)
-                parts[split] = blocks_at(c, run * splits + split) + n;
+                parts[split] = (struct block *)blocks_at(c, run * splits + split) + n;
             merge_block(b, parts, splits, t->p->dim_v, lanes, score_scale(t->p));
         }
         finish_block(c, t, b, t->first_row + n * lanes, w);
     }
-}
-
-/* True if this was the last part of the run. */
-static bool count_part(const struct call *c, int64_t run) {
-    return c->plan->splits == 1 ||
-           atomic_fetch_add_explicit(&c->parts_done[run], 1, memory_order_acq_rel) + 1 ==
-               c->plan->splits;
 }
 
 static void worker(void *ctx, int64_t index) {
@@ -383,9 +374,9 @@ static void worker(void *ctx, int64_t index) {
         t.rows = least(c->plan->tile_q, t.s.q_rows * t.heads - t.first_row);
         if (t.rows <= 0)
             continue;
-        w.blocks = blocks_at(c, splits == 1 ? index : n);
+        lay_out_blocks(&w.blocks, blocks_at(c, splits == 1 ? index : n), c->body, c->plan, p);
         run_part(c, &t, n % splits, &w);
-        if (count_part(c, run))
+        if (splits == 1 || count_done(&c->parts_done[run], splits))
             finish_run(c, &t, run, &w);
     }
     c->body->leave();
@@ -401,7 +392,7 @@ static int32_t splits_of(const struct problem *p, const struct forward_body *bod
 
 /* What stands before the scratch of workers: how many parts of a run are done, and blocks. */
 static size_t done_bytes(const struct plan *plan, int64_t runs) {
-    return plan->splits == 1 ? 0 : (size_t)round_up(runs * (int64_t)sizeof(_Atomic int32_t), 64);
+    return plan->splits == 1 ? 0 : counters_bytes(runs);
 }
 static int64_t blocks_count(const struct plan *plan, int64_t runs) {
     return plan->splits == 1 ? plan->threads : runs * plan->splits;

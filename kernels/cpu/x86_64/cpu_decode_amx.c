@@ -27,11 +27,12 @@ enum {
     PIECE = 4 * TILE,
     STEPS = DECODE_TILE_K / STEP,
     WEIGHT_TERMS = 2,
-    MOST_TERMS = 3, /* of a query */
-    POINTS = 8      /* of a piece's work, at which rows are asked for */
+    WEIGHTS = STEPS * WEIGHT_TERMS * TILE, /* words */
+    MOST_TERMS = 3,                        /* of a query */
+    POINTS = 8                             /* of a piece's work, at which rows are asked for */
 };
 
-/* part->own: see body_bytes(). Lengths in words. */
+/* part->own. */
 struct own {
     float *pieces;   /* two */
     float *products; /* [key of the tile][16 rows] */
@@ -39,23 +40,30 @@ struct own {
     float *query;    /* [half of a piece][term], tiles of 32 d x 16 rows */
 };
 
+static size_t lay_out(struct own *own, void *base, int64_t dim_qk) {
+    uintptr_t at = (uintptr_t)base;
+    own->pieces = carve(&at, 2 * PIECE * 4);
+    own->products = carve(&at, DECODE_TILE_K * ROWS * 4);
+    own->weights = carve(&at, WEIGHTS * 4);
+    own->query = carve(&at, padded_dim(dim_qk) / STEP * MOST_TERMS * TILE * 4);
+    return at - (uintptr_t)base;
+}
+
 static struct own own_of(const struct part *part) {
-    float *at = part->own;
-    return (struct own){.pieces = at,
-                        .products = at + 2 * PIECE,
-                        .weights = at + 2 * PIECE + DECODE_TILE_K * ROWS,
-                        .query =
-                            at + 2 * PIECE + DECODE_TILE_K * ROWS + STEPS * WEIGHT_TERMS * TILE};
+    struct own own;
+    lay_out(&own, part->own, part->dim_qk);
+    return own;
+}
+
+static size_t body_bytes(const struct problem *p) {
+    struct own own;
+    return lay_out(&own, NULL, p->dim_qk);
 }
 
 static int query_terms(const struct part *part) { return part->query_is_bf16 ? 1 : MOST_TERMS; }
 
-static size_t body_bytes(const struct problem *p) {
-    const int64_t halves = padded_dim(p->dim_qk) / STEP;
-    return (size_t)(2 * PIECE + DECODE_TILE_K * ROWS + STEPS * WEIGHT_TERMS * TILE +
-                    halves * MOST_TERMS * TILE) *
-           4;
-}
+/* Of so many keys, the last one perhaps not whole. */
+static int32_t steps_of(int32_t keys) { return (keys + STEP - 1) / STEP; }
 
 /* ---- Pieces ----------------------------------------------------------------------------------------------------- */
 
@@ -67,7 +75,7 @@ struct fetching {
 
 static struct fetching start_fetching(const struct part *part, const struct part_tile *tile) {
     const int64_t pieces =
-        (tile->n + STEP - 1) / STEP * (padded_dim(part->dim_qk) + padded_dim(part->dim_v)) / WIDTH;
+        steps_of(tile->n) * (padded_dim(part->dim_qk) + padded_dim(part->dim_v)) / WIDTH;
     const int64_t pairs = most(tile->keys.groups, tile->values.groups);
     return (struct fetching){.keys = tile->keys,
                              .values = tile->values,
@@ -191,7 +199,7 @@ VEC_INLINE void multiply_tile(const struct part *part, const struct part_tile *t
     const struct own own = own_of(part);
     const char *keys[DECODE_TILE_K];
     const int32_t widths = (int32_t)(padded_dim(part->dim_qk) / WIDTH),
-                  pieces = (tile->n + STEP - 1) / STEP * widths;
+                  pieces = steps_of(tile->n) * widths;
     list_rows(keys, &tile->key, tile->n);
     for (int32_t i = 0; i <= pieces; i++) {
         if (i < pieces) {
@@ -285,7 +293,7 @@ VEC_INLINE void add_tile(const struct part *part, const struct part_tile *tile, 
                          const struct float8_codes *codes) {
     const struct own own = own_of(part);
     const char *values[DECODE_TILE_K];
-    const int32_t steps = (tile->n + STEP - 1) / STEP,
+    const int32_t steps = steps_of(tile->n),
                   pieces = (int32_t)(padded_dim(part->dim_v) / WIDTH) * steps;
     list_rows(values, &tile->value, tile->n);
     for (int32_t i = 0; i <= pieces; i++) {
@@ -373,7 +381,7 @@ VEC_INLINE void pack_query(const struct part *part, int terms) {
 }
 
 VEC_FN static void start(const struct part *part) {
-    memset(own_of(part).weights, 0, STEPS * WEIGHT_TERMS * TILE * sizeof(float));
+    memset(own_of(part).weights, 0, WEIGHTS * sizeof(float));
     if (query_terms(part) == 1)
         pack_query(part, 1);
     else
