@@ -559,7 +559,7 @@ static struct problem paged_problem(int64_t dim, int64_t page_size, uint64_t fea
     return p;
 }
 
-/* Boxes of TMA have four keys or more; of smaller ones rows are copied, if nothing changes scores. */
+/* Boxes of TMA have four keys or more; of smaller ones rows are copied, if nothing changes scores and a cache is not vast. */
 Test(gpu_plan, pages_on_hopper) {
     for (int64_t size = 1; size <= 64; size++) {
         const struct problem plain = paged_problem(128, size, 0),
@@ -571,6 +571,12 @@ Test(gpu_plan, pages_on_hopper) {
         cr_expect(strcmp(row_of(&machines[3], &sinks), "cuda_fwd_sm90") == 0, "%d", (int)size);
         cr_expect(strcmp(row_of(&machines[3], &alibi), others) == 0, "ALiBi, %d", (int)size);
         cr_expect(strcmp(row_of(&machines[3], &wide), others) == 0, "D 192, %d", (int)size);
+        struct problem vast = plain;
+        vast.pages = 1 << 20;
+        vast.key.stride[0] = 1 << 14; /* 32 GiB */
+        cr_expect(strcmp(row_of(&machines[3], &vast), "cuda_fwd_sm90") == 0, "%d", (int)size);
+        vast.pages = (1 << 21) + 1;
+        cr_expect(strcmp(row_of(&machines[3], &vast), others) == 0, "64 GiB, %d", (int)size);
     }
 }
 

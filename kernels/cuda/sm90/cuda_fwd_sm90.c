@@ -93,9 +93,23 @@ static bool takes_bias(const struct problem *p) {
     return !has(p, DLATTN_FEATURE_BIAS) || copies_bias(p) || has(p, DLATTN_FEATURE_SEGMENTS);
 }
 
+/* Whether chunks of 16 bytes up to a head's last row are. */
+static bool is_within_32_bits(const struct problem *p, const struct view *t) {
+    return (p->pages - 1) * (t->stride[0] / 8) + (p->page_size - 1) * (t->stride[2] / 8) <=
+           UINT32_MAX;
+}
+
+static bool can_copy_rows(const struct problem *p) {
+    const uint64_t others = DLATTN_FEATURE_ALIBI | DLATTN_FEATURE_SOFTCAP | DLATTN_FEATURE_BIAS;
+    return !has(p, others) && !is_seen(p) && p->dim_qk <= 128 && p->dim_v <= 128 &&
+           p->dim_qk % 8 == 0 && is_within_32_bits(p, &p->key) && is_within_32_bits(p, &p->value);
+}
+
+/* Pages of fewer than four keys are no boxes, and boxes of four take longer than their rows. */
 bool sm90_copies_rows(const struct problem *p) {
-    enum { LEAST_KEYS_OF_BOX = 4 };
-    return p->page_size % LEAST_KEYS_OF_BOX != 0;
+    enum { LEAST_KEYS_OF_BOX = 4, LEAST_KEYS_OF_BETTER_BOX = 8 };
+    return p->page_size % LEAST_KEYS_OF_BOX != 0 ||
+           (p->page_size % LEAST_KEYS_OF_BETTER_BOX != 0 && can_copy_rows(p));
 }
 
 static enum kind variant_of(const struct problem *p) {
@@ -229,8 +243,7 @@ static bool suits(const struct tile *t, const struct problem *p, const struct ca
 }
 
 static bool takes_pages(const struct problem *p) {
-    return !sm90_copies_rows(p) ||
-           (variant_of(p) == ROWS && p->dim_qk <= 128 && p->dim_v <= 128 && p->dim_qk % 8 == 0);
+    return !sm90_copies_rows(p) || can_copy_rows(p);
 }
 
 static bool takes_tensors(const struct problem *p) {

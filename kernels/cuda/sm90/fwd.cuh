@@ -851,8 +851,14 @@ __device__ __forceinline__ void forward(const sm90_params &p, const Consume &con
                 produce_blocks<C, false>(p, s);
             else if (warp == 2)
                 produce_blocks<C, true>(p, s);
-            else if (C::COPIES_BIAS && warp == 3)
-                produce_bias<C>(p, s);
+            if constexpr (C::COPIES_BIAS) {
+                if (warp == 3)
+                    produce_bias<C>(p, s);
+            }
+            if constexpr (C::COPIES_ROWS) {
+                if (warp == 3)
+                    help_with_rows<C>(p, s);
+            }
         } else if (warp == 0) {
             produce_keys<C>(p, s);
         }

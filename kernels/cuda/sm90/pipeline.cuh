@@ -347,53 +347,51 @@ __device__ __forceinline__ void produce_keys(const sm90_params &p, const Shared<
     load_value();
 }
 
-// Where the 32 keys from `key` on are, one for each lane; past the last key where that one is.
+// Where the 32 keys from `key` on are, one for each lane, in chunks of 16 bytes; past the last key where that one is.
 template <class C>
-__device__ __forceinline__ PageRow row_of_lane(const sm90_params &p, const Tile<C> &t, int key) {
-    return page_row(p, t.batch, min(key + static_cast<int>(threadIdx.x % 32), t.k_len - 1));
+__device__ __forceinline__ uint32_t chunk_of_lane(const sm90_params &p, const sm90_strides &strides,
+                                                  const Tile<C> &t, int key) {
+    const PageRow at =
+        page_row(p, t.batch, min(key + static_cast<int>(threadIdx.x % 32), t.k_len - 1));
+    return at.page * static_cast<uint32_t>(strides.batch / 8) +
+           at.row * static_cast<uint32_t>(strides.row / 8);
 }
 
-// COPIES_ROWS: K or V of key tile n into the next free buffer of the ring, row by row, since a box takes TMA some 25 cycles, however small it
-// is. A lane copies 16 bytes: eight have 64 elements of a row, a warp four rows. Past the last key zeros arrive. Each lane arrives when its
-// copies have. At the end L1 fetches the page numbers of the next tile.
-template <class C, bool VALUES>
+// COPIES_ROWS: keys [FIRST, END) of key tile n, or their values, into the next free buffer of the ring, row by row, since a box takes TMA some
+// 25 cycles, however small it is. A lane copies 16 bytes: eight have 64 elements of a row, a warp four rows. Past the last key zeros arrive. Each
+// lane arrives when its copies have. All rows are looked up before there is room for the first: what is done then, the next step waits for.
+template <class C, bool VALUES, int FIRST, int END>
 __device__ __forceinline__ void copy_rows(const sm90_params &p, uint32_t dst, Ring<C::STAGES> &ring,
                                           const Tile<C> &t, int n) {
     using E = typename C::Cached;
-    constexpr int COLUMNS = VALUES ? C::COLUMNS_V : C::COLUMNS_QK, AT_ONCE = 2;
-    static_assert(C::TILE_K % 32 == 0, "");
+    constexpr int COLUMNS = VALUES ? C::COLUMNS_V : C::COLUMNS_QK, AT_ONCE = 4,
+                  GROUPS = (END - FIRST) / 32;
+    static_assert(FIRST % 32 == 0 && END % 32 == 0, "");
     const sm90_strides &strides = VALUES ? p.value_strides : p.key_strides;
     const int lane = threadIdx.x % 32, chunk = lane % 8, dim = VALUES ? p.dim_v : p.dim_qk,
-              end = (n + 1) * C::TILE_K;
+              key = n * C::TILE_K + FIRST, inside = t.k_len - key - lane / 8;
     const E *const head =
-        static_cast<const E *>(VALUES ? p.value : p.key) + t.kv_head * strides.head;
-    dst += lane / 8 * 128 + ((chunk ^ lane / 8) << 4);
-    int key = n * C::TILE_K;
-    PageRow at = row_of_lane<C>(p, t, key);
+        static_cast<const E *>(VALUES ? p.value : p.key) + t.kv_head * strides.head + 8 * chunk;
+    uint32_t own[GROUPS];
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++)
+        own[i] = chunk_of_lane<C>(p, strides, t, key + 32 * i);
     mbarrier_wait(ring.empty_barrier(), ring.phase ^ 1);
-#pragma unroll 1
-    while (key < end) {
-        const E *const own = head + at.page * strides.batch + at.row * strides.row;
-        if (key + 32 < end)
-            at = row_of_lane<C>(p, t, key + 32);
-#pragma unroll 2
-        for (int i = 0; i < 32; i += 4 * AT_ONCE, key += 4 * AT_ONCE, dst += 512 * AT_ONCE) {
-            uint64_t row[AT_ONCE];
+    dst += (FIRST + lane / 8) * 128 + ((chunk ^ lane / 8) << 4);
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-                row[j] = __shfl_sync(~0u, reinterpret_cast<uint64_t>(own), i + 4 * j + lane / 8);
+    for (int i = 0; i < 32 * GROUPS; i += 4 * AT_ONCE) {
+        const E *row[AT_ONCE];
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
+        for (int j = 0; j < AT_ONCE; j++)
+            row[j] = chunks_behind(head, __shfl_sync(~0u, own[i / 32], i % 32 + 4 * j + lane / 8));
 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++)
-                    copy_async((dst ^ j % 2 << 6) + 512 * j + c * C::KEY_COLUMN,
-                               reinterpret_cast<const E *>(row[j]) + 64 * c + 8 * chunk,
-                               key + 4 * j + lane / 8 < t.k_len && 64 * c + 8 * chunk < dim);
-        }
+        for (int j = 0; j < AT_ONCE; j++)
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++)
+                copy_async((dst ^ j % 2 << 6) + 128 * (i + 4 * j) + c * C::KEY_COLUMN,
+                           row[j] + 64 * c, i + 4 * j < inside && 64 * c + 8 * chunk < dim);
     }
     copies_arrive(ring.full_barrier());
-    prefetch(page_entry(p, t.batch,
-                        divide(min(key + C::TILE_K / 32 * lane, t.k_len - 1), p.by_page_size)));
     ring.advance();
 }
 
@@ -409,10 +407,24 @@ __device__ __forceinline__ void produce_blocks(const sm90_params &p, const Share
         for (int n = t.first_block; n < t.end_block; n = next_block<C>(p, t, n)) {
             const uint32_t dst = VALUES ? s.value(ring.stage) : s.key(ring.stage);
             if constexpr (C::COPIES_ROWS)
-                copy_rows<C, VALUES>(p, dst, ring, t, n);
+                copy_rows<C, VALUES, 0, C::HELPED>(p, dst, ring, t, n);
             else
                 load_block<C, COLUMNS>(p, VALUES ? p.value_map : p.key_map, dst, ring,
                                        block_of<C>(p, t, n));
+        }
+    }
+}
+
+// COPIES_ROWS: the last keys of each tile, and their values.
+template <class C>
+__device__ __forceinline__ void help_with_rows(const sm90_params &p, const Shared<C> &s) {
+    Ring<C::STAGES> keys = s.key_ring(), values = s.value_ring();
+    Ring<C::CLAIMED_TILES> claims = s.claimed_ring();
+    for (Tile<C> t = receive_claim<C>(s, claims); t.index >= 0; t = receive_claim<C>(s, claims)) {
+#pragma unroll 1
+        for (int n = t.first_block; n < t.end_block; n = next_block<C>(p, t, n)) {
+            copy_rows<C, false, C::HELPED, C::TILE_K>(p, s.key(keys.stage), keys, t, n);
+            copy_rows<C, true, C::HELPED, C::TILE_K>(p, s.value(values.stage), values, t, n);
         }
     }
 }

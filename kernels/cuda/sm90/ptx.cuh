@@ -151,8 +151,12 @@ __device__ __forceinline__ void copies_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void prefetch(const void *address) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+// What is `chunks` of 16 bytes behind `base`. In C++ the compiler adds before it multiplies, and takes an instruction more.
+template <typename E>
+__device__ __forceinline__ const E *chunks_behind(const E *base, uint32_t chunks) {
+    const E *address;
+    asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(address) : "r"(chunks), "l"(base));
+    return address;
 }
 
 // Four 8 x 8 matrices of 16-bit elements, spread over the warp as wgmma leaves them; lane l has the address of row

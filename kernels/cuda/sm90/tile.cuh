@@ -104,8 +104,10 @@ struct Config {
     static constexpr bool FILLS_REGISTERS = false;
     static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64, TILE_SLOTS = QUERY_STAGES;
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
-    static constexpr int CLAIM_READERS = COPIES_BIAS ? 3 : 2;
-    static constexpr int KEY_WRITERS = COPIES_ROWS ? 32 : 1, VALUE_WRITERS = KEY_WRITERS;
+    static constexpr int CLAIM_READERS = COPIES_BIAS || COPIES_ROWS ? 3 : 2;
+    // COPIES_ROWS: of a tile's keys, and values, one producer brings those before HELPED, another one those behind. So three have much the same to do.
+    static constexpr int HELPED = TILE_K / 4 * 3;
+    static constexpr int KEY_WRITERS = COPIES_ROWS ? 64 : 1, VALUE_WRITERS = KEY_WRITERS;
     static constexpr bool HAS_TURNS = !SHARES_ROWS; // see wait_turn()
     static constexpr int BARRIERS = TILES + TILE_BYTES * (TILE_SLOTS * WARPGROUPS + CLAIMED_TILES);
     static constexpr int SHARED_BYTES =
