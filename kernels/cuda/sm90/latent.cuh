@@ -1,15 +1,12 @@
-// Attention over a latent cache on Hopper, as in the decoding of MLA: value is
-// the first columns of key. docs/cuda-wide.md
+// Attention over a latent cache on Hopper, as in the decoding of MLA: value is the first columns of key. docs/cuda-wide.md
 //
-// A block owns 64 packed rows of one kv head and walks over its split of the
-// keys in tiles of 64. Two warpgroups take the tiles in turn:
+// A block owns 64 packed rows of one kv head and walks over its split of the keys in tiles of 64. Two warpgroups take the tiles in turn:
 //
-//     S = Q K^T    the last 64 columns of Q are in registers, since shared
-//     memory is full P            stays in registers, and goes to the other
-//     warpgroup through shared memory O += P V     by both, 256 columns each
+//     S = Q K^T    the last 64 columns of Q are in registers, since shared memory is full
+//     P            stays in registers, and goes to the other warpgroup through shared memory
+//     O += P V     by both, 256 columns each
 //
-// So one's products run while the other looks for maxima and takes
-// exponentials.
+// So one's products run while the other looks for maxima and takes exponentials.
 #pragma once
 
 #include "kernels/cuda/common/packed.cuh"
@@ -20,14 +17,12 @@
 struct LatentShared {
     static constexpr int COLUMN = LATENT_COLUMN_BYTES, QUERY_COLUMNS = LATENT_DV / 64,
                          KEY_COLUMNS = LATENT_D / 64, TILE = KEY_COLUMNS * COLUMN;
-    // What tiles of keys come in, and become free in: the columns that are no
-    // values, then half of the others each.
+    // What tiles of keys come in, and become free in: the columns that are no values, then half of the others each.
     static constexpr int PIECES = 3;
     static constexpr int WEIGHTS = QUERY_COLUMNS * COLUMN, KEYS = WEIGHTS + 2 * COLUMN,
                          STATS = KEYS + 2 * TILE, BARRIERS = STATS + 3 * LATENT_ROWS * 4;
-    static_assert(BARRIERS + 32 * PIECES + 1024 == LATENT_SHARED_BYTES, "");
-    // For store_rows(). OUT_PITCH: floats of a row where the output takes the
-    // place of queries and keys.
+    static_assert(BARRIERS + 32 * PIECES + 64 + 1024 == LATENT_SHARED_BYTES, "");
+    // For store_rows(). OUT_PITCH: floats of a row where the output takes the place of queries and keys.
     static constexpr int ROWS = LATENT_ROWS, PARTS = 2, WARPS = 8;
     static constexpr int OUT_PITCH = LATENT_DV + 8;
     static_assert(LATENT_ROWS * OUT_PITCH * 4 <= STATS, "");
@@ -51,6 +46,10 @@ struct LatentShared {
     __device__ __forceinline__ uint32_t empty(int tile, int piece) const {
         return full(tile, piece) + 16 * PIECES;
     }
+    // Weights of a warp's rows and of a tile of the warpgroup's are there.
+    __device__ __forceinline__ uint32_t weighed(int wg, int warp) const {
+        return base + BARRIERS + 32 * PIECES + 32 * wg + 8 * warp;
+    }
     static __device__ __forceinline__ int first_column(int piece) {
         return piece == 0 ? QUERY_COLUMNS : (piece - 1) * (QUERY_COLUMNS / 2);
     }
@@ -58,8 +57,7 @@ struct LatentShared {
         return piece == 0 ? KEY_COLUMNS - QUERY_COLUMNS : QUERY_COLUMNS / 2;
     }
     // Of the rows: in the end their sums, as a warpgroup has them; what these and
-    // the output are relative to, before that what exponents may become before
-    // they are brought back.
+    // the output are relative to, before that what exponents may become before they are brought back.
     __device__ __forceinline__ float *stats(int wg) const {
         return reinterpret_cast<float *>(memory + STATS) + wg * LATENT_ROWS;
     }
@@ -67,8 +65,7 @@ struct LatentShared {
     __device__ __forceinline__ float *limits() const { return tops(); }
 };
 
-// Queries into shared memory by the threads that multiply, with zeros past
-// `count` rows and past the head dim.
+// Queries into shared memory by the threads that multiply, with zeros past `count` rows and past the head dim.
 template <typename E>
 __device__ __forceinline__ void load_latent_queries(const fwd_params &p, const LatentShared &s,
                                                     const Sequence &seq, const Rows &rows,
@@ -87,8 +84,7 @@ __device__ __forceinline__ void load_latent_queries(const fwd_params &p, const L
     async_proxy_fence();
 }
 
-// Tiles of keys of the part, by one warp. Of pages each lane brings a box; past
-// the last key it is behind its page, so that zeros arrive.
+// Tiles of keys of the part, by one warp. Of pages each lane brings a box; past the last key it is behind its page, so that zeros arrive.
 __device__ __forceinline__ void produce_latent(const latent_params &p, const LatentShared &s,
                                                const Rows &rows, const Part &part) {
     const fwd_params &fwd = p.packed.fwd;
@@ -139,8 +135,7 @@ struct LatentConsumer {
     float output[OUTPUTS], score[SCORES];
     uint32_t weight[SCORES / 2]; // of whichever warpgroup's tile is multiplied next
     uint32_t query[16];          // the last 64 columns, of the warp's rows
-    // What exponents are relative to, and what they may become until that moves:
-    // LAZY more, -inf before the row's first key.
+    // What exponents are relative to, and what they may become until that moves: LAZY more, -inf before the row's first key.
     float top[2], limit[2], sum[2];
 
     __device__ __forceinline__ LatentConsumer(const latent_params &p, const LatentShared &s, int wg)
@@ -158,14 +153,7 @@ struct LatentConsumer {
     // Both warpgroups; one.
     static __device__ __forceinline__ void meet() { named_barrier_sync(1, 256); }
     __device__ __forceinline__ void meet_own() const { named_barrier_sync(2 + wg, 128); }
-    // The two warps that have the same rows, when weights of a warpgroup's tile
-    // are there.
-    static __device__ __forceinline__ int barrier_of_rows(int wg) {
-        return 4 + 4 * wg + threadIdx.x / 32 % 4;
-    }
-
-    // Chunk of the warp's 16 rows of a tile of 64 columns that this lane has for
-    // ldmatrix and stmatrix, for 16 columns from 16 k on.
+    // Chunk of the warp's 16 rows of a tile of 64 columns that this lane has for ldmatrix and stmatrix, for 16 columns from 16 k on.
     static __device__ __forceinline__ uint32_t chunk_of_lane(int k) {
         const int lane = threadIdx.x % 32;
         return S::Column::at(threadIdx.x % 128 / 32 * 16 + lane % 16, 2 * k + lane / 16);
@@ -304,8 +292,7 @@ struct LatentConsumer {
         meet_own();
     }
 
-    // From scores of the part's tile n to weights that the other warpgroup gets,
-    // too.
+    // From scores of the part's tile n to weights that the other warpgroup gets, too.
     __device__ __forceinline__ void weigh(const Sequence &seq, const Rows &rows, const Part &part,
                                           int n) {
         const float scale = p.packed.fwd.exponent_scale;
@@ -334,12 +321,12 @@ struct LatentConsumer {
             for (int half = 0; half < 2; half++)
                 s.limits()[row + 8 * half] = limit[half];
         }
-        named_barrier_sync(barrier_of_rows(wg), 64);
+        mbarrier_arrive(s.weighed(wg, threadIdx.x / 32 % 4));
     }
 
-    // Weights of a tile of the other warpgroup, and what they are relative to.
-    __device__ __forceinline__ void receive_weights() {
-        named_barrier_sync(barrier_of_rows(wg ^ 1), 64);
+    // Weights of tile n, of the other warpgroup, and what they are relative to.
+    __device__ __forceinline__ void receive_weights(int n) {
+        mbarrier_wait(s.weighed(wg ^ 1, threadIdx.x / 32 % 4), phase(n));
         load_rows(weight, s.weights(wg ^ 1));
         const float to[2] = {s.limits()[row], s.limits()[row + 8]};
         if (__any_sync(~0u, to[0] != limit[0] || to[1] != limit[1]))
@@ -371,7 +358,7 @@ __device__ __forceinline__ void LatentConsumer<E>::walk(const Sequence &seq, con
     }
 #pragma unroll 1
     for (; n < tiles; n += 2) {
-        receive_weights();
+        receive_weights(n - 1);
         start_outputs(n - 1);
         start_scores(n);
         wgmma_wait<1>();
@@ -387,15 +374,14 @@ __device__ __forceinline__ void LatentConsumer<E>::walk(const Sequence &seq, con
         release(n, 1 + wg);
     }
     if (n == tiles) {
-        receive_weights();
+        receive_weights(n - 1);
         start_outputs(n - 1);
         wgmma_wait<0>();
         pin(output);
     }
 }
 
-// Output, sums and what they are relative to into shared memory, where nothing
-// is needed any more.
+// Output, sums and what they are relative to into shared memory, where nothing is needed any more.
 template <typename E>
 __device__ __forceinline__ void leave_latent(const LatentShared &s, const LatentConsumer<E> &own) {
     const int lane = threadIdx.x % 32;
@@ -436,11 +422,14 @@ __device__ __forceinline__ void attend_latent(const latent_params &p) {
     const Part part(dp, seq, rows, count, split, LATENT_KEYS);
     if (threadIdx.x == 0) {
         tma_prefetch_map(&p.key_map);
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++) {
             for (int piece = 0; piece < LatentShared::PIECES; piece++) {
                 mbarrier_init(s.full(i, piece), 1);
                 mbarrier_init(s.empty(i, piece), 4);
             }
+            for (int warp = 0; warp < 4; warp++)
+                mbarrier_init(s.weighed(i, warp), 32);
+        }
         mbarrier_init_fence();
     }
     let_successor_start();
