@@ -56,8 +56,8 @@ struct LatentShared {
     static __device__ __forceinline__ int columns(int piece) {
         return piece == 0 ? KEY_COLUMNS - QUERY_COLUMNS : QUERY_COLUMNS / 2;
     }
-    // Of the rows: in the end their sums, as a warpgroup has them; what these and
-    // the output are relative to, before that what exponents may become before they are brought back.
+    // Of the rows: in the end their sums, as a warpgroup has them, and what these and the output are relative to. Until then, in the place of the
+    // latter, what exponents may become before they are brought back.
     __device__ __forceinline__ float *stats(int wg) const {
         return reinterpret_cast<float *>(memory + STATS) + wg * LATENT_ROWS;
     }
@@ -122,8 +122,8 @@ __device__ __forceinline__ void produce_latent(const latent_params &p, const Lat
     }
 }
 
-// A warpgroup: 256 columns of the output, and every other tile's scores. A
-// thread has two rows, `half` 0 and 1, eight apart, as in Consumer of fwd.cuh.
+// A warpgroup: 256 columns of the output, and every other tile's scores. A thread has two rows, `half` 0 and 1, eight apart, as in Consumer of
+// fwd.cuh.
 template <typename E>
 struct LatentConsumer {
     static constexpr int SCORES = LATENT_KEYS / 2, OUTPUTS = LATENT_DV / 4;
@@ -153,6 +153,7 @@ struct LatentConsumer {
     // Both warpgroups; one.
     static __device__ __forceinline__ void meet() { named_barrier_sync(1, 256); }
     __device__ __forceinline__ void meet_own() const { named_barrier_sync(2 + wg, 128); }
+
     // Chunk of the warp's 16 rows of a tile of 64 columns that this lane has for ldmatrix and stmatrix, for 16 columns from 16 k on.
     static __device__ __forceinline__ uint32_t chunk_of_lane(int k) {
         const int lane = threadIdx.x % 32;
@@ -171,7 +172,7 @@ struct LatentConsumer {
         }
     }
 
-    // Then their place is free.
+    // As soon as all have brought theirs; then their place is free.
     __device__ __forceinline__ void keep_last_queries() {
         meet();
         load_rows(query, s.query(S::QUERY_COLUMNS));
