@@ -635,6 +635,40 @@ Test(gpu_plan, queries_of_8_bits) {
     cr_expect(strstr(error_last(), "queries are") != NULL, "%s", error_last());
 }
 
+/* Sequences of so few keys that O need not be settled have tiles of their own, of which a multiprocessor holds two at D 64. */
+Test(gpu_plan, queries_of_8_bits_over_few_keys) {
+    static const struct {
+        int64_t dim, len, softcap, window_right;
+        int32_t tile_q, tile_k, blocks; /* of 132 multiprocessors */
+    } cases[] = {
+        {64, 1024, 0, 0, 128, 64, 264},         {64, 1025, 0, 0, 192, 128, 132},
+        {64, 512, 0, UNBOUNDED, 128, 64, 264},  {64, 768, 0, 0, 128, 64, 264},
+        {64, 768, 0, UNBOUNDED, 192, 128, 132}, {64, 1024, 20, 0, 192, 128, 132},
+        {128, 1024, 0, 0, 128, 128, 132},       {256, 2048, 0, UNBOUNDED, 128, 128, 132},
+    };
+    struct caps caps = caps_of(&machines[3]);
+    caps.multiprocessors = 132;
+    for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
+        struct problem p = problem_of(DTYPE_E4M3, (int32_t)cases[n].dim, (int32_t)cases[n].dim,
+                                      cases[n].softcap ? DLATTN_FEATURE_SOFTCAP : 0);
+        struct plan plan;
+        p.batch = 32;
+        p.heads_q = p.heads_kv = 16;
+        p.len_q = p.len_k = cases[n].len;
+        p.softcap = (double)cases[n].softcap;
+        p.window_left = UNBOUNDED;
+        p.window_right = cases[n].window_right;
+        p.query = p.key = p.value = p.output = compact(16, p.len_q, cases[n].dim);
+        p.query.dtype = p.key.dtype = p.value.dtype = DTYPE_E4M3;
+        p.output.dtype = DTYPE_BF16;
+        cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+        cr_expect(strcmp(plan.kernel->name, "cuda_fwd_fp8_sm90") == 0, "case %d", (int)n);
+        cr_expect(eq(int, plan.tile_q, cases[n].tile_q), "case %d", (int)n);
+        cr_expect(eq(int, plan.tile_k, cases[n].tile_k), "case %d", (int)n);
+        cr_expect(eq(int, plan.blocks, cases[n].blocks), "case %d", (int)n);
+    }
+}
+
 /* Of any head dims, on every GPU that multiplies float8. */
 Test(gpu_plan, queries_of_8_bits_of_every_head_dim) {
     static const uint64_t features[] = {0, DLATTN_FEATURE_MASK | DLATTN_FEATURE_ALIBI,

@@ -10,8 +10,9 @@ struct tile {
     int32_t rows, keys;    /* that a block owns, or takes in one step */
     int32_t
         blocks; /* that a multiprocessor must hold at a time, or it is for want of a better one; 0: no matter */
-    int32_t extras; /* also for options that cost registers, of rows that say which; 0: none */
-    bool alone;     /* for calls with no more tiles than multiprocessors, of rows that say so */
+    int32_t extras;    /* also for options that cost registers, of rows that say which; 0: none */
+    bool alone;        /* for calls with no more tiles than multiprocessors, of rows that say so */
+    int32_t most_keys; /* of a sequence, of rows that say so; 0: any */
     struct cuda_kernel
         *kernels; /* f16, bf16, and what else the row says; all want the same shared memory */
 };

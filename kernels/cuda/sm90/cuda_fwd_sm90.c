@@ -279,8 +279,9 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
     plan->tile_q = tile->rows;
     plan->tile_k = tile->keys;
     const int64_t all = sm90_tiles(p, plan->tile_q);
+    const int64_t most = caps->multiprocessors * (int64_t)(tile->blocks > 1 ? tile->blocks : 1);
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
-    plan->blocks = all < caps->multiprocessors ? (int32_t)all : caps->multiprocessors;
+    plan->blocks = (int32_t)(all < most ? all : most);
     plan->workspace_bytes = parts.list + parts.seen;
 }
 

@@ -14,8 +14,9 @@
 
 // ---- Shapes ----
 
-// Queries are e4m3, keys and values of E.
-template <typename E, int Dim, int TileK, int Warpgroups, int Stages, int QueryStages, Variant Of>
+// Queries are e4m3, keys and values of E. Where rows see few keys O need not be settled.
+template <typename E, int Dim, int TileK, int Warpgroups, int Stages, int QueryStages, int Blocks,
+          bool Settles, Variant Of>
 struct Float8Config {
     using Element = void; // of the output: p.output_dtype says
     using Query = __nv_fp8_e4m3;
@@ -35,12 +36,13 @@ struct Float8Config {
 
     static constexpr int TILE_Q = 64 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 24;
-    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
+    static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : Blocks == 2 ? 104 : 240;
     static constexpr int TRANSPOSERS = 2; // warps
     static constexpr int KEY_WRITERS = 1, VALUE_WRITERS = TRANSPOSERS,
                          CLAIM_READERS = 1 + TRANSPOSERS;
     static constexpr bool HAS_TURNS = Dim > 128;
-    static constexpr int SETTLED_TILES = (Dim <= 128 ? 1024 : 2048) / TILE_K;
+    static constexpr bool SETTLES = Settles;
+    static constexpr int SETTLED_TILES = SM90_FLOAT8_SETTLED_KEYS(Dim) / TILE_K;
 
     static constexpr int COLUMNS_QK = (Dim + 127) / 128, COLUMNS_V = COLUMNS_QK;
     static constexpr int QUERY_BYTES = 64 * 128 * COLUMNS_QK, KEY_COLUMN = TILE_K * 128;
@@ -50,9 +52,9 @@ struct Float8Config {
     static constexpr int QUERY = 0, KEY = QUERY + QUERY_STAGES * WARPGROUPS * QUERY_BYTES;
     static constexpr int LOADED = KEY + STAGES * KEY_BYTES, VALUE = LOADED + STAGES * LOADED_BYTES;
     static constexpr int SETTLED = VALUE + STAGES * VALUE_BYTES,
-                         SETTLED_BYTES = 16 * Dim * (Dim <= 128 ? 4 : 1); // of a warp
+                         SETTLED_BYTES = Settles * 16 * Dim * (Dim <= 128 ? 4 : 1); // of a warp
     static constexpr int TILES = SETTLED + WARPGROUPS * 4 * SETTLED_BYTES;
-    static constexpr bool FILLS_REGISTERS = Dim > 64, COUNTS_BUFFERS = Dim > 128;
+    static constexpr bool FILLS_REGISTERS = true, COUNTS_BUFFERS = Dim > 128;
     static constexpr int TILE_BYTES = 128, CLAIMED_TILES = 2,
                          TILE_SLOTS = (Dim > 128 ? 2 : 1) * QUERY_STAGES;
     static constexpr int BARRIERS = TILES + TILE_BYTES * (TILE_SLOTS * WARPGROUPS + CLAIMED_TILES);
@@ -444,6 +446,13 @@ struct Float8Consumer : Consumer<C> {
         this->template shape_scores<MASKED, true>(p, s, t, n, pipe, shift);
     }
 
+    // A tile's first scores, of which most rows see all.
+    __device__ __forceinline__ void shape_first(const sm90_params &p, const Shared<C> &s,
+                                                const Tile<C> &t, int n, Pipeline<C> &pipe) {
+        if (C::HAS_SOFTCAP || n < t.first_whole || n >= t.end_whole)
+            shape<true>(p, s, t, n, pipe);
+    }
+
     __device__ __forceinline__ float exponent(int half) const {
         return C::HAS_SOFTCAP ? 1.f : scale[half];
     }
@@ -515,7 +524,8 @@ struct Float8Consumer : Consumer<C> {
     __device__ __forceinline__ void finish(const sm90_params &p, const Shared<C> &s, int wg,
                                            const Place<C> &t, const float (&row_top)[2],
                                            const float (&row_sum)[2]) {
-        add_settled(s, wg);
+        if constexpr (C::SETTLES)
+            add_settled(s, wg);
         store_float8_rows<C>(p, wg, t, output, row_top, row_sum);
     }
 
@@ -530,8 +540,7 @@ struct Float8Consumer : Consumer<C> {
         wgmma_wait<0>();
         pin(score);
         pipe.key_read(n == t.end_block - 1);
-        if (C::HAS_SOFTCAP || n < t.first_whole || n >= t.end_whole)
-            shape<true>(p, s, t, n, pipe);
+        shape_first(p, s, t, n, pipe);
         float factor[2], part[2];
         weigh<true>(factor, part);
         limit_further(part, factor);
@@ -543,7 +552,7 @@ struct Float8Consumer : Consumer<C> {
     template <bool MASKED, bool NEW_TILE, bool TRACK>
     __device__ __forceinline__ void step(const sm90_params &p, const Shared<C> &s, const Tile<C> &t,
                                          int n, Pipeline<C> &pipe, const Place<C> &finished) {
-        if (!MASKED && !NEW_TILE && n % C::SETTLED_TILES == due)
+        if (C::SETTLES && !MASKED && !NEW_TILE && n % C::SETTLED_TILES == due)
             settle(s, pipe.wg);
         mbarrier_wait(pipe.keys.full_barrier(), pipe.keys.phase);
         pin(output);
@@ -560,7 +569,10 @@ struct Float8Consumer : Consumer<C> {
         if (NEW_TILE)
             begin_tile(p, t, pipe.wg);
         float factor[2], part[2];
-        shape<MASKED>(p, s, t, n, pipe);
+        if (NEW_TILE)
+            shape_first(p, s, t, n, pipe);
+        else
+            shape<MASKED>(p, s, t, n, pipe);
         weigh<TRACK>(factor, part);
         pin(score);
         hold(s.base, (sum[0] + part[0]) + (sum[1] + part[1]));

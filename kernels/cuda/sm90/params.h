@@ -176,6 +176,9 @@ enum { SM90_MOST_PARTS = 256 };
 /* See write_distances(). Wider tiles leave no room for it. */
 #define SM90_DISTANCE_BYTES(D, KEYS) ((D) > 64 ? 0 : 16 * (KEYS))
 
+/* Of float8: keys whose P V the tensor cores add up before O is settled. */
+#define SM90_FLOAT8_SETTLED_KEYS(D) ((D) <= 128 ? 1024 : 2048)
+
 #define SM90_UNBOUNDED (1 << 30)
 #define SM90_MAX_LENGTH                                                                            \
     (1 << 28) /* of len_q * pack and len_k: sums of positions and bounds stay in int32 */
