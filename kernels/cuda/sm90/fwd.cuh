@@ -516,6 +516,12 @@ struct Consumer {
         score[i + 1] = __fmaf_rz(bias.y, LOG2E, score[i + 1]);
     }
 
+    // Whether the first scores of a tile, those of key tile n, need it. Most rows see all of their first key tile; a branch costs less than code of its
+    // own for those that do not, which comes from device memory.
+    static __device__ __forceinline__ bool is_shaped(const Tile<C> &t, int n) {
+        return C::SHAPES_SCORES || n < t.first_whole || n >= t.end_whole;
+    }
+
     template <bool MASKED, bool TRACK>
     __device__ __forceinline__ void shape_scores(const sm90_params &p, const Shared<C> &s,
                                                  const Tile<C> &t, int block, Pipeline<C> &pipe,
@@ -580,9 +586,8 @@ __device__ __forceinline__ void Consumer<C>::first(const sm90_params &p, const S
     wgmma_wait<0>();
     pin(score);
     pipe.key_read(n == t.end_block - 1);
-    // Code that need not run need not be fetched.
     float shift[2] = {0, 0};
-    if (C::SHAPES_SCORES || n < t.first_whole || n >= t.end_whole)
+    if (is_shaped(t, n))
         shape_scores<true, true>(p, s, t, n, pipe, shift);
     float factor[2], offset[2];
     track_maximum(exponent_scale(p), shift, factor);
@@ -626,7 +631,8 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
         }
     }
     float shift[2] = {0, 0};
-    shape_scores<MASKED, TRACK>(p, s, t, n, pipe, shift);
+    if (!NEW_TILE || is_shaped(t, n))
+        shape_scores<MASKED, TRACK>(p, s, t, n, pipe, shift);
     part[0] = part[1] = 0;
     if (TRACK)
         track_maximum(exponent_scale(p), shift, factor);
@@ -749,8 +755,6 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             rows.look(p, t, wg, n);
         if (Rows::ENDS_TILES || previous.index < 0)
             rows.first(p, s, t, n, pipe);
-        else if (C::FIRST_UNMASKED && n >= t.first_whole && n < t.end_whole)
-            rows.template step<false, true, true>(p, s, t, n, pipe, previous);
         else
             rows.template step<true, true, true>(p, s, t, n, pipe, previous);
         pipe.skip_values(skipped);

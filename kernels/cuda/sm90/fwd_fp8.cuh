@@ -30,7 +30,7 @@ struct Float8Config {
                           HAS_SOFTCAP = Of == SOFTCAP, HAS_ALIBI = false,
                           MULTIPLIES_DISTANCES = false, IS_ANY = false, LOADS_BIAS = false,
                           COPIES_BIAS = false, COPIES_ROWS = false, IS_SPLIT = false,
-                          SHARES_ROWS = false, HAS_EXPONENTS = false, FIRST_UNMASKED = false,
+                          SHARES_ROWS = false, HAS_EXPONENTS = false, SHAPES_SCORES = HAS_SOFTCAP,
                           HAS_LOOPS = true, SHRINKS_OUTSIDE = false;
     static constexpr int ROWS_APART = 64, KEY_READERS = WARPGROUPS;
 
@@ -446,13 +446,6 @@ struct Float8Consumer : Consumer<C> {
         this->template shape_scores<MASKED, true>(p, s, t, n, pipe, shift);
     }
 
-    // A tile's first scores, of which most rows see all.
-    __device__ __forceinline__ void shape_first(const sm90_params &p, const Shared<C> &s,
-                                                const Tile<C> &t, int n, Pipeline<C> &pipe) {
-        if (C::HAS_SOFTCAP || n < t.first_whole || n >= t.end_whole)
-            shape<true>(p, s, t, n, pipe);
-    }
-
     __device__ __forceinline__ float exponent(int half) const {
         return C::HAS_SOFTCAP ? 1.f : scale[half];
     }
@@ -540,7 +533,8 @@ struct Float8Consumer : Consumer<C> {
         wgmma_wait<0>();
         pin(score);
         pipe.key_read(n == t.end_block - 1);
-        shape_first(p, s, t, n, pipe);
+        if (this->is_shaped(t, n))
+            shape<true>(p, s, t, n, pipe);
         float factor[2], part[2];
         weigh<true>(factor, part);
         limit_further(part, factor);
@@ -569,9 +563,7 @@ struct Float8Consumer : Consumer<C> {
         if (NEW_TILE)
             begin_tile(p, t, pipe.wg);
         float factor[2], part[2];
-        if (NEW_TILE)
-            shape_first(p, s, t, n, pipe);
-        else
+        if (!NEW_TILE || this->is_shaped(t, n))
             shape<MASKED>(p, s, t, n, pipe);
         weigh<TRACK>(factor, part);
         pin(score);

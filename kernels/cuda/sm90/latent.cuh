@@ -56,13 +56,13 @@ struct LatentShared {
     static __device__ __forceinline__ int columns(int piece) {
         return piece == 0 ? KEY_COLUMNS - QUERY_COLUMNS : QUERY_COLUMNS / 2;
     }
-    // Of the rows: in the end their sums, as a warpgroup has them, and what these and the output are relative to. Until then, in the place of the
-    // latter, what exponents may become before they are brought back.
+    // Of the rows: in the end their sums, as a warpgroup has them, and what these and the output are relative to. Until then, in the place of its
+    // sums, what exponents may become before they are brought back, as a warpgroup has found it.
     __device__ __forceinline__ float *stats(int wg) const {
         return reinterpret_cast<float *>(memory + STATS) + wg * LATENT_ROWS;
     }
     __device__ __forceinline__ float *tops() const { return stats(2); }
-    __device__ __forceinline__ float *limits() const { return tops(); }
+    __device__ __forceinline__ float *limits(int wg) const { return stats(wg); }
 };
 
 // Queries into shared memory by the threads that multiply, with zeros past `count` rows and past the head dim.
@@ -320,7 +320,7 @@ struct LatentConsumer {
         if (threadIdx.x % 4 == 0) {
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                s.limits()[row + 8 * half] = limit[half];
+                s.limits(wg)[row + 8 * half] = limit[half];
         }
         mbarrier_arrive(s.weighed(wg, threadIdx.x / 32 % 4));
     }
@@ -329,7 +329,8 @@ struct LatentConsumer {
     __device__ __forceinline__ void receive_weights(int n) {
         mbarrier_wait(s.weighed(wg ^ 1, threadIdx.x / 32 % 4), phase(n));
         load_rows(weight, s.weights(wg ^ 1));
-        const float to[2] = {s.limits()[row], s.limits()[row + 8]};
+        const float *const limits = s.limits(wg ^ 1);
+        const float to[2] = {limits[row], limits[row + 8]};
         if (__any_sync(~0u, to[0] != limit[0] || to[1] != limit[1]))
             move_tops(to);
     }

@@ -61,9 +61,6 @@ struct Config {
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : COPIES_ROWS ? 40 : 24;
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : COPIES_ROWS ? 232 : 240;
     static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "");
-    // Has the first step of a tile that needs no mask code of its own? Where GEMMs hide the mask, code costs more: it
-    // comes from device memory. Not with options: their code is longer.
-    static constexpr bool FIRST_UNMASKED = DIM_QK < 128 && !HAS_ALIBI && !HAS_EXPONENTS;
     // Has each kind of step a loop of its own? A branch to far code costs a step some 15 cycles, but registers for more loops are spilled.
     // At D 128 that took 4 % off the time; at D 256, and plain at D 64, where tiles are short, it added up to 2 and 10 %.
     static constexpr bool HAS_LOOPS = DIM_QK < 256 && (DIM_QK > 64 || Of != PLAIN);
