@@ -51,3 +51,13 @@ __device__ __forceinline__ void clear(float (&x)[MT][N][4]) {
             for (int e = 0; e < 4; ++e)
                 x[mt][n][e] = 0;
 }
+
+// Two numbers by way of one register of 64 bits, a product with 1, which ptxas does not know the grid's second extent to be.
+// docs/tried.md
+__device__ __forceinline__ void make_neighbours(float (&x)[2]) {
+    asm volatile("{\n.reg .b32 one;\n.reg .b64 both;\n"
+                 "mov.u32 one, %%nctaid.y;\nmov.b64 both, {0, %1};\n"
+                 "mad.wide.u32 both, %0, one, both;\nmov.b64 {%0, %1}, both;\n}\n"
+                 : "+r"(reinterpret_cast<uint32_t &>(x[0])),
+                   "+r"(reinterpret_cast<uint32_t &>(x[1])));
+}

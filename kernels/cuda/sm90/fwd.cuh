@@ -39,7 +39,7 @@ struct Consumer {
         if constexpr (C::MULTIPLIES_DISTANCES)
             Wgmma<__nv_bfloat16, C::TILE_K>::template rs<0>(
                 score, distances.parts[0], distances.parts[1], 0, 0,
-                plain_descriptor(s.base + C::DISTANCES, 0, 128), false);
+                plain_descriptor(s.base + C::DISTANCES, 128), false);
 #pragma unroll
         for (int k = 0; k < C::DIM_QK / 16; k++)
             Wgmma<E, C::TILE_K>::ss(score, a.at(k / 4 * 64 * 128 + 32 * (k % 4)),

@@ -54,7 +54,7 @@ struct Float8Config {
     static constexpr int SETTLED = VALUE + STAGES * VALUE_BYTES,
                          SETTLED_BYTES = Settles * 16 * Dim * (Dim <= 128 ? 4 : 1); // of a warp
     static constexpr int TILES = SETTLED + WARPGROUPS * 4 * SETTLED_BYTES;
-    static constexpr bool FILLS_REGISTERS = true, COUNTS_BUFFERS = Dim > 128;
+    static constexpr bool COUNTS_BUFFERS = Dim > 128;
     static constexpr int TILE_BYTES = 128, CLAIMED_TILES = 2,
                          TILE_SLOTS = (Dim > 128 ? 2 : 1) * QUERY_STAGES;
     static constexpr int BARRIERS = TILES + TILE_BYTES * (TILE_SLOTS * WARPGROUPS + CLAIMED_TILES);

@@ -459,10 +459,10 @@ __device__ __forceinline__ void release(uint32_t barrier) {
         mbarrier_arrive(barrier);
 }
 
-// The same; FILLS_REGISTERS: by whichever lane.
+// The same; with float8 by whichever lane, see thread().
 template <class C>
 __device__ __forceinline__ void release(uint32_t barrier) {
-    if constexpr (C::FILLS_REGISTERS)
+    if constexpr (C::IS_FLOAT8)
         mbarrier_arrive_by_one(barrier);
     else
         release(barrier);

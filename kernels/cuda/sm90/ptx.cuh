@@ -189,16 +189,6 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t *counter) {
 
 // ---- Registers of a warpgroup ----
 
-// Two numbers by way of one register of 64 bits, a product with 1, which ptxas does not know the grid's second extent to be.
-// docs/tried.md
-__device__ __forceinline__ void make_neighbours(float (&x)[2]) {
-    asm volatile("{\n.reg .b32 one;\n.reg .b64 both;\n"
-                 "mov.u32 one, %%nctaid.y;\nmov.b64 both, {0, %1};\n"
-                 "mad.wide.u32 both, %0, one, both;\nmov.b64 {%0, %1}, both;\n}\n"
-                 : "+r"(reinterpret_cast<uint32_t &>(x[0])),
-                   "+r"(reinterpret_cast<uint32_t &>(x[1])));
-}
-
 template <int REGISTERS>
 __device__ __forceinline__ void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -278,11 +268,10 @@ struct Descriptor {
     }
 };
 
-// Of a K-major tile that is not swizzled: eight rows of 16 bytes one after the other, and the next eight `stride` bytes on; those of a
-// depth of 16 begin with two such columns, `leading` bytes apart. The address is the same for all threads, and known to be.
-__device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t leading,
-                                                     uint32_t stride) {
-    return static_cast<uint64_t>(stride >> 4) << 32 | (address & 0x3ffff) >> 4 | leading >> 4 << 16;
+// Of a K-major tile that is not swizzled: eight rows of 16 bytes one after the other, and the next eight `stride` bytes on; a depth of
+// 16 reads the same eight twice. The address is the same for all threads, and known to be.
+__device__ __forceinline__ uint64_t plain_descriptor(uint32_t address, uint32_t stride) {
+    return static_cast<uint64_t>(stride >> 4) << 32 | (address & 0x3ffff) >> 4;
 }
 
 // D[64, N] (f32, N / 2 registers a thread) = or += A[64, 16] B[16, N].

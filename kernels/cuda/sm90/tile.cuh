@@ -98,7 +98,6 @@ struct Config {
     static constexpr int BIASES = OUTPUT + WARPGROUPS * 4 * OUTPUT_SLOTS * SLOT_BYTES;
     static constexpr int TILES =
         BIASES + COPIES_BIAS * WARPGROUPS * BIAS_STAGES * BIAS_BOXES * BIAS_BOX;
-    static constexpr bool FILLS_REGISTERS = false;
     static constexpr int TILE_BYTES = IS_PACKED ? 128 : 64, TILE_SLOTS = QUERY_STAGES;
     static constexpr int CLAIMED_TILES = IS_PACKED ? 2 : 0; // by one producer, for the others
     static constexpr int CLAIM_READERS = COPIES_BIAS || COPIES_ROWS ? 3 : 2;
@@ -117,10 +116,10 @@ struct Config {
     static_assert(SHARED_BYTES <= 227 * 1024, "");
 };
 
-// threadIdx.x of a consumer. FILLS_REGISTERS: none is left for it through a step.
+// threadIdx.x of a consumer. With float8 no register is left for it through a step.
 template <class C>
 __device__ __forceinline__ unsigned thread() {
-    if constexpr (C::FILLS_REGISTERS)
+    if constexpr (C::IS_FLOAT8)
         return thread_anew();
     else
         return threadIdx.x;
