@@ -89,15 +89,25 @@ VEC_INLINE void fetch_share(struct fetching *f) {
     }
 }
 
-/* The rows of a tile, 32 for each step; the last one stands in for those past the end, whose weights are 0. */
-VEC_INLINE void list_rows(const char *list[DECODE_TILE_K], const struct rows *rows, int32_t n) {
-    const char *at = rows->data;
-#pragma clang loop vectorize(disable) unroll_count(8)
-    for (int32_t j = 0; j < DECODE_TILE_K; j++) {
-        list[j] = rows->rows ? rows->rows[j < n ? j : n - 1] : at;
-        if (!rows->rows && j < n - 1)
-            at += rows->stride;
+/* Rows of a tile that has n; the last one stands in for those past the end, whose weights are 0. */
+struct tile_rows {
+    struct rows rows;
+    int32_t n;
+};
+
+/* found[i], i < count: byte `offset` of row first + i * step. Where rows lie a stride apart no address goes through memory. */
+VEC_INLINE void find_rows(const char **found, const struct tile_rows *of, int32_t first, int step,
+                          int count, int64_t offset) {
+    const struct rows *rows = &of->rows;
+    if (__builtin_expect(rows->rows != NULL || first + step * (count - 1) >= of->n, false)) {
+        for (int i = 0; i < count; i++)
+            found[i] = (const char *)row_at(rows, at_most(first + i * step, of->n - 1)) + offset;
+        return;
     }
+    const char *const at = rows->data + first * rows->stride + offset;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < count; i++)
+        found[i] = at + i * step * rows->stride;
 }
 
 /* Those of elements [d, d + WIDTH) that a row of dim has. */
@@ -107,20 +117,21 @@ static inline uint64_t present(int64_t d, int64_t dim) {
 }
 
 /* Elements d and on of 32 keys: tiles [16 keys][half]. Of float8, with a table, the halves are what vec_bf16_of_codes() makes. */
-VEC_INLINE void load_keys(float *piece, const char *const *keys, int64_t d, uint64_t some,
-                          const struct float8_codes *codes, struct fetching *f) {
+VEC_INLINE void load_keys(float *piece, const struct tile_rows *keys, int32_t first, int64_t d,
+                          uint64_t some, const struct float8_codes *codes, struct fetching *f) {
 #pragma clang loop unroll(disable)
     for (int r = 0; r < STEP; r += 8) {
         float *line = piece + r / ROWS * 2 * TILE + r % ROWS * PAIRS;
+        const char *key[8];
+        find_rows(key, keys, first + r, 1, 8, codes ? d : d * 2);
 #pragma clang loop unroll(full)
         for (int i = 0; i < 8; i++) {
             __m512i words[2];
             if (codes) {
-                vec_bf16_of_codes(words, _mm512_maskz_loadu_epi8(some, keys[r + i] + d), codes);
+                vec_bf16_of_codes(words, _mm512_maskz_loadu_epi8(some, key[i]), codes);
             } else {
-                const char *key = keys[r + i] + d * 2;
-                words[0] = _mm512_maskz_loadu_epi16((__mmask32)some, key);
-                words[1] = _mm512_maskz_loadu_epi16((__mmask32)(some >> 32), key + 64);
+                words[0] = _mm512_maskz_loadu_epi16((__mmask32)some, key[i]);
+                words[1] = _mm512_maskz_loadu_epi16((__mmask32)(some >> 32), key[i] + 64);
             }
             _mm512_storeu_si512(line + i * PAIRS, words[0]);
             _mm512_storeu_si512(line + i * PAIRS + TILE, words[1]);
@@ -137,25 +148,27 @@ static inline int64_t column_of(int64_t d, enum dtype dtype) {
 
 /* The same of values: tiles of 16 columns in the order of column_of(). Word i is of key i % 4 * 4 + i / 4
  * and the one 16 keys on, which is how turn() leaves weights. */
-VEC_INLINE void load_values(float *piece, const char *const *values, int64_t d, uint64_t some,
-                            const struct float8_codes *codes, struct fetching *f) {
+VEC_INLINE void load_values(float *piece, const struct tile_rows *values, int32_t first, int64_t d,
+                            uint64_t some, const struct float8_codes *codes, struct fetching *f) {
 #pragma clang loop unroll(disable)
     for (int i = 0; i < PAIRS; i += 4) {
+        const char *found[8];
+        find_rows(found, values, first + i / 4, 4, 8, codes ? d : d * 2);
 #pragma clang loop unroll(full)
         for (int n = 0; n < 4; n++) {
-            const char *even = values[i / 4 + n * 4], *odd = values[i / 4 + n * 4 + PAIRS];
+            const char *even = found[n], *odd = found[n + 4];
             __m512i words[4];
             if (codes) {
-                const __m512i a = _mm512_maskz_loadu_epi8(some, even + d),
-                              b = _mm512_maskz_loadu_epi8(some, odd + d);
+                const __m512i a = _mm512_maskz_loadu_epi8(some, even),
+                              b = _mm512_maskz_loadu_epi8(some, odd);
                 vec_bf16_of_codes(words, _mm512_unpacklo_epi8(a, b), codes);
                 vec_bf16_of_codes(words + 2, _mm512_unpackhi_epi8(a, b), codes);
             } else {
 #pragma clang loop unroll(full)
                 for (int h = 0; h < 2; h++) {
                     const __mmask32 half = (__mmask32)(some >> 32 * h);
-                    const __m512i a = _mm512_maskz_loadu_epi16(half, even + d * 2 + h * 64),
-                                  b = _mm512_maskz_loadu_epi16(half, odd + d * 2 + h * 64);
+                    const __m512i a = _mm512_maskz_loadu_epi16(half, even + h * 64),
+                                  b = _mm512_maskz_loadu_epi16(half, odd + h * 64);
                     words[2 * h] = _mm512_unpacklo_epi16(a, b);
                     words[2 * h + 1] = _mm512_unpackhi_epi16(a, b);
                 }
@@ -197,14 +210,13 @@ VEC_INLINE void multiply_keys(float *products, const float *piece, const float *
 VEC_INLINE void multiply_tile(const struct part *part, const struct part_tile *tile,
                               struct fetching *f, const struct float8_codes *codes, int terms) {
     const struct own own = own_of(part);
-    const char *keys[DECODE_TILE_K];
+    const struct tile_rows keys = {tile->key, tile->n};
     const int32_t widths = (int32_t)(padded_dim(part->dim_qk) / WIDTH),
                   pieces = steps_of(tile->n) * widths;
-    list_rows(keys, &tile->key, tile->n);
     for (int32_t i = 0; i <= pieces; i++) {
         if (i < pieces) {
             const int64_t d = i % widths * WIDTH;
-            load_keys(own.pieces + i % 2 * PIECE, keys + i / widths * STEP, d,
+            load_keys(own.pieces + i % 2 * PIECE, &keys, i / widths * STEP, d,
                       present(d, part->dim_qk), codes, f);
         }
         if (i > 0) {
@@ -219,9 +231,14 @@ VEC_INLINE void multiply_tile(const struct part *part, const struct part_tile *t
 VEC_FN static void spread_products(const struct part *part, int32_t n) {
     const float *products = own_of(part).products;
     for (int32_t row = 0; row < part->rows; row += ROW_GROUP)
-        for (int32_t j = 0; j < n; j++)
-            _mm_storeu_ps(part->scores + score_index(row, j, part->rows),
-                          _mm_loadu_ps(products + j * ROWS + row));
+        for (int32_t j = 0; j < n; j += KEYS(ROW_GROUP)) {
+            const float *of = products + j * ROWS + row;
+            vec four = _mm512_castps128_ps512(_mm_loadu_ps(of));
+            four = _mm512_insertf32x4(four, _mm_loadu_ps(of + ROWS), 1);
+            four = _mm512_insertf32x4(four, _mm_loadu_ps(of + 2 * ROWS), 2);
+            four = _mm512_insertf32x4(four, _mm_loadu_ps(of + 3 * ROWS), 3);
+            vec_store(part->scores + score_index(row, j, part->rows), four);
+        }
 }
 
 /* ---- Values ----------------------------------------------------------------------------------------------------- */
@@ -289,25 +306,29 @@ VEC_INLINE void multiply_values(float *output, int64_t stride, const float *weig
     }
 }
 
+/* Softmax waits for the last products of keys; this does not. */
+VEC_INLINE void load_first_values(const struct part *part, const struct part_tile *tile,
+                                  struct fetching *f, const struct float8_codes *codes) {
+    const struct tile_rows values = {tile->value, tile->n};
+    load_values(own_of(part).pieces, &values, 0, 0, present(0, part->dim_v), codes, f);
+}
+
 VEC_INLINE void add_tile(const struct part *part, const struct part_tile *tile, struct fetching *f,
                          const struct float8_codes *codes) {
     const struct own own = own_of(part);
-    const char *values[DECODE_TILE_K];
+    const struct tile_rows values = {tile->value, tile->n};
     const int32_t steps = steps_of(tile->n),
                   pieces = (int32_t)(padded_dim(part->dim_v) / WIDTH) * steps;
-    list_rows(values, &tile->value, tile->n);
-    for (int32_t i = 0; i <= pieces; i++) {
+    for (int32_t i = 1; i <= pieces; i++) {
         if (i < pieces) {
             const int64_t d = i / steps * WIDTH;
-            load_values(own.pieces + i % 2 * PIECE, values + i % steps * STEP, d,
+            load_values(own.pieces + i % 2 * PIECE, &values, i % steps * STEP, d,
                         present(d, part->dim_v), codes, f);
         }
-        if (i > 0) {
-            const int32_t step = (i - 1) % steps;
-            multiply_values(part->output + (i - 1) / steps * WIDTH, padded_dim(part->dim_v),
-                            own.weights + step * WEIGHT_TERMS * TILE,
-                            own.pieces + (i - 1) % 2 * PIECE, step == 0, step == steps - 1, f);
-        }
+        const int32_t step = (i - 1) % steps;
+        multiply_values(part->output + (i - 1) / steps * WIDTH, padded_dim(part->dim_v),
+                        own.weights + step * WEIGHT_TERMS * TILE, own.pieces + (i - 1) % 2 * PIECE,
+                        step == 0, step == steps - 1, f);
     }
 }
 
@@ -339,6 +360,7 @@ VEC_FN static void attend(const struct part *part, struct part_tile *tile) {
     const int64_t stride = padded_dim(part->dim_v);
     struct fetching f = start_fetching(part, tile);
     WITH_CODES(part->key_dtype, multiply_terms, part, tile, &f);
+    WITH_CODES(part->value_dtype, load_first_values, part, tile, &f);
     spread_products(part, tile->n);
     for (int32_t row = 0; row < part->rows; row += ROW_GROUP) {
         weigh_rows(part, row, part->output + row * stride, stride, tile, ROW_GROUP);
