@@ -442,13 +442,12 @@ static const struct decode_body body = {.lanes = VEC_LANES,
 
 ROW_FUNCTIONS(cpu_decode_amx);
 
-/* Up to four rows are as fast by FMA unless there is e4m3 to widen, of which caches have no room, and short calls without the
- * transposition of queries. */
+/* Short calls are as fast by FMA, without the transposition of queries, and so are up to four rows unless there is e4m3 to widen. */
 static bool faster_than_fma(const struct problem *p) {
-    if (p->len_q * group_of(p) > ROW_GROUP)
-        return p->len_k >= 1024;
-    return p->len_q * group_of(p) > 1 && p->len_k >= 16384 && p->dim_qk % WIDTH == 0 &&
-           p->dim_v % WIDTH == 0 && (p->key.dtype == DTYPE_E4M3 || p->value.dtype == DTYPE_E4M3);
+    const int64_t rows = p->len_q * group_of(p);
+    return p->len_k >= 1024 &&
+           (rows > ROW_GROUP || (rows > 1 && p->dim_qk % WIDTH == 0 && p->dim_v % WIDTH == 0 &&
+                                 (p->key.dtype == DTYPE_E4M3 || p->value.dtype == DTYPE_E4M3)));
 }
 
 bool cpu_decode_amx_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
