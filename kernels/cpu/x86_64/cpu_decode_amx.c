@@ -231,14 +231,9 @@ VEC_INLINE void multiply_tile(const struct part *part, const struct part_tile *t
 VEC_FN static void spread_products(const struct part *part, int32_t n) {
     const float *products = own_of(part).products;
     for (int32_t row = 0; row < part->rows; row += ROW_GROUP)
-        for (int32_t j = 0; j < n; j += KEYS(ROW_GROUP)) {
-            const float *of = products + j * ROWS + row;
-            vec four = _mm512_castps128_ps512(_mm_loadu_ps(of));
-            four = _mm512_insertf32x4(four, _mm_loadu_ps(of + ROWS), 1);
-            four = _mm512_insertf32x4(four, _mm_loadu_ps(of + 2 * ROWS), 2);
-            four = _mm512_insertf32x4(four, _mm_loadu_ps(of + 3 * ROWS), 3);
-            vec_store(part->scores + score_index(row, j, part->rows), four);
-        }
+        for (int32_t j = 0; j < n; j += KEYS(ROW_GROUP))
+            vec_store(part->scores + score_index(row, j, part->rows),
+                      vec_load_quarters(products + j * ROWS + row, ROWS));
 }
 
 /* ---- Values ----------------------------------------------------------------------------------------------------- */

@@ -157,22 +157,26 @@ VEC_INLINE vec vec_sums(const vec x[16]) {
     return _mm512_shuffle_f32x4(sums, sums, 0xd8);
 }
 
-/* columns[c][r] = from[r][c], four columns of 16 rows, stride in words. Rows r, r + 4, r + 8 and r + 12 are put together
- * as they are loaded, which either port for vectors can do; only one of them shuffles. */
+/* Four words each from `at`, at + step, at + 2 * step and at + 3 * step on, put together as they are loaded, which either port for
+ * vectors can do; only one of them shuffles. */
+VEC_INLINE vec vec_load_quarters(const float *at, int64_t step) {
+    vec x = _mm512_castps128_ps512(_mm_loadu_ps(at));
+#define INSERT(quarter)                                                                            \
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(at + (quarter) * step), quarter);                       \
+    __asm__("" : "+v"(x)) /* or two and two are put together and shuffled */
+    INSERT(1);
+    INSERT(2);
+    INSERT(3);
+#undef INSERT
+    return x;
+}
+
+/* columns[c][r] = from[r][c], four columns of 16 rows, stride in words. */
 VEC_INLINE void vec_columns(vec columns[4], const float *from, int64_t stride) {
     __m512 a[4], b[4];
-#define INSERT(quarter)                                                                            \
-    a[r] = _mm512_insertf32x4(a[r], _mm_loadu_ps(at + (quarter) * 4 * stride), quarter);           \
-    __asm__("" : "+v"(a[r])) /* or two and two are put together and shuffled */
 #pragma clang loop unroll(full)
-    for (int r = 0; r < 4; r++) {
-        const float *at = from + r * stride;
-        a[r] = _mm512_castps128_ps512(_mm_loadu_ps(at));
-        INSERT(1);
-        INSERT(2);
-        INSERT(3);
-    }
-#undef INSERT
+    for (int r = 0; r < 4; r++)
+        a[r] = vec_load_quarters(from + r * stride, 4 * stride);
 #pragma clang loop unroll(full)
     for (int r = 0; r < 4; r += 2) {
         b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
