@@ -78,10 +78,13 @@ def test_other_library():
     assert f"{core}: has no dlattn_get_api" in done.stderr
 
 
-def test_import_takes_less_than_30_ms():
-    """Of the processor, so that other work on the machine does not count."""
+def test_import_takes_little_beside_the_start_of_python():
+    """Of the processor, and beside work of the same process: machines are busy and differ. Some
+    17 ms where Python takes 13; NumPy alone would be 80."""
     code = (
-        "import time, sys; t = time.process_time(); import dlattn; print(time.process_time() - t)"
+        "import time; start = time.process_time(); import dlattn; "
+        "print(start, time.process_time() - start)"
     )
-    took = [float(python(sys.executable, code).stdout) for _ in range(5)]
-    assert min(took) < 0.030, took
+    runs = [map(float, python(sys.executable, code).stdout.split()) for _ in range(5)]
+    start, took = map(min, zip(*runs, strict=True))
+    assert took < 2.5 * start, (took, start)

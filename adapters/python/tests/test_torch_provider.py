@@ -183,14 +183,16 @@ def test_older_pytorch(monkeypatch):
     _torch_provider.register(dlattn.torch.scaled_dot_product_attention)
 
 
-def test_import_takes_less_than_60_ms_beyond_torch():
-    """Of the processor, so that other work on the machine does not count."""
+def test_import_takes_little_beside_torch():
+    """Of the processor, and beside work of the same process: machines are busy and differ. A
+    hundredth where it was written; one framework more would be a tenth."""
     code = (
-        "import time, torch; t = time.process_time(); import dlattn.torch; "
-        "print(time.process_time() - t)"
+        "import time; begin = time.process_time(); import torch; "
+        "middle = time.process_time(); import dlattn.torch; "
+        "print((time.process_time() - middle) / (middle - begin))"
     )
-    took = [
+    shares = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
         for _ in range(3)
     ]
-    assert min(took) < 0.060, took
+    assert min(shares) < 1 / 30, shares
