@@ -165,16 +165,17 @@ enum { PAGE_BY_PAGE, TO_L2_IN_ORDER };
 
 static struct fetch_groups rows_to_fetch(const struct call *c, const struct rows *rows, int32_t n,
                                          int64_t bytes) {
-    enum { LINE = 64, PAGE = 4096 };
-    struct fetch_groups f = {.begin = *rows,
-                             .step = LINE,
-                             .lines = (int32_t)((bytes + LINE - 1) / LINE),
+    enum { LINE = 64 };
+    struct fetch_groups f = {.at = rows->data,
+                             .stride = rows->stride,
+                             .rows = rows->rows,
+                             .step = bytes <= LINE ? 0 : LINE,
+                             .lines = (int32_t)most(2, (bytes + LINE - 1) / LINE),
                              .groups = n,
                              .to_l2 = c->plan->variant == TO_L2_IN_ORDER || c->body->fetches_tiles};
     if (c->plan->variant == PAGE_BY_PAGE && !rows->rows && rows->stride == bytes) {
-        f.begin.stride = LINE;
-        f.lines = (int32_t)((n * bytes + PAGE - 1) / PAGE);
-        f.step = f.lines == 0 ? 0 : round_up(n * bytes / f.lines, LINE);
+        f.stride = LINE;
+        f.step = round_up((n * bytes + f.lines - 1) / f.lines, LINE);
         f.groups = (int32_t)(f.step / LINE);
     }
     return f;

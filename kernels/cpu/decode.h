@@ -47,25 +47,37 @@ struct part {
 };
 
 /* Cache lines of a tile's keys or values to be asked for beside other work, in the first-level cache or, with to_l2, the second:
- * so many groups of `lines` that lie `step` bytes apart. A group is a row, or, of rows that lie side by side, a line of each page, for the
- * hardware reads ahead within a page by itself, and so in all of them at once. */
+ * so many groups of `lines` that lie `step` bytes apart. A group is a row, or, of rows that lie side by side, a line of each of so many
+ * equal shares of the tile, for the hardware reads ahead within a page by itself, and so in several at once. */
 struct fetch_groups {
-    struct rows begin; /* of each group */
+    const char *at; /* the next group, and so many bytes on the one after it */
+    int64_t stride;
+    const char *const *rows; /* or NULL: where groups are instead */
     int64_t step;
-    int32_t lines, groups, done;
+    int32_t lines, groups; /* two or more; how many are left */
     bool to_l2;
 };
 
+/* This often stands between so few other instructions that two lines by themselves are worth it. */
 static inline void fetch_next(struct fetch_groups *f) {
-    if (f->done == f->groups)
+    if (f->groups == 0)
         return;
-    const char *at = row_at(&f->begin, f->done++);
-    if (f->to_l2)
-        for (int32_t i = 0; i < f->lines; i++)
-            __builtin_prefetch(at + i * f->step, 0, 2);
-    else
-        for (int32_t i = 0; i < f->lines; i++)
-            __builtin_prefetch(at + i * f->step, 0, 3);
+    const char *line = f->rows ? *f->rows++ : f->at;
+    f->at += f->stride;
+    f->groups--;
+    if (f->to_l2) {
+        __builtin_prefetch(line, 0, 2);
+        __builtin_prefetch(line + f->step, 0, 2);
+#pragma clang loop unroll(disable)
+        for (int32_t i = f->lines; i > 2; i--)
+            __builtin_prefetch(line + (i - 1) * f->step, 0, 2);
+    } else {
+        __builtin_prefetch(line, 0, 3);
+        __builtin_prefetch(line + f->step, 0, 3);
+#pragma clang loop unroll(disable)
+        for (int32_t i = f->lines; i > 2; i--)
+            __builtin_prefetch(line + (i - 1) * f->step, 0, 3);
+    }
 }
 
 /* Keys [first_key, first_key + n) of it, n <= DECODE_TILE_K. */

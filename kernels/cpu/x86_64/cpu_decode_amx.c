@@ -67,23 +67,23 @@ static int32_t steps_of(int32_t keys) { return (keys + STEP - 1) / STEP; }
 
 /* ---- Pieces ----------------------------------------------------------------------------------------------------- */
 
-/* What is asked for of the next tile, keys and values in turn, at even distances. */
+/* What is asked for of the next tile, so many groups at each point. */
 struct fetching {
     struct fetch_groups keys, values;
-    int32_t due, share; /* pairs for each point, in units of 2^-16 */
+    int32_t share;
 };
 
 static struct fetching start_fetching(const struct part *part, const struct part_tile *tile) {
-    const int64_t pieces =
-        steps_of(tile->n) * (padded_dim(part->dim_qk) + padded_dim(part->dim_v)) / WIDTH;
-    const int64_t pairs = most(tile->keys.groups, tile->values.groups);
-    return (struct fetching){.keys = tile->keys,
-                             .values = tile->values,
-                             .share = (int32_t)((pairs << 16) / (POINTS * pieces) + 1)};
+    const int64_t dims = padded_dim(part->dim_qk) + padded_dim(part->dim_v);
+    const int32_t points = POINTS * steps_of(tile->n) * (int32_t)(dims / WIDTH);
+    return (struct fetching){tile->keys, tile->values,
+                             ((int32_t)most(tile->keys.groups, tile->values.groups) + points - 1) /
+                                 points};
 }
 
 VEC_INLINE void fetch_share(struct fetching *f) {
-    for (f->due += f->share; f->due >= 1 << 16; f->due -= 1 << 16) {
+#pragma clang loop unroll(disable)
+    for (int32_t i = 0; i < f->share; i++) {
         fetch_next(&f->keys);
         fetch_next(&f->values);
     }
