@@ -39,22 +39,27 @@ class Plain:
     def __init__(self, op, dtype, q, k, v, causal=False, kernel=None):
         self.name, self.dtype, self.q, self.k, self.v, self.causal = op, dtype, q, k, v, causal
         self.desc = Desc(causal=int(causal), kernel=kernel)
+        self.like_output = q if q.shape[3] == v.shape[3] else v  # then it has the query's rows
         self.gradients = {}
-        self.tensors = {"query": q, "key": k, "value": v, "output": torch.empty_like(q)}
+        self.tensors = {"query": q, "key": k, "value": v, "output": self.new_output()}
+
+    def new_output(self):
+        return torch.empty_like(self.like_output)
 
     def with_gradients(self, library):
         """All of one output and lse, by the first choice."""
         self.tensors["lse"] = torch.empty(self.q.shape[:3], device="cuda", dtype=torch.float32)
         Call(library, Desc(causal=int(self.causal)), self.tensors)()
-        self.gradients = {"d_output": torch.randn_like(self.q)}
+        self.gradients = {"d_output": torch.randn_like(self.like_output)}
         return self
 
     def call(self, library):
         """With results of its own."""
         if self.gradients:
-            wanted = {f"d_{name}": torch.empty_like(self.q) for name in ("query", "key", "value")}
+            inputs = {"d_query": self.q, "d_key": self.k, "d_value": self.v}
+            wanted = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
             return Call(library, self.desc, self.tensors, self.gradients | wanted)
-        return Call(library, self.desc, self.tensors | {"output": torch.empty_like(self.q)})
+        return Call(library, self.desc, self.tensors | {"output": self.new_output()})
 
     def rows(self, kernels, times):
         read = 2 * self.k.numel() * self.k.element_size() if self.name == "decode" else 0
@@ -66,9 +71,9 @@ class Plain:
 
 def plain_cases(op, given):
     kernel = given.kernel
-    for found, dtype, (dim, _), causal, length in grid(given.dtypes, False, given.dims):
+    for found, dtype, (dim, dim_v), causal, length in grid(given.dtypes, False, given.dims):
         if found == "fwd":
-            q, k, v = (random_rows(dtype, length, 2048 // dim, dim) for _ in range(3))
+            q, k, v = (random_rows(dtype, length, 2048 // dim, d) for d in (dim, dim, dim_v))
             yield Plain(op, dtype, q, k, v, causal, kernel)
 
 
