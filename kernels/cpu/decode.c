@@ -166,7 +166,7 @@ enum { PAGE_BY_PAGE, TO_L2_IN_ORDER };
 static struct fetch_groups rows_to_fetch(const struct call *c, const struct rows *rows, int32_t n,
                                          int64_t bytes) {
     enum { LINE = 64 };
-    struct fetch_groups f = {.at = rows->data,
+    struct fetch_groups f = {.at = (uintptr_t)rows->data,
                              .stride = rows->stride,
                              .rows = rows->rows,
                              .step = bytes <= LINE ? 0 : LINE,

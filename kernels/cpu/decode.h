@@ -50,8 +50,8 @@ struct part {
  * so many groups of `lines` that lie `step` bytes apart. A group is a row, or, of rows that lie side by side, a line of each of so many
  * equal shares of the tile, for the hardware reads ahead within a page by itself, and so in several at once. */
 struct fetch_groups {
-    const char *at; /* the next group, and so many bytes on the one after it */
-    int64_t stride;
+    uintptr_t at;            /* the next group, an address or what would come after the last one */
+    int64_t stride;          /* so many bytes on lies the one after it */
     const char *const *rows; /* or NULL: where groups are instead */
     int64_t step;
     int32_t lines, groups; /* two or more; how many are left */
@@ -62,8 +62,8 @@ struct fetch_groups {
 static inline void fetch_next(struct fetch_groups *f) {
     if (f->groups == 0)
         return;
-    const char *line = f->rows ? *f->rows++ : f->at;
-    f->at += f->stride;
+    const char *const line = f->rows ? *f->rows++ : (const char *)f->at;
+    f->at += (uintptr_t)f->stride;
     f->groups--;
     if (f->to_l2) {
         __builtin_prefetch(line, 0, 2);
