@@ -120,6 +120,14 @@ static inline double load_element(const void *data, enum dtype dtype, int64_t of
     return wide;
 }
 
+/* To float so that rounding once more, to fewer bits, gives what value itself rounds to: where bits are lost, the last one is set. */
+static inline float float_to_be_rounded(double value) {
+    const float single = (float)value;
+    if ((double)single == value || isnan(value))
+        return single;
+    return bits_float((float_bits(single) - (fabs((double)single) > fabs(value))) | 1);
+}
+
 static inline void store_element(void *data, enum dtype dtype, int64_t offset, double value) {
     char *at = (char *)data + offset * dtype_bytes(dtype);
     const float single = (float)value;
@@ -133,11 +141,11 @@ static inline void store_element(void *data, enum dtype dtype, int64_t offset, d
         memcpy(at, &single, sizeof single);
         break;
     case DTYPE_F16:
-        half = float_to_half(single);
+        half = float_to_half(float_to_be_rounded(value));
         memcpy(at, &half, sizeof half);
         break;
     case DTYPE_BF16:
-        half = float_to_bf16(single);
+        half = float_to_bf16(float_to_be_rounded(value));
         memcpy(at, &half, sizeof half);
         break;
     case DTYPE_E4M3:

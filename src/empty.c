@@ -31,6 +31,15 @@ static int64_t span(const struct view *v, int axis, int64_t extent) {
     return v->stride[axis] != 0 ? extent : 1;
 }
 
+/* Where there are keys, but no heads or batch entries that look at them. */
+static int32_t clear_keys(const struct problem *p, const struct view *v, int64_t dim,
+                          void *stream) {
+    const bool packed = p->total_k > 0;
+    const int64_t extent[] = {packed ? 1 : p->batch, p->heads_kv, packed ? p->total_k : p->len_k,
+                              dim};
+    return v->data ? clear_view(p, v, extent, stream) : DLATTN_OK;
+}
+
 int32_t empty_write(const struct problem *p, void *stream) {
     const struct view *bias = &p->d_bias, *slopes = &p->d_alibi_slopes, *sinks = &p->d_sinks;
     const int64_t of_bias[] = {span(bias, 0, p->batch), span(bias, 1, p->heads_q),
@@ -42,5 +51,9 @@ int32_t empty_write(const struct problem *p, void *stream) {
         status = clear_view(p, slopes, of_slopes, stream);
     if (status == DLATTN_OK && sinks->data)
         status = clear_view(p, sinks, of_sinks, stream);
+    if (status == DLATTN_OK)
+        status = clear_keys(p, &p->d_key, p->dim_qk, stream);
+    if (status == DLATTN_OK)
+        status = clear_keys(p, &p->d_value, p->dim_v, stream);
     return status;
 }

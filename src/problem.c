@@ -304,6 +304,8 @@ static int32_t read_gradients(struct problem *p, const struct tensor *t, struct 
         as.kind = ELEMENT;
         TRY(slot_read(p, &as, &t[i], forms, e));
         slot_view(p, slot)->dtype = dtype;
+        if (slot->written && t[i].empty) /* its strides of 0 do not say that an extent is 1 */
+            slot_view(p, slot)->data = NULL;
         wanted |= slot->written;
     }
     if (!wanted)

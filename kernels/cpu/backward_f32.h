@@ -149,8 +149,11 @@ VEC_FN static void add_seen_keys(struct backward_block *b, const struct backward
         for (uint64_t left = seen[j]; left; left &= left - 1) {
             const int lane = __builtin_ctzll(left);
             const float d_logit = t->d_weights[j * LANES + lane];
-            for (int64_t d = 0; d < t->dim_qk; d++)
-                b->rows.output[d * LANES + lane] += d_logit * t->key.words[j * t->key.stride + d];
+            for (int64_t d = 0; d < t->dim_qk; d++) {
+                float key; /* at any address */
+                memcpy(&key, t->key.words + j * t->key.stride + d, sizeof key);
+                b->rows.output[d * LANES + lane] += d_logit * key;
+            }
         }
 }
 

@@ -294,6 +294,12 @@ static void store_row(const struct call *c, char *to, const float *output, const
         copy_elements(&to, p->output.stride[3], &copy, 1, 1, p->dim_v, p->output.dtype);
 }
 
+/* A query times its scale or the unit of keys may be more than f32 holds where no logit is, and is a sum of terms by AMX, infinity
+ * being none: a sum that is NaN need not be the row's own. */
+static bool makes_nan(const struct problem *p) {
+    return p->query_scale.data || float8_unit(p->key.dtype) != 1;
+}
+
 /* See needs_reference() of forward.c for rows that are computed again. */
 static void finish_head(const struct call *c, const struct task *t, int64_t head,
                         struct scratch *w) {
@@ -313,7 +319,7 @@ static void finish_head(const struct call *c, const struct task *t, int64_t head
         }
         store_row(c, element_at(&p->output, p->output.dtype, t->b, h, t->s.q_start + i), output, p,
                   w);
-        if ((isnan(zeros) && !isnan(parts[0].sum[r])) ||
+        if ((isnan(zeros) && (!isnan(parts[0].sum[r]) || makes_nan(p))) ||
             row_overflowed(p, &t->s, i, parts[0].max[r], parts[0].sum[r]))
             cpu_fwd_ref_row(p, &t->s, t->b, h, i, w->exact);
     }

@@ -307,3 +307,99 @@ static void check_large_lse(const char *row, enum element element) {
 }
 
 Test(backward, large_lse) { each_row(check_large_lse); }
+
+/* ---- Nothing ---------------------------------------------------------------------------------- */
+
+/* Tensors in the middle of rooms full of sevens. */
+enum { ROOM = 640, MIDDLE = 256, MOST_TENSORS = 11 };
+struct rooms {
+    float room[MOST_TENSORS][ROOM];
+    int64_t shape[MOST_TENSORS][4];
+    DLTensor tensor[MOST_TENSORS];
+    int count;
+};
+
+static DLTensor *add_tensor(struct rooms *r, int32_t axes, int64_t a, int64_t b, int64_t c,
+                            int64_t d) {
+    const int n = r->count++;
+    const int64_t shape[4] = {a, b, c, d};
+    memcpy(r->shape[n], shape, sizeof shape);
+    for (int i = 0; i < ROOM; i++)
+        r->room[n][i] = 7;
+    r->tensor[n] = (DLTensor){.data = r->room[n] + MIDDLE,
+                              .device = {kDLCPU, 0},
+                              .ndim = axes,
+                              .dtype = {kDLFloat, 32, 1},
+                              .shape = r->shape[n]};
+    return &r->tensor[n];
+}
+
+/* The gradient is zeros, and what lies around it is as it was. */
+static void expect_zeros(const struct rooms *r, const DLTensor *gradient, const char *row,
+                         const char *name) {
+    const float *const room = r->room[gradient - r->tensor];
+    int64_t count = 1;
+    for (int axis = 0; axis < gradient->ndim; axis++)
+        count *= gradient->shape[axis];
+    for (int i = 0; i < ROOM; i++) {
+        const bool inside = i >= MIDDLE && i < MIDDLE + count;
+        cr_expect(room[i] == (inside ? 0 : 7), "%s: %s: element %d is %g", row, name, i - MIDDLE,
+                  (double)room[i]);
+    }
+}
+
+/* Some extent is 0, so all gradients are, if they have elements at all. */
+static void check_nothing(const char *row, int64_t batch, int64_t heads, int64_t len_q,
+                          int64_t len_k) {
+    enum { HEADS_KV = 2, DIM = 4 };
+    const dlattn_api *api = test_api();
+    struct rooms r = {.count = 0};
+    dlattn_sku sku = {.struct_size = sizeof sku};
+#define QUERY add_tensor(&r, 4, batch, heads, len_q, DIM)
+#define KEY add_tensor(&r, 4, batch, HEADS_KV, len_k, DIM)
+#define BIAS add_tensor(&r, 4, batch, heads, len_q, len_k)
+    const dlattn_tensors tensors = {.struct_size = sizeof tensors,
+                                    .query = QUERY,
+                                    .key = KEY,
+                                    .value = KEY,
+                                    .output = QUERY,
+                                    .lse = add_tensor(&r, 3, batch, heads, len_q, 0),
+                                    .bias = BIAS};
+    const dlattn_gradients gradients = {.struct_size = sizeof gradients,
+                                        .d_output = QUERY,
+                                        .d_query = QUERY,
+                                        .d_key = KEY,
+                                        .d_value = KEY,
+                                        .d_bias = BIAS};
+#undef QUERY
+#undef KEY
+#undef BIAS
+    const dlattn_forward_desc desc = {.struct_size = sizeof desc, .kernel = row, .num_threads = 1};
+    cr_assert(eq(int, api->backward_query(&desc, &tensors, &gradients, &sku), DLATTN_OK), "%s",
+              api->last_error());
+    void *workspace = workspace_of(&sku);
+    const dlattn_exec exec = {
+        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
+    cr_assert(eq(int, api->backward(&desc, &tensors, &gradients, &exec), DLATTN_OK), "%s",
+              api->last_error());
+    free(workspace);
+    expect_zeros(&r, gradients.d_query, row, "d_query");
+    expect_zeros(&r, gradients.d_key, row, "d_key");
+    expect_zeros(&r, gradients.d_value, row, "d_value");
+    expect_zeros(&r, gradients.d_bias, row, "d_bias");
+}
+
+static void check_every_nothing(const char *row, enum element element) {
+    if (element != F32)
+        return;
+    check_nothing(row, 0, 2, 3, 5);
+    check_nothing(row, 2, 0, 3, 5);
+    check_nothing(row, 2, 2, 0, 5);
+    check_nothing(row, 2, 2, 3, 0);
+    check_nothing(row, 2, 2, 0, 0);
+}
+
+Test(backward, of_nothing) {
+    each_row(check_every_nothing);
+    check_every_nothing("cpu_bwd_ref", F32);
+}

@@ -266,3 +266,45 @@ Test(edges, codes_of_8_bits) {
         }
     }
 }
+
+/* Times the unit of e4m3 keys the query is more than f32 holds, and no logit is: the keys are 0 there. */
+Test(edges, vast_query_over_codes) {
+    static struct float8_codes got, want;
+    struct cpu_rows rows;
+    find_cpu_rows(&rows, F32);
+    for (int row = 0; row < rows.count; row++) {
+        if (!element_is_listed(rows.info[row].dtypes, E4M3))
+            continue;
+        fill_codes(&want, E4M3);
+        want.query[3] = 0x1p121f;
+        for (int key = 0; key < FEW_KEYS; key++)
+            want.key[key * WIDTH + 3] = 0;
+        got = want;
+        attend_codes(&got, rows.info[row].name, E4M3);
+        attend_codes(&want, "cpu_fwd_ref", E4M3);
+        cr_expect(eq(int, wrong(got.output, want.output, FEW_HEADS * WIDTH), 0), "%s",
+                  rows.info[row].name);
+    }
+}
+
+/* Heads that share keys differ in the scale of their queries, which are then sums of terms by AMX, infinity being none. */
+Test(edges, infinite_key_beside_scales_of_heads) {
+    const struct features features = {.name = "infinite key, scales",
+                                      .scales = 2,
+                                      .nan = NAN_KEY,
+                                      .planted = -INFINITY,
+                                      .lse = LSE_F32};
+    struct cpu_rows rows;
+    find_cpu_rows_of(&rows, 1u << F32 | 1u << F16 | 1u << BF16);
+    for (int row = 0; row < rows.count; row++) {
+        const struct test_case c = {
+            {1, 8, 1, 1, 300, 64, 64}, features, shortest_element(&rows.info[row]), 5};
+        const struct subject subject = {
+            .api = test_api(), .place = &place_cpu, .kernel = rows.info[row].name};
+        struct verdict v;
+        check_case(&v, &subject, &c);
+        cr_expect(v.outcome != FAILED, "%s", v.text);
+        rows.ran[row] += v.outcome == PASSED;
+    }
+    expect_all_ran(&rows);
+}

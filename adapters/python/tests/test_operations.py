@@ -165,6 +165,15 @@ def test_append_and_attend():
         dlattn.append(k[:, :, :1], v[:, :, :1], frozen, caches[1], lengths)
 
 
+def test_append_rounds_once():
+    """A quotient a little above halfway between two numbers of f16, by less than f32 tells."""
+    rows, caches = np.full((1, 1, 1, 1), 1.25, np.float32), np.zeros((2, 1, 1, 1, 1), np.float16)
+    scale = np.array([1.2493899], np.float32)
+    assert 0 < 1.25 / float(scale[0]) - (1 + 2**-11) < 2**-24
+    dlattn.append(rows, rows, *caches, np.zeros(1, np.int64), key_scale=scale, value_scale=scale)
+    assert (caches == np.float16(1 + 2**-10)).all()
+
+
 def test_refusals_name_the_argument():
     q, k = arrays((1, 1, 4, 8), (1, 1, 8, 8))
     for options, says in (
