@@ -69,14 +69,14 @@ static inline void fetch_next(struct fetch_groups *f) {
         __builtin_prefetch(line, 0, 2);
         __builtin_prefetch(line + f->step, 0, 2);
 #pragma clang loop unroll(disable)
-        for (int32_t i = f->lines; i > 2; i--)
-            __builtin_prefetch(line + (i - 1) * f->step, 0, 2);
+        for (int32_t i = 2; i < f->lines; i++)
+            __builtin_prefetch(line + i * f->step, 0, 2);
     } else {
         __builtin_prefetch(line, 0, 3);
         __builtin_prefetch(line + f->step, 0, 3);
 #pragma clang loop unroll(disable)
-        for (int32_t i = f->lines; i > 2; i--)
-            __builtin_prefetch(line + (i - 1) * f->step, 0, 3);
+        for (int32_t i = 2; i < f->lines; i++)
+            __builtin_prefetch(line + i * f->step, 0, 3);
     }
 }
 
