@@ -58,23 +58,28 @@ static void run_forward(struct call *c) {
     free(workspace);
 }
 
-/* The call's gradients into its images. */
-static void run(struct call *c, const char *row, int32_t threads) {
+static void run_tensors(const dlattn_forward_desc *desc, const dlattn_tensors *tensors,
+                        const dlattn_gradients *gradients) {
     const dlattn_api *api = test_api();
     dlattn_sku sku = {.struct_size = sizeof sku};
+    cr_assert(eq(int, api->backward_query(desc, tensors, gradients, &sku), DLATTN_OK), "%s",
+              api->last_error());
+    void *workspace = workspace_of(&sku);
+    const dlattn_exec exec = {
+        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
+    cr_assert(eq(int, api->backward(desc, tensors, gradients, &exec), DLATTN_OK), "%s",
+              api->last_error());
+    free(workspace);
+}
+
+/* The call's gradients into its images. */
+static void run(struct call *c, const char *row, int32_t threads) {
     const dlattn_tensors tensors = call_tensors(c);
     const dlattn_gradients gradients = call_gradients(c);
     run_forward(c);
     c->desc.kernel = row;
     c->desc.num_threads = threads;
-    cr_assert(eq(int, api->backward_query(&c->desc, &tensors, &gradients, &sku), DLATTN_OK), "%s",
-              api->last_error());
-    void *workspace = workspace_of(&sku);
-    const dlattn_exec exec = {
-        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
-    cr_assert(eq(int, api->backward(&c->desc, &tensors, &gradients, &exec), DLATTN_OK), "%s",
-              api->last_error());
-    free(workspace);
+    run_tensors(&c->desc, &tensors, &gradients);
 }
 
 static void expect_same_bits(const char *row, const char *what, const struct call *a,
@@ -352,9 +357,7 @@ static void expect_zeros(const struct rooms *r, const DLTensor *gradient, const 
 static void check_nothing(const char *row, int64_t batch, int64_t heads, int64_t len_q,
                           int64_t len_k) {
     enum { HEADS_KV = 2, DIM = 4 };
-    const dlattn_api *api = test_api();
     struct rooms r = {.count = 0};
-    dlattn_sku sku = {.struct_size = sizeof sku};
 #define QUERY add_tensor(&r, 4, batch, heads, len_q, DIM)
 #define KEY add_tensor(&r, 4, batch, HEADS_KV, len_k, DIM)
 #define BIAS add_tensor(&r, 4, batch, heads, len_q, len_k)
@@ -375,14 +378,7 @@ static void check_nothing(const char *row, int64_t batch, int64_t heads, int64_t
 #undef KEY
 #undef BIAS
     const dlattn_forward_desc desc = {.struct_size = sizeof desc, .kernel = row, .num_threads = 1};
-    cr_assert(eq(int, api->backward_query(&desc, &tensors, &gradients, &sku), DLATTN_OK), "%s",
-              api->last_error());
-    void *workspace = workspace_of(&sku);
-    const dlattn_exec exec = {
-        .struct_size = sizeof exec, .workspace = workspace, .workspace_bytes = sku.workspace_bytes};
-    cr_assert(eq(int, api->backward(&desc, &tensors, &gradients, &exec), DLATTN_OK), "%s",
-              api->last_error());
-    free(workspace);
+    run_tensors(&desc, &tensors, &gradients);
     expect_zeros(&r, gradients.d_query, row, "d_query");
     expect_zeros(&r, gradients.d_key, row, "d_key");
     expect_zeros(&r, gradients.d_value, row, "d_value");
