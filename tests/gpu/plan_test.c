@@ -550,8 +550,9 @@ Test(gpu_plan, sinks_on_hopper) {
     }
 }
 
-static struct problem paged_problem(int64_t dim, int64_t page_size, uint64_t features) {
-    struct problem p = problem_of(DTYPE_BF16, dim, dim, DLATTN_FEATURE_PAGED | features);
+static struct problem paged_problem(enum dtype dtype, int64_t dim, int64_t page_size,
+                                    uint64_t features) {
+    struct problem p = problem_of(dtype, dim, dim, DLATTN_FEATURE_PAGED | features);
     p.page_size = page_size;
     p.pages = p.max_pages = (p.len_k + page_size - 1) / page_size;
     p.query = p.output = compact(p.heads_q, p.len_q, dim);
@@ -559,18 +560,25 @@ static struct problem paged_problem(int64_t dim, int64_t page_size, uint64_t fea
     return p;
 }
 
-/* Boxes of TMA have four keys or more; of smaller ones rows are copied, if nothing changes scores and a cache is not vast. */
+/* Boxes of TMA have four keys or more; of smaller ones rows are copied, if nothing changes scores, a cache is not vast and elements have
+ * 16 bits. */
 Test(gpu_plan, pages_on_hopper) {
     for (int64_t size = 1; size <= 64; size++) {
-        const struct problem plain = paged_problem(128, size, 0),
-                             sinks = paged_problem(64, size, DLATTN_FEATURE_SINKS),
-                             alibi = paged_problem(64, size, DLATTN_FEATURE_ALIBI),
-                             wide = paged_problem(192, size, 0);
+        const struct problem plain = paged_problem(DTYPE_BF16, 128, size, 0),
+                             sinks = paged_problem(DTYPE_BF16, 64, size, DLATTN_FEATURE_SINKS),
+                             alibi = paged_problem(DTYPE_BF16, 64, size, DLATTN_FEATURE_ALIBI),
+                             wide = paged_problem(DTYPE_BF16, 192, size, 0);
+        struct problem float8 = paged_problem(DTYPE_E4M3, 128, size, DLATTN_FEATURE_MIXED_DTYPES);
+        float8.query.dtype = float8.key.dtype = float8.value.dtype = DTYPE_E4M3;
+        float8.output.dtype = DTYPE_F32;
         const char *const others = size % 4 == 0 ? "cuda_fwd_sm90" : "cuda_fwd_sm80";
         cr_expect(strcmp(row_of(&machines[3], &plain), "cuda_fwd_sm90") == 0, "%d", (int)size);
         cr_expect(strcmp(row_of(&machines[3], &sinks), "cuda_fwd_sm90") == 0, "%d", (int)size);
         cr_expect(strcmp(row_of(&machines[3], &alibi), others) == 0, "ALiBi, %d", (int)size);
         cr_expect(strcmp(row_of(&machines[3], &wide), others) == 0, "D 192, %d", (int)size);
+        cr_expect(strcmp(row_of(&machines[3], &float8),
+                         size % 4 == 0 ? "cuda_fwd_fp8_sm90" : "cuda_fwd_fp8_sm89") == 0,
+                  "float8, %d", (int)size);
         struct problem vast = plain;
         vast.pages = 1 << 20;
         vast.key.stride[0] = 1 << 14; /* 32 GiB */
@@ -578,6 +586,35 @@ Test(gpu_plan, pages_on_hopper) {
         vast.pages = (1 << 21) + 1;
         cr_expect(strcmp(row_of(&machines[3], &vast), others) == 0, "64 GiB, %d", (int)size);
     }
+}
+
+static size_t alibi_workspace(int64_t rows, int64_t keys, int64_t window_left, int64_t window_right,
+                              bool bottom_right) {
+    const struct caps caps = caps_of(&machines[3]);
+    struct problem p = hopper_problem(DLATTN_FEATURE_ALIBI);
+    struct plan plan;
+    p.len_q = rows;
+    p.len_k = keys;
+    p.window_left = window_left;
+    p.window_right = window_right;
+    p.bottom_right = bottom_right;
+    p.query = p.output = compact(p.heads_q, rows, p.dim_qk);
+    p.key = p.value = compact(p.heads_kv, keys, p.dim_qk);
+    p.kernel = "cuda_fwd_sm90";
+    cr_assert(eq(int, plan_choose(&plan, &p, &caps), DLATTN_OK), "%s", error_last());
+    return plan.workspace_bytes;
+}
+
+/* How far rows with ALiBi have to look is found out where many of them may look at many keys. */
+Test(gpu_plan, reach_of_alibi) {
+    cr_expect(alibi_workspace(4096, 4096, UNBOUNDED, 0, false) > 0);
+    cr_expect(alibi_workspace(8192, 8192, UNBOUNDED, UNBOUNDED, false) > 0);
+    cr_expect(alibi_workspace(8192, 65536, UNBOUNDED, 0, true) > 0);
+    cr_expect(alibi_workspace(8192, 65536, 4096, 0, true) > 0);
+    cr_expect(eq(sz, alibi_workspace(8192, 65536, 4095, 0, true), 0), "a window");
+    cr_expect(eq(sz, alibi_workspace(8192, 65536, UNBOUNDED, 0, false), 0), "first keys alone");
+    cr_expect(eq(sz, alibi_workspace(8192, 4000, UNBOUNDED, 0, false), 0), "few keys");
+    cr_expect(eq(sz, alibi_workspace(1000, 65536, UNBOUNDED, 0, true), 0), "few rows");
 }
 
 /* A block of pairs has one part. Packed sequences of which one is long may have as many tiles each as that one. */

@@ -54,7 +54,7 @@ ROW_FUNCTIONS(cuda_fwd_fp8_sm90);
 
 bool cuda_fwd_fp8_sm90_plan(struct plan *plan, const struct problem *p, const struct caps *caps) {
     const int32_t chosen = choose_tile(tiles, COUNT(tiles), false, p, caps, suits);
-    if (!fwd_takes_float8(plan, p) || !sm90_takes(p) || sm90_copies_rows(p) ||
+    if (!fwd_takes_float8(plan, p) || !sm90_takes(p) || !sm90_has_boxes(p) ||
         (p->dim_qk | p->dim_v) % 16 != 0 || chosen < 0)
         return false;
     plan->variant = chosen;

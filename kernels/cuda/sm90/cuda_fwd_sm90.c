@@ -15,15 +15,29 @@ MODULE(128)
 MODULE(192)
 MODULE(256)
 
-/* What a kernel is compiled for, see Variant in tile.cuh; between them what finds out about lists, and about masks and segments. Each
- * for both element types. */
-enum kind { PLAIN, PLACED, ALIBI, SOFTCAP, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIAS, BIAS_F32, ROWS };
+/* What a kernel is compiled for, see Variant in tile.cuh; between them what finds out how far ALiBi reaches, about lists, and about masks
+ * and segments. Each for both element types. */
+enum kind {
+    PLAIN,
+    PLACED,
+    ALIBI,
+    NORMS,
+    REACH,
+    SOFTCAP,
+    ANY_OPTION,
+    ANY_BIAS,
+    LIST,
+    SEEN,
+    BIAS,
+    BIAS_F32,
+    ROWS
+};
 
-/* By USE of tiles.inc: MANY_ROWS is for the first three alone, ALONE for the first, BIAS for those of that name, too. */
+/* By USE of tiles.inc: MANY_ROWS is for those up to REACH alone, ALONE for the first, BIAS for those of that name, too. */
 #define KERNELS_MANY_ROWS(D, NAME, ...)                                                            \
     (struct cuda_kernel[]) {                                                                       \
         TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 0),                 \
-            TWO(D, NAME, "_alibi", __VA_ARGS__, 0)                                                 \
+            TWO(D, NAME, "_alibi", __VA_ARGS__, 0), FINDS(D, "norms_"), FINDS(D, "reach_")         \
     }
 #define KERNELS_ALONE(D, NAME, ...)                                                                \
     (struct cuda_kernel[]) { TWO(D, NAME, "_alone", __VA_ARGS__, 0) }
@@ -36,8 +50,9 @@ enum kind { PLAIN, PLACED, ALIBI, SOFTCAP, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIA
     }
 #define OPTIONS(D, NAME, ...)                                                                      \
     TWO(D, NAME, "", __VA_ARGS__, 0), TWO(D, NAME, "_placed", __VA_ARGS__, 1),                     \
-        TWO(D, NAME, "_alibi", __VA_ARGS__, 1), TWO(D, NAME, "_softcap", __VA_ARGS__, 1),          \
-        TWO(D, NAME, "_any", __VA_ARGS__, 1), TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),           \
+        TWO(D, NAME, "_alibi", __VA_ARGS__, 1), FINDS(D, "norms_"), FINDS(D, "reach_"),            \
+        TWO(D, NAME, "_softcap", __VA_ARGS__, 1), TWO(D, NAME, "_any", __VA_ARGS__, 1),            \
+        TWO(D, NAME, "_any_bias", __VA_ARGS__, 1),                                                 \
         BEFORE(D, "list_", SM90_LIST_THREADS, SM90_LIST_BYTES),                                    \
         BEFORE(D, "seen_", SM90_SEEN_THREADS, SM90_SEEN_BYTES)
 #define COPIES_BIAS(OF, D, NAME, ...)                                                              \
@@ -51,6 +66,11 @@ enum kind { PLAIN, PLACED, ALIBI, SOFTCAP, ANY_OPTION, ANY_BIAS, LIST, SEEN, BIA
               WARPGROUPS, __VA_ARGS__)
 #define KERNEL_OF(D, NAME, BYTES, DV, KEYS, WARPGROUPS, ...)                                       \
     CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME, 128 * ((WARPGROUPS) + 1), BYTES)
+#define FINDS(D, NAME)                                                                             \
+    CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D "_f16", SM90_REACH_THREADS,                   \
+                SM90_REACH_BYTES),                                                                 \
+        CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D "_bf16", SM90_REACH_THREADS,              \
+                    SM90_REACH_BYTES)
 #define BEFORE(D, NAME, THREADS, BYTES)                                                            \
     CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES),                             \
         CUDA_KERNEL(module_##D, "cuda_fwd_sm90_" NAME #D, THREADS, BYTES)
@@ -105,11 +125,15 @@ static bool can_copy_rows(const struct problem *p) {
            p->dim_qk % 8 == 0 && is_within_32_bits(p, &p->key) && is_within_32_bits(p, &p->value);
 }
 
-/* Pages of fewer than four keys are no boxes, and boxes of four take longer than their rows. */
+bool sm90_has_boxes(const struct problem *p) {
+    enum { LEAST_KEYS_OF_BOX = 4 };
+    return p->page_size % LEAST_KEYS_OF_BOX == 0;
+}
+
+/* Boxes of four keys take longer than their rows. */
 bool sm90_copies_rows(const struct problem *p) {
-    enum { LEAST_KEYS_OF_BOX = 4, LEAST_KEYS_OF_BETTER_BOX = 8 };
-    return p->page_size % LEAST_KEYS_OF_BOX != 0 ||
-           (p->page_size % LEAST_KEYS_OF_BETTER_BOX != 0 && can_copy_rows(p));
+    enum { LEAST_KEYS_OF_BETTER_BOX = 8 };
+    return !sm90_has_boxes(p) || (p->page_size % LEAST_KEYS_OF_BETTER_BOX != 0 && can_copy_rows(p));
 }
 
 static enum kind variant_of(const struct problem *p) {
@@ -186,8 +210,26 @@ static struct seen seen_of(const struct problem *p, int32_t tile_q, int32_t tile
 
 /* Bytes of each part of the workspace, in this order; the first is a multiple of 8. */
 struct parts {
-    size_t list, seen;
+    size_t list, seen, norms, reach;
 };
+
+/* Parts of the keys of all heads. */
+static int64_t norms_of(const struct problem *p) {
+    return p->batch * p->heads_kv * SM90_REACH_PARTS;
+}
+
+/* Whether it is found out first how far rows have to look, see reach.cuh. That may read all queries, keys and values once, some 6 % of the
+ * time that 8,192 rows and keys take: not where few rows, or rows at the beginning of the keys alone, look at few of them. */
+static bool has_reach(const struct problem *p) {
+    enum { LEAST_ROWS = 4096, LEAST_KEYS = 4096 };
+    const bool is_last_seen =
+        p->bottom_right || p->window_right == UNBOUNDED || p->len_q + p->window_right >= p->len_k;
+    const int64_t seen = is_last_seen ? p->len_k : p->len_q + p->window_right;
+    return variant_of(p) == ALIBI && !sm90_is_listed(p) && p->page_size == 0 &&
+           p->len_q * (p->heads_q / p->heads_kv) >= LEAST_ROWS && seen >= LEAST_KEYS &&
+           2 * seen >= p->len_k && (p->window_left == UNBOUNDED || p->window_left >= LEAST_KEYS) &&
+           norms_of(p) <= INT32_MAX;
+}
 
 static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t tile_k) {
     const struct seen s = seen_of(p, tile_q, tile_k);
@@ -196,6 +238,8 @@ static struct parts parts_of(const struct problem *p, int32_t tile_q, int32_t ti
                                         (size_t)row_tiles(p, tile_q) * sizeof(struct sm90_listed)
                                   : 0,
         .seen = is_seen(p) ? (size_t)(s.heads * s.rows * 2 * s.words) * 4 : 0,
+        .norms = has_reach(p) ? (size_t)norms_of(p) * sizeof(struct sm90_norms) : 0,
+        .reach = has_reach(p) ? (size_t)sm90_tiles(p, tile_q) * sizeof(int32_t) : 0,
     };
 }
 
@@ -282,7 +326,7 @@ void sm90_plan_tile(struct plan *plan, const struct problem *p, const struct cap
     const int64_t most = caps->multiprocessors * (int64_t)(tile->blocks > 1 ? tile->blocks : 1);
     const struct parts parts = parts_of(p, plan->tile_q, plan->tile_k);
     plan->blocks = (int32_t)(all < most ? all : most);
-    plan->workspace_bytes = parts.list + parts.seen;
+    plan->workspace_bytes = parts.list + parts.seen + parts.norms + parts.reach;
 }
 
 ROW_FUNCTIONS(cuda_fwd_sm90);
@@ -454,6 +498,10 @@ static void fill_workspace(struct sm90_params *params, const struct problem *p,
     params->seen_by_batch = s.by_batch;
     params->seen_by_head = s.by_head;
     params->tile_k = plan->tile_k;
+    if (has_reach(p)) {
+        params->norms = (struct sm90_norms *)(workspace + parts.list + parts.seen);
+        params->reach = (int32_t *)((char *)params->norms + parts.norms);
+    }
 }
 
 /* What only other variants than PLAIN read, and sinks. */
@@ -553,6 +601,8 @@ int32_t cuda_fwd_sm90_launch(const struct plan *plan, const struct problem *p,
     } launches[] = {
         {LIST, sm90_is_listed(p)},
         {SEEN, is_seen(p) ? seen.heads * seen.rows * seen.words : 0},
+        {NORMS, has_reach(p) ? norms_of(p) : 0},
+        {REACH, has_reach(p) ? sm90_tiles(p, plan->tile_q) : 0},
         {variant_of(p), plan->blocks},
     };
     bool first = true;

@@ -1,6 +1,7 @@
 // The instances of cuda_fwd_sm90 for the head dim SM90_D, named after what tiles.inc says of them.
 #include "kernels/cuda/sm90/fwd.cuh"
 #include "kernels/cuda/sm90/list.cuh"
+#include "kernels/cuda/sm90/reach.cuh"
 #include "kernels/cuda/sm90/seen.cuh"
 
 #define INSTANCE(name, E, VARIANT, PACKED, ...)                                                    \
@@ -50,5 +51,14 @@
     extern "C" __global__ void __launch_bounds__(SM90_SEEN_THREADS)                                \
         cuda_fwd_sm90_seen_##D(const __grid_constant__ sm90_params p) {                            \
         find_seen(p);                                                                              \
+    }                                                                                              \
+    FIND(norms, D, f16, __half)                                                                    \
+    FIND(norms, D, bf16, __nv_bfloat16)                                                            \
+    FIND(reach, D, f16, __half)                                                                    \
+    FIND(reach, D, bf16, __nv_bfloat16)
+#define FIND(WHAT, D, TYPE, E)                                                                     \
+    extern "C" __global__ void __launch_bounds__(SM90_REACH_THREADS)                               \
+        cuda_fwd_sm90_##WHAT##_##D##_##TYPE(const __grid_constant__ sm90_params p) {               \
+        find_##WHAT<E>(p);                                                                         \
     }
 BEFORE(SM90_D)

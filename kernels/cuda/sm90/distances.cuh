@@ -120,15 +120,26 @@ struct Distances {
         lean(!bends);
     }
 
-    // To tile n, from the one before it; `factor`: of sums, where `near` MOVES.
-    template <bool MOVES>
+    // The same to a tile all of whose keys are before those that rows meet: the nearest one is its last.
+    __device__ __forceinline__ void move_near_last() {
+        const float last = C::TILE_K - 1 - origin();
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            lead[half] = slope[half] > 0 ? last : lead[half];
+    }
+
+    // To tile n, from the one before it; `factor`: of sums, where `near` MOVES. The keys of a WHOLE tile are on one side.
+    template <bool MOVES, bool WHOLE>
     __device__ __forceinline__ void approach(const sm90_params &p, const Tile<C> &t, int wg, int n,
                                              float (&factor)[2]) {
         lead[0] -= C::TILE_K;
         lead[1] -= C::TILE_K;
         if constexpr (MOVES) {
             const float before[2] = {lead[0], lead[1]};
-            move_near(p, t, wg, n);
+            if constexpr (WHOLE)
+                move_near_last();
+            else
+                move_near(p, t, wg, n);
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 factor[half] =

@@ -624,7 +624,7 @@ __device__ __forceinline__ bool Consumer<C>::step(const sm90_params &p, const Sh
         clear_sums();
     float factor[2], offset[2], nearer[2];
     if constexpr (C::HAS_ALIBI && !NEW_TILE) {
-        distances.template approach<MOVES>(p, t, pipe.wg, n, nearer);
+        distances.template approach<MOVES, !MASKED>(p, t, pipe.wg, n, nearer);
         if (MOVES) {
             sum[0] *= nearer[0];
             sum[1] *= nearer[1];
@@ -844,7 +844,7 @@ __device__ __forceinline__ void forward(const sm90_params &p, const Consume &con
         write_distances<C>(raw + (base - shared_address(raw)));
     if constexpr (C::IS_SPLIT)
         let_successor_start();
-    else if (C::IS_PLACED && (p.list || p.seen))
+    else if (C::IS_PLACED && (p.list || p.seen || p.reach))
         wait_for_predecessor();
     __syncthreads();
     if (warpgroup == 0) {

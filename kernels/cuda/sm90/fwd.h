@@ -9,6 +9,9 @@
 /* Whether the kernels can read what the problem has. */
 bool sm90_takes(const struct problem *p);
 
+/* Whether TMA can bring the problem's pages in boxes: those of a multiple of 4 keys; also where there are none. */
+bool sm90_has_boxes(const struct problem *p);
+
 /* Whether keys and values come row by row, from pages that TMA would bring in boxes too small for it. Up to D 128 there are kernels for
  * that. */
 bool sm90_copies_rows(const struct problem *p);

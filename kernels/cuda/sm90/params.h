@@ -70,6 +70,11 @@ struct sm90_cap {
     float twice, most; /* else most - 2 most / (2^(twice x) + 1) */
 };
 
+/* Of a part of a head's keys: the largest |key|^2, and the largest |x| of values. */
+struct sm90_norms {
+    float key_square, value;
+};
+
 struct sm90_params {
     /* Boxes are 128 bytes wide: 64 elements, of float8 128. */
     struct cuda_tensor_map
@@ -138,6 +143,9 @@ struct sm90_params {
     int64_t sinks_stride;
     const float *alibi_slopes;
     int64_t alibi_batch_stride, alibi_head_stride;
+    /* In the workspace, see reach.cuh: of parts of the keys of each head, and of each tile of rows. NULL: rows look at all keys. */
+    struct sm90_norms *norms;
+    int32_t *reach;
     /* With pages key and value are [pages, H_kv, page_size, D], and the maps [D, page_size, H_kv, pages]. */
     const int32_t *block_table; /* NULL: no pages */
     int64_t table_batch_stride, table_page_stride;
@@ -166,6 +174,7 @@ enum { SM90_F32, SM90_F16, SM90_BF16 };
 
 enum { SM90_LIST_THREADS = 1024, SM90_LIST_BYTES = 2048 };
 enum { SM90_SEEN_THREADS = 256, SM90_SEEN_BYTES = 8 };
+enum { SM90_REACH_PARTS = 32, SM90_REACH_THREADS = 256, SM90_REACH_BYTES = 8 };
 enum { SM90_MOST_PARTS = 256 };
 
 /* Boxes of a bias, 64 rows and 128 bytes of its keys each, that shared memory holds for each warpgroup; from 65 head dims on instead of a

@@ -349,6 +349,12 @@ __device__ __forceinline__ int blocks_per_part(const sm90_params &p, int blocks)
     return divide(blocks + p.split.parts - 1, p.split.by_parts);
 }
 
+// Of those that row i sees, or, if it sees none, of those there are.
+template <class C>
+__device__ __forceinline__ int nearest_key(const Tile<C> &t, int i) {
+    return min(max(i + t.diagonal, 0), t.k_len - 1);
+}
+
 // Tile `wanted` of the walk; SPLIT: part `wanted` of all tiles, or the WHOLE of a tile.
 template <class C, bool WHOLE = false>
 __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
@@ -378,8 +384,14 @@ __device__ __forceinline__ Tile<C> tile_at(const sm90_params &p, int wanted) {
 
     const int first = t.first_row >> p.pack_log2;
     const int last = min((t.first_row + C::TILE_Q - 1) >> p.pack_log2, t.q_len - 1);
-    const int lowest = max(first + t.diagonal - p.window_left, 0);
-    const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
+    int lowest = max(first + t.diagonal - p.window_left, 0);
+    int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
+    if (C::HAS_ALIBI && p.reach) {
+        const int tile = t.first_row / C::TILE_Q,
+                  reach = p.reach[(t.batch * p.heads + t.head) * p.tiles_per_head + tile];
+        lowest = max(lowest, nearest_key(t, first) - reach);
+        highest = min(highest, nearest_key(t, last) + reach + 1);
+    }
     const bool any = t.index >= 0 && first < t.q_len && lowest < highest;
     t.first_block = lowest / C::TILE_K;
     t.end_block = any ? (highest + C::TILE_K - 1) / C::TILE_K : t.first_block;
@@ -408,7 +420,7 @@ __device__ __forceinline__ Tile<C> tile_of(const sm90_params &p, Tile<C> t, int 
     const int last = min((first_row + 63) >> p.pack_log2, t.q_len - 1);
     const int highest = min(last + t.diagonal + p.window_right + 1, t.k_len);
     int end_block = max((highest + C::TILE_K - 1) / C::TILE_K, t.first_block + 1);
-    if constexpr (C::IS_SPLIT)
+    if constexpr (C::IS_SPLIT || C::HAS_ALIBI)
         end_block = min(end_block, t.end_block);
     if constexpr (C::IS_ANY) {
         if (p.seen)

@@ -1,0 +1,225 @@
+/*
+ * ALiBi over so many keys that cuda_fwd_sm90 finds out first which of them are too far to count: among them keys and values that count
+ * however far they are. Some rows of each head against a softmax in double.
+ */
+#include "tests/gpu/attention.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum kind {
+    NORMAL,
+    FAR_SCORE,  /* one key far away has a score that outweighs its distance in one head */
+    FAR_VALUE,  /* one value far away is so large that its weight counts */
+    NAN_IN_KEY, /* far away: all rows that see it are NaN */
+    NAN_IN_VALUE,
+    NAN_BEHIND, /* keys and values behind the sequence's end are NaN, which nobody sees */
+    KINDS
+};
+
+static const char *const names[KINDS] = {"normal",     "far score",    "far value",
+                                         "NaN in key", "NaN in value", "NaN behind"};
+
+enum { HEADS = 4, HEADS_KV = 2, FAR = 7 /* a key */, LENGTH = 4100, BEHIND = 60, WIDEST = 256 };
+
+struct choice {
+    enum element element;
+    int64_t rows, dim;
+    int32_t causal, alignment;
+};
+static const struct choice choices[] = {
+    {BF16, LENGTH, 64, 1, DLATTN_ALIGN_TOP_LEFT}, {F16, LENGTH, 128, 1, DLATTN_ALIGN_TOP_LEFT},
+    {F16, LENGTH, 40, 0, DLATTN_ALIGN_TOP_LEFT},  {BF16, 3000, 128, 1, DLATTN_ALIGN_BOTTOM_RIGHT},
+    {BF16, LENGTH, 96, 1, DLATTN_ALIGN_TOP_LEFT}, {BF16, LENGTH, 256, 1, DLATTN_ALIGN_TOP_LEFT},
+};
+
+struct problem {
+    enum kind kind;
+    const struct choice *choice;
+    struct tensor query, key, value, output, lse, slopes, lengths;
+};
+
+static double number(uint64_t seed, uint64_t n) {
+    return (double)random_below(seed, n, 128) / 32 - 2;
+}
+
+/* Of heads that see next to nothing far away, that see all, and, below 0, that see far keys best. */
+static double slope(enum kind kind, int64_t head) {
+    static const double usual[HEADS] = {0.5, 0.05, -0x1p-9, 2},
+                        gentle[HEADS] = {0.5, 0.01, 0.008, 2};
+    return kind == FAR_VALUE ? gentle[head] : usual[head];
+}
+
+static double key_at(const struct problem *p, int64_t head, int64_t j, int64_t d) {
+    if ((p->kind == NAN_IN_KEY && j == FAR && head == 0 && d == 1) ||
+        (p->kind == NAN_BEHIND && j >= LENGTH - BEHIND))
+        return NAN;
+    /* Queries have 2 there: 50 more than 0.05 x LENGTH. */
+    if (p->kind == FAR_SCORE && j == FAR && d == 0)
+        return floor((0.05 * LENGTH + 50) / 2 * sqrt((double)p->choice->dim) / 16) * 16;
+    return number(2, (uint64_t)((head * LENGTH + j) * WIDEST + d));
+}
+
+static double value_at(const struct problem *p, int64_t head, int64_t j, int64_t d) {
+    if ((p->kind == NAN_IN_VALUE && j == FAR && head == 0 && d == 3) ||
+        (p->kind == NAN_BEHIND && j >= LENGTH - BEHIND))
+        return NAN;
+    if (p->kind == FAR_VALUE && j == FAR)
+        return p->choice->element == F16 ? 0x1p15 : 0x1p60;
+    return number(3, (uint64_t)((head * LENGTH + j) * WIDEST + d));
+}
+
+static void make_rows(struct problem *p) {
+    const int64_t dim = p->choice->dim;
+    for (int64_t h = 0; h < HEADS; h++) {
+        for (int64_t i = 0; i < p->choice->rows; i++) {
+            for (int64_t d = 0; d < dim; d++)
+                tensor_set(&p->query, (const int64_t[4]){0, h, i, d},
+                           d ? number(1, (uint64_t)((h * LENGTH + i) * WIDEST + d)) : 2);
+        }
+    }
+    for (int64_t h = 0; h < HEADS_KV; h++) {
+        for (int64_t j = 0; j < LENGTH; j++) {
+            for (int64_t d = 0; d < dim; d++) {
+                const int64_t at[4] = {0, h, j, d};
+                tensor_set(&p->key, at, key_at(p, h, j, d));
+                tensor_set(&p->value, at, value_at(p, h, j, d));
+            }
+        }
+    }
+}
+
+static void make_problem(struct problem *p, enum kind kind, const struct choice *s) {
+    *p = (struct problem){.kind = kind, .choice = s};
+    const struct {
+        struct tensor *tensor;
+        enum element element;
+        int axes;
+        int64_t shape[4];
+    } all[] = {
+        {&p->query, s->element, 4, {1, HEADS, s->rows, s->dim}},
+        {&p->key, s->element, 4, {1, HEADS_KV, LENGTH, s->dim}},
+        {&p->value, s->element, 4, {1, HEADS_KV, LENGTH, s->dim}},
+        {&p->output, s->element, 4, {1, HEADS, s->rows, s->dim}},
+        {&p->lse, F32, 3, {1, HEADS, s->rows}},
+        {&p->slopes, F32, 1, {HEADS}},
+        {&p->lengths, I32, 1, {1}},
+    };
+    const size_t count = sizeof all / sizeof all[0];
+    for (size_t t = 0; t < count; t++)
+        tensor_make(all[t].tensor, all[t].element, all[t].axes, all[t].shape, COMPACT, 0, 0);
+    make_rows(p);
+    for (int64_t h = 0; h < HEADS; h++)
+        tensor_set(&p->slopes, &h, slope(kind, h));
+    tensor_set(&p->lengths, (const int64_t[1]){0}, LENGTH - (kind == NAN_BEHIND ? BEHIND : 0));
+    for (size_t t = 0; t < count; t++)
+        upload(all[t].tensor);
+}
+
+static void run(const dlattn_api *api, struct problem *p, dlattn_sku *sku) {
+    const dlattn_forward_desc desc = {.struct_size = sizeof desc,
+                                      .kernel = "cuda_fwd_sm90",
+                                      .causal = p->choice->causal,
+                                      .alignment = p->choice->alignment};
+    const dlattn_tensors tensors = {.struct_size = sizeof tensors,
+                                    .query = &p->query.dl,
+                                    .key = &p->key.dl,
+                                    .value = &p->value.dl,
+                                    .output = &p->output.dl,
+                                    .lse = &p->lse.dl,
+                                    .alibi_slopes = &p->slopes.dl,
+                                    .key_lengths = &p->lengths.dl};
+    MUST(run_call(api, &desc, &tensors, sku));
+    download(&p->output);
+    download(&p->lse);
+}
+
+/* Row i of head h in double, and its lse, which is returned. */
+static double attend(const struct problem *p, int64_t h, int64_t i, double output[WIDEST]) {
+    const int64_t dim = p->choice->dim, g = h / (HEADS / HEADS_KV),
+                  keys = (int64_t)tensor_get(&p->lengths, (const int64_t[1]){0}),
+                  met = p->choice->alignment == DLATTN_ALIGN_BOTTOM_RIGHT
+                            ? i + keys - p->choice->rows
+                            : i,
+                  end = p->choice->causal && met < keys ? met + 1 : keys;
+    double logit[LENGTH], most = -INFINITY, total = 0;
+    for (int64_t j = 0; j < end; j++) {
+        logit[j] = 0;
+        for (int64_t d = 0; d < dim; d++)
+            logit[j] += tensor_get(&p->query, (const int64_t[4]){0, h, i, d}) *
+                        tensor_get(&p->key, (const int64_t[4]){0, g, j, d});
+        logit[j] = logit[j] / sqrt((double)dim) - slope(p->kind, h) * fabs((double)(met - j));
+        most = logit[j] > most || isnan(logit[j]) ? logit[j] : most;
+    }
+    memset(output, 0, WIDEST * sizeof *output);
+    for (int64_t j = 0; j < end; j++) {
+        const double weight = exp(logit[j] - most);
+        total += weight;
+        for (int64_t d = 0; d < dim; d++)
+            output[d] += weight * tensor_get(&p->value, (const int64_t[4]){0, g, j, d});
+    }
+    for (int64_t d = 0; d < dim; d++)
+        output[d] /= total;
+    return most + log(total);
+}
+
+static bool close_to(double got, double want, double off) {
+    return isnan(want) ? isnan(got) : fabs(got - want) <= off * fmax(1, fabs(want));
+}
+
+static void check_row(const struct problem *p, const char *kernel, int64_t h, int64_t i) {
+    double want[WIDEST];
+    const double lse = attend(p, h, i, want),
+                 got_lse = tensor_get(&p->lse, (const int64_t[4]){0, h, i}),
+                 off = 1e-5 + 4 * element_epsilon(p->choice->element);
+    cr_expect(close_to(got_lse, lse, 1e-5),
+              "%s, %s, head dim %d, head %d, row %d: lse is %g, must be %g", kernel, names[p->kind],
+              (int)p->choice->dim, (int)h, (int)i, got_lse, lse);
+    for (int64_t d = 0; d < p->choice->dim; d++) {
+        const double got = tensor_get(&p->output, (const int64_t[4]){0, h, i, d});
+        cr_expect(close_to(got, want[d], off),
+                  "%s, %s, head dim %d, head %d, row %d: output[%d] is %g, must be %g", kernel,
+                  names[p->kind], (int)p->choice->dim, (int)h, (int)i, (int)d, got, want[d]);
+    }
+}
+
+/* The first and the last, those beside the far key, and some by chance. */
+static void check_rows(const struct problem *p, const char *kernel) {
+    const int64_t rows = p->choice->rows, some[] = {0, FAR - 1, FAR, 127, 128, rows / 2, rows - 1};
+    enum { NAMED = sizeof some / sizeof some[0], ROWS = 16 };
+    for (int64_t h = 0; h < HEADS; h++) {
+        for (int n = 0; n < ROWS; n++)
+            check_row(p, kernel, h, n < NAMED ? some[n] : random_below(9, (uint64_t)n, rows));
+    }
+}
+
+static bool has_row(const dlattn_api *api) {
+    for (int32_t i = 0; i < api->kernel_count(); i++) {
+        dlattn_kernel_info row = {.struct_size = sizeof row};
+        MUST(api->kernel_info(i, &row));
+        if (strcmp(row.name, "cuda_fwd_sm90") == 0)
+            return row.available;
+    }
+    return false;
+}
+
+Test(gpu_reach, what_counts_however_far) {
+    const dlattn_api *api = gpu_api();
+    if (!has_row(api))
+        cr_skip("not a Hopper");
+    for (enum kind kind = 0; kind < KINDS; kind++) {
+        for (size_t s = 0; s < sizeof choices / sizeof choices[0]; s++) {
+            struct problem p;
+            dlattn_sku sku;
+            make_problem(&p, kind, &choices[s]);
+            run(api, &p, &sku);
+            cr_expect(sku.workspace_bytes > 0, "%s finds no reach", sku.kernel);
+            check_rows(&p, sku.kernel);
+            struct tensor *const all[] = {&p.query, &p.key,    &p.value,  &p.output,
+                                          &p.lse,   &p.slopes, &p.lengths};
+            for (size_t t = 0; t < sizeof all / sizeof all[0]; t++)
+                discard(all[t]);
+        }
+    }
+}
