@@ -143,9 +143,6 @@ struct sm90_params {
     int64_t sinks_stride;
     const float *alibi_slopes;
     int64_t alibi_batch_stride, alibi_head_stride;
-    /* In the workspace, see reach.cuh: of parts of the keys of each head, and of each tile of rows. NULL: rows look at all keys. */
-    struct sm90_norms *norms;
-    int32_t *reach;
     /* With pages key and value are [pages, H_kv, page_size, D], and the maps [D, page_size, H_kv, pages]. */
     const int32_t *block_table; /* NULL: no pages */
     int64_t table_batch_stride, table_page_stride;
@@ -168,6 +165,11 @@ struct sm90_params {
     /* Of float8, whose output has a dtype of its own. */
     struct sm90_scale query_scale, key_scale, value_scale;
     int32_t output_dtype; /* SM90_F32, SM90_F16 or SM90_BF16 */
+
+    /* With ALiBi, in the workspace, see reach.cuh: of parts of the keys of each head, and of each tile of rows. NULL: rows look at all keys.
+     * Last, as short calls of other kernels take longer where what they read lies elsewhere. */
+    struct sm90_norms *norms;
+    int32_t *reach;
 };
 
 enum { SM90_F32, SM90_F16, SM90_BF16 };
