@@ -57,7 +57,8 @@ struct Distances {
     int steps_between; // moves of `near`; below 0 behind the keys that rows meet, where it does not move
     uint32_t parts[2]; // of the slope, for the product; 0: it is to add nothing
     bool
-        bends; // the tiles in which rows meet a key are more than one line, or too steep to be one in f32
+        is_steep; // a tile's line, added from its first key on, would leave its last ones too few bits of f32
+    bool bends; // so it is, or the tiles in which rows meet a key are more than one line
 
     // The key whose number in a tile counts as 0 in the line.
     __device__ __forceinline__ int origin() const {
@@ -75,7 +76,8 @@ struct Distances {
 
     // No visible key of tile n is nearer to key `met`, nor one of a tile before it.
     static __device__ __forceinline__ int nearest(const Tile<C> &t, int met, int n) {
-        return max(max(met - (n + 1) * C::TILE_K + 1, t.first_block * C::TILE_K - met), 0);
+        const int last = min((n + 1) * C::TILE_K, t.k_len) - 1;
+        return max(max(met - last, t.first_block * C::TILE_K - met), 0);
     }
 
     __device__ __forceinline__ void move_near(const sm90_params &p, const Tile<C> &t, int wg,
@@ -116,7 +118,8 @@ struct Distances {
                 ? 1
                 : uniform(1 + min(int(LAG / (fmaxf(slope[0], 0.f) * of_tile)), p.len_k));
         move_near(p, t, wg, t.first_block);
-        bends = sees_behind(p) || __any_sync(~0u, steepest > MOST_OF_LINE);
+        is_steep = __any_sync(~0u, steepest > MOST_OF_LINE);
+        bends = sees_behind(p) || is_steep;
         lean(!bends);
     }
 
@@ -157,6 +160,11 @@ struct Distances {
             slope[half] = -slope[half];
             lead[half] = before[half] - int(lead[half]) + distance(p, t, wg, n - 1, half);
         }
+    }
+
+    // The end of the tiles that are one line: of a steep one that is added here the last keys, which lose least, are too far from where it begins.
+    __device__ __forceinline__ int end_of_line(int end_whole) const {
+        return end_whole - (is_steep && !C::MULTIPLIES_DISTANCES);
     }
 
     // Takes from the scores what keys on one side lose, unless the product has.

@@ -268,7 +268,7 @@ struct Consumer {
             bool moves = most > LIMIT && most < INFINITY;
             if constexpr (C::HAS_ALIBI) {
                 const float all = largest(sum[half] + part[half]);
-                if (all < LEAST && all > 0) {
+                if (all < LEAST && all > ALIBI_LOST) {
                     most = all;
                     moves = true;
                 }
@@ -765,10 +765,13 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
                 rows.template step<true, false, true>(p, s, t, n, pipe, t);
             }
         } else if constexpr (!C::HAS_LOOPS) {
+            int end_whole = t.end_whole;
+            if constexpr (C::HAS_ALIBI)
+                end_whole = rows.distances.end_of_line(end_whole);
             for (; n < t.end_block; n++) {
                 if (n < t.first_untracked)
                     rows.template step<true, false, true>(p, s, t, n, pipe, t);
-                else if (n < t.end_whole)
+                else if (n < end_whole)
                     rows.template step<false, false, false>(p, s, t, n, pipe, t);
                 else
                     rows.template step<true, false, false>(p, s, t, n, pipe, t);
@@ -778,6 +781,8 @@ __device__ __forceinline__ void consume(const sm90_params &p, const Shared<C> &s
             // All before the first loop: behind it ptxas makes of the same a step that takes 4 % longer at D 128.
             const int end_tracked = min(t.first_untracked, t.end_block);
             int end_whole = min(t.end_whole, t.end_block), end = t.end_block;
+            if constexpr (C::HAS_ALIBI)
+                end_whole = rows.distances.end_of_line(end_whole);
             if (has_sides)
                 end = min(first_behind<C>(p, t, wg), end);
 #pragma unroll 1

@@ -1,6 +1,7 @@
 /*
- * ALiBi over so many keys that cuda_fwd_sm90 finds out first which of them are too far to count: among them keys and values that count
- * however far they are. Some rows of each head against a softmax in double.
+ * ALiBi of cuda_fwd_sm90: over so many keys that it finds out first which of them are too far to count, among them keys and values that
+ * count however far they are; and slopes so steep that few keys count, before the first key and behind the last, too. Some rows of each
+ * head against a softmax in double.
  */
 #include "tests/gpu/attention.h"
 
@@ -15,23 +16,51 @@ enum kind {
     NAN_IN_KEY, /* far away: all rows that see it are NaN */
     NAN_IN_VALUE,
     NAN_BEHIND, /* keys and values behind the sequence's end are NaN, which nobody sees */
+    STEEP,
     KINDS
 };
 
-static const char *const names[KINDS] = {"normal",     "far score",    "far value",
-                                         "NaN in key", "NaN in value", "NaN behind"};
+static const char *const names[KINDS] = {"normal",       "far score",  "far value", "NaN in key",
+                                         "NaN in value", "NaN behind", "steep"};
 
-enum { HEADS = 4, HEADS_KV = 2, FAR = 7 /* a key */, LENGTH = 4100, BEHIND = 60, WIDEST = 256 };
+enum {
+    HEADS = 4,
+    HEADS_KV = 2,
+    FAR = 7 /* a key */,
+    LENGTH = 4100,
+    SHORT = 1030,
+    BEHIND = 60,
+    WIDEST = 256
+};
 
 struct choice {
     enum element element;
-    int64_t rows, dim;
+    int64_t rows, keys, dim, dim_v;
     int32_t causal, alignment;
 };
-static const struct choice choices[] = {
-    {BF16, LENGTH, 64, 1, DLATTN_ALIGN_TOP_LEFT}, {F16, LENGTH, 128, 1, DLATTN_ALIGN_TOP_LEFT},
-    {F16, LENGTH, 40, 0, DLATTN_ALIGN_TOP_LEFT},  {BF16, 3000, 128, 1, DLATTN_ALIGN_BOTTOM_RIGHT},
-    {BF16, LENGTH, 96, 1, DLATTN_ALIGN_TOP_LEFT}, {BF16, LENGTH, 256, 1, DLATTN_ALIGN_TOP_LEFT},
+static const struct choice long_ones[] = {
+    {BF16, LENGTH, LENGTH, 64, 64, 1, DLATTN_ALIGN_TOP_LEFT},
+    {F16, LENGTH, LENGTH, 128, 128, 1, DLATTN_ALIGN_TOP_LEFT},
+    {F16, LENGTH, LENGTH, 40, 40, 0, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 3000, LENGTH, 128, 128, 1, DLATTN_ALIGN_BOTTOM_RIGHT},
+    {BF16, LENGTH, LENGTH, 96, 96, 1, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, LENGTH, LENGTH, 256, 256, 1, DLATTN_ALIGN_TOP_LEFT},
+};
+static const struct choice short_ones[] = {
+    {BF16, SHORT, SHORT, 64, 64, 1, DLATTN_ALIGN_TOP_LEFT},
+    {F16, 1500, SHORT, 64, 64, 1, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 1500, SHORT, 64, 64, 0, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 1500, SHORT, 96, 96, 1, DLATTN_ALIGN_TOP_LEFT},
+    {F16, SHORT, SHORT, 128, 128, 1, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 1500, SHORT, 128, 128, 0, DLATTN_ALIGN_TOP_LEFT},
+    {F16, 1500, SHORT, 192, 128, 1, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 700, SHORT, 192, 192, 1, DLATTN_ALIGN_BOTTOM_RIGHT},
+    {F16, 1500, SHORT, 256, 256, 1, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 1500, SHORT, 256, 256, 0, DLATTN_ALIGN_BOTTOM_RIGHT},
+};
+enum {
+    LONG_ONES = sizeof long_ones / sizeof long_ones[0],
+    SHORT_ONES = sizeof short_ones / sizeof short_ones[0]
 };
 
 struct problem {
@@ -45,7 +74,10 @@ static double number(uint64_t seed, uint64_t n) {
 }
 
 /* Of heads that see next to nothing far away, that see all, and, below 0, that see far keys best. */
-static const double SLOPES[HEADS] = {0.5, 0.05, -0x1p-9, 2};
+static double slope(enum kind kind, int64_t head) {
+    static const double usual[HEADS] = {0.5, 0.05, -0x1p-9, 2}, steep[HEADS] = {0.5, 1.1, 4, 30};
+    return kind == STEEP ? steep[head] : usual[head];
+}
 
 static double key_at(const struct problem *p, int64_t head, int64_t j, int64_t d) {
     if ((p->kind == NAN_IN_KEY && j == FAR && head == 0 && d == 1) ||
@@ -76,12 +108,11 @@ static void make_rows(struct problem *p) {
         }
     }
     for (int64_t h = 0; h < HEADS_KV; h++) {
-        for (int64_t j = 0; j < LENGTH; j++) {
-            for (int64_t d = 0; d < dim; d++) {
-                const int64_t at[4] = {0, h, j, d};
-                tensor_set(&p->key, at, key_at(p, h, j, d));
-                tensor_set(&p->value, at, value_at(p, h, j, d));
-            }
+        for (int64_t j = 0; j < p->choice->keys; j++) {
+            for (int64_t d = 0; d < dim; d++)
+                tensor_set(&p->key, (const int64_t[4]){0, h, j, d}, key_at(p, h, j, d));
+            for (int64_t d = 0; d < p->choice->dim_v; d++)
+                tensor_set(&p->value, (const int64_t[4]){0, h, j, d}, value_at(p, h, j, d));
         }
     }
 }
@@ -95,9 +126,9 @@ static void make_problem(struct problem *p, enum kind kind, const struct choice 
         int64_t shape[4];
     } all[] = {
         {&p->query, s->element, 4, {1, HEADS, s->rows, s->dim}},
-        {&p->key, s->element, 4, {1, HEADS_KV, LENGTH, s->dim}},
-        {&p->value, s->element, 4, {1, HEADS_KV, LENGTH, s->dim}},
-        {&p->output, s->element, 4, {1, HEADS, s->rows, s->dim}},
+        {&p->key, s->element, 4, {1, HEADS_KV, s->keys, s->dim}},
+        {&p->value, s->element, 4, {1, HEADS_KV, s->keys, s->dim_v}},
+        {&p->output, s->element, 4, {1, HEADS, s->rows, s->dim_v}},
         {&p->lse, F32, 3, {1, HEADS, s->rows}},
         {&p->slopes, F32, 1, {HEADS}},
         {&p->lengths, I32, 1, {1}},
@@ -107,8 +138,9 @@ static void make_problem(struct problem *p, enum kind kind, const struct choice 
         tensor_make(all[t].tensor, all[t].element, all[t].axes, all[t].shape, COMPACT, 0, 0);
     make_rows(p);
     for (int64_t h = 0; h < HEADS; h++)
-        tensor_set(&p->slopes, &h, SLOPES[h]);
-    tensor_set(&p->lengths, (const int64_t[1]){0}, LENGTH - (kind == NAN_BEHIND ? BEHIND : 0));
+        tensor_set(&p->slopes, &h, slope(kind, h));
+    tensor_set(&p->lengths, (const int64_t[1]){0},
+               (double)(s->keys - (kind == NAN_BEHIND ? BEHIND : 0)));
     for (size_t t = 0; t < count; t++)
         upload(all[t].tensor);
 }
@@ -133,7 +165,7 @@ static void run(const dlattn_api *api, struct problem *p, dlattn_sku *sku) {
 
 /* Row i of head h in double, and its lse, which is returned. */
 static double attend(const struct problem *p, int64_t h, int64_t i, double output[WIDEST]) {
-    const int64_t dim = p->choice->dim, g = h / (HEADS / HEADS_KV),
+    const int64_t dim = p->choice->dim, dim_v = p->choice->dim_v, g = h / (HEADS / HEADS_KV),
                   keys = (int64_t)tensor_get(&p->lengths, (const int64_t[1]){0}),
                   met = p->choice->alignment == DLATTN_ALIGN_BOTTOM_RIGHT
                             ? i + keys - p->choice->rows
@@ -145,17 +177,17 @@ static double attend(const struct problem *p, int64_t h, int64_t i, double outpu
         for (int64_t d = 0; d < dim; d++)
             logit[j] += tensor_get(&p->query, (const int64_t[4]){0, h, i, d}) *
                         tensor_get(&p->key, (const int64_t[4]){0, g, j, d});
-        logit[j] = logit[j] / sqrt((double)dim) - SLOPES[h] * fabs((double)(met - j));
+        logit[j] = logit[j] / sqrt((double)dim) - slope(p->kind, h) * fabs((double)(met - j));
         most = logit[j] > most || isnan(logit[j]) ? logit[j] : most;
     }
     memset(output, 0, WIDEST * sizeof *output);
     for (int64_t j = 0; j < end; j++) {
         const double weight = exp(logit[j] - most);
         total += weight;
-        for (int64_t d = 0; d < dim; d++)
+        for (int64_t d = 0; d < dim_v; d++)
             output[d] += weight * tensor_get(&p->value, (const int64_t[4]){0, g, j, d});
     }
-    for (int64_t d = 0; d < dim; d++)
+    for (int64_t d = 0; d < dim_v; d++)
         output[d] /= total;
     return most + log(total);
 }
@@ -172,7 +204,7 @@ static void check_row(const struct problem *p, const char *kernel, int64_t h, in
     cr_expect(close_to(got_lse, lse, 1e-5),
               "%s, %s, head dim %d, head %d, row %d: lse is %g, must be %g", kernel, names[p->kind],
               (int)p->choice->dim, (int)h, (int)i, got_lse, lse);
-    for (int64_t d = 0; d < p->choice->dim; d++) {
+    for (int64_t d = 0; d < p->choice->dim_v; d++) {
         const double got = tensor_get(&p->output, (const int64_t[4]){0, h, i, d});
         cr_expect(close_to(got, want[d], off),
                   "%s, %s, head dim %d, head %d, row %d: output[%d] is %g, must be %g", kernel,
@@ -191,6 +223,16 @@ static void check_rows(const struct problem *p, const char *kernel) {
     }
 }
 
+/* On either side of where rows of a warpgroup begin, so that in tiles of any width the nearest key is the last of one. */
+static void check_edges(const struct problem *p, const char *kernel) {
+    for (int64_t h = 0; h < HEADS; h++) {
+        for (int64_t i = 0; i < p->choice->rows; i += 64) {
+            check_row(p, kernel, h, i);
+            check_row(p, kernel, h, i > 0 ? i - 1 : p->choice->rows - 1);
+        }
+    }
+}
+
 static bool has_row(const dlattn_api *api) {
     for (int32_t i = 0; i < api->kernel_count(); i++) {
         dlattn_kernel_info row = {.struct_size = sizeof row};
@@ -201,22 +243,38 @@ static bool has_row(const dlattn_api *api) {
     return false;
 }
 
-Test(gpu_reach, what_counts_however_far) {
-    const dlattn_api *api = gpu_api();
+static const dlattn_api *hopper_api(void) {
+    const dlattn_api *const api = gpu_api();
     if (!has_row(api))
         cr_skip("not a Hopper");
-    for (enum kind kind = 0; kind < KINDS; kind++) {
-        for (size_t s = 0; s < sizeof choices / sizeof choices[0]; s++) {
-            struct problem p;
-            dlattn_sku sku;
-            make_problem(&p, kind, &choices[s]);
-            run(api, &p, &sku);
-            cr_expect(sku.workspace_bytes > 0, "%s finds no reach", sku.kernel);
-            check_rows(&p, sku.kernel);
-            struct tensor *const all[] = {&p.query, &p.key,    &p.value,  &p.output,
-                                          &p.lse,   &p.slopes, &p.lengths};
-            for (size_t t = 0; t < sizeof all / sizeof all[0]; t++)
-                discard(all[t]);
-        }
+    return api;
+}
+
+static void check_choice(const dlattn_api *api, enum kind kind, const struct choice *choice,
+                         void (*check)(const struct problem *p, const char *kernel)) {
+    struct problem p;
+    dlattn_sku sku;
+    make_problem(&p, kind, choice);
+    run(api, &p, &sku);
+    const bool finds_reach = sku.workspace_bytes > 0, should = choice->keys == LENGTH;
+    cr_expect(eq(int, finds_reach, should), "%s, %d keys", sku.kernel, (int)choice->keys);
+    check(&p, sku.kernel);
+    struct tensor *const all[] = {&p.query, &p.key,    &p.value,  &p.output,
+                                  &p.lse,   &p.slopes, &p.lengths};
+    for (size_t t = 0; t < sizeof all / sizeof all[0]; t++)
+        discard(all[t]);
+}
+
+Test(gpu_alibi, what_counts_however_far) {
+    const dlattn_api *api = hopper_api();
+    for (enum kind kind = 0; kind < STEEP; kind++) {
+        for (size_t n = 0; n < LONG_ONES; n++)
+            check_choice(api, kind, &long_ones[n], check_rows);
     }
+}
+
+Test(gpu_alibi, steep_slopes) {
+    const dlattn_api *api = hopper_api();
+    for (size_t n = 0; n < SHORT_ONES; n++)
+        check_choice(api, STEEP, &short_ones[n], check_edges);
 }
