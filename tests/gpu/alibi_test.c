@@ -46,16 +46,19 @@ static const struct choice long_ones[] = {
     {BF16, LENGTH, LENGTH, 96, 96, 1, DLATTN_ALIGN_TOP_LEFT},
     {BF16, LENGTH, LENGTH, 256, 256, 1, DLATTN_ALIGN_TOP_LEFT},
 };
+/* The last tile of keys is whole where there are 1,024, of 112 keys where there are 1,008. */
 static const struct choice short_ones[] = {
     {BF16, SHORT, SHORT, 64, 64, 1, DLATTN_ALIGN_TOP_LEFT},
     {F16, 1500, SHORT, 64, 64, 1, DLATTN_ALIGN_TOP_LEFT},
-    {BF16, 1500, SHORT, 64, 64, 0, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 1500, 1024, 64, 64, 0, DLATTN_ALIGN_TOP_LEFT},
     {BF16, 1500, SHORT, 96, 96, 1, DLATTN_ALIGN_TOP_LEFT},
     {F16, SHORT, SHORT, 128, 128, 1, DLATTN_ALIGN_TOP_LEFT},
+    {F16, 1500, 1024, 128, 128, 1, DLATTN_ALIGN_TOP_LEFT},
     {BF16, 1500, SHORT, 128, 128, 0, DLATTN_ALIGN_TOP_LEFT},
     {F16, 1500, SHORT, 192, 128, 1, DLATTN_ALIGN_TOP_LEFT},
+    {BF16, 1500, 1008, 192, 128, 1, DLATTN_ALIGN_TOP_LEFT},
     {BF16, 700, SHORT, 192, 192, 1, DLATTN_ALIGN_BOTTOM_RIGHT},
-    {F16, 1500, SHORT, 256, 256, 1, DLATTN_ALIGN_TOP_LEFT},
+    {F16, 1500, 1024, 256, 256, 1, DLATTN_ALIGN_TOP_LEFT},
     {BF16, 1500, SHORT, 256, 256, 0, DLATTN_ALIGN_BOTTOM_RIGHT},
 };
 enum {
@@ -223,13 +226,17 @@ static void check_rows(const struct problem *p, const char *kernel) {
     }
 }
 
-/* On either side of where rows of a warpgroup begin, so that in tiles of any width the nearest key is the last of one. */
+/* On either side of where rows of a warpgroup begin, and those behind the last key up to where no weight beside that of distance 0 is
+ * a number of f32. */
 static void check_edges(const struct problem *p, const char *kernel) {
+    const int64_t rows = p->choice->rows, keys = p->choice->keys;
     for (int64_t h = 0; h < HEADS; h++) {
-        for (int64_t i = 0; i < p->choice->rows; i += 64) {
+        for (int64_t i = 0; i < rows; i += 64) {
             check_row(p, kernel, h, i);
-            check_row(p, kernel, h, i > 0 ? i - 1 : p->choice->rows - 1);
+            check_row(p, kernel, h, i > 0 ? i - 1 : rows - 1);
         }
+        for (int64_t i = keys; i < rows && i < keys + 320; i += 5)
+            check_row(p, kernel, h, i);
     }
 }
 
