@@ -223,7 +223,7 @@ static int64_t norms_of(const struct problem *p) {
 static bool has_reach(const struct problem *p) {
     enum { LEAST_ROWS = 4096, LEAST_KEYS = 4096 };
     const bool is_last_seen =
-        p->bottom_right || p->window_right == UNBOUNDED || p->len_q + p->window_right >= p->len_k;
+        p->bottom_right || p->window_right == UNBOUNDED || p->window_right >= p->len_k - p->len_q;
     const int64_t seen = is_last_seen ? p->len_k : p->len_q + p->window_right;
     return variant_of(p) == ALIBI && !sm90_is_listed(p) && p->page_size == 0 &&
            p->len_q * (p->heads_q / p->heads_kv) >= LEAST_ROWS && seen >= LEAST_KEYS &&

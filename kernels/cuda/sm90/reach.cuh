@@ -74,8 +74,8 @@ __device__ __forceinline__ float least_exponents(const sm90_params &p) {
     return 32 + log2f(p.len_k);
 }
 
-// Whether keys with this slope may reach less than half as far as there are keys: else it is not worth finding out.
-__device__ __forceinline__ bool is_steep(const sm90_params &p, float slope) {
+// Whether to find out: with this slope keys may reach less than half as far as there are any.
+__device__ __forceinline__ bool is_worth_it(const sm90_params &p, float slope) {
     return LOG2E * slope * p.len_k > 2 * least_exponents(p);
 }
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ void find_norms(const sm90_params &p) {
     const int part = blockIdx.x % SM90_REACH_PARTS, of_all = blockIdx.x / SM90_REACH_PARTS,
               heads = heads_kv(p), batch = of_all / heads, head = of_all - batch * heads;
     const int sharers = p.heads_per_kv << p.pack_log2; // query heads
-    if (!is_steep(p, slopes_of(p, batch, head * sharers, sharers).most))
+    if (!is_worth_it(p, slopes_of(p, batch, head * sharers, sharers).most))
         return;
     const int64_t keys = sequence_length(p.key_lengths, p.key_lengths_stride, batch, p.len_k);
     const int first = keys * part / SM90_REACH_PARTS, end = keys * (part + 1) / SM90_REACH_PARTS;
@@ -144,7 +144,7 @@ __device__ __forceinline__ void find_reach(const sm90_params &p) {
               length = sequence_length(p.query_lengths, p.query_lengths_stride, batch, p.len_q),
               end = min(first + p.tile_q, length << p.pack_log2);
     const float slope = slopes_of(p, batch, head << p.pack_log2, 1 << p.pack_log2).least;
-    if (!is_steep(p, slope)) {
+    if (!is_worth_it(p, slope)) {
         wait_for_predecessor(); // so that nobody behind runs before it has ended
         if (threadIdx.x == 0)
             p.reach[blockIdx.x] = SM90_UNBOUNDED;
