@@ -141,7 +141,8 @@ typedef struct dlattn_forward_desc {
  *
  * A stride-0 head axis on both key and value is multi-query attention, whatever the head count says.
  * Output and lse share no element with each other or with an input; they may interleave with them in one buffer.
- * Entries of block_table for pages in which no row sees a key may be anything.
+ * Entries of block_table for pages in which lengths, causal and window leave no key to any row may be anything; a mask does
+ * not count.
  * Integer tensors and scales in host memory are checked before anything is written. On a GPU their values cannot be seen
  * from the host: lengths are clamped to the extents, rows and keys outside them are neither read nor written.
  */
