@@ -6,8 +6,8 @@
 #include "tests/gpu/attention.h"
 
 #include <math.h>
-#include <stdlib.h>
-#include <string.h>
+
+static const char *const ROW = "cuda_fwd_sm90";
 
 enum kind {
     NORMAL,
@@ -150,7 +150,7 @@ static void make_problem(struct problem *p, enum kind kind, const struct choice 
 
 static void run(const dlattn_api *api, struct problem *p, dlattn_sku *sku) {
     const dlattn_forward_desc desc = {.struct_size = sizeof desc,
-                                      .kernel = "cuda_fwd_sm90",
+                                      .kernel = ROW,
                                       .causal = p->choice->causal,
                                       .alignment = p->choice->alignment};
     const dlattn_tensors tensors = {.struct_size = sizeof tensors,
@@ -168,31 +168,21 @@ static void run(const dlattn_api *api, struct problem *p, dlattn_sku *sku) {
 
 /* Row i of head h in double, and its lse, which is returned. */
 static double attend(const struct problem *p, int64_t h, int64_t i, double output[WIDEST]) {
-    const int64_t dim = p->choice->dim, dim_v = p->choice->dim_v, g = h / (HEADS / HEADS_KV),
-                  keys = (int64_t)tensor_get(&p->lengths, (const int64_t[1]){0}),
-                  met = p->choice->alignment == DLATTN_ALIGN_BOTTOM_RIGHT
-                            ? i + keys - p->choice->rows
-                            : i,
-                  end = p->choice->causal && met < keys ? met + 1 : keys;
-    double logit[LENGTH], most = -INFINITY, total = 0;
-    for (int64_t j = 0; j < end; j++) {
-        logit[j] = 0;
-        for (int64_t d = 0; d < dim; d++)
-            logit[j] += tensor_get(&p->query, (const int64_t[4]){0, h, i, d}) *
-                        tensor_get(&p->key, (const int64_t[4]){0, g, j, d});
-        logit[j] = logit[j] / sqrt((double)dim) - slope(p->kind, h) * fabs((double)(met - j));
-        most = logit[j] > most || isnan(logit[j]) ? logit[j] : most;
-    }
-    memset(output, 0, WIDEST * sizeof *output);
-    for (int64_t j = 0; j < end; j++) {
-        const double weight = exp(logit[j] - most);
-        total += weight;
-        for (int64_t d = 0; d < dim_v; d++)
-            output[d] += weight * tensor_get(&p->value, (const int64_t[4]){0, g, j, d});
-    }
-    for (int64_t d = 0; d < dim_v; d++)
-        output[d] /= total;
-    return most + log(total);
+    const int64_t keys = (int64_t)tensor_get(&p->lengths, (const int64_t[1]){0});
+    const bool bottom_right = p->choice->alignment == DLATTN_ALIGN_BOTTOM_RIGHT;
+    const int64_t met = i + (bottom_right ? keys - p->choice->rows : 0);
+    const struct row_in_double row = {
+        .query = &p->query,
+        .key = &p->key,
+        .value = &p->value,
+        .head = h,
+        .head_kv = h / (HEADS / HEADS_KV),
+        .row = i,
+        .keys = p->choice->causal && met < keys ? met + 1 : keys,
+        .met = met,
+        .slope = slope(p->kind, h),
+    };
+    return attend_in_double(&row, output);
 }
 
 static bool close_to(double got, double want, double off) {
@@ -240,20 +230,10 @@ static void check_edges(const struct problem *p, const char *kernel) {
     }
 }
 
-static bool has_row(const dlattn_api *api) {
-    for (int32_t i = 0; i < api->kernel_count(); i++) {
-        dlattn_kernel_info row = {.struct_size = sizeof row};
-        MUST(api->kernel_info(i, &row));
-        if (strcmp(row.name, "cuda_fwd_sm90") == 0)
-            return row.available;
-    }
-    return false;
-}
-
 static const dlattn_api *hopper_api(void) {
     const dlattn_api *const api = gpu_api();
-    if (!has_row(api))
-        cr_skip("not a Hopper");
+    if (!row_if_here(api, ROW))
+        cr_skip_test("no Hopper");
     return api;
 }
 

@@ -1,5 +1,6 @@
 #include "tests/gpu/attention.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -127,6 +128,15 @@ int rows_here(const dlattn_api *api, dlattn_kernel_info rows[MAX_ROWS]) {
     return count;
 }
 
+const char *row_if_here(const dlattn_api *api, const char *name) {
+    dlattn_kernel_info rows[MAX_ROWS];
+    for (int row = 0, count = rows_here(api, rows); row < count; row++) {
+        if (strcmp(rows[row].name, name) == 0)
+            return name;
+    }
+    return NULL;
+}
+
 DLDataType dtype_of(const dlattn_kernel_info *row) {
     return strstr(row->dtypes, "f16") ? f16 : f32;
 }
@@ -169,4 +179,39 @@ int32_t run_call(const dlattn_api *api, const dlattn_forward_desc *desc,
     cuda_wait();
     cuda_give(workspace);
     return status;
+}
+
+/* ---- A row in double ------------------------------------------------------------------------------------------ */
+
+static double logit_in_double(const struct row_in_double *r, int64_t j) {
+    const int64_t dim = r->query->shape[3];
+    double x = 0;
+    for (int64_t d = 0; d < dim; d++)
+        x += tensor_get(r->query, (const int64_t[4]){r->batch, r->head, r->row, d}) *
+             tensor_get(r->key, (const int64_t[4]){r->batch, r->head_kv, j, d});
+    x /= sqrt((double)dim);
+    if (r->softcap > 0)
+        x = r->softcap * tanh(x / r->softcap);
+    return x - r->slope * fabs((double)(r->met - j));
+}
+
+double attend_in_double(const struct row_in_double *r, double *output) {
+    const int64_t dim = r->value->shape[3];
+    double *const x = malloc((size_t)r->keys * sizeof *x), most = -INFINITY, total = 0;
+    for (int64_t j = 0; j < r->keys; j++) {
+        x[j] = logit_in_double(r, j);
+        most = x[j] > most || isnan(x[j]) ? x[j] : most;
+    }
+    memset(output, 0, (size_t)dim * sizeof *output);
+    for (int64_t j = 0; j < r->keys; j++) {
+        const double weight = exp(x[j] - most);
+        total += weight;
+        for (int64_t d = 0; d < dim; d++)
+            output[d] +=
+                weight * tensor_get(r->value, (const int64_t[4]){r->batch, r->head_kv, j, d});
+    }
+    for (int64_t d = 0; d < dim; d++)
+        output[d] /= total;
+    free(x);
+    return most + log(total);
 }

@@ -52,6 +52,8 @@ bool same_result(const struct attention *a, const struct attention *b);
 /* The GPU's rows that run here and take tensors of one dtype and any head dim, in the order of the table. */
 enum { MAX_ROWS = 16 };
 int rows_here(const dlattn_api *api, dlattn_kernel_info rows[MAX_ROWS]);
+/* The row of this name, NULL where it does not run. */
+const char *row_if_here(const dlattn_api *api, const char *name);
 DLDataType dtype_of(const dlattn_kernel_info *row);
 bool row_takes(const dlattn_kernel_info *row, enum element e);
 
@@ -65,5 +67,17 @@ void discard(struct tensor *t);
 /* Runs on device 0 with a workspace of its own and waits; *sku says what ran. */
 int32_t run_call(const dlattn_api *api, const dlattn_forward_desc *desc,
                  const dlattn_tensors *tensors, dlattn_sku *sku);
+
+/* ---- A row in double ------------------------------------------------------------------------------------------ */
+
+/* Query row `row` of a head, which sees keys [0, keys) of key head `head_kv`. What keys lose by ALiBi counts from key `met`. */
+struct row_in_double {
+    const struct tensor *query, *key, *value;
+    int64_t batch, head, head_kv, row, keys, met;
+    double softcap; /* 0: none */
+    double slope;
+};
+/* Its output, of as many elements as a value has, and its lse, which is returned. */
+double attend_in_double(const struct row_in_double *r, double *output);
 
 #endif /* DLATTN_TESTS_ATTENTION_H_ */

@@ -218,16 +218,6 @@ static bool next_backward(const dlattn_api *api, int32_t *i, dlattn_kernel_info 
     return false;
 }
 
-/* The row, NULL where it does not run. */
-static const char *row_if_here(const dlattn_api *api, const char *name) {
-    dlattn_kernel_info rows[MAX_ROWS];
-    for (int row = 0, count = rows_here(api, rows); row < count; row++) {
-        if (strcmp(rows[row].name, name) == 0)
-            return name;
-    }
-    return NULL;
-}
-
 /* Sums of many blocks come in another order each time, above all while other work holds multiprocessors. */
 Test(gpu, same_gradients_a_thousand_times) {
     const dlattn_api *api = gpu_api();

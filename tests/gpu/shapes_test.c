@@ -79,31 +79,20 @@ static void make_tensors(struct attention_of *a, const struct choice *c) {
 /* Row i of head h in double, and its lse, which is returned. Alignment is top left. */
 static double attend(const struct attention_of *a, const struct choice *c, int64_t b, int64_t h,
                      int64_t i, double output[WIDEST]) {
-    const int64_t g = h / (c->heads_q / c->heads_kv),
-                  keys = c->causal && i < c->len_k ? i + 1 : c->len_k;
-    double *const x = malloc((size_t)keys * sizeof *x), most = -INFINITY, total = 0;
-    for (int64_t j = 0; j < keys; j++) {
-        x[j] = 0;
-        for (int64_t d = 0; d < c->dim_qk; d++)
-            x[j] += tensor_get(&a->query, (const int64_t[4]){b, h, i, d}) *
-                    tensor_get(&a->key, (const int64_t[4]){b, g, j, d});
-        x[j] /= sqrt((double)c->dim_qk);
-        if (softcap(c) > 0)
-            x[j] = softcap(c) * tanh(x[j] / softcap(c));
-        x[j] -= slope(c, h) * fabs((double)(i - j));
-        most = fmax(most, x[j]);
-    }
-    memset(output, 0, WIDEST * sizeof *output);
-    for (int64_t j = 0; j < keys; j++) {
-        const double weight = exp(x[j] - most);
-        total += weight;
-        for (int64_t d = 0; d < c->dim_v; d++)
-            output[d] += weight * tensor_get(&a->value, (const int64_t[4]){b, g, j, d});
-    }
-    for (int64_t d = 0; d < c->dim_v; d++)
-        output[d] /= total;
-    free(x);
-    return most + log(total);
+    const struct row_in_double row = {
+        .query = &a->query,
+        .key = &a->key,
+        .value = &a->value,
+        .batch = b,
+        .head = h,
+        .head_kv = h / (c->heads_q / c->heads_kv),
+        .row = i,
+        .keys = c->causal && i < c->len_k ? i + 1 : c->len_k,
+        .met = i,
+        .softcap = softcap(c),
+        .slope = slope(c, h),
+    };
+    return attend_in_double(&row, output);
 }
 
 /* Weights and outputs are rounded to the element, each by up to half a unit of what values and outputs have at most. */

@@ -167,7 +167,7 @@ struct sm90_params {
     int32_t output_dtype; /* SM90_F32, SM90_F16 or SM90_BF16 */
 
     /* With ALiBi, in the workspace, see reach.cuh: of parts of the keys of each head, and of each tile of rows. NULL: rows look at all keys.
-     * Last, as short calls of other kernels take longer where what they read lies elsewhere. */
+     * Last, so that what other kernels read lies where it did. */
     struct sm90_norms *norms;
     int32_t *reach;
 };
